@@ -1,0 +1,167 @@
+//! A child process that inherits chosen descriptors, is watched through a pidfd, and tells what it consumed.
+//!
+//! The standard library has no safe form of these four system calls; each has one small function here, and they are
+//! the only unsafe code of the tests.
+
+#![allow(
+    unsafe_code,
+    reason = "pre_exec, pidfd_open, pidfd_send_signal and wait4 have no safe form"
+)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+/// What the kernel accounted for a child when it ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage {
+    pub status: ExitStatus,
+    pub user: Duration,
+    pub system: Duration,
+    pub max_rss_kib: u64,
+    pub context_switches: u64,
+}
+
+impl Usage {
+    pub fn cpu(&self) -> Duration {
+        self.user + self.system
+    }
+}
+
+/// A running child. It is reaped by [`Child::reap`] only, so its pid stays its own until then.
+pub struct Child {
+    pub pid: u32,
+    pidfd: OwnedFd,
+}
+
+impl Child {
+    /// Starts `command` with `inherited` open under the numbers they have in this process, and nothing else but
+    /// the standard streams: all other descriptors of the tests are close-on-exec.
+    pub fn spawn(
+        command: &mut Command,
+        inherited: &[OwnedFd],
+        max_open_files: Option<u64>,
+    ) -> io::Result<Self> {
+        inherit(
+            command,
+            inherited.iter().map(AsRawFd::as_raw_fd).collect(),
+            max_open_files,
+        );
+        let pid = command.spawn()?.id();
+        Ok(Self {
+            pid,
+            pidfd: open_pidfd(pid)?,
+        })
+    }
+
+    /// A second handle for a watchdog: a signal sent through it never hits another process.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        send_signal(&self.pidfd, signal)
+    }
+
+    /// False: it is still running after that time.
+    pub fn wait_for_end(&self, timeout: Duration) -> bool {
+        wait_for_end(&self.pidfd, timeout)
+    }
+
+    /// Waits for the end, however long it takes.
+    pub fn reap(&self) -> io::Result<Usage> {
+        let (mut status, mut usage) = (0, zeroed_rusage());
+        // SAFETY: both pointers are to local variables of the right type that outlive the call.
+        while unsafe { libc::wait4(self.pid.cast_signed(), &mut status, 0, &mut usage) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        let duration = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+        Ok(Usage {
+            status: ExitStatus::from_raw(status),
+            user: duration(usage.ru_utime),
+            system: duration(usage.ru_stime),
+            max_rss_kib: usage.ru_maxrss as u64,
+            context_switches: (usage.ru_nvcsw + usage.ru_nivcsw) as u64,
+        })
+    }
+}
+
+/// False: the process is still running after that time.
+pub fn wait_for_end(pidfd: &OwnedFd, timeout: Duration) -> bool {
+    let timeout = PollTimeout::try_from(timeout).expect("a timeout of less than a month");
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut fds, timeout) {
+            Err(nix::Error::EINTR) => {}
+            ready => return ready.expect("poll on a pidfd") > 0,
+        }
+    }
+}
+
+/// An error means that the process has ended already.
+pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the kernel reads no memory of ours: the only pointer is null, which the call allows.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal as i32,
+            no_info,
+            0,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn inherit(command: &mut Command, fds: Vec<RawFd>, max_open_files: Option<u64>) {
+    let prepare = move || {
+        for &fd in &fds {
+            // SAFETY: changes a flag in the new process's own descriptor table; no memory is involved.
+            if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        if let Some(max) = max_open_files {
+            let limit = libc::rlimit {
+                rlim_cur: max,
+                rlim_max: max,
+            };
+            // SAFETY: the pointer is to a local variable that outlives the call.
+            if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec `prepare` calls only fcntl and setrlimit, which are async-signal-safe system
+    // calls, and allocates nothing: the vector was built before the fork.
+    unsafe { command.pre_exec(prepare) };
+}
+
+fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers; no memory is involved.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just made this descriptor for us, and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+fn zeroed_rusage() -> libc::rusage {
+    // SAFETY: rusage is made of integers only, for all of which zero is a value.
+    unsafe { std::mem::zeroed() }
+}

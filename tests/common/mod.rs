@@ -1,0 +1,32 @@
+//! What every integration test and the benchmark stand on: the parties around the streamer, simulated.
+//!
+//! * [`criu`]: CRIU's side of the image socket;
+//! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and resource usage;
+//! * [`shards`]: pipes that are collected into or fed from memory;
+//! * [`image`]: the image format, written down a second time. It shares no code with the program, so that an error
+//!   in the program's encoder cannot hide behind the same error in its decoder;
+//! * [`random`]: reproducible bytes and decisions.
+//!
+//! Nothing here waits for time to pass: everything waits for an event, and a streamer that hangs is killed by
+//! its watchdog, which turns the hang into a broken pipe and the broken pipe into a failed test.
+
+#![allow(
+    dead_code,
+    reason = "each test binary compiles all of this and uses a part of it"
+)]
+
+pub mod child;
+pub mod criu;
+pub mod image;
+pub mod lines;
+pub mod random;
+pub mod shards;
+pub mod streamer;
+
+use std::time::Duration;
+
+/// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
+pub const HANG_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The size of a page, and of a pipe's slot.
+pub const PAGE: usize = 4096;

@@ -1,0 +1,477 @@
+//! The built binary as a child process, in an images directory of its own.
+//!
+//! ```ignore
+//! let (shard_readers, shard_writers) = shards::pipes(4, None);
+//! let mut streamer = Streamer::capture().shards(shard_writers).start();
+//! let collector = Collector::start(shard_readers);
+//! let criu = streamer.criu();                       // waits for socket-init, and connects
+//! criu.write_file("inventory.img", b"...");
+//! drop(criu);
+//! streamer.expect_success();
+//! image::decode(&collector.finish())
+//! ```
+//!
+//! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated onto a number
+//! that something else may be using. The watchdog kills a streamer that is still there after [`HANG_TIMEOUT`]:
+//! whoever waits for it then sees a broken pipe.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use super::HANG_TIMEOUT;
+use super::child::{self, Child, Usage};
+use super::criu::{Criu, Role};
+use super::lines::Lines;
+use super::shards::pipe;
+
+/// How the streamer is to be started.
+pub struct Launch {
+    subcommand: Vec<&'static str>,
+    role: Role,
+    images_dir: Option<PathBuf>,
+    shards: Vec<OwnedFd>,
+    ext_files: Vec<(String, OwnedFd)>,
+    inherited: Vec<OwnedFd>,
+    arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    progress: Progress,
+    stdin: Stdio,
+    stdout: Stdio,
+    user: Option<u32>,
+    max_open_files: Option<u64>,
+    hang_timeout: Duration,
+}
+
+#[derive(PartialEq, Eq)]
+enum Progress {
+    Pipe,
+    Stderr,
+    ReaderGone,
+}
+
+impl Launch {
+    fn new(subcommand: Vec<&'static str>, role: Role) -> Self {
+        Self {
+            subcommand,
+            role,
+            images_dir: None,
+            shards: Vec::new(),
+            ext_files: Vec::new(),
+            inherited: Vec::new(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            progress: Progress::Pipe,
+            stdin: Stdio::null(),
+            stdout: Stdio::null(),
+            user: None,
+            max_open_files: None,
+            hang_timeout: HANG_TIMEOUT,
+        }
+    }
+
+    /// Instead of a temporary directory that ends with the streamer.
+    pub fn images_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.images_dir = Some(dir.into());
+        self
+    }
+
+    /// The streamer's ends of the shards. None at all: `--shard-fds` is not given.
+    pub fn shards(mut self, ends: impl IntoIterator<Item = OwnedFd>) -> Self {
+        self.shards.extend(ends);
+        self
+    }
+
+    /// An external file, with the streamer's end of its pipe.
+    pub fn ext_file(mut self, name: &str, end: OwnedFd) -> Self {
+        self.ext_files.push((name.to_owned(), end));
+        self
+    }
+
+    /// A descriptor for which the test writes the argument itself.
+    pub fn inherit(mut self, fd: OwnedFd) -> Self {
+        self.inherited.push(fd);
+        self
+    }
+
+    pub fn args<S: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// No `--progress-fd`: the lines go to standard error.
+    pub fn progress_on_stderr(mut self) -> Self {
+        self.progress = Progress::Stderr;
+        self
+    }
+
+    /// A progress pipe whose reader is gone from the start.
+    pub fn progress_reader_gone(mut self) -> Self {
+        self.progress = Progress::ReaderGone;
+        self
+    }
+
+    pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
+        self.stdin = stdin.into();
+        self
+    }
+
+    pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
+        self.stdout = stdout.into();
+        self
+    }
+
+    /// As another user, who must be able to enter the images directory. Needs root.
+    pub fn user(mut self, uid: u32) -> Self {
+        self.user = Some(uid);
+        self
+    }
+
+    /// `ulimit -n`.
+    pub fn max_open_files(mut self, max: u64) -> Self {
+        self.max_open_files = Some(max);
+        self
+    }
+
+    pub fn hang_timeout(mut self, timeout: Duration) -> Self {
+        self.hang_timeout = timeout;
+        self
+    }
+
+    pub fn start(self) -> Streamer {
+        let own_dir = self
+            .images_dir
+            .is_none()
+            .then(|| TempDir::with_prefix("images-").unwrap());
+        let images_dir = self
+            .images_dir
+            .unwrap_or_else(|| own_dir.as_ref().unwrap().path().to_owned());
+
+        let mut command = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        command.arg("--images-dir").arg(&images_dir);
+        let mut inherited = self.inherited;
+        if !self.shards.is_empty() {
+            command.arg("--shard-fds").arg(list(
+                self.shards.iter().map(|fd| fd.as_raw_fd().to_string()),
+            ));
+            inherited.extend(self.shards);
+        }
+        if !self.ext_files.is_empty() {
+            let named = self
+                .ext_files
+                .iter()
+                .map(|(name, fd)| format!("{name}:{}", fd.as_raw_fd()));
+            command.arg("--ext-file-fds").arg(list(named));
+            inherited.extend(self.ext_files.into_iter().map(|(_, fd)| fd));
+        }
+        let mut progress = None;
+        if self.progress != Progress::Stderr {
+            let (reader, writer) = pipe();
+            command
+                .arg("--progress-fd")
+                .arg(writer.as_raw_fd().to_string());
+            inherited.push(writer);
+            progress = Some(reader);
+        }
+        if self.progress == Progress::ReaderGone {
+            progress = None;
+        }
+        let (stderr_reader, stderr_writer) = pipe();
+        command
+            .args(self.arguments)
+            .args(self.subcommand)
+            .envs(self.environment)
+            .stdin(self.stdin)
+            .stdout(self.stdout)
+            .stderr(stderr_writer);
+        if let Some(uid) = self.user {
+            command.uid(uid).gid(uid);
+        }
+        let child = Child::spawn(&mut command, &inherited, self.max_open_files)
+            .expect("start the streamer");
+        let argv = format!("{command:?}");
+        drop((command, inherited));
+
+        let stderr = Lines::collect(stderr_reader);
+        let progress = match self.progress {
+            Progress::Stderr => stderr.clone(),
+            _ => progress.map_or_else(Lines::ended, Lines::collect),
+        };
+        let hung = watch(&child, self.hang_timeout);
+        Streamer {
+            role: self.role,
+            images_dir,
+            own_dir,
+            argv,
+            child,
+            stderr,
+            progress,
+            hung,
+            exit: None,
+        }
+    }
+
+    /// Starts it and waits for its end: for what is refused at once.
+    pub fn run(self) -> Exit {
+        self.start().wait()
+    }
+}
+
+fn list(items: impl Iterator<Item = String>) -> String {
+    items.collect::<Vec<_>>().join(",")
+}
+
+fn watch(child: &Child, timeout: Duration) -> Arc<AtomicBool> {
+    let pidfd = child.pidfd().expect("duplicate a pidfd");
+    let hung = Arc::new(AtomicBool::new(false));
+    let report = Arc::clone(&hung);
+    thread::spawn(move || {
+        if !child::wait_for_end(&pidfd, timeout) {
+            report.store(true, Ordering::SeqCst);
+            let _ended_just_now = child::send_signal(&pidfd, Signal::SIGKILL);
+        }
+    });
+    hung
+}
+
+/// A started streamer. Dropped while running, it is killed; dropped by a failing test, it tells all it knows.
+pub struct Streamer {
+    role: Role,
+    images_dir: PathBuf,
+    own_dir: Option<TempDir>,
+    argv: String,
+    child: Child,
+    stderr: Lines,
+    progress: Lines,
+    hung: Arc<AtomicBool>,
+    exit: Option<Exit>,
+}
+
+/// How a streamer ended.
+#[derive(Debug, Clone)]
+pub struct Exit {
+    pub status: ExitStatus,
+    pub usage: Usage,
+    pub progress: Vec<String>,
+    pub stderr: String,
+}
+
+impl Streamer {
+    pub fn capture() -> Launch {
+        Launch::new(vec!["capture"], Role::Capture)
+    }
+
+    pub fn extract() -> Launch {
+        Launch::new(vec!["extract"], Role::Serve)
+    }
+
+    pub fn extract_serve() -> Launch {
+        Launch::new(vec!["extract", "--serve"], Role::Serve)
+    }
+
+    pub fn serve() -> Launch {
+        Launch::new(vec!["serve"], Role::Serve)
+    }
+
+    pub fn images_dir(&self) -> &Path {
+        &self.images_dir
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.pid
+    }
+
+    /// Waits until it listens, and connects.
+    pub fn criu(&self) -> Criu {
+        self.wait_for_line("socket-init");
+        Criu::connect(&self.images_dir, self.role)
+    }
+
+    pub fn wait_for_line(&self, line: &str) {
+        self.wait_for(&format!("the progress line {line}"), |found| found == line);
+    }
+
+    pub fn wait_for_stats(&self) -> String {
+        self.wait_for("the statistics", |line| line.starts_with('{'))
+    }
+
+    fn wait_for(&self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+        self.progress
+            .wait_for(HANG_TIMEOUT, wanted)
+            .unwrap_or_else(|| panic!("{what} did not come"))
+    }
+
+    /// Waits for a line on standard error that contains `text`.
+    pub fn wait_for_stderr(&self, text: &str) -> String {
+        self.stderr
+            .wait_for(HANG_TIMEOUT, |line| line.contains(text))
+            .unwrap_or_else(|| panic!("nothing about {text:?} on standard error"))
+    }
+
+    pub fn progress_lines(&self) -> Vec<String> {
+        self.progress.text().lines().map(str::to_owned).collect()
+    }
+
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        self.child.signal(signal).expect("signal the streamer");
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.exit.is_none() && !self.child.wait_for_end(Duration::ZERO)
+    }
+
+    /// A field of `/proc/PID/status` in KiB, such as `VmRSS` or `VmHWM`.
+    pub fn memory_kib(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .expect("read the process's status");
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(&format!("{field}:")));
+        let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        value.unwrap_or_else(|| panic!("no {field} in {status}"))
+    }
+
+    pub fn open_fds(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .expect("list the process's descriptors")
+            .count()
+    }
+
+    pub fn threads(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/task", self.pid()))
+            .expect("list the process's threads")
+            .count()
+    }
+
+    /// Its end. One that comes only through the watchdog fails the test.
+    pub fn wait(&mut self) -> Exit {
+        if let Some(exit) = &self.exit {
+            return exit.clone();
+        }
+        let usage = self.child.reap().expect("wait for the streamer");
+        self.stderr.wait_for_end(HANG_TIMEOUT);
+        self.progress.wait_for_end(HANG_TIMEOUT);
+        let exit = Exit {
+            status: usage.status,
+            usage,
+            progress: self.progress_lines(),
+            stderr: self.stderr(),
+        };
+        self.exit = Some(exit.clone());
+        assert!(
+            !self.hung.load(Ordering::SeqCst),
+            "the streamer hung and was killed"
+        );
+        exit
+    }
+
+    pub fn expect_success(&mut self) -> Exit {
+        let exit = self.wait();
+        assert!(
+            exit.status.success(),
+            "the streamer should have succeeded, and ended with {}",
+            exit.status
+        );
+        exit
+    }
+
+    /// Exit status 1 and an error that contains every one of `words`.
+    pub fn expect_failure(&mut self, words: &[&str]) -> Exit {
+        let exit = self.wait();
+        exit.expect_failure(words);
+        exit
+    }
+
+    fn report(&self) -> String {
+        let status = match &self.exit {
+            Some(exit) => exit.status.to_string(),
+            None if self.is_running() => "still running".into(),
+            None => "ended, not waited for".into(),
+        };
+        let hung = if self.hung.load(Ordering::SeqCst) {
+            " (it hung: killed by the watchdog)"
+        } else {
+            ""
+        };
+        format!(
+            "--- {}\n--- status: {status}{hung}\n--- progress:\n{}--- standard error:\n{}---",
+            self.argv,
+            self.progress.text(),
+            self.stderr.text()
+        )
+    }
+}
+
+impl Exit {
+    /// Exit status 1 and an error in the promised form that contains every one of `words`.
+    #[track_caller]
+    pub fn expect_failure(&self, words: &[&str]) {
+        assert_eq!(
+            self.status.code(),
+            Some(1),
+            "exit status 1 expected, got {}:\n{}",
+            self.status,
+            self.stderr
+        );
+        let error = self.error();
+        for word in words {
+            assert!(
+                error.contains(word),
+                "the error should mention {word:?}: {error}"
+            );
+        }
+    }
+
+    /// The error line: `criu-image-streamer Error: <what>: <why>`.
+    #[track_caller]
+    pub fn error(&self) -> &str {
+        let errors: Vec<_> = self
+            .stderr
+            .lines()
+            .filter(|l| l.starts_with("criu-image-streamer Error: "))
+            .collect();
+        assert_eq!(
+            errors.len(),
+            1,
+            "one error line expected on standard error:\n{}",
+            self.stderr
+        );
+        errors[0]
+    }
+
+    /// Ended by that signal, or by itself with 128 + its number.
+    pub fn signalled(&self) -> Option<i32> {
+        self.status.signal()
+    }
+}
+
+impl Drop for Streamer {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", self.report());
+        }
+        if self.exit.is_none() {
+            let _ended_already = self.child.signal(Signal::SIGKILL);
+            let _nothing_to_tell = self.child.reap();
+        }
+    }
+}
