@@ -1,0 +1,428 @@
+//! The application that the tests checkpoint. It has state in every place that an image must carry over, and goes over all
+//! of it again and again, so that a restored one proves by itself that nothing was lost.
+//!
+//!     application <state-file> [part…]
+//!
+//! Every few milliseconds it rewrites the state file, a single line `<nonce> <count>`: a number drawn when it started
+//! (a restored process still has it, a restarted one has not) and the rounds so far. What it finds damaged it reports
+//! there instead, `damaged: …`, and exits. Parts:
+//!
+//!     memory=<MiB>      private memory with a pattern, one more for each process
+//!     hugetlb=<MiB>     the same on huge pages
+//!     threads=<n>       threads besides the main one, that count in memory
+//!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token goes to each child
+//!                       and back through pipes, and everyone counts in a shared memory segment
+//!     ghost=<file>      a file that was deleted while open
+//!     file=<file>       an open file
+//!     listen=<port>     answers every TCP connection with the state line
+//!
+//! It is no part of the crate: the tests compile it with `rustc`, as one static program that also runs in an empty root.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+const MIB: usize = 1 << 20;
+const ROUND: Duration = Duration::from_millis(5);
+
+unsafe extern "C" {
+    fn fork() -> i32;
+    fn pipe2(fds: *mut i32, flags: i32) -> i32;
+    fn mmap(addr: *mut u8, len: usize, prot: i32, flags: i32, fd: i32, offset: i64) -> *mut u8;
+}
+
+/// Anonymous memory; `flags` as for mmap(2).
+fn map(len: usize, flags: i32) -> &'static mut [u8] {
+    const PROT_READ_WRITE: i32 = 3;
+    const MAP_ANONYMOUS: i32 = 0x20;
+    // SAFETY: a fresh anonymous mapping of `len` bytes, which nobody else knows and which is never unmapped.
+    unsafe {
+        let at = mmap(
+            std::ptr::null_mut(),
+            len,
+            PROT_READ_WRITE,
+            flags | MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        assert_ne!(
+            at as isize,
+            -1,
+            "mmap of {len} bytes: {}",
+            std::io::Error::last_os_error()
+        );
+        std::slice::from_raw_parts_mut(at, len)
+    }
+}
+const MAP_SHARED: i32 = 0x01;
+const MAP_PRIVATE: i32 = 0x02;
+const MAP_HUGETLB: i32 = 0x40000;
+
+fn pipe() -> (File, File) {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two descriptors, which are ours alone from here on.
+    unsafe {
+        assert_eq!(
+            pipe2(fds.as_mut_ptr(), 0),
+            0,
+            "pipe: {}",
+            std::io::Error::last_os_error()
+        );
+        (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1]))
+    }
+}
+
+/// The pattern's word at an index: different in every word, page and process, so that a page in the wrong place shows.
+fn word(nonce: u64, index: usize) -> u64 {
+    let mixed = (nonce ^ index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^ (mixed >> 29)
+}
+
+/// Something whose contents this process knows, and checks a bit further every round.
+trait Part {
+    fn check(&mut self) -> Result<(), String>;
+}
+
+struct Memory {
+    name: &'static str,
+    nonce: u64,
+    bytes: &'static mut [u8],
+    position: usize,
+}
+
+impl Memory {
+    fn new(name: &'static str, nonce: u64, mib: usize, flags: i32) -> Self {
+        let bytes = map(mib * MIB, flags);
+        for (index, chunk) in bytes.chunks_exact_mut(8).enumerate() {
+            chunk.copy_from_slice(&word(nonce, index).to_le_bytes());
+        }
+        Self {
+            name,
+            nonce,
+            bytes,
+            position: 0,
+        }
+    }
+}
+
+impl Part for Memory {
+    fn check(&mut self) -> Result<(), String> {
+        let end = (self.position + 8 * MIB).min(self.bytes.len());
+        for (offset, chunk) in self.bytes[self.position..end].chunks_exact(8).enumerate() {
+            let index = self.position / 8 + offset;
+            if chunk != word(self.nonce, index).to_le_bytes() {
+                return Err(format!("{} at byte {}", self.name, index * 8));
+            }
+        }
+        self.position = if end == self.bytes.len() { 0 } else { end };
+        Ok(())
+    }
+}
+
+struct OpenFile {
+    path: String,
+    nonce: u64,
+    file: File,
+}
+
+impl OpenFile {
+    const WORDS: usize = 40_000;
+
+    fn contents(nonce: u64) -> Vec<u8> {
+        (0..Self::WORDS)
+            .flat_map(|index| word(nonce, index).to_le_bytes())
+            .collect()
+    }
+
+    fn new(path: &str, nonce: u64) -> Self {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path);
+        let mut file = file.unwrap_or_else(|why| panic!("open {path}: {why}"));
+        file.write_all(&Self::contents(nonce)).unwrap();
+        Self {
+            path: path.into(),
+            nonce,
+            file,
+        }
+    }
+}
+
+impl Part for OpenFile {
+    fn check(&mut self) -> Result<(), String> {
+        let expected = Self::contents(self.nonce);
+        let mut found = vec![0; expected.len() + 1];
+        let length = self
+            .file
+            .read_at(&mut found, 0)
+            .map_err(|why| format!("{}: {why}", self.path))?;
+        if found[..length] == expected[..] {
+            Ok(())
+        } else {
+            Err(format!("open file {}", self.path))
+        }
+    }
+}
+
+/// Threads that count; each check wants every one of them to have moved on since the last time it was asked.
+struct Threads {
+    counts: Arc<Vec<AtomicU64>>,
+    seen: Vec<u64>,
+    unmoved: u32,
+}
+
+impl Threads {
+    fn new(number: usize) -> Self {
+        let counts: Arc<Vec<AtomicU64>> =
+            Arc::new((0..number).map(|_| AtomicU64::new(0)).collect());
+        for thread in 0..number {
+            let counts = Arc::clone(&counts);
+            std::thread::spawn(move || {
+                loop {
+                    counts[thread].fetch_add(1, SeqCst);
+                    std::thread::sleep(ROUND);
+                }
+            });
+        }
+        Self {
+            counts,
+            seen: vec![0; number],
+            unmoved: 0,
+        }
+    }
+}
+
+impl Part for Threads {
+    fn check(&mut self) -> Result<(), String> {
+        let now: Vec<u64> = self.counts.iter().map(|count| count.load(SeqCst)).collect();
+        if now.iter().zip(&self.seen).all(|(now, seen)| now > seen) {
+            self.seen = now;
+            self.unmoved = 0;
+            return Ok(());
+        }
+        self.unmoved += 1;
+        // 1000 rounds of 5 ms: far more than a busy machine lets a thread starve.
+        if self.unmoved == 1000 {
+            return Err(format!(
+                "threads stand still: {now:?} after {:?}",
+                self.seen
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Pipes to a child process and back.
+struct Child {
+    to: File,
+    from: File,
+}
+
+/// The processes below this one, and the shared memory where all of them count their rounds.
+struct Tree {
+    children: Vec<Child>,
+    counts: &'static [AtomicU64],
+    me: usize,
+    rounds: u64,
+}
+
+impl Tree {
+    /// Sends a token through every child and back; each process that it passes adds one.
+    fn pass(&mut self, token: u64) -> Result<u64, String> {
+        self.rounds += 1;
+        let before = self.counts[self.me].swap(self.rounds, SeqCst);
+        if before != self.rounds - 1 {
+            return Err(format!(
+                "shared memory: {before} in place of {}",
+                self.rounds - 1
+            ));
+        }
+        let mut token = token + 1;
+        for child in &mut self.children {
+            let mut bytes = token.to_le_bytes();
+            child
+                .to
+                .write_all(&bytes)
+                .map_err(|why| format!("pipe to a child: {why}"))?;
+            child
+                .from
+                .read_exact(&mut bytes)
+                .map_err(|why| format!("pipe from a child: {why}"))?;
+            token = u64::from_le_bytes(bytes);
+        }
+        Ok(token)
+    }
+}
+
+fn processes_below(depth: usize, width: usize) -> usize {
+    (1..=depth)
+        .map(|generation| width.pow(generation as u32))
+        .sum()
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let state_path = arguments
+        .next()
+        .expect("usage: application <state-file> [part…]");
+    let parts: Vec<(String, String)> = arguments
+        .map(|part| {
+            part.split_once('=')
+                .map(|(k, v)| (k.into(), v.into()))
+                .expect("a part is <name>=<value>")
+        })
+        .collect();
+    let value = |name: &str| {
+        parts
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
+    };
+    let number =
+        |name: &str| value(name).map_or(0, |value| value.parse::<usize>().expect("a number"));
+
+    let mut random = [0; 8];
+    File::open("/dev/urandom")
+        .and_then(|mut urandom| urandom.read_exact(&mut random))
+        .expect("/dev/urandom");
+    let mut nonce = u64::from_le_bytes(random);
+
+    let (depth, width) = value("tree").map_or((0, 0), |shape| {
+        let (depth, width) = shape.split_once('x').expect("tree=<depth>x<width>");
+        (depth.parse().unwrap(), width.parse().unwrap())
+    });
+    let all = 1 + processes_below(depth, width);
+    let counts = map(all.next_multiple_of(512) * 8, MAP_SHARED);
+    // SAFETY: page aligned, zeroed, never unmapped, and touched as AtomicU64 only.
+    let counts = unsafe { std::slice::from_raw_parts(counts.as_ptr().cast::<AtomicU64>(), all) };
+
+    // Each process forks its own children, before any of them has threads. A child goes round the loop again as the
+    // parent of the next generation; `up` is how it answers its own parent.
+    let mut up: Option<Child> = None;
+    let mut me = 0;
+    let mut children = Vec::new();
+    let mut generation = 0;
+    let mut offspring = 0;
+    while generation < depth && offspring < width {
+        let (child_reads, to) = pipe();
+        let (from, child_writes) = pipe();
+        // SAFETY: this process has no threads yet.
+        match unsafe { fork() } {
+            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+            0 => {
+                me = me + 1 + offspring * (1 + processes_below(depth - generation - 1, width));
+                nonce = word(nonce, me);
+                up = Some(Child {
+                    to: child_writes,
+                    from: child_reads,
+                });
+                children.clear();
+                generation += 1;
+                offspring = 0;
+            }
+            _ => {
+                children.push(Child { to, from });
+                offspring += 1;
+            }
+        }
+    }
+    let mut tree = Tree {
+        children,
+        counts,
+        me,
+        rounds: 0,
+    };
+
+    let mut checked: Vec<Box<dyn Part>> = Vec::new();
+    if number("memory") > 0 {
+        checked.push(Box::new(Memory::new(
+            "private memory",
+            nonce,
+            number("memory"),
+            MAP_PRIVATE,
+        )));
+    }
+    if number("hugetlb") > 0 && me == 0 {
+        checked.push(Box::new(Memory::new(
+            "huge pages",
+            nonce,
+            number("hugetlb"),
+            MAP_PRIVATE | MAP_HUGETLB,
+        )));
+    }
+    if number("threads") > 0 {
+        checked.push(Box::new(Threads::new(number("threads"))));
+    }
+    for (name, path) in parts.iter().filter(|_| me == 0) {
+        if name == "file" || name == "ghost" {
+            checked.push(Box::new(OpenFile::new(path, nonce)));
+        }
+        if name == "ghost" {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    let mut check = || checked.iter_mut().try_for_each(|part| part.check());
+
+    // A process in the tree works when its parent's token comes; the end of its pipe is the end of its parent.
+    if let Some(mut up) = up {
+        let mut bytes = [0; 8];
+        while up.from.read_exact(&mut bytes).is_ok() {
+            let result = check().and_then(|()| tree.pass(u64::from_le_bytes(bytes)));
+            // No answer but a closed pipe tells the parent, who has the state file, of the damage.
+            let Ok(token) = result else { return };
+            if up.to.write_all(&token.to_le_bytes()).is_err() {
+                return;
+            }
+        }
+        return;
+    }
+
+    let state = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&state_path)
+        .expect("state file");
+    // A line of one length: CRIU refuses to restore a process whose open file changed its size.
+    let report = |line: String| {
+        state
+            .write_all_at(format!("{line:<79}\n").as_bytes(), 0)
+            .expect("state file")
+    };
+    let count = Arc::new(AtomicU64::new(0));
+    if let Some(port) = value("listen") {
+        let listener =
+            TcpListener::bind(("127.0.0.1", port.parse::<u16>().expect("a port"))).expect("listen");
+        let count = Arc::clone(&count);
+        std::thread::spawn(move || {
+            for connection in listener.incoming() {
+                // A client that hung up is no concern of ours.
+                let _ = connection
+                    .and_then(|mut client| writeln!(client, "{nonce} {}", count.load(SeqCst)));
+            }
+        });
+    }
+    loop {
+        let damage = check().and_then(|()| tree.pass(0)).and_then(|token| {
+            if token == all as u64 {
+                Ok(())
+            } else {
+                Err(format!("the token counted {token} of {all} processes"))
+            }
+        });
+        if let Err(damage) = damage {
+            report(format!("damaged: {damage}"));
+            std::process::exit(1);
+        }
+        report(format!("{nonce} {}", count.fetch_add(1, SeqCst) + 1));
+        std::thread::sleep(ROUND);
+    }
+}
