@@ -69,37 +69,48 @@ pub fn markers(shards: &[Vec<u8>]) -> Result<Vec<Entry>, String> {
 
 /// The markers of one shard in the order in which they stand there.
 pub fn split(shard: usize, bytes: &[u8]) -> Result<Vec<Entry>, String> {
+    let (entries, rest) = split_complete(shard, bytes);
+    rest.map_or(Ok(entries), Err)
+}
+
+/// The same for a shard that may be cut: all markers that are complete, and what is wrong behind them.
+pub fn split_complete(shard: usize, bytes: &[u8]) -> (Vec<Entry>, Option<String>) {
     let mut entries = Vec::new();
-    let mut at = 0;
-    while at < bytes.len() {
-        let offset = at;
-        let take = |at: &mut usize, len: usize, what: &str| {
-            let taken = bytes
-                .get(*at..*at + len)
-                .ok_or(format!("cut in the {what} at offset {offset}"))?;
-            *at += len;
-            Ok::<_, String>(taken)
-        };
-        let len = take(&mut at, 4, "length")?;
-        let len = u32::from_le_bytes(len.try_into().unwrap()) as usize;
-        if len > MAX_MARKER {
-            return Err(format!("frame of {len} bytes at offset {offset}"));
+    let mut offset = 0;
+    while offset < bytes.len() {
+        match take_entry(shard, offset, &bytes[offset..]) {
+            Ok((entry, size)) => {
+                entries.push(entry);
+                offset += size;
+            }
+            Err(why) => return (entries, Some(format!("{why} at offset {offset}"))),
         }
-        let (seq, body) = parse_marker(take(&mut at, len, "marker")?)
-            .map_err(|e| format!("{e} at offset {offset}"))?;
-        let data = match body {
-            Body::FileData(size) => take(&mut at, size as usize, "data")?.to_vec(),
-            _ => Vec::new(),
-        };
-        entries.push(Entry {
-            shard,
-            offset,
-            seq,
-            body,
-            data,
-        });
     }
-    Ok(entries)
+    (entries, None)
+}
+
+fn take_entry(shard: usize, offset: usize, bytes: &[u8]) -> Result<(Entry, usize), String> {
+    let (len, rest) = bytes.split_first_chunk().ok_or("cut in the length")?;
+    let len = u32::from_le_bytes(*len) as usize;
+    if len > MAX_MARKER {
+        return Err(format!("frame of {len} bytes"));
+    }
+    let (message, rest) = rest.split_at_checked(len).ok_or("cut in the marker")?;
+    let (seq, body) = parse_marker(message)?;
+    let size = if let Body::FileData(size) = body {
+        size as usize
+    } else {
+        0
+    };
+    let (data, rest) = rest.split_at_checked(size).ok_or("cut in the data")?;
+    let entry = Entry {
+        shard,
+        offset,
+        seq,
+        body,
+        data: data.to_vec(),
+    };
+    Ok((entry, bytes.len() - rest.len()))
 }
 
 fn replay(entries: &[Entry]) -> Result<Files, String> {

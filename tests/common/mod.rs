@@ -5,7 +5,8 @@
 //! * [`shards`]: pipes that are collected into or fed from memory;
 //! * [`image`]: the image format, written down a second time. It shares no code with the program, so that an error
 //!   in the program's encoder cannot hide behind the same error in its decoder;
-//! * [`random`]: reproducible bytes and decisions.
+//! * [`random`]: reproducible bytes and decisions;
+//! * [`runs`]: whole captures and restores in one call.
 //!
 //! Nothing here waits for time to pass: everything waits for an event, and a streamer that hangs is killed by
 //! its watchdog, which turns the hang into a broken pipe and the broken pipe into a failed test.
@@ -20,6 +21,7 @@ pub mod criu;
 pub mod image;
 pub mod lines;
 pub mod random;
+pub mod runs;
 pub mod shards;
 pub mod streamer;
 
