@@ -1,11 +1,11 @@
 //! A child process that inherits chosen descriptors, is watched through a pidfd, and tells what it consumed.
 //!
-//! The standard library has no safe form of these four system calls; each has one small function here, and they are
+//! The standard library has no safe form of these few system calls; each has one small function here, and they are
 //! the only unsafe code of the tests.
 
 #![allow(
     unsafe_code,
-    reason = "pre_exec, pidfd_open, pidfd_send_signal and wait4 have no safe form"
+    reason = "pre_exec, pidfd_open, pidfd_send_signal, wait4, a thread's user and FIONREAD have no safe form"
 )]
 
 use std::io;
@@ -126,6 +126,24 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
+/// Does something with another user's rights. They belong to a thread of its own, and end with it: the C library
+/// changes a whole process, the system call only the thread that makes it.
+pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
+    let with_rights = move || {
+        let unchanged = u32::MAX;
+        // SAFETY: takes three integers; no memory is involved.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, unchanged, uid, unchanged) };
+        assert_eq!(
+            result,
+            0,
+            "become user {uid}: {}",
+            io::Error::last_os_error()
+        );
+        act()
+    };
+    std::thread::scope(|scope| scope.spawn(with_rights).join().unwrap())
+}
+
 fn inherit(command: &mut Command, fds: Vec<RawFd>, max_open_files: Option<u64>) {
     let prepare = move || {
         for &fd in &fds {
@@ -164,4 +182,13 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 fn zeroed_rusage() -> libc::rusage {
     // SAFETY: rusage is made of integers only, for all of which zero is a value.
     unsafe { std::mem::zeroed() }
+}
+
+/// Bytes that wait in a pipe.
+pub fn queued(pipe: impl AsFd) -> usize {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to a local int, which is what FIONREAD writes, and outlives the call.
+    let result = unsafe { libc::ioctl(pipe.as_fd().as_raw_fd(), libc::FIONREAD, &mut bytes) };
+    assert_eq!(result, 0, "FIONREAD: {}", io::Error::last_os_error());
+    bytes as usize
 }

@@ -165,9 +165,15 @@ fn parse_marker(mut message: &[u8]) -> Result<(u64, Body), String> {
             }
             (4, 0) if take_varint(&mut message)? == 1 => body = Some(Body::FileEof),
             (5, 0) if take_varint(&mut message)? == 1 => body = Some(Body::ImageEof),
-            (field, wire_type) => {
-                return Err(format!("unexpected field {field} of wire type {wire_type}"));
+            (1..=5, wire_type) => {
+                return Err(format!("field of wire type {wire_type} with a wrong value"));
             }
+            // A reader ignores what it does not know.
+            (_, 0) => drop(take_varint(&mut message)?),
+            (_, 1) => drop(take(&mut message, 8)?),
+            (_, 2) => drop(take_bytes(&mut message)?),
+            (_, 5) => drop(take(&mut message, 4)?),
+            (field, wire_type) => return Err(format!("field {field} of wire type {wire_type}")),
         }
     }
     Ok((seq, body.ok_or("marker without a body")?))
@@ -188,7 +194,11 @@ fn take_varint(message: &mut &[u8]) -> Result<u64, String> {
 
 fn take_bytes<'a>(message: &mut &'a [u8]) -> Result<&'a [u8], String> {
     let len = take_varint(message)? as usize;
-    let (bytes, rest) = message.split_at_checked(len).ok_or("cut in a string")?;
+    take(message, len)
+}
+
+fn take<'a>(message: &mut &'a [u8], len: usize) -> Result<&'a [u8], String> {
+    let (bytes, rest) = message.split_at_checked(len).ok_or("cut in a field")?;
     *message = rest;
     Ok(bytes)
 }

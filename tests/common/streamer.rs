@@ -24,7 +24,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -151,6 +151,11 @@ impl Launch {
     pub fn hang_timeout(mut self, timeout: Duration) -> Self {
         self.hang_timeout = timeout;
         self
+    }
+
+    /// Whether the streamer's ends of the shards are write ends.
+    pub fn writes_shards(&self) -> bool {
+        self.role == Role::Capture
     }
 
     pub fn start(self) -> Streamer {
@@ -300,6 +305,21 @@ impl Streamer {
     pub fn criu(&self) -> Criu {
         self.wait_for_line("socket-init");
         Criu::connect(&self.images_dir, self.role)
+    }
+
+    /// Connects without progress lines to wait for: tries until it can.
+    pub fn criu_when_socket_is_there(&self) -> Criu {
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        loop {
+            match Criu::try_connect(&self.images_dir, self.role) {
+                Ok(criu) => return criu,
+                Err(error) => assert!(
+                    self.is_running() && Instant::now() < deadline,
+                    "connect: {error}"
+                ),
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn wait_for_line(&self, line: &str) {
