@@ -1,0 +1,165 @@
+//! The machine that is measured, its pipe limits, and what the benchmark must leave behind: nothing.
+#![allow(unsafe_code)] // prctl has no safe form here.
+
+use crate::role::Role;
+use anyhow::{Context, Result};
+use nix::sys::utsname::uname;
+use serde::{Deserialize, Serialize};
+use std::{
+    env, fs, io,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio, id},
+    thread,
+};
+
+const PIPE_MAX_SIZE: &str = "/proc/sys/fs/pipe-max-size";
+pub const RAISED_PIPE_MAX_SIZE: usize = 4 << 20;
+
+/// What must stand above every table of figures.
+#[derive(Serialize)]
+pub struct Machine {
+    pub date: String,
+    pub cpu: String,
+    pub cores: usize,
+    pub memory: String,
+    pub kernel: String,
+    pub pipe_max_size: usize,
+    pub pipe_user_pages_soft: String,
+    pub transparent_huge_pages: String,
+    pub load_before: String,
+}
+
+impl Machine {
+    pub fn describe() -> Result<Self> {
+        let kernel = uname()?;
+        let first_field = |path: &str, field: &str| {
+            let text = fs::read_to_string(path).unwrap_or_default();
+            (text.lines().find(|line| line.starts_with(field)))
+                .and_then(|line| line.split_once(':'))
+                .map_or("unknown".to_owned(), |(_, value)| value.trim().to_owned())
+        };
+        let setting = |path: &str| {
+            fs::read_to_string(path)
+                .unwrap_or_default()
+                .trim()
+                .to_owned()
+        };
+        let date = Command::new("date").args(["-u", "+%F %T UTC"]).output()?;
+        Ok(Self {
+            date: String::from_utf8_lossy(&date.stdout).trim().to_owned(),
+            cpu: first_field("/proc/cpuinfo", "model name"),
+            cores: thread::available_parallelism()?.get(),
+            memory: first_field("/proc/meminfo", "MemTotal"),
+            kernel: kernel.release().to_string_lossy().into_owned(),
+            pipe_max_size: pipe_max_size()?,
+            pipe_user_pages_soft: setting("/proc/sys/fs/pipe-user-pages-soft"),
+            transparent_huge_pages: setting("/sys/kernel/mm/transparent_hugepage/enabled"),
+            load_before: setting("/proc/loadavg"),
+        })
+    }
+}
+
+pub fn pipe_max_size() -> Result<usize> {
+    let text = fs::read_to_string(PIPE_MAX_SIZE)?;
+    text.trim().parse().context("Malformed pipe-max-size")
+}
+
+/// With CAP_SYS_RESOURCE no limit would be a limit: no process that we start shall have it.
+pub fn drop_resource_capability() {
+    const CAP_SYS_RESOURCE: libc::c_ulong = 24;
+    // SAFETY: this prctl takes two numbers. Without the right to do so it fails, and then (as good as always) the
+    // capability is not there either.
+    unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0) };
+}
+
+/// Larger pipes for a while.
+pub struct RaisedLimit {
+    before: usize,
+}
+
+impl RaisedLimit {
+    /// `None` where we may not.
+    pub fn raise() -> Result<Option<Self>> {
+        let before = pipe_max_size()?;
+        match fs::write(PIPE_MAX_SIZE, RAISED_PIPE_MAX_SIZE.to_string()) {
+            Ok(()) => Ok(Some(Self { before })),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::EROFS) => Ok(None),
+            Err(error) => Err(error).context(PIPE_MAX_SIZE),
+        }
+    }
+}
+
+impl Drop for RaisedLimit {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(PIPE_MAX_SIZE, self.before.to_string()) {
+            eprintln!(
+                "Failed to set {PIPE_MAX_SIZE} back to {}: {error}",
+                self.before
+            );
+        }
+    }
+}
+
+/// Clears up when the benchmark has ended, however it ended. It runs in a process group of its own, out of reach of
+/// a Ctrl-C, and sees its input end.
+#[derive(Serialize, Deserialize)]
+pub struct Janitor {
+    work_dir: PathBuf,
+    pipe_max_size: usize,
+}
+
+impl Janitor {
+    pub fn play(self) -> Result<()> {
+        io::copy(&mut io::stdin(), &mut io::sink())?;
+        if pipe_max_size()? == RAISED_PIPE_MAX_SIZE && self.pipe_max_size != RAISED_PIPE_MAX_SIZE {
+            fs::write(PIPE_MAX_SIZE, self.pipe_max_size.to_string())?;
+        }
+        fs::remove_dir_all(&self.work_dir)?;
+        Ok(())
+    }
+}
+
+/// A directory in memory that ends with the benchmark.
+pub struct WorkDir {
+    path: PathBuf,
+    janitor: Child,
+}
+
+impl WorkDir {
+    pub fn create() -> Result<Self> {
+        let in_memory = Path::new("/dev/shm");
+        let parent = if in_memory.is_dir() {
+            in_memory.to_owned()
+        } else {
+            env::temp_dir()
+        };
+        let path = parent.join(format!("criu-image-streamer-bench-{}", id()));
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        let role = Role::Janitor(Janitor {
+            work_dir: path.clone(),
+            pipe_max_size: pipe_max_size()?,
+        });
+        let janitor = (role.command()?.stdin(Stdio::piped()))
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { path, janitor })
+    }
+
+    pub fn subdirectory(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        if path.exists() {
+            fs::remove_dir_all(&path)?;
+        }
+        fs::create_dir(&path)?;
+        Ok(path)
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        drop(self.janitor.stdin.take());
+        let _ = self.janitor.wait();
+    }
+}

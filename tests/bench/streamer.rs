@@ -1,0 +1,98 @@
+//! The streamer's process, and others that stand in for it.
+
+use crate::machine::WorkDir;
+use crate::measured::{Finished, Measured};
+use anyhow::{Context, Result, bail};
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// Read end and write end.
+pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    Ok(pipe2(OFlag::O_CLOEXEC)?)
+}
+
+pub fn fd_list(fds: &[OwnedFd]) -> String {
+    let numbers: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
+    numbers.join(",")
+}
+
+/// A measured process that reports its progress.
+pub struct Streamer {
+    pub process: Measured,
+    pub images_dir: PathBuf,
+    progress: BufReader<File>,
+    errors: PathBuf,
+}
+
+impl Streamer {
+    /// Runs `program capture`, `program extract` or `program serve`, with these shards.
+    pub fn spawn(
+        program: &Path,
+        verb: &str,
+        shards: Vec<OwnedFd>,
+        work_dir: &WorkDir,
+    ) -> Result<Self> {
+        let fds = fd_list(&shards);
+        Self::spawn_as(shards, work_dir, |images_dir, progress| {
+            let mut command = Command::new(program);
+            command.arg("--images-dir").arg(images_dir);
+            command.args(["--shard-fds", &fds]);
+            command.args(["--progress-fd", &progress.to_string(), verb]);
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+            Ok(command)
+        })
+    }
+
+    /// The same with a command line that `command` makes from the images directory and the progress descriptor.
+    pub fn spawn_as(
+        mut inherited: Vec<OwnedFd>,
+        work_dir: &WorkDir,
+        command: impl FnOnce(&Path, i32) -> Result<Command>,
+    ) -> Result<Self> {
+        let images_dir = work_dir.subdirectory("images")?;
+        let errors = images_dir.with_file_name("stderr");
+        let (progress, progress_end) = pipe()?;
+        let mut command = command(&images_dir, progress_end.as_raw_fd())?;
+        command.stderr(File::create(&errors)?);
+        inherited.push(progress_end);
+        Ok(Self {
+            process: Measured::spawn(command, inherited)?,
+            images_dir,
+            progress: BufReader::new(File::from(progress)),
+            errors,
+        })
+    }
+
+    /// Returns when the streamer has said that it listens.
+    pub fn wait_for_socket(&mut self) -> Result<()> {
+        let mut line = String::new();
+        while self.progress.read_line(&mut line)? > 0 {
+            if line == "socket-init\n" {
+                return Ok(());
+            }
+            line.clear();
+        }
+        bail!("The streamer did not listen: {}", self.errors()?);
+    }
+
+    fn errors(&self) -> Result<String> {
+        fs::read_to_string(&self.errors).context("Failed to read the streamer's errors")
+    }
+
+    pub fn finish(self) -> Result<Finished> {
+        let errors = self.errors.clone();
+        let finished = self.process.wait()?;
+        if !finished.status.success() {
+            let errors = fs::read_to_string(errors)?;
+            bail!("The streamer failed with {}: {errors}", finished.status);
+        }
+        Ok(finished)
+    }
+}
