@@ -17,6 +17,16 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+/// A limit that the child starts with, as with `ulimit`.
+#[derive(Debug, Clone, Copy)]
+pub enum Limit {
+    OpenFiles(u64),
+    /// In bytes.
+    AddressSpace(u64),
+    /// In bytes; writing more sends SIGXFSZ, which ends a process that does not ignore it.
+    FileSize(u64),
+}
+
 /// What the kernel accounted for a child when it ended.
 #[derive(Debug, Clone, Copy)]
 pub struct Usage {
@@ -45,12 +55,12 @@ impl Child {
     pub fn spawn(
         command: &mut Command,
         inherited: &[OwnedFd],
-        max_open_files: Option<u64>,
+        limits: Vec<Limit>,
     ) -> io::Result<Self> {
         inherit(
             command,
             inherited.iter().map(AsRawFd::as_raw_fd).collect(),
-            max_open_files,
+            limits,
         );
         let pid = command.spawn()?.id();
         Ok(Self {
@@ -144,7 +154,7 @@ pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(with_rights).join().unwrap())
 }
 
-fn inherit(command: &mut Command, fds: Vec<RawFd>, max_open_files: Option<u64>) {
+fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
     let prepare = move || {
         for &fd in &fds {
             // SAFETY: changes a flag in the new process's own descriptor table; no memory is involved.
@@ -152,20 +162,25 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, max_open_files: Option<u64>) 
                 return Err(io::Error::last_os_error());
             }
         }
-        if let Some(max) = max_open_files {
+        for &limit in &limits {
+            let (resource, max) = match limit {
+                Limit::OpenFiles(max) => (libc::RLIMIT_NOFILE, max),
+                Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
+                Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
+            };
             let limit = libc::rlimit {
                 rlim_cur: max,
                 rlim_max: max,
             };
             // SAFETY: the pointer is to a local variable that outlives the call.
-            if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } < 0 {
+            if unsafe { libc::setrlimit(resource, &limit) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
     };
     // SAFETY: between fork and exec `prepare` calls only fcntl and setrlimit, which are async-signal-safe system
-    // calls, and allocates nothing: the vector was built before the fork.
+    // calls, and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
 }
 

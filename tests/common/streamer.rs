@@ -30,7 +30,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use super::HANG_TIMEOUT;
-use super::child::{self, Child, Usage};
+use super::child::{self, Child, Limit, Usage};
 use super::criu::{Criu, Role};
 use super::lines::Lines;
 use super::shards::pipe;
@@ -49,7 +49,7 @@ pub struct Launch {
     stdin: Stdio,
     stdout: Stdio,
     user: Option<u32>,
-    max_open_files: Option<u64>,
+    limits: Vec<Limit>,
     hang_timeout: Duration,
 }
 
@@ -75,7 +75,7 @@ impl Launch {
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             user: None,
-            max_open_files: None,
+            limits: Vec::new(),
             hang_timeout: HANG_TIMEOUT,
         }
     }
@@ -142,9 +142,8 @@ impl Launch {
         self
     }
 
-    /// `ulimit -n`.
-    pub fn max_open_files(mut self, max: u64) -> Self {
-        self.max_open_files = Some(max);
+    pub fn limit(mut self, limit: Limit) -> Self {
+        self.limits.push(limit);
         self
     }
 
@@ -167,7 +166,13 @@ impl Launch {
             .images_dir
             .unwrap_or_else(|| own_dir.as_ref().unwrap().path().to_owned());
 
-        let mut command = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        // Another user may not be able to walk to the binary, so it is named by a descriptor.
+        let binary = fs::File::open(env!("CARGO_BIN_EXE_criu-image-streamer"))
+            .expect("open the streamer's binary");
+        let mut command = match self.user {
+            None => Command::new(env!("CARGO_BIN_EXE_criu-image-streamer")),
+            Some(_) => Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd())),
+        };
         command.arg("--images-dir").arg(&images_dir);
         let mut inherited = self.inherited;
         if !self.shards.is_empty() {
@@ -207,8 +212,8 @@ impl Launch {
         if let Some(uid) = self.user {
             command.uid(uid).gid(uid);
         }
-        let child = Child::spawn(&mut command, &inherited, self.max_open_files)
-            .expect("start the streamer");
+        let child =
+            Child::spawn(&mut command, &inherited, self.limits).expect("start the streamer");
         let argv = format!("{command:?}");
         drop((command, inherited));
 
