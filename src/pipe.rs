@@ -1,0 +1,314 @@
+//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between them.
+//!
+//! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice` are told so by
+//! flag, reads and writes by the file description being non-blocking. Interrupted
+//! calls are repeated here; "would block" and "end of file" are values, not errors, since every caller has to tell them
+//! apart. A short count is a value too: only the caller knows what was promised to whom.
+//!
+//! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12 bytes costs as much
+//! room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much can be taken out, but not how much fits in.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
+use nix::sys::stat::{Mode, SFlag, fstat};
+
+/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
+/// pages are larger, slots are too, and the estimates made with this constant err on the safe side.
+pub const SLOT: usize = 4096;
+
+/// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
+pub const DEFAULT_SLOTS: usize = 16;
+
+/// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB (PROTOCOL.md, section 1),
+/// and beyond 1 MiB the benchmark shows no gain for the other pipes.
+pub const LARGEST: usize = 4 << 20;
+
+/// The end of a pipe that data comes out of.
+#[derive(Debug)]
+pub struct ReadEnd(OwnedFd);
+
+/// The end of a pipe that data goes into.
+#[derive(Debug)]
+pub struct WriteEnd(OwnedFd);
+
+/// What one attempt to move data led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moved {
+    /// So many bytes, at least one.
+    Bytes(usize),
+    /// Nothing now: the source is empty or the target full.
+    WouldBlock,
+    /// Nothing ever again: the source is empty, and nobody holds its write end.
+    End,
+}
+
+impl ReadEnd {
+    /// Takes a descriptor that must be the readable end of a pipe.
+    ///
+    /// # Errors
+    /// When it is not a pipe, or not open for reading; the text says which.
+    pub fn new(fd: OwnedFd) -> Result<Self> {
+        check_end(
+            fd.as_fd(),
+            OFlag::O_WRONLY,
+            "the write end of a pipe, where its read end is needed",
+        )?;
+        Ok(Self(fd))
+    }
+}
+
+impl WriteEnd {
+    /// Takes a descriptor that must be the writable end of a pipe.
+    ///
+    /// # Errors
+    /// When it is not a pipe, or not open for writing; the text says which.
+    pub fn new(fd: OwnedFd) -> Result<Self> {
+        check_end(
+            fd.as_fd(),
+            OFlag::O_RDONLY,
+            "the read end of a pipe, where its write end is needed",
+        )?;
+        Ok(Self(fd))
+    }
+}
+
+impl AsFd for ReadEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for WriteEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A new pipe, both ends close-on-exec and blocking.
+///
+/// # Errors
+/// When no more descriptors can be had.
+pub fn new() -> Result<(ReadEnd, WriteEnd)> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
+    Ok((ReadEnd(read), WriteEnd(write)))
+}
+
+/// What kind of file a descriptor is, in words for an error message.
+pub fn describe(fd: BorrowedFd) -> &'static str {
+    let Ok(stat) = fstat(fd) else {
+        return "not open";
+    };
+    match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFREG => "a regular file",
+        SFlag::S_IFDIR => "a directory",
+        SFlag::S_IFIFO => "a pipe",
+        SFlag::S_IFSOCK => "a socket",
+        SFlag::S_IFBLK => "a block device",
+        SFlag::S_IFCHR if nix::unistd::isatty(fd).unwrap_or(false) => "a terminal",
+        SFlag::S_IFCHR => "a character device",
+        _ => "a special file",
+    }
+}
+
+fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<()> {
+    let kind = describe(fd);
+    if kind != "a pipe" {
+        bail!("it is {kind}, not a pipe");
+    }
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).context("reading its flags")?);
+    if flags & OFlag::O_ACCMODE == wrong_mode {
+        bail!("it is {wrong_end}");
+    }
+    Ok(())
+}
+
+/// How many bytes can be taken out of a pipe now.
+///
+/// # Errors
+/// Those of `FIONREAD`; none for an open pipe.
+pub fn available(pipe: impl AsFd) -> io::Result<usize> {
+    nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
+    let mut bytes = 0;
+    // SAFETY: FIONREAD writes one int through the pointer, which is a live, exclusive reference for the whole call.
+    unsafe { fionread(pipe.as_fd().as_raw_fd(), &mut bytes) }?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// The capacity of a pipe in slots.
+///
+/// # Errors
+/// Those of `F_GETPIPE_SZ`; none for an open pipe.
+pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
+    let bytes = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?;
+    Ok(usize::try_from(bytes).unwrap_or(SLOT) / SLOT)
+}
+
+/// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it in slots.
+///
+/// Asking for too much is refused outright (`EPERM` beyond `/proc/sys/fs/pipe-max-size`, or when the user's pipes hold
+/// more than `pipe-user-pages-soft`), and capacities are powers of two: so this halves until it is not refused. A pipe is
+/// never made smaller.
+///
+/// # Errors
+/// Those of `F_GETPIPE_SZ`; none for an open pipe.
+pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
+    let mut current = slots(&pipe)?;
+    let mut bytes = wanted.next_power_of_two();
+    while bytes > current * SLOT {
+        match fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int)) {
+            Ok(got) => {
+                current = usize::try_from(got).unwrap_or(SLOT) / SLOT;
+                break;
+            }
+            Err(_) => bytes /= 2,
+        }
+    }
+    Ok(current)
+}
+
+/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the same end.
+///
+/// The flag belongs to the open file description, which the shell or a supervisor may share; opening the pipe anew
+/// through /proc gives a description of our own. Where that is not possible (no /proc, a pipe of another user), the
+/// shared one is changed.
+///
+/// # Errors
+/// When neither way works.
+fn make_nonblocking(end: OwnedFd, access: OFlag) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", end.as_fd().as_raw_fd());
+    match open(
+        path.as_str(),
+        access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    ) {
+        Ok(own) => Ok(own),
+        Err(_) => {
+            let flags = OFlag::from_bits_retain(fcntl(&end, FcntlArg::F_GETFL)?);
+            fcntl(&end, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+            Ok(end)
+        }
+    }
+}
+
+impl ReadEnd {
+    /// The same end, with reads that do not block.
+    ///
+    /// # Errors
+    /// When the description can neither be opened anew nor changed.
+    pub fn nonblocking(self) -> io::Result<Self> {
+        make_nonblocking(self.0, OFlag::O_RDONLY).map(Self)
+    }
+}
+
+impl WriteEnd {
+    /// The same end, with writes that do not block.
+    ///
+    /// # Errors
+    /// When the description can neither be opened anew nor changed.
+    pub fn nonblocking(self) -> io::Result<Self> {
+        make_nonblocking(self.0, OFlag::O_WRONLY).map(Self)
+    }
+}
+
+fn moved(attempt: impl FnMut() -> nix::Result<usize>) -> io::Result<Moved> {
+    match uninterrupted(attempt) {
+        Ok(0) => Ok(Moved::End),
+        Ok(bytes) => Ok(Moved::Bytes(bytes)),
+        Err(Errno::EAGAIN) => Ok(Moved::WouldBlock),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Repeats a system call for as long as signals interrupt it.
+pub fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match attempt() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Moves up to `len` bytes from a pipe to a pipe or file without copying them.
+///
+/// # Errors
+/// `EPIPE` when the target's reader is gone, and what writing to a file can lead to.
+pub fn splice(from: &ReadEnd, to: impl AsFd, len: usize) -> io::Result<Moved> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    moved(|| nix::fcntl::splice(from, None, &to, None, len, flags))
+}
+
+/// Puts references to the pages of `memory` into a pipe. They must not be written to for as long as somebody may read
+/// them: give it memory that is filled once, as the arena's is.
+///
+/// # Errors
+/// `EPIPE` when the pipe's reader is gone.
+pub fn vmsplice(to: &WriteEnd, memory: &[IoSlice]) -> io::Result<Moved> {
+    moved(|| nix::fcntl::vmsplice(to, memory, SpliceFFlags::SPLICE_F_NONBLOCK))
+}
+
+/// Reads from a pipe (made non-blocking before).
+///
+/// # Errors
+/// Those of `read`; none for an open pipe.
+pub fn read(from: &ReadEnd, buffer: &mut [u8]) -> io::Result<Moved> {
+    moved(|| nix::unistd::read(from, buffer))
+}
+
+/// Writes to a pipe (made non-blocking before).
+///
+/// # Errors
+/// `EPIPE` when the pipe's reader is gone.
+pub fn write(to: &WriteEnd, bytes: &[u8]) -> io::Result<Moved> {
+    moved(|| nix::unistd::write(to, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_refused_where_the_other_is_needed() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        assert!(ReadEnd::new(write).is_err());
+        assert!(WriteEnd::new(read).is_err());
+    }
+
+    #[test]
+    fn empty_full_and_ended_are_told_apart() {
+        let (read, write) = new().unwrap();
+        let (read, write) = (read.nonblocking().unwrap(), write.nonblocking().unwrap());
+        let mut buffer = [0; 10];
+        assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::WouldBlock);
+        assert_eq!(super::write(&write, b"abc").unwrap(), Moved::Bytes(3));
+        assert_eq!(available(&read).unwrap(), 3);
+        assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::Bytes(3));
+        while super::write(&write, &[0; SLOT]).unwrap() != Moved::WouldBlock {}
+        assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * SLOT);
+        drop(write);
+        while super::read(&read, &mut [0; SLOT]).unwrap() != Moved::End {}
+    }
+
+    #[test]
+    fn a_pipe_grows_as_far_as_allowed_and_never_shrinks() {
+        let (read, _write) = new().unwrap();
+        let grown = grow(&read, LARGEST).unwrap();
+        assert!(grown >= DEFAULT_SLOTS);
+        assert_eq!(grow(&read, SLOT).unwrap(), grown);
+    }
+
+    #[test]
+    fn making_one_end_nonblocking_leaves_other_holders_alone() {
+        let (read, _write) = new().unwrap();
+        let other = read.0.try_clone().unwrap();
+        let _ours = read.nonblocking().unwrap();
+        let flags = OFlag::from_bits_retain(fcntl(&other, FcntlArg::F_GETFL).unwrap());
+        assert!(!flags.contains(OFlag::O_NONBLOCK));
+    }
+}

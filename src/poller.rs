@@ -1,0 +1,142 @@
+//! epoll, and the naps between two looks at busy pipes.
+//!
+//! Pipes are watched edge-triggered: an event says that something changed, and how much there is to do is then read off
+//! the pipe itself. Level-triggered epoll would return at once for every source that has data but may not be moved yet,
+//! and every page that arrives would cost a wake-up.
+//!
+//! While data flows, the loops do not sleep in epoll but nap for a fixed time ([`NAP`]) and then look at all busy pipes:
+//! in the meantime they fill, so that each splice moves much, and whoever fills them is not made to wake anybody.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::pipe::uninterrupted;
+
+/// How long a loop leaves busy pipes alone. The kernel adds its timer slack of 50 µs, so that a nap takes some 100 µs: about
+/// the time in which CRIU fills a pipe of 1 MiB.
+pub const NAP: Duration = Duration::from_micros(50);
+
+/// The longest nap, for when nothing moves because all shards are full or empty.
+pub const LONGEST_NAP: Duration = Duration::from_millis(5);
+
+/// Events taken at a time.
+const BATCH: usize = 64;
+
+/// What to be told of.
+#[derive(Debug, Clone, Copy)]
+pub enum Interest {
+    /// Each change of something readable, and its end.
+    ReadableEdge,
+    /// Each change of something writable, and its reader's end.
+    WritableEdge,
+    /// Something to read, for as long as there is.
+    Readable,
+    /// Only that the other side is gone.
+    Gone,
+}
+
+/// One event: the token given at registration, and whether the other side is gone.
+#[derive(Debug, Clone, Copy)]
+pub struct Event {
+    pub token: u64,
+    pub hung_up: bool,
+}
+
+/// An epoll instance. Descriptors leave it by being closed, or by [`Poller::remove`] where somebody else holds them too.
+pub struct Poller {
+    epoll: Epoll,
+    events: Vec<EpollEvent>,
+}
+
+impl Poller {
+    /// # Errors
+    /// When the kernel has no more descriptors for us.
+    pub fn new() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self {
+            epoll,
+            events: vec![EpollEvent::empty(); BATCH],
+        })
+    }
+
+    /// Watches a descriptor.
+    ///
+    /// # Errors
+    /// `EPERM` for descriptors that cannot be waited for, such as regular files.
+    pub fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+        let flags = match interest {
+            Interest::ReadableEdge => EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
+            Interest::WritableEdge => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
+            Interest::Readable => EpollFlags::EPOLLIN,
+            Interest::Gone => EpollFlags::EPOLLET,
+        };
+        Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
+    }
+
+    /// Watches it no longer.
+    ///
+    /// # Errors
+    /// `ENOENT` if it was not watched.
+    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(self.epoll.delete(fd)?)
+    }
+
+    /// Waits for events: `None` without limit, otherwise up to so long (rounded up to milliseconds; zero looks only). The
+    /// events are in `found`, which is empty when the time is over.
+    ///
+    /// # Errors
+    /// Those of `epoll_wait` but for interruptions.
+    pub fn wait(&mut self, limit: Option<Duration>, found: &mut Vec<Event>) -> io::Result<()> {
+        let timeout = match limit {
+            None => EpollTimeout::NONE,
+            Some(limit) => EpollTimeout::try_from(limit.as_nanos().div_ceil(1_000_000) as i32)
+                .map_err(|_| io::Error::from(Errno::EINVAL))?,
+        };
+        found.clear();
+        let count = uninterrupted(|| self.epoll.wait(&mut self.events, timeout))?;
+        found.extend(self.events[..count].iter().map(|event| {
+            Event {
+                token: event.data(),
+                hung_up: event
+                    .events()
+                    .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
+            }
+        }));
+        Ok(())
+    }
+}
+
+/// Naps that grow while nothing moves, and start short again when something did.
+#[derive(Debug)]
+pub struct Pace {
+    next: Duration,
+}
+
+impl Pace {
+    pub fn new() -> Self {
+        Self { next: NAP }
+    }
+
+    /// Naps after data was moved, or may be moved once more of it has come.
+    pub fn nap(&mut self) {
+        self.next = NAP;
+        std::thread::sleep(NAP);
+    }
+
+    /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard costs no CPU, and yet
+    /// never much longer than the stall has lasted already.
+    pub fn nap_longer(&mut self) {
+        std::thread::sleep(self.next);
+        self.next = (self.next * 2).min(LONGEST_NAP);
+    }
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self::new()
+    }
+}
