@@ -1,0 +1,154 @@
+//! The CRIU processes that are connected, and when the last of them is gone.
+//!
+//! Usually there is one, but a `criu lazy-pages` daemon may stand beside a `criu restore`. Only peers that have asked for a file
+//! count: one that connects and says nothing can neither end a transfer nor hold it up. When a peer leaves
+//! without having asked for anything, it was either not CRIU, or a CRIU that failed before it opened its first file.
+//! Nothing tells these apart, so another client has [`GRACE`] to appear before the transfer is given up: a script whose CRIU
+//! failed is not left waiting.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::criu::{Connection, Message, Receipt};
+
+/// How long to go on listening after a client that asked for nothing has left.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// System calls made for one client before others have their turn: CRIU can send small files as fast as we take them, and
+/// each holds a descriptor until it has been read.
+const TURN: usize = 16;
+
+struct Client<R> {
+    connection: Connection,
+    /// What it asked for and has not sent a descriptor for yet.
+    requested: Option<R>,
+    has_spoken: bool,
+}
+
+/// All clients, each with what it asked for last.
+pub struct Clients<R> {
+    clients: HashMap<u64, Client<R>>,
+    next_id: u64,
+    expected: usize,
+    spoken: usize,
+    speaking: usize,
+    give_up: Option<Instant>,
+}
+
+impl<R> Clients<R> {
+    /// Waits for `expected` clients at least.
+    pub fn new(expected: usize) -> Self {
+        Self {
+            clients: HashMap::new(),
+            next_id: 0,
+            expected,
+            spoken: 0,
+            speaking: 0,
+            give_up: None,
+        }
+    }
+
+    /// An id that no client had before.
+    pub fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    pub fn add(&mut self, id: u64, connection: Connection) {
+        self.give_up = None;
+        self.clients.insert(
+            id,
+            Client {
+                connection,
+                requested: None,
+                has_spoken: false,
+            },
+        );
+    }
+
+    /// As many clients as were expected have asked for files, and all of these are gone.
+    pub fn all_gone(&self) -> bool {
+        self.spoken >= self.expected && self.speaking == 0
+    }
+
+    /// The time left until the wait for another client is over, if one has left without a word.
+    pub fn grace_left(&self) -> Option<Duration> {
+        self.give_up
+            .map(|end| end.saturating_duration_since(Instant::now()))
+    }
+
+    /// # Errors
+    /// When the wait for another client is over.
+    pub fn check_grace(&self) -> Result<()> {
+        if self.grace_left() == Some(Duration::ZERO) {
+            bail!(
+                "waiting for CRIU: it connected and went away without asking for any file; see CRIU's log"
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes what a client says, and gives it to `answer`, which tells whether a file was opened by it. A client that
+    /// breaks the protocol is dropped.
+    ///
+    /// # Errors
+    /// When the client broke the protocol after it had opened files: what it took part in cannot be trusted.
+    pub fn hear(
+        &mut self,
+        id: u64,
+        mut answer: impl FnMut(&mut Connection, &mut Option<R>, Message) -> Result<bool>,
+    ) -> Result<()> {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return Ok(());
+        };
+        let mut has_spoken = client.has_spoken;
+        let heard = (|| {
+            let mut receipt = Receipt::Something;
+            for _ in 0..TURN {
+                receipt = client.connection.receive()?;
+                while let Some(message) = client.connection.next_message()? {
+                    has_spoken |= answer(&mut client.connection, &mut client.requested, message)?;
+                }
+                if receipt != Receipt::Something {
+                    break;
+                }
+            }
+            Ok(receipt)
+        })();
+        if has_spoken && !client.has_spoken {
+            client.has_spoken = true;
+            self.spoken += 1;
+            self.speaking += 1;
+        }
+        match heard {
+            Ok(Receipt::Closed) => {
+                self.remove(id);
+                if !has_spoken && self.spoken < self.expected {
+                    self.give_up = Some(Instant::now() + GRACE);
+                }
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.remove(id);
+                if has_spoken {
+                    return Err(error);
+                }
+                eprintln!("criu-image-streamer: dropped a client: {error:#}");
+                Ok(())
+            }
+        }
+    }
+
+    fn remove(&mut self, id: u64) {
+        if self
+            .clients
+            .remove(&id)
+            .is_some_and(|client| client.has_spoken)
+        {
+            self.speaking -= 1;
+        }
+    }
+}

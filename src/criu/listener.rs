@@ -1,0 +1,171 @@
+//! The socket in the images directory: who may connect, and what is left of it afterwards (nothing).
+//!
+//! An image holds the memory of a process, so the socket has mode 0600 from its first moment (Linux gives a bound socket the
+//! mode that its descriptor had) and only root and the streamer's own user are let in, whatever the directory's mode.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
+    listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
+
+use super::Connection;
+use crate::pipe::uninterrupted;
+
+/// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path` (PROTOCOL.md, section 1).
+const LONGEST_PATH: usize = 107;
+
+/// What CRIU wants from the socket: it looks for another name on dump than on restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Capture,
+    Serve,
+}
+
+impl Role {
+    /// The name of the socket in the images directory.
+    pub fn socket_name(self) -> &'static str {
+        match self {
+            Role::Capture => "streamer-capture.sock",
+            Role::Serve => "streamer-serve.sock",
+        }
+    }
+}
+
+/// The listening socket; its name is removed from the directory when this is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: OwnedFd,
+    path: PathBuf,
+}
+
+impl Listener {
+    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else of that name stays.
+    ///
+    /// # Errors
+    /// When the path is too long for CRIU, when the name is taken, and what binding can lead to.
+    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
+        let path = images_dir.join(role.socket_name());
+        let length = path.as_os_str().len();
+        ensure!(
+            length <= LONGEST_PATH,
+            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {LONGEST_PATH}: use a shorter path",
+            path.display()
+        );
+        remove_stale(&path)?;
+        let socket = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+            None,
+        )
+        .context("creating CRIU's socket")?;
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
+            .context("setting the mode of CRIU's socket")?;
+        let address = UnixAddr::new(&path)
+            .with_context(|| format!("naming the socket {}", path.display()))?;
+        bind(socket.as_raw_fd(), &address)
+            .with_context(|| format!("binding the socket {}", path.display()))?;
+        let listener = Self { socket, path };
+        let backlog = Backlog::new(16).unwrap_or(Backlog::MAXCONN);
+        listen(&listener.socket, backlog)
+            .with_context(|| format!("listening on {}", listener.path.display()))?;
+        Ok(listener)
+    }
+
+    /// Takes the next peer that may use the socket, refusing others; `None` when nobody waits.
+    ///
+    /// # Errors
+    /// Those of `accept`, such as having no descriptor left.
+    pub fn accept(&self) -> Result<Option<Connection>> {
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let stream = match uninterrupted(|| accept4(self.socket.as_raw_fd(), flags)) {
+                Ok(fd) => own(fd),
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::ECONNABORTED) => continue,
+                Err(error) => return Err(error).context("accepting CRIU's connection"),
+            };
+            let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
+            let own_uid = nix::unistd::geteuid().as_raw();
+            if peer.uid() == 0 || peer.uid() == own_uid {
+                return Ok(Some(Connection::new(
+                    stream,
+                    format!("process {} (user {})", peer.pid(), peer.uid()),
+                )));
+            }
+            eprintln!(
+                "criu-image-streamer: refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
+                peer.pid(),
+                peer.uid(),
+                self.path.display()
+            );
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here, and whoever binds next replaces a stale socket.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Takes ownership of a descriptor that `accept4` just returned.
+#[allow(unsafe_code)]
+fn own(fd: std::os::fd::RawFd) -> OwnedFd {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the kernel made this descriptor for us in the accept4 call above, and nothing else knows its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Removes a socket that nobody listens on.
+fn remove_stale(path: &Path) -> Result<()> {
+    let metadata = match path.symlink_metadata() {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("looking at {}", path.display())),
+    };
+    if !metadata.file_type().is_socket() {
+        bail!(
+            "{} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir",
+            path.display()
+        );
+    }
+    // A datagram socket cannot connect to a stream socket, and is told so only if somebody has that one open: whoever
+    // listens there does not see the attempt.
+    let probe = socket(
+        AddressFamily::Unix,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .context("creating a socket")?;
+    let address =
+        UnixAddr::new(path).with_context(|| format!("naming the socket {}", path.display()))?;
+    match connect(probe.as_raw_fd(), &address) {
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
+            .with_context(|| format!("removing the stale socket {}", path.display())),
+        Ok(()) | Err(Errno::EPROTOTYPE) => bail!(
+            "another streamer listens on {}: wait for its end or choose another --images-dir",
+            path.display()
+        ),
+        Err(error) => {
+            Err(error).with_context(|| format!("finding out whether {} is in use", path.display()))
+        }
+    }
+}

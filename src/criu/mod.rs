@@ -1,0 +1,21 @@
+//! CRIU's side of the streamer: a UNIX socket over which CRIU names files and passes the pipes that carry them.
+//!
+//! ```text
+//! capture                                   serve
+//! CRIU                      streamer        CRIU                       streamer
+//!  | length, request(name) ------>|          | length, request(name) ------->|
+//!  | 1 byte + pipe's read end --->|          |<------ length, reply(exists)  |
+//!  | (writes the file into it)    |          | 1 byte + pipe's write end --->|  only if it exists
+//!                                            | (reads the file from it)      |
+//! ```
+//!
+//! All processes of one `criu` share one connection, and a mutex of theirs orders the requests. The end of the connection
+//! means that no further file will be asked for; the pipes that are open then go on.
+//!
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. Which files there are is not known here.
+
+mod connection;
+mod listener;
+
+pub use connection::{Connection, Message, Receipt};
+pub use listener::{Listener, Role};
