@@ -1,0 +1,646 @@
+//! Captures an image: from CRIU's pipes to the shards, by moving page references.
+//!
+//! One thread runs one loop. It sleeps in epoll while nothing is going on. Once data flows it naps for some tens of microseconds
+//! between two rounds (see [`crate::poller`]); in each round it looks at every source that has something, and gives its
+//! data in chunks to the shards that have room ([`balancer`] holds the rule, and why nothing deadlocks). Nothing ever blocks on a
+//! shard.
+//!
+//! The markers of all shards form one sequence, in which one file is current at a time: a chunk of another file than the
+//! last one is preceded by a `filename` marker. Where CRIU sends a file a second time while the first is still open, the
+//! first is ended in the image before the second begins, and whatever still comes of it is thrown away: so the last one counts.
+//!
+//! The end marker is written only for a complete image: CRIU has delivered inventory.img, which it sends last and only when
+//! the dump succeeded, and every file was read to its end. In every other case this fails, and with the program's end CRIU's
+//! pipes break, so that CRIU lets the application go on.
+
+mod balancer;
+mod shard;
+mod source;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::clients::Clients;
+use crate::criu::{Connection, Listener, Message};
+use crate::image_proto::marker::Body;
+use crate::interrupt::Interrupts;
+use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::poller::{Event, Interest, Pace, Poller};
+use crate::progress::{Milestone, Progress, Stats};
+use crate::wire::ImageName;
+use shard::{Shard, Spliced};
+use source::{Origin, Promise, Ready, Source};
+
+/// The file that CRIU sends last, and only when the dump succeeded.
+const INVENTORY: &str = "inventory.img";
+
+/// The file that `criu cpuinfo dump` sends alone, and `criu dump` before it freezes the application.
+const CPUINFO: &str = "cpuinfo.img";
+
+/// The most that one chunk takes of a shard, in slots: half of a shard's largest capacity without privileges, so that the
+/// reader empties one half while the other is filled.
+const LARGEST_CHUNK: usize = 128;
+
+/// How long the end of the capture waits for the shards' readers to take what is in their pipes: most readers that
+/// fail on the last bytes are noticed that way, and a reader that is slow or waits for our end is not waited for.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Below this capacity, in bytes, a shard costs speed that a setting could give back.
+const GOOD_CAPACITY: usize = 1 << 20;
+
+/// What to capture from, and where to.
+pub struct Capture {
+    pub listener: Listener,
+    /// The shards' pipes, with what error messages call them.
+    pub shards: Vec<(WriteEnd, String)>,
+    pub external_files: Vec<(ImageName, ReadEnd)>,
+    pub progress: Progress,
+    /// How many CRIU processes must have come and gone.
+    pub criu_clients: usize,
+}
+
+/// What is watched.
+#[derive(Debug, Clone, Copy)]
+enum Token {
+    Interrupt,
+    Listener,
+    Client(u64),
+    Source(u64),
+    Shard(u64),
+}
+
+impl Token {
+    fn encode(self) -> u64 {
+        match self {
+            Token::Interrupt => 0,
+            Token::Listener => 1,
+            Token::Client(id) => id << 3 | 2,
+            Token::Source(id) => id << 3 | 3,
+            Token::Shard(id) => id << 3 | 4,
+        }
+    }
+
+    fn decode(token: u64) -> Self {
+        match token & 7 {
+            0 => Token::Interrupt,
+            1 => Token::Listener,
+            2 => Token::Client(token >> 3),
+            3 => Token::Source(token >> 3),
+            _ => Token::Shard(token >> 3),
+        }
+    }
+}
+
+/// How far a source got in one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    /// Nothing to do until an event comes.
+    Idle,
+    /// It waits for room in the shards.
+    NoRoom,
+    /// It has moved something, or will when it has filled.
+    Busy,
+    /// It is complete.
+    Complete,
+}
+
+/// Which files arrived whole.
+#[derive(Debug, Default)]
+struct Delivered {
+    inventory: bool,
+    cpuinfo: bool,
+    others: bool,
+}
+
+impl Delivered {
+    fn is_image(&self) -> bool {
+        self.inventory || (self.cpuinfo && !self.others)
+    }
+}
+
+struct Loop<'a> {
+    poller: Poller,
+    interrupts: &'a Interrupts,
+    listener: Listener,
+    clients: Clients<ImageName>,
+    shards: Vec<Shard>,
+    sources: HashMap<u64, Source>,
+    by_name: HashMap<ImageName, u64>,
+    external_names: Vec<ImageName>,
+    busy: Vec<u64>,
+    next_source: u64,
+    seq: u64,
+    current: Option<u64>,
+    delivered: Delivered,
+    frozen: bool,
+    start: Option<Instant>,
+    progress: Progress,
+    discard: Option<File>,
+}
+
+impl Capture {
+    /// Captures one image.
+    ///
+    /// # Errors
+    /// Whenever the image did not become complete.
+    pub fn run(self, interrupts: &Interrupts) -> Result<()> {
+        let poller = Poller::new().context("preparing to wait for events")?;
+        let mut shards = Vec::new();
+        for (pipe, label) in self.shards {
+            shards.push(Shard::new(pipe, label)?);
+        }
+        warn_of_small_pipes(&shards);
+        let mut capture = Loop {
+            poller,
+            interrupts,
+            listener: self.listener,
+            clients: Clients::new(self.criu_clients),
+            shards,
+            sources: HashMap::new(),
+            by_name: HashMap::new(),
+            external_names: Vec::new(),
+            busy: Vec::new(),
+            next_source: 0,
+            seq: 0,
+            current: None,
+            delivered: Delivered::default(),
+            frozen: false,
+            start: None,
+            progress: self.progress,
+            discard: None,
+        };
+        capture.watch(interrupts)?;
+        for (name, pipe) in self.external_files {
+            capture.external_names.push(name.clone());
+            capture.add_source(Source::new(name, pipe, Origin::External))?;
+        }
+        capture.progress.reached(Milestone::SocketInit);
+        capture.receive_files()?;
+        capture.finish()
+    }
+}
+
+fn warn_of_small_pipes(shards: &[Shard]) {
+    use balancer::Room;
+    if let Some(smallest) = shards.iter().min_by_key(|shard| shard.capacity())
+        && smallest.capacity() * SLOT < GOOD_CAPACITY
+    {
+        eprintln!(
+            "criu-image-streamer: {} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
+            smallest.label(),
+            smallest.capacity() * SLOT / 1024,
+        );
+    }
+}
+
+fn ended_early(source: &Source, missing: usize) -> anyhow::Error {
+    anyhow::anyhow!(
+        "capturing {}: its pipe ended {missing} bytes early: somebody else reads from it",
+        source.name
+    )
+}
+
+impl Loop<'_> {
+    fn watch(&self, interrupts: &Interrupts) -> Result<()> {
+        let add = || {
+            self.poller
+                .add(interrupts, Token::Interrupt.encode(), Interest::Readable)?;
+            self.poller
+                .add(&self.listener, Token::Listener.encode(), Interest::Readable)?;
+            for (index, shard) in self.shards.iter().enumerate() {
+                self.poller
+                    .add(shard, Token::Shard(index as u64).encode(), Interest::Gone)?;
+            }
+            Ok::<_, io::Error>(())
+        };
+        add().context("preparing to wait for events")
+    }
+
+    /// Runs until CRIU is gone and every file has been read to its end.
+    fn receive_files(&mut self) -> Result<()> {
+        let mut events = Vec::new();
+        let mut pace = Pace::new();
+        let mut limit = None;
+        loop {
+            self.poller
+                .wait(limit, &mut events)
+                .context("waiting for CRIU")?;
+            let mut step = if self.handle(&events)? {
+                Step::Busy
+            } else {
+                Step::Idle
+            };
+            self.clients.check_grace()?;
+            step = step.max(self.round()?);
+            if self.clients.all_gone() {
+                if self.sources.is_empty() {
+                    break;
+                }
+                ensure!(
+                    self.delivered.is_image() || self.criu_still_writes(),
+                    self.incomplete()
+                );
+            }
+            if step < Step::Busy && !self.flush()? {
+                step = Step::NoRoom;
+            }
+            limit = match step {
+                Step::Idle => self.clients.grace_left(),
+                Step::NoRoom => {
+                    pace.nap_longer();
+                    Some(Duration::ZERO)
+                }
+                Step::Busy | Step::Complete => {
+                    pace.nap();
+                    Some(Duration::ZERO)
+                }
+            };
+        }
+        ensure!(self.delivered.is_image(), self.incomplete());
+        Ok(())
+    }
+
+    fn criu_still_writes(&self) -> bool {
+        self.sources
+            .values()
+            .any(|source| source.origin == Origin::Criu)
+    }
+
+    fn incomplete(&self) -> String {
+        format!(
+            "capturing the image: CRIU went away without sending {INVENTORY}, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
+        )
+    }
+
+    /// Acts on events, and tells whether files were added.
+    fn handle(&mut self, events: &[Event]) -> Result<bool> {
+        let mut added = false;
+        for event in events {
+            match Token::decode(event.token) {
+                Token::Interrupt => self.interrupts.check()?,
+                Token::Listener => {
+                    while let Some(connection) = self.listener.accept()? {
+                        let id = self.clients.next_id();
+                        self.poller
+                            .add(&connection, Token::Client(id).encode(), Interest::Readable)
+                            .context("preparing to wait for CRIU's requests")?;
+                        self.clients.add(id, connection);
+                    }
+                }
+                Token::Client(id) => added |= self.hear(id)?,
+                Token::Source(id) => {
+                    if let Some(source) = self.sources.get_mut(&id) {
+                        source.ended |= event.hung_up;
+                        self.wake(id);
+                    }
+                }
+                Token::Shard(index) => {
+                    if event.hung_up {
+                        return Err(self.shards[index as usize].reader_gone());
+                    }
+                }
+            }
+        }
+        Ok(added)
+    }
+
+    fn wake(&mut self, source: u64) {
+        if !self.busy.contains(&source) {
+            self.busy.push(source);
+        }
+    }
+
+    /// Takes the files that a client sends. One that breaks the protocol before it has sent any is dropped; a later
+    /// violation means that the image cannot be trusted.
+    fn hear(&mut self, id: u64) -> Result<bool> {
+        let mut added = false;
+        let mut opened = Vec::new();
+        let heard = self.clients.hear(
+            id,
+            |connection: &mut Connection, requested: &mut Option<ImageName>, message| match message
+            {
+                Message::Request(name) => {
+                    let name = ImageName::new(&name).with_context(|| {
+                        format!("{} sent a file named {name:?}", connection.peer())
+                    })?;
+                    *requested = Some(name);
+                    connection.expect_descriptor();
+                    Ok(false)
+                }
+                Message::Descriptor(fd) => {
+                    let name = requested
+                        .take()
+                        .context("a descriptor came without a name")?;
+                    let pipe = ReadEnd::new(fd).with_context(|| {
+                        format!("{} sent something wrong for {name}", connection.peer())
+                    })?;
+                    opened.push((name, pipe));
+                    Ok(true)
+                }
+            },
+        );
+        for (name, pipe) in opened {
+            ensure!(
+                !self.external_names.contains(&name),
+                "capturing {name}: CRIU sends a file of this name too; give the external file another name"
+            );
+            self.open(name, pipe)?;
+            added = true;
+        }
+        heard?;
+        Ok(added)
+    }
+
+    /// Starts a file of CRIU's. An open one of the same name is replaced by it.
+    fn open(&mut self, name: ImageName, pipe: ReadEnd) -> Result<()> {
+        if !self.frozen && name.as_str() != CPUINFO {
+            self.frozen = true;
+            self.progress.reached(Milestone::CheckpointStart);
+        }
+        let mut source = Source::new(name, pipe, Origin::Criu);
+        if let Some(&earlier) = self.by_name.get(&source.name)
+            && let Some(replaced) = self.sources.get_mut(&earlier)
+        {
+            replaced.replaced = true;
+            source.replaces = Some(earlier);
+            self.wake(earlier);
+        }
+        self.add_source(source)
+    }
+
+    fn add_source(&mut self, source: Source) -> Result<()> {
+        let id = self.next_source;
+        self.next_source += 1;
+        self.poller
+            .add(
+                &source.pipe,
+                Token::Source(id).encode(),
+                Interest::ReadableEdge,
+            )
+            .with_context(|| format!("preparing to wait for {}", source.name))?;
+        self.by_name.insert(source.name.clone(), id);
+        self.sources.insert(id, source);
+        Ok(())
+    }
+
+    /// Gives every busy source one turn, and tells how the busiest fared.
+    fn round(&mut self) -> Result<Step> {
+        let mut overall = Step::Idle;
+        for id in std::mem::take(&mut self.busy) {
+            let Some(mut source) = self.sources.remove(&id) else {
+                continue;
+            };
+            let step = self.advance(id, &mut source)?;
+            overall = overall.max(step);
+            match step {
+                Step::Complete => self.complete(id, &source),
+                Step::Idle => {
+                    self.sources.insert(id, source);
+                }
+                Step::NoRoom | Step::Busy => {
+                    self.sources.insert(id, source);
+                    self.busy.push(id);
+                }
+            }
+        }
+        Ok(overall)
+    }
+
+    fn complete(&mut self, id: u64, source: &Source) {
+        if self.by_name.get(&source.name) == Some(&id) {
+            self.by_name.remove(&source.name);
+        }
+        if source.origin == Origin::Criu && !source.replaced {
+            match source.name.as_str() {
+                INVENTORY => self.delivered.inventory = true,
+                CPUINFO => self.delivered.cpuinfo = true,
+                _ => self.delivered.others = true,
+            }
+        }
+    }
+
+    /// Moves what a source has, as far as the shards have room.
+    fn advance(&mut self, id: u64, source: &mut Source) -> Result<Step> {
+        if let Some(promise) = source.promise
+            && !self.keep_promise(source, promise)?
+        {
+            return Ok(Step::NoRoom);
+        }
+        if source.replaced {
+            return self.discard(id, source);
+        }
+        if let Some(earlier) = source.replaces {
+            if self
+                .sources
+                .get(&earlier)
+                .is_some_and(|earlier| earlier.named)
+            {
+                return Ok(Step::NoRoom);
+            }
+            source.replaces = None;
+        }
+        loop {
+            match source
+                .inspect()
+                .with_context(|| format!("capturing {}", source.name))?
+            {
+                Ready::Empty => return Ok(Step::Idle),
+                Ready::Filling => return Ok(Step::Busy),
+                Ready::Ended => return self.end_file(id, source),
+                Ready::Move(available) => match self.give_chunk(id, source, available)? {
+                    Step::Busy if source.ended => {}
+                    step => return Ok(step),
+                },
+            }
+        }
+    }
+
+    /// Gives one chunk to the shard with the most room, if any has enough.
+    fn give_chunk(&mut self, id: u64, source: &mut Source, available: usize) -> Result<Step> {
+        const MARKERS: usize = 1;
+        let wanted = source.slots_of(available).min(LARGEST_CHUNK) + MARKERS;
+        let Some(grant) =
+            balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")?
+        else {
+            return Ok(Step::NoRoom);
+        };
+        let data_slots = (grant.slots - MARKERS).max(1);
+        let size = source.bytes_in(data_slots, available);
+        self.start.get_or_insert_with(Instant::now);
+        self.name_file(id, source, grant.shard);
+        self.mark(grant.shard, Body::FileData(size as u32));
+        match self.shards[grant.shard].splice(&source.pipe, size, source.slots_of(size))? {
+            Spliced::All if source.ended && size == available => {
+                self.mark_end(source, grant.shard);
+                Ok(Step::Complete)
+            }
+            Spliced::All => {
+                source.moved(size);
+                Ok(Step::Busy)
+            }
+            Spliced::Full { left } => {
+                source.moved(size - left);
+                source.learn(size - left, data_slots);
+                source.promise = Some(Promise {
+                    shard: grant.shard,
+                    left,
+                });
+                self.shards[grant.shard].set_promised(true);
+                Ok(Step::NoRoom)
+            }
+            Spliced::SourceEnded { missing } => Err(ended_early(source, missing)),
+        }
+    }
+
+    /// Moves the rest of a promised chunk, and tells whether all of it has moved.
+    fn keep_promise(&mut self, source: &mut Source, promise: Promise) -> Result<bool> {
+        let shard = &mut self.shards[promise.shard];
+        match shard.splice(&source.pipe, promise.left, source.slots_of(promise.left))? {
+            Spliced::All => {
+                source.moved(promise.left);
+                source.promise = None;
+                shard.set_promised(false);
+                Ok(true)
+            }
+            Spliced::Full { left } => {
+                source.moved(promise.left - left);
+                source.promise = Some(Promise { left, ..promise });
+                Ok(false)
+            }
+            Spliced::SourceEnded { missing } => Err(ended_early(source, missing)),
+        }
+    }
+
+    /// Marks the end of a file that has nothing left.
+    fn end_file(&mut self, id: u64, source: &mut Source) -> Result<Step> {
+        let Some(grant) =
+            balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?
+        else {
+            return Ok(Step::NoRoom);
+        };
+        self.start.get_or_insert_with(Instant::now);
+        self.name_file(id, source, grant.shard);
+        self.mark_end(source, grant.shard);
+        Ok(Step::Complete)
+    }
+
+    fn mark_end(&mut self, source: &mut Source, shard: usize) {
+        self.mark(shard, Body::FileEof(true));
+        self.current = None;
+        source.named = false;
+    }
+
+    /// Ends a replaced file in the image, and throws away whatever its writer still sends.
+    fn discard(&mut self, id: u64, source: &mut Source) -> Result<Step> {
+        if source.named && self.end_file(id, source)? == Step::NoRoom {
+            return Ok(Step::NoRoom);
+        }
+        let null = match &mut self.discard {
+            Some(null) => null,
+            none => none.insert(
+                File::options()
+                    .write(true)
+                    .open("/dev/null")
+                    .context("opening /dev/null")?,
+            ),
+        };
+        loop {
+            match pipe::splice(&source.pipe, &*null, LARGEST_CHUNK * SLOT)
+                .with_context(|| format!("skipping the first of two files named {}", source.name))?
+            {
+                Moved::Bytes(_) => {}
+                Moved::WouldBlock => return Ok(Step::Idle),
+                Moved::End => return Ok(Step::Complete),
+            }
+        }
+    }
+
+    /// Makes a file the current one.
+    fn name_file(&mut self, id: u64, source: &mut Source, shard: usize) {
+        if self.current != Some(id) {
+            self.mark(shard, Body::Filename(source.name.as_str().to_owned()));
+            self.current = Some(id);
+            source.named = true;
+        }
+    }
+
+    fn mark(&mut self, shard: usize, body: Body) {
+        self.shards[shard].mark(self.seq, body);
+        self.seq += 1;
+    }
+
+    /// Writes all queued markers, and tells whether none is left.
+    fn flush(&mut self) -> Result<bool> {
+        let mut all = true;
+        for shard in &mut self.shards {
+            all &= shard.flush()?;
+        }
+        Ok(all)
+    }
+
+    /// Completes the image.
+    fn finish(mut self) -> Result<()> {
+        let mut pace = Pace::new();
+        let grant = loop {
+            if let Some(grant) =
+                balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?
+            {
+                break grant;
+            }
+            self.wait_for_readers(&mut pace)?;
+        };
+        self.mark(grant.shard, Body::ImageEof(true));
+        while !self.flush()? {
+            self.wait_for_readers(&mut pace)?;
+        }
+        let written = Instant::now();
+        while written.elapsed() < DRAIN_PATIENCE && !self.is_drained()? {
+            self.wait_for_readers(&mut pace)?;
+        }
+        let shards = self
+            .shards
+            .iter()
+            .map(|shard| shard.stats(self.start))
+            .collect();
+        self.progress.stats(&Stats { shards });
+        Ok(())
+    }
+
+    fn is_drained(&self) -> Result<bool> {
+        for shard in &self.shards {
+            if !shard
+                .is_drained()
+                .with_context(|| format!("waiting for the reader of {}", shard.label()))?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
+        pace.nap_longer();
+        let mut events = Vec::new();
+        self.poller
+            .wait(Some(Duration::ZERO), &mut events)
+            .context("waiting for the shards' readers")?;
+        for event in events {
+            match Token::decode(event.token) {
+                Token::Interrupt => self.interrupts.check()?,
+                Token::Shard(index) if event.hung_up => {
+                    let shard = &self.shards[index as usize];
+                    // A reader may leave when it has seen the end marker; not while something is left for it.
+                    if !shard.is_drained().unwrap_or(false) {
+                        return Err(shard.reader_gone());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

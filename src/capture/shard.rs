@@ -1,0 +1,234 @@
+//! The writing side of a shard: markers that wait to be written, data spliced behind them, and how full the pipe is.
+//!
+//! We are the only writer of a shard, so that we know in what portions its pipe was filled. `FIONREAD` tells how many bytes the
+//! reader has left; the newest portions that make up so many bytes are what is still in there, and so many
+//! slots are taken.
+//!
+//! Markers are gathered and written when data follows, or when the loop is about to sleep: the end of one small file and
+//! the start of the next cost one `write` and one slot.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+
+use super::balancer::Room;
+use crate::image_proto::marker::Body;
+use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::progress::ShardStats;
+use crate::wire;
+
+/// Something that was put into the pipe by one system call.
+#[derive(Debug)]
+struct Portion {
+    bytes: usize,
+    slots: usize,
+}
+
+/// How a splice into the shard went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spliced {
+    /// All of it moved.
+    All,
+    /// The shard is full; so many bytes are left.
+    Full { left: usize },
+    /// The source ended early; so many bytes are missing.
+    SourceEnded { missing: usize },
+}
+
+/// The writing side of a shard.
+pub struct Shard {
+    pipe: WriteEnd,
+    label: String,
+    capacity: usize,
+    portions: VecDeque<Portion>,
+    free: usize,
+    markers: Vec<u8>,
+    written: u64,
+    last_write: Option<Instant>,
+    promised: bool,
+}
+
+impl Shard {
+    /// Gives the pipe the largest capacity allowed. `label` names the shard in errors.
+    ///
+    /// # Errors
+    /// When the pipe cannot be made non-blocking or measured.
+    pub fn new(pipe: WriteEnd, label: String) -> Result<Self> {
+        let prepare = || {
+            let pipe = pipe.nonblocking()?;
+            let capacity = pipe::grow(&pipe, pipe::LARGEST)?;
+            let occupied = pipe::available(&pipe)?.div_ceil(SLOT);
+            Ok::<_, io::Error>((pipe, capacity, capacity.saturating_sub(occupied)))
+        };
+        let (pipe, capacity, free) = prepare().with_context(|| format!("preparing {label}"))?;
+        Ok(Self {
+            pipe,
+            label,
+            capacity,
+            portions: VecDeque::new(),
+            free,
+            markers: Vec::new(),
+            written: 0,
+            last_write: None,
+            promised: false,
+        })
+    }
+
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Queues a marker. It is written with the next data, or by [`Shard::flush`].
+    pub fn mark(&mut self, seq: u64, body: Body) {
+        wire::encode(seq, body, &mut self.markers);
+    }
+
+    /// Keeps other chunks away until a promised one has moved.
+    pub fn set_promised(&mut self, promised: bool) {
+        self.promised = promised;
+    }
+
+    /// Writes the queued markers as far as there is room, and tells whether none is left.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub fn flush(&mut self) -> Result<bool> {
+        while !self.markers.is_empty() {
+            match pipe::write(&self.pipe, &self.markers).map_err(|error| self.broken(error))? {
+                Moved::Bytes(bytes) => {
+                    self.markers.drain(..bytes);
+                    self.moved(bytes, bytes.div_ceil(SLOT));
+                }
+                Moved::WouldBlock | Moved::End => {
+                    self.free = 0;
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moves `len` bytes from a source behind the queued markers. `slots` is what they are believed to take.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub fn splice(&mut self, source: &ReadEnd, len: usize, slots: usize) -> Result<Spliced> {
+        let mut left = len;
+        if !self.flush()? {
+            return Ok(Spliced::Full { left });
+        }
+        while left > 0 {
+            match pipe::splice(source, &self.pipe, left).map_err(|error| self.broken(error))? {
+                Moved::Bytes(bytes) => {
+                    left -= bytes;
+                    self.moved(bytes, (slots * bytes).div_ceil(len));
+                }
+                Moved::WouldBlock => {
+                    self.fill_up();
+                    return Ok(Spliced::Full { left });
+                }
+                Moved::End => return Ok(Spliced::SourceEnded { missing: left }),
+            }
+        }
+        Ok(Spliced::All)
+    }
+
+    /// Whether the reader has taken everything.
+    ///
+    /// # Errors
+    /// Those of inspecting a pipe.
+    pub fn is_drained(&self) -> io::Result<bool> {
+        Ok(self.markers.is_empty() && pipe::available(&self.pipe)? == 0)
+    }
+
+    /// What passed through, counted from the transfer's start.
+    pub fn stats(&self, start: Option<Instant>) -> ShardStats {
+        let duration = match (start, self.last_write) {
+            (Some(start), Some(end)) => end.duration_since(start),
+            _ => std::time::Duration::ZERO,
+        };
+        ShardStats {
+            size: self.written,
+            transfer_duration_millis: duration.as_millis() as u64,
+        }
+    }
+
+    fn moved(&mut self, bytes: usize, slots: usize) {
+        self.written += bytes as u64;
+        self.free = self.free.saturating_sub(slots);
+        self.portions.push_back(Portion { bytes, slots });
+        self.last_write = Some(Instant::now());
+    }
+
+    /// The kernel says that the pipe is full: the portions hold more slots than was believed.
+    fn fill_up(&mut self) {
+        let known: usize = self.portions.iter().map(|portion| portion.slots).sum();
+        if let Some(newest) = self.portions.back_mut() {
+            newest.slots += self.capacity.saturating_sub(known);
+        }
+        self.free = 0;
+    }
+
+    fn broken(&self, error: io::Error) -> anyhow::Error {
+        if error.raw_os_error() == Some(Errno::EPIPE as i32) {
+            return self.reader_gone();
+        }
+        anyhow::Error::new(error).context(format!("writing to {}", self.label))
+    }
+
+    /// The error for a reader that went away before the image was complete.
+    pub fn reader_gone(&self) -> anyhow::Error {
+        anyhow::anyhow!(
+            "writing to {}: its reader is gone, and the image with it",
+            self.label
+        )
+    }
+}
+
+impl Room for Shard {
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn room(&self) -> usize {
+        self.free.saturating_sub(self.markers.len().div_ceil(SLOT))
+    }
+
+    fn inspect(&mut self) -> io::Result<()> {
+        let mut left = pipe::available(&self.pipe)?;
+        let mut taken = 0;
+        let mut kept = 0;
+        for portion in self.portions.iter_mut().rev() {
+            if left == 0 {
+                break;
+            }
+            if portion.bytes > left {
+                // The reader is inside of it: so many of its slots are left at most, one of them begun.
+                portion.slots = portion
+                    .slots
+                    .min((left * portion.slots).div_ceil(portion.bytes) + 1);
+                portion.bytes = left;
+            }
+            left -= portion.bytes;
+            taken += portion.slots;
+            kept += 1;
+        }
+        self.portions.drain(..self.portions.len() - kept);
+        self.free = self.capacity.saturating_sub(taken + left.div_ceil(SLOT));
+        Ok(())
+    }
+
+    fn is_open(&self) -> bool {
+        !self.promised
+    }
+}
+
+impl AsFd for Shard {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+}

@@ -1,0 +1,117 @@
+//! The lines that supervisors wait for, and the statistics of an image.
+//!
+//! Supervisors parse these lines exactly, and close their end when they have seen enough: a progress descriptor that cannot be
+//! written to, or that nobody empties, is no failure of the transfer.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+
+use crate::pipe::uninterrupted;
+
+/// How long a full progress pipe may hold up the transfer, in milliseconds, for each line.
+const PATIENCE: u16 = 1000;
+
+/// A moment that supervisors wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Milestone {
+    /// CRIU can connect.
+    SocketInit,
+    /// The application is frozen: the first file other than `cpuinfo.img` was requested.
+    CheckpointStart,
+}
+
+/// What passed through each shard, in the order of `--shard-fds`.
+#[derive(Debug, Default, Serialize)]
+pub struct Stats {
+    pub shards: Vec<ShardStats>,
+}
+
+/// What passed through one shard.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ShardStats {
+    /// Bytes, markers and data.
+    pub size: u64,
+    /// Milliseconds from the start of the image's transfer to this shard's last byte.
+    pub transfer_duration_millis: u64,
+}
+
+/// The progress descriptor.
+#[derive(Debug)]
+pub struct Progress(Option<File>);
+
+impl Progress {
+    /// Reports to `fd`.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(Some(File::from(fd)))
+    }
+
+    /// Reports a milestone.
+    pub fn reached(&mut self, milestone: Milestone) {
+        self.line(match milestone {
+            Milestone::SocketInit => "socket-init",
+            Milestone::CheckpointStart => "checkpoint-start",
+        });
+    }
+
+    /// Reports the statistics, as one line of JSON.
+    pub fn stats(&mut self, stats: &Stats) {
+        self.line(
+            &serde_json::to_string(stats)
+                .expect("numbers and names of fields can be written as JSON"),
+        );
+    }
+
+    fn line(&mut self, line: &str) {
+        use std::io::Write;
+        let Some(file) = &mut self.0 else { return };
+        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
+        let writable = uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)))
+            .is_ok_and(|ready| ready > 0);
+        let whole = format!("{line}\n");
+        if !writable || file.write_all(whole.as_bytes()).is_err() {
+            self.0 = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn lines_are_exactly_what_supervisors_parse() {
+        let (mut read, write) = std::io::pipe().unwrap();
+        let mut progress = Progress::new(write.into());
+        progress.reached(Milestone::SocketInit);
+        progress.reached(Milestone::CheckpointStart);
+        progress.stats(&Stats {
+            shards: vec![
+                ShardStats {
+                    size: 12,
+                    transfer_duration_millis: 3,
+                },
+                ShardStats::default(),
+            ],
+        });
+        drop(progress);
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        assert_eq!(
+            text,
+            "socket-init\ncheckpoint-start\n{\"shards\":[{\"size\":12,\"transfer_duration_millis\":3},{\"size\":0,\"transfer_duration_millis\":0}]}\n"
+        );
+    }
+
+    #[test]
+    fn a_supervisor_that_closes_its_end_early_is_ignored() {
+        let (read, write) = std::io::pipe().unwrap();
+        let mut progress = Progress::new(write.into());
+        drop(read);
+        progress.reached(Milestone::SocketInit);
+        progress.reached(Milestone::CheckpointStart);
+    }
+}
