@@ -1,0 +1,289 @@
+//! Receives an image: from the shards, through the reassembly, into a store.
+//!
+//! Shards are read as their data comes, never one after another: when a capture is connected directly, waiting for an empty shard
+//! while another is full is a deadlock. What is ahead of its turn goes to memory. A store in memory keeps it there
+//! anyway; for a store on disk it is a detour, so that a shard that is ahead is left alone as long as the image makes
+//! progress without it, and up to a limit beyond that.
+//!
+//! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker that is behind the last one of every
+//! shard will not come.
+
+mod reassembly;
+mod shard;
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::interrupt::Interrupts;
+use crate::pipe::ReadEnd;
+use crate::poller::{Interest, Pace, Poller};
+use crate::progress::Stats;
+use crate::store::{Arena, Store};
+use crate::wire::MarkerBody;
+use reassembly::{Origin, Reassembly, Step};
+use shard::{Next, Shard, Taken};
+
+/// Bytes taken from one shard before others have their turn.
+const TURN: usize = 1 << 20;
+
+/// How long an image on its way to disk may make no progress before shards that are ahead are read into memory: longer than it takes
+/// other processes to fill the pipe that it waits for.
+const STALL: Duration = Duration::from_millis(20);
+
+/// The most that waits in memory for its turn on the way to disk, in bytes.
+const MOST_AHEAD: usize = 256 << 20;
+
+/// How long the end of the shards is waited for after the image's end, to find out whether something follows. It is there
+/// already when the shards come from other programs' output; a supervisor may keep its write end open, and need not.
+const END_PATIENCE: Duration = Duration::from_millis(200);
+
+const INTERRUPT: u64 = u64::MAX;
+
+/// How far a shard got in one turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Turn {
+    /// It has nothing now.
+    Idle,
+    /// It is ahead of the others, and left alone.
+    Ahead,
+    /// It moved something.
+    Busy,
+}
+
+struct Reception<'a, S: Store> {
+    poller: Poller,
+    interrupts: &'a Interrupts,
+    shards: Vec<Shard>,
+    image: Reassembly<S>,
+    arena: &'a mut Arena,
+    /// Shards ahead of their turn are read into memory.
+    take_ahead: bool,
+    start: Option<Instant>,
+}
+
+/// Receives a whole image into a store, and tells what passed through each shard.
+///
+/// # Errors
+/// When the image is damaged, incomplete or too large for the store.
+pub fn receive<S: Store>(
+    shards: Vec<(ReadEnd, String)>,
+    store: S,
+    arena: &mut Arena,
+    interrupts: &Interrupts,
+) -> Result<(S, Stats)> {
+    let labels = shards.iter().map(|(_, label)| label.clone()).collect();
+    let shards = shards
+        .into_iter()
+        .map(|(pipe, label)| Shard::new(pipe, label))
+        .collect::<Result<Vec<_>>>()?;
+    let poller = Poller::new().context("preparing to wait for events")?;
+    let image = Reassembly::new(store, labels);
+    let mut reception = Reception {
+        poller,
+        interrupts,
+        shards,
+        image,
+        arena,
+        take_ahead: S::BUFFERS,
+        start: None,
+    };
+    reception.run()?;
+    let stats = Stats {
+        shards: reception
+            .shards
+            .iter()
+            .map(|shard| shard.stats(reception.start))
+            .collect(),
+    };
+    Ok((reception.image.into_store()?, stats))
+}
+
+impl<S: Store> Reception<'_, S> {
+    fn run(&mut self) -> Result<()> {
+        self.watch().context("preparing to wait for events")?;
+        let mut busy = vec![true; self.shards.len()];
+        let mut pace = Pace::new();
+        let mut events = Vec::new();
+        let mut limit = Some(Duration::ZERO);
+        let mut progress = Instant::now();
+        while !self.image.is_complete() {
+            self.poller
+                .wait(limit, &mut events)
+                .context("waiting for the shards")?;
+            self.start.get_or_insert_with(Instant::now);
+            for event in &events {
+                match event.token {
+                    INTERRUPT => self.interrupts.check()?,
+                    index => busy[index as usize] = true,
+                }
+            }
+            let mut overall = Turn::Idle;
+            let before = self.image.next_seq();
+            for (index, busy) in busy.iter_mut().enumerate().filter(|(_, busy)| **busy) {
+                let turn = self.turn(index)?;
+                *busy = turn != Turn::Idle;
+                overall = overall.max(turn);
+                if self.image.is_complete() {
+                    break;
+                }
+            }
+            if self.image.next_seq() != before {
+                progress = Instant::now();
+                self.take_ahead = S::BUFFERS;
+            }
+            limit = match overall {
+                _ if self.image.is_complete() => Some(Duration::ZERO),
+                Turn::Busy => {
+                    pace.nap();
+                    Some(Duration::ZERO)
+                }
+                Turn::Ahead => {
+                    self.check_supply()?;
+                    self.take_ahead |=
+                        progress.elapsed() >= STALL && self.arena.live() < MOST_AHEAD;
+                    Some(STALL)
+                }
+                Turn::Idle => {
+                    self.check_supply()?;
+                    None
+                }
+            };
+        }
+        self.check_end()
+    }
+
+    fn watch(&self) -> io::Result<()> {
+        self.poller
+            .add(self.interrupts, INTERRUPT, Interest::Readable)?;
+        for (index, shard) in self.shards.iter().enumerate() {
+            self.poller
+                .add(shard.pipe(), index as u64, Interest::ReadableEdge)?;
+        }
+        Ok(())
+    }
+
+    /// Takes from one shard what it has, up to a limit.
+    fn turn(&mut self, index: usize) -> Result<Turn> {
+        let mut turn = Turn::Idle;
+        let limit = self.shards[index].offset() + TURN as u64;
+        while self.shards[index].offset() < limit && !self.image.is_complete() {
+            let shard = &mut self.shards[index];
+            if self.image.is_far_ahead() && shard.last_seq() > Some(self.image.next_seq()) {
+                return Ok(turn.max(Turn::Ahead));
+            }
+            let next = shard.next()?;
+            let origin = Origin {
+                shard: index,
+                offset: shard.offset(),
+            };
+            let (seq, step) = match next {
+                Next::Nothing | Next::Ended => return Ok(turn),
+                Next::Data { seq, part } => {
+                    match self.take_data(index, (seq, part), origin)? {
+                        Turn::Busy => turn = Turn::Busy,
+                        stopped => return Ok(turn.max(stopped)),
+                    }
+                    continue;
+                }
+                Next::Marker(seq, MarkerBody::File(name)) => (seq, Step::File(name)),
+                Next::Marker(seq, MarkerBody::Data(_)) => (seq, Step::NoData),
+                Next::Marker(seq, MarkerBody::FileEnd) => (seq, Step::FileEnd),
+                Next::Marker(seq, MarkerBody::ImageEnd) => (seq, Step::ImageEnd),
+            };
+            self.image.submit((seq, 0), origin, step, self.arena)?;
+            turn = Turn::Busy;
+        }
+        Ok(turn)
+    }
+
+    fn take_data(
+        &mut self,
+        index: usize,
+        place: reassembly::Place,
+        origin: Origin,
+    ) -> Result<Turn> {
+        let shard = &mut self.shards[index];
+        let mut most = usize::MAX;
+        if let Some((name, file, store)) = self.image.splice_target(place) {
+            most = shard.in_memory();
+            if most == 0 {
+                let Some(last) =
+                    shard.take_spliced(name, |pipe, len| store.splice(file, pipe, len))?
+                else {
+                    return Ok(Turn::Idle);
+                };
+                self.image.spliced(last, self.arena)?;
+                return Ok(Turn::Busy);
+            }
+        } else if !self.take_ahead && !self.image.is_next(place) && !shard.has_begun_block() {
+            return Ok(Turn::Ahead);
+        }
+        match shard.take_memory(self.arena, most)? {
+            Taken::Memory { extent, last } => {
+                self.image
+                    .submit(place, origin, Step::Data { extent, last }, self.arena)?;
+                Ok(Turn::Busy)
+            }
+            Taken::Nothing => Ok(Turn::Idle),
+        }
+    }
+
+    /// Fails if the next marker cannot come any more.
+    fn check_supply(&self) -> Result<()> {
+        let next = self.image.next_seq();
+        let may_supply = |shard: &Shard| {
+            shard.is_at(next)
+                || (!shard.has_ended() && shard.last_seq().is_none_or(|last| last < next))
+        };
+        if self.shards.iter().any(may_supply) {
+            return Ok(());
+        }
+        let places = self.shards.iter().map(|shard| {
+            let state = if shard.has_ended() { "ended" } else { "stands" };
+            match shard.last_seq() {
+                Some(last) => format!(
+                    "{} {state} at byte {} after marker {last}",
+                    shard.label(),
+                    shard.offset()
+                ),
+                None => format!(
+                    "{} {state} at byte {} without any marker",
+                    shard.label(),
+                    shard.offset()
+                ),
+            }
+        });
+        bail!(
+            "putting the image together: marker {next} is missing: a shard was cut off, damaged or left out ({})",
+            places.collect::<Vec<_>>().join("; ")
+        )
+    }
+
+    /// The end marker must be the last thing on the shards.
+    fn check_end(&mut self) -> Result<()> {
+        let end = Instant::now() + END_PATIENCE;
+        let mut events = Vec::new();
+        loop {
+            let mut all_ended = true;
+            for shard in &mut self.shards {
+                match shard.has_more()? {
+                    Some(true) => bail!(shard.error("something follows the end of the image")),
+                    Some(false) => {}
+                    None => all_ended = false,
+                }
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if all_ended || left.is_zero() {
+                return Ok(());
+            }
+            self.poller
+                .wait(Some(left), &mut events)
+                .context("waiting for the end of the shards")?;
+            if events.iter().any(|event| event.token == INTERRUPT) {
+                self.interrupts.check()?;
+            }
+        }
+    }
+}
