@@ -1,0 +1,295 @@
+//! Serves an image from memory to CRIU, which treats it as a directory of files.
+//!
+//! CRIU opens a file and closes it unread, opens another before the first is finished, hands one to a child process, opens one twice, and
+//! does so from several processes. So requests are answered at once, whatever the state of earlier files, and any
+//! number of files is under way at the same time, each moving whenever its own reader makes room.
+//!
+//! **Freed while sent.** A file's memory goes back to the kernel extent by extent as soon as the pipe holds references to
+//! its pages, since CRIU copies what it reads: keeping it would take twice the memory.
+//!
+//! **Asked for again.** Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when sent, as long as
+//! they come to no more than [`MOST_KEPT`] together. CRIU's files other than memory pages weigh far less: some hundred bytes to a
+//! few KiB for each task, mapping list and descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What
+//! was sent and not kept is gone: asking for it again is answered with "does not exist", and the program then fails naming it.
+
+mod transfer;
+
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::clients::Clients;
+use crate::criu::{Connection, Listener, Message};
+use crate::interrupt::Interrupts;
+use crate::pipe::WriteEnd;
+use crate::poller::{Event, Interest, Pace, Poller};
+use crate::store::Arena;
+use crate::store::mem::{Contents, MemStore};
+use crate::wire::ImageName;
+use transfer::{Rest, Sent, Transfer};
+
+/// The largest file that can be asked for more than once, in bytes.
+pub const LARGEST_KEPT: usize = 1 << 20;
+
+/// What is kept in all for being asked for again, in bytes.
+pub const MOST_KEPT: usize = 16 << 20;
+
+/// Files whose names start like this hold the application's memory: large, and read once.
+const PAGES: &str = "pages-";
+
+enum File {
+    /// Nobody asked for it yet.
+    Fresh(Contents),
+    /// Sent at least once, and kept.
+    Kept(Rc<Contents>),
+    /// Sent, and gone.
+    Gone,
+}
+
+/// What a client asked for and has not sent a pipe for yet.
+struct Requested {
+    name: ImageName,
+    rest: Rest,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Token {
+    Interrupt,
+    Listener,
+    Client(u64),
+    Transfer(u64),
+}
+
+impl Token {
+    fn encode(self) -> u64 {
+        match self {
+            Token::Interrupt => 0,
+            Token::Listener => 1,
+            Token::Client(id) => id << 2 | 2,
+            Token::Transfer(id) => id << 2 | 3,
+        }
+    }
+
+    fn decode(token: u64) -> Self {
+        match token & 3 {
+            0 => Token::Interrupt,
+            1 => Token::Listener,
+            2 => Token::Client(token >> 2),
+            _ => Token::Transfer(token >> 2),
+        }
+    }
+}
+
+struct Server<'a> {
+    poller: Poller,
+    interrupts: &'a Interrupts,
+    listener: Listener,
+    clients: Clients<Requested>,
+    files: HashMap<ImageName, File>,
+    arena: Arena,
+    kept: usize,
+    transfers: HashMap<u64, Transfer>,
+    /// Transfers whose pipes may have room.
+    busy: Vec<u64>,
+    next_transfer: u64,
+    refused: HashSet<ImageName>,
+}
+
+/// Serves `files`, whose memory is in `arena`, until `criu_clients` clients have come and all are gone.
+///
+/// # Errors
+/// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
+pub fn serve(
+    listener: Listener,
+    files: MemStore,
+    arena: Arena,
+    criu_clients: usize,
+    interrupts: &Interrupts,
+) -> Result<()> {
+    let poller = Poller::new().context("preparing to wait for events")?;
+    poller
+        .add(interrupts, Token::Interrupt.encode(), Interest::Readable)
+        .context("preparing to wait for signals")?;
+    poller
+        .add(&listener, Token::Listener.encode(), Interest::Readable)
+        .context("preparing to wait for CRIU")?;
+    let files = files
+        .files
+        .into_iter()
+        .map(|(name, contents)| (name, File::Fresh(contents)))
+        .collect();
+    Server {
+        poller,
+        interrupts,
+        listener,
+        clients: Clients::new(criu_clients),
+        files,
+        arena,
+        kept: 0,
+        transfers: HashMap::new(),
+        busy: Vec::new(),
+        next_transfer: 0,
+        refused: HashSet::new(),
+    }
+    .run()
+}
+
+impl Server<'_> {
+    fn run(mut self) -> Result<()> {
+        let mut events = Vec::new();
+        let mut pace = Pace::new();
+        let mut limit = None;
+        while !(self.clients.all_gone() && self.transfers.is_empty()) {
+            self.poller
+                .wait(limit, &mut events)
+                .context("waiting for CRIU")?;
+            self.handle(&events)?;
+            self.clients.check_grace()?;
+            limit = if self.send()? {
+                pace.nap();
+                Some(Duration::ZERO)
+            } else {
+                self.clients.grace_left()
+            };
+        }
+        if !self.refused.is_empty() {
+            let mut names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
+            names.sort();
+            bail!(
+                "serving {}: CRIU asked for it after it had been sent and freed; files of over {LARGEST_KEPT} bytes are served once",
+                names.join(", ")
+            );
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, events: &[Event]) -> Result<()> {
+        for event in events {
+            match Token::decode(event.token) {
+                Token::Interrupt => self.interrupts.check()?,
+                Token::Listener => {
+                    while let Some(connection) = self.listener.accept()? {
+                        let id = self.clients.next_id();
+                        self.poller
+                            .add(&connection, Token::Client(id).encode(), Interest::Readable)
+                            .context("preparing to wait for CRIU's requests")?;
+                        self.clients.add(id, connection);
+                    }
+                }
+                Token::Client(id) => self.hear(id)?,
+                Token::Transfer(id) => {
+                    if !self.busy.contains(&id) {
+                        self.busy.push(id);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, id: u64) -> Result<()> {
+        let Server {
+            clients,
+            files,
+            arena,
+            kept,
+            refused,
+            ..
+        } = self;
+        let mut opened = Vec::new();
+        let heard = clients.hear(id, |connection: &mut Connection, requested: &mut Option<Requested>, message| {
+            match message {
+                Message::Request(name) => {
+                    let found = ImageName::new(&name).ok().and_then(|name| {
+                        let rest = take(files.get_mut(&name)?, &name, kept);
+                        if rest.is_none() {
+                            refused.insert(name.clone());
+                            eprintln!("criu-image-streamer: {name} was asked for again, but it has been sent and freed");
+                        }
+                        Some(Requested { name, rest: rest? })
+                    });
+                    connection.reply(found.is_some())?;
+                    *requested = found;
+                }
+                Message::Descriptor(fd) => {
+                    let Requested { name, rest } = requested.take().context("a descriptor came without a name")?;
+                    match WriteEnd::new(fd) {
+                        Ok(pipe) => opened.push(Transfer::new(name, pipe, rest)),
+                        Err(error) => {
+                            rest.release(arena);
+                            return Err(error)
+                                .with_context(|| format!("{} sent something wrong for {name}", connection.peer()));
+                        }
+                    }
+                }
+            }
+            Ok(true)
+        });
+        for transfer in opened {
+            self.start(transfer)?;
+        }
+        heard
+    }
+
+    /// Sends the first part of a file, which for most is all of it, and has the rest follow as its reader makes room.
+    fn start(&mut self, mut transfer: Transfer) -> Result<()> {
+        if transfer.send(&mut self.arena)? == Sent::All {
+            return Ok(());
+        }
+        let id = self.next_transfer;
+        self.next_transfer += 1;
+        self.poller
+            .add(
+                transfer.pipe(),
+                Token::Transfer(id).encode(),
+                Interest::WritableEdge,
+            )
+            .context("preparing to wait for a file's reader")?;
+        self.transfers.insert(id, transfer);
+        Ok(())
+    }
+
+    /// Lets every transfer that may have room send, and tells whether something moved.
+    fn send(&mut self) -> Result<bool> {
+        let mut any = false;
+        for id in std::mem::take(&mut self.busy) {
+            let Some(transfer) = self.transfers.get_mut(&id) else {
+                continue;
+            };
+            match transfer.send(&mut self.arena)? {
+                Sent::All => {
+                    self.transfers.remove(&id);
+                }
+                Sent::Some => any = true,
+                Sent::Nothing => {}
+            }
+        }
+        Ok(any)
+    }
+}
+
+/// Takes a file's contents for sending; `None` if they are gone. Small ones stay for the next time.
+fn take(file: &mut File, name: &ImageName, kept: &mut usize) -> Option<Rest> {
+    match std::mem::replace(file, File::Gone) {
+        File::Gone => None,
+        File::Kept(contents) => {
+            *file = File::Kept(Rc::clone(&contents));
+            Some(Rest::kept(contents))
+        }
+        File::Fresh(contents) => {
+            let size = contents.len();
+            let keep = size <= LARGEST_KEPT
+                && *kept + size <= MOST_KEPT
+                && !name.as_str().starts_with(PAGES);
+            if !keep {
+                return Some(Rest::once(contents));
+            }
+            *kept += size;
+            let contents = Rc::new(contents);
+            *file = File::Kept(Rc::clone(&contents));
+            Some(Rest::kept(contents))
+        }
+    }
+}
