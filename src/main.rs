@@ -1,1 +1,11 @@
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match criu_image_streamer::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("criu-image-streamer Error: {error:#}");
+            criu_image_streamer::exit_status(&error)
+        }
+    }
+}
