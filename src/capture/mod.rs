@@ -366,7 +366,8 @@ impl Loop<'_> {
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {
             replaced.replaced = true;
-            source.replaces = Some(earlier);
+            // One that still waits for its own predecessor has no place in the image itself.
+            source.replaces = Some(replaced.replaces.unwrap_or(earlier));
             self.wake(earlier);
         }
         self.add_source(source)
