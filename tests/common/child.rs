@@ -23,7 +23,7 @@ pub enum Limit {
     OpenFiles(u64),
     /// In bytes.
     AddressSpace(u64),
-    /// In bytes; writing more sends SIGXFSZ, which ends a process that does not ignore it.
+    /// In bytes. Writing more is an error (SIGXFSZ is ignored), as on a full disk.
     FileSize(u64),
 }
 
@@ -172,6 +172,8 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
                 rlim_cur: max,
                 rlim_max: max,
             };
+            // SAFETY: takes integers; ignoring a signal sets up no handler.
+            unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
             // SAFETY: the pointer is to a local variable that outlives the call.
             if unsafe { libc::setrlimit(resource, &limit) } < 0 {
                 return Err(io::Error::last_os_error());
@@ -179,8 +181,7 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `prepare` calls only fcntl and setrlimit, which are async-signal-safe system
-    // calls, and allocates nothing: the vectors were built before the fork.
+    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are async-signal-safe, and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
 }
 

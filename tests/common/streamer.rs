@@ -356,6 +356,11 @@ impl Streamer {
         self.stderr.text()
     }
 
+    /// A handle for a thread that is to send it a signal.
+    pub fn pidfd(&self) -> OwnedFd {
+        self.child.pidfd().expect("duplicate a pidfd")
+    }
+
     pub fn signal(&self, signal: Signal) {
         self.child.signal(signal).expect("signal the streamer");
     }
