@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::image;
+use common::image::{self, Files};
+use common::runs;
+use common::shards::{Collector, pipe};
+use common::streamer::Streamer;
 use sha2::{Digest, Sha256};
 
 fn fixture(name: &str) -> PathBuf {
@@ -36,6 +39,54 @@ fn sum(content: &[u8]) -> String {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
+}
+
+fn sums(files: &Files) -> BTreeMap<String, String> {
+    files
+        .iter()
+        .map(|(name, content)| (name.clone(), sum(content)))
+        .collect()
+}
+
+#[test]
+fn extract_writes_the_original_streamers_images_to_disk() {
+    for name in ["one-shard", "three-shards"] {
+        let fixture = fixture(name);
+        let (dir, exit) = runs::extract(&shards(&fixture));
+        assert!(exit.status.success(), "{name}: {}", exit.stderr);
+        assert_eq!(
+            sums(&runs::read_dir(dir.path())),
+            expected_sums(&fixture),
+            "{name}"
+        );
+    }
+}
+
+/// `fs.tar` is an external file of these images: it goes to its own descriptor, and CRIU never sees it.
+#[test]
+fn serve_gives_the_original_streamers_images_to_criu() {
+    for name in ["one-shard", "three-shards"] {
+        let fixture = fixture(name);
+        let (tar_reader, tar_writer) = pipe();
+        let tar = Collector::start(vec![tar_reader]);
+        let (mut streamer, _feeder) = runs::feed(
+            Streamer::serve().ext_file("fs.tar", tar_writer),
+            &shards(&fixture),
+        );
+        let criu = streamer.criu();
+        let mut expected = expected_sums(&fixture);
+        assert_eq!(Some(sum(&tar.finish()[0])), expected.remove("fs.tar"));
+        assert_eq!(criu.read_file("fs.tar"), None, "{name}");
+        for (file, expected) in expected {
+            assert_eq!(
+                sum(&criu.read_file(&file).expect(&file)),
+                expected,
+                "{name}: {file}"
+            );
+        }
+        drop(criu);
+        streamer.expect_success();
+    }
 }
 
 #[test]

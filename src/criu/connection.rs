@@ -120,7 +120,7 @@ impl Connection {
             return Ok(Some(Message::Descriptor(fd)));
         }
         let Some(field) = self.received.first_chunk::<LENGTH>() else {
-            return Ok(None);
+            return self.nothing_yet();
         };
         let length = u32::from_le_bytes(*field) as usize;
         ensure!(
@@ -129,18 +129,24 @@ impl Connection {
             self.peer
         );
         let Some(body) = self.received.get(LENGTH..LENGTH + length) else {
-            return Ok(None);
+            return self.nothing_yet();
         };
         let request = ImgStreamerRequestEntry::decode(body).with_context(|| {
             format!("{} sent a message that is no request for a file", self.peer)
         })?;
         self.received.drain(..LENGTH + length);
+        Ok(Some(Message::Request(request.filename)))
+    }
+
+    /// More bytes have to come first. A descriptor comes together with its byte, and with all that was sent before: one
+    /// that is left over now belongs to no request, and would stay open.
+    fn nothing_yet(&self) -> Result<Option<Message>> {
         ensure!(
             self.descriptors.is_empty(),
             "{} sent a descriptor where it had to send a request",
             self.peer
         );
-        Ok(Some(Message::Request(request.filename)))
+        Ok(None)
     }
 
     /// The next thing to come is a descriptor.

@@ -1,0 +1,437 @@
+//! What `capture` promises to CRIU and to whoever stores the shards.
+
+mod common;
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::thread;
+
+use common::PAGE;
+use common::criu::Criu;
+use common::image::{self, Body, Files};
+use common::random::{self, Random};
+use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use common::shards::{self, Collector, pipe};
+use common::streamer::Streamer;
+
+fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
+    files
+        .into_iter()
+        .map(|(name, content)| (name.to_owned(), content))
+        .collect()
+}
+
+/// Runs a capture of what `criu` does, and returns the shards.
+fn capture(shard_count: usize, criu: impl FnOnce(&Criu)) -> Vec<Vec<u8>> {
+    let (readers, writers) = shards::pipes(shard_count, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let collector = Collector::start(readers);
+    let connection = streamer.criu();
+    criu(&connection);
+    drop(connection);
+    streamer.expect_success();
+    collector.finish()
+}
+
+#[test]
+fn files_of_every_size_arrive_byte_for_byte() {
+    let files = runs::sample_files(1);
+    assert_same_files(
+        &image::decode(&runs::capture(&files, 3, None)).unwrap(),
+        &files,
+    );
+}
+
+#[test]
+fn without_shard_fds_the_image_goes_to_standard_output() {
+    let (reader, writer) = pipe();
+    let mut streamer = Streamer::capture().stdout(writer).start();
+    let collector = Collector::start(vec![reader]);
+    let criu = streamer.criu();
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+    let expected = files([("inventory.img", b"inventory".to_vec())]);
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
+}
+
+#[test]
+fn the_image_is_made_of_the_specified_markers_and_nothing_else() {
+    let shards = capture(1, |criu| criu.write_file("inventory.img", b"inventory"));
+    let expected = image::Shard::new()
+        .filename(0, "inventory.img")
+        .data(1, b"inventory")
+        .file_eof(2)
+        .image_eof(3);
+    assert_eq!(shards, [expected.bytes]);
+}
+
+#[test]
+fn several_files_are_written_at_once() {
+    let names: Vec<_> = (0..8).map(|i| format!("pages-{i}.img")).collect();
+    let content = |i: usize| random::bytes(i as u64, PAGES / 4 + i * 1000);
+    let shards = capture(4, |criu| {
+        thread::scope(|scope| {
+            for (i, name) in names.iter().enumerate() {
+                scope.spawn(move || {
+                    let mut file = criu.create_file(name);
+                    let mut random = Random::new(i as u64);
+                    let content = content(i);
+                    let mut rest = content.as_slice();
+                    while !rest.is_empty() {
+                        let (piece, after) =
+                            rest.split_at(rest.len().min(1 + random.below(3 * PAGE)));
+                        file.write_all(piece).unwrap();
+                        rest = after;
+                    }
+                });
+            }
+        });
+        criu.write_file("inventory.img", b"inventory");
+    });
+    let mut expected = files([("inventory.img", b"inventory".to_vec())]);
+    expected.extend(
+        names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| (name.clone(), content(i))),
+    );
+    assert_same_files(&image::decode(&shards).unwrap(), &expected);
+}
+
+#[test]
+fn files_stay_open_as_long_as_criu_likes() {
+    let names: Vec<_> = (0..100).map(|i| format!("file-{i}.img")).collect();
+    let shards = capture(2, |criu| {
+        let mut open: Vec<_> = names.iter().map(|name| criu.create_file(name)).collect();
+        for round in 0..3_u8 {
+            open.iter_mut()
+                .for_each(|file| file.write_all(&[round; 10]).unwrap());
+        }
+        open.reverse();
+        drop(open);
+        criu.write_file("inventory.img", b"inventory");
+    });
+    let decoded = image::decode(&shards).unwrap();
+    assert_eq!(decoded.len(), 101);
+    let expected = [[0; 10], [1; 10], [2; 10]].concat();
+    assert!(names.iter().all(|name| decoded[name] == expected));
+}
+
+#[test]
+fn files_go_on_after_criu_has_closed_its_connection() {
+    let (readers, writers) = shards::pipes(1, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let collector = Collector::start(readers);
+    let criu = streamer.criu();
+    let mut pages = criu.create_file("pages-1.img");
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let content = random::bytes(7, PAGES);
+    pages.write_all(&content).unwrap();
+    drop(pages);
+    streamer.expect_success();
+    let expected = files([
+        ("inventory.img", b"inventory".to_vec()),
+        ("pages-1.img", content),
+    ]);
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
+}
+
+#[test]
+fn of_a_file_sent_twice_the_last_one_counts() {
+    let shards = capture(2, |criu| {
+        criu.write_file("seccomp.img", &[1; 3 * PAGE]);
+        criu.write_file("other.img", b"other");
+        criu.write_file("seccomp.img", &[2; PAGE]);
+        criu.write_file("inventory.img", b"inventory");
+    });
+    assert_same_bytes(
+        "seccomp.img",
+        &image::decode(&shards).unwrap()["seccomp.img"],
+        &[2; PAGE],
+    );
+}
+
+#[test]
+fn two_files_of_one_name_open_at_once_do_not_mix() {
+    for first_closed_first in [true, false] {
+        let shards = capture(2, |criu| {
+            let mut first = criu.create_file("fdinfo.img");
+            first.write_all(&[1; PAGE]).unwrap();
+            let mut last = criu.create_file("fdinfo.img");
+            for _ in 0..20 {
+                last.write_all(&[2; 10]).unwrap();
+                // Nobody needs the first version any more: the streamer may have closed its pipe already.
+                if let Err(error) = first.write_all(&[1; 10]) {
+                    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+                }
+            }
+            if first_closed_first {
+                drop(first);
+                last.write_all(&[2; 10]).unwrap();
+            } else {
+                drop(last);
+                drop(first);
+            }
+            criu.write_file("inventory.img", b"inventory");
+        });
+        let expected = if first_closed_first { 21 * 10 } else { 20 * 10 };
+        assert_same_bytes(
+            "fdinfo.img",
+            &image::decode(&shards).unwrap()["fdinfo.img"],
+            &vec![2; expected],
+        );
+    }
+}
+
+#[test]
+fn external_files_are_woven_in() {
+    let (readers, writers) = shards::pipes(3, None);
+    let (tar_reader, tar_writer) = pipe();
+    let (empty_reader, empty_writer) = pipe();
+    let mut streamer = Streamer::capture()
+        .shards(writers)
+        .ext_file("fs.tar", tar_reader)
+        .ext_file("empty.tar", empty_reader)
+        .start();
+    let collector = Collector::start(readers);
+    let content = random::bytes(3, PAGES);
+    let criu = streamer.criu();
+    thread::scope(|scope| {
+        scope.spawn(|| File::from(tar_writer).write_all(&content).unwrap());
+        drop(empty_writer);
+        criu.write_file("pages-1.img", &content[1..]);
+        criu.write_file("inventory.img", b"inventory");
+    });
+    drop(criu);
+    streamer.expect_success();
+    let expected = files([
+        ("empty.tar", vec![]),
+        ("fs.tar", content.clone()),
+        ("inventory.img", b"inventory".to_vec()),
+        ("pages-1.img", content[1..].to_vec()),
+    ]);
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
+}
+
+#[test]
+fn an_external_file_may_end_long_after_criu() {
+    let (readers, writers) = shards::pipes(1, None);
+    let (tar_reader, tar_writer) = pipe();
+    let mut streamer = Streamer::capture()
+        .shards(writers)
+        .ext_file("fs.tar", tar_reader)
+        .start();
+    let collector = Collector::start(readers);
+    let criu = streamer.criu();
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let mut tar = File::from(tar_writer);
+    for _ in 0..100 {
+        tar.write_all(&[5; PAGE]).unwrap();
+        thread::yield_now();
+    }
+    assert!(
+        streamer.is_running(),
+        "the external file is not complete yet"
+    );
+    drop(tar);
+    streamer.expect_success();
+    assert_same_bytes(
+        "fs.tar",
+        &image::decode(&collector.finish()).unwrap()["fs.tar"],
+        &[5; 100 * PAGE],
+    );
+}
+
+#[test]
+fn a_stalled_shard_does_not_stop_criu() {
+    for shard_count in [2, 4, 32] {
+        let files = runs::sample_files(shard_count as u64);
+        let (mut readers, writers) = shards::pipes(shard_count, None);
+        let mut streamer = Streamer::capture().shards(writers).start();
+        let stalled = readers.remove(1);
+        let flowing = Collector::start(readers);
+
+        let criu = streamer.criu();
+        for (name, content) in runs::inventory_last(&files) {
+            criu.write_file(name, content);
+        }
+        drop(criu);
+
+        let stalled = Collector::start(vec![stalled]);
+        streamer.expect_success();
+        let mut shards = flowing.finish();
+        shards.extend(stalled.finish());
+        assert_same_files(&image::decode(&shards).unwrap(), &files);
+    }
+}
+
+#[test]
+fn a_slow_shard_costs_only_its_own_share() {
+    let files = runs::sample_files(9);
+    let (mut readers, writers) = shards::pipes(4, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let mut slow = File::from(readers.pop().unwrap());
+    let flowing = Collector::start(readers);
+    let criu = streamer.criu();
+
+    // One byte for each 64 KiB that CRIU writes, and the rest only when CRIU is done.
+    let mut slow_bytes = Vec::new();
+    for (name, content) in runs::inventory_last(&files) {
+        let mut file = criu.create_file(name);
+        for piece in content.chunks(16 * PAGE) {
+            file.write_all(piece).unwrap();
+            if shards_have_data(&slow) {
+                let mut byte = [0];
+                slow.read_exact(&mut byte).unwrap();
+                slow_bytes.extend(byte);
+            }
+        }
+    }
+    drop(criu);
+
+    slow.read_to_end(&mut slow_bytes).unwrap();
+    streamer.expect_success();
+    let mut shards = flowing.finish();
+    shards.push(slow_bytes);
+    assert_same_files(&image::decode(&shards).unwrap(), &files);
+}
+
+fn shards_have_data(shard: &File) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    poll(
+        &mut [PollFd::new(shard.as_fd(), PollFlags::POLLIN)],
+        PollTimeout::ZERO,
+    )
+    .unwrap()
+        > 0
+}
+
+#[test]
+fn pieces_of_all_sizes_through_pipes_of_all_sizes_arrive_in_order() {
+    for pipe_size in [PAGE, 16 * PAGE, 256 * PAGE] {
+        for piece in [1000, PAGE, PAGE + 1, 100_000] {
+            let (readers, writers) = shards::pipes(3, Some(pipe_size));
+            let mut streamer = Streamer::capture().shards(writers).start();
+            let collector = Collector::start(readers);
+            let criu = streamer.criu();
+            let content = random::bytes(piece as u64, PAGES / 2);
+            let mut pages = criu.create_file_in_pipe("pages-1.img", Some(pipe_size));
+            content
+                .chunks(piece)
+                .for_each(|piece| pages.write_all(piece).unwrap());
+            drop(pages);
+            criu.write_file("inventory.img", b"inventory");
+            drop(criu);
+            streamer.expect_success();
+            let decoded = image::decode(&collector.finish()).unwrap();
+            assert_same_bytes("pages-1.img", &decoded["pages-1.img"], &content);
+        }
+    }
+}
+
+#[test]
+fn every_shard_takes_part() {
+    let (readers, writers) = shards::pipes(4, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let criu = streamer.criu();
+    // Nobody reads yet, so that only the room in the shards decides.
+    let mut pages = criu.create_file("pages-1.img");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            pages.write_all(&vec![0; 2 * PAGES]).unwrap();
+            drop(pages);
+            criu.write_file("inventory.img", b"inventory");
+            drop(criu);
+        });
+        let waiting: Vec<_> = readers
+            .iter()
+            .map(|shard| File::from(shard.try_clone().unwrap()))
+            .collect();
+        for shard in &waiting {
+            use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+            use std::os::fd::AsFd;
+            let timeout = PollTimeout::try_from(common::HANG_TIMEOUT).unwrap();
+            let ready = poll(
+                &mut [PollFd::new(shard.as_fd(), PollFlags::POLLIN)],
+                timeout,
+            )
+            .unwrap();
+            assert_eq!(ready, 1, "every shard gets data before any is read");
+        }
+        let collector = Collector::start(readers);
+        drop(waiting);
+        streamer.expect_success();
+        let shards = collector.finish();
+        assert_eq!(
+            image::decode(&shards).unwrap()["pages-1.img"].len(),
+            2 * PAGES
+        );
+    });
+}
+
+#[test]
+fn a_dump_that_failed_gives_no_image() {
+    let (readers, writers) = shards::pipes(2, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let collector = Collector::start(readers);
+    let criu = streamer.criu();
+    criu.write_file("pages-1.img", &[1; PAGE]);
+    criu.write_file("cpuinfo.img", b"cpuinfo");
+    drop(criu);
+    streamer.expect_failure(&["inventory.img"]);
+    assert_no_image_end(&collector.finish());
+}
+
+#[test]
+fn cpuinfo_alone_is_an_image() {
+    let (readers, writers) = shards::pipes(1, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let collector = Collector::start(readers);
+    let criu = streamer.criu();
+    criu.write_file("cpuinfo.img", b"cpuinfo");
+    drop(criu);
+    let exit = streamer.expect_success();
+    assert_eq!(
+        exit.progress.len(),
+        2,
+        "no application was frozen: {:?}",
+        exit.progress
+    );
+    assert_eq!(exit.progress[0], "socket-init");
+    let expected = files([("cpuinfo.img", b"cpuinfo".to_vec())]);
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
+}
+
+#[test]
+fn a_shard_whose_reader_is_gone_ends_the_capture_and_criu_learns_it() {
+    for lost in [0, 1] {
+        let (mut readers, writers) = shards::pipes(2, None);
+        let mut streamer = Streamer::capture().shards(writers).start();
+        let criu = streamer.criu();
+        let mut pages = criu.create_file("pages-1.img");
+        drop(readers.remove(lost));
+        let collector = Collector::start(readers);
+        let error = pages
+            .write_all(&vec![0; 4 * PAGES])
+            .expect_err("the pipe must break");
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+        streamer.expect_failure(&["shard"]);
+        assert_no_image_end(&collector.finish());
+    }
+}
+
+fn assert_no_image_end(shards: &[Vec<u8>]) {
+    let entries: Vec<_> = shards
+        .iter()
+        .enumerate()
+        .flat_map(|(i, bytes)| image::split_complete(i, bytes).0)
+        .collect();
+    assert!(
+        !entries.iter().any(|entry| entry.body == Body::ImageEof),
+        "{entries:?}"
+    );
+}

@@ -1,0 +1,160 @@
+//! What went in comes out: capture and serve, and capture and extract, with the image kept in between or handed straight
+//! from one streamer to the other.
+
+mod common;
+
+use std::io::Write;
+use std::thread;
+
+use common::PAGE;
+use common::image::{self, Files};
+use common::random::Random;
+use common::runs::{self, assert_same_bytes, assert_same_files};
+use common::shards;
+use common::streamer::Streamer;
+
+/// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
+fn random_files(seed: u64) -> Files {
+    let mut random = Random::new(seed);
+    let mut files = Files::new();
+    for i in 0..1 + random.below(20) {
+        let bound = *random.pick(&[1, 10, PAGE, PAGE + 2, 20 * PAGE, 200 * PAGE]);
+        let size = random.below(bound);
+        files.insert(format!("file-{i}.img"), random.bytes(size));
+    }
+    files.insert("inventory.img".into(), random.bytes(40));
+    files
+}
+
+#[test]
+fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
+    let pipe_sizes = [Some(PAGE), None, Some(256 * PAGE)];
+    for shard_count in 1..=32 {
+        let files = random_files(shard_count as u64);
+        let shards = runs::capture(&files, shard_count, pipe_sizes[shard_count % 3]);
+        assert_same_files(&image::decode(&shards).unwrap(), &files);
+
+        let (dir, exit) = runs::extract(&shards);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(&runs::read_dir(dir.path()), &files);
+
+        let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
+        let criu = streamer.criu();
+        for (name, content) in &files {
+            assert_same_bytes(name, &criu.read_file(name).expect(name), content);
+        }
+        drop(criu);
+        streamer.expect_success();
+        feeder.finish().into_iter().for_each(Result::unwrap);
+    }
+}
+
+#[test]
+fn capture_connected_straight_to_serve() {
+    for (shard_count, pipe_size) in [
+        (1, None),
+        (1, Some(PAGE)),
+        (4, None),
+        (4, Some(PAGE)),
+        (32, Some(256 * PAGE)),
+    ] {
+        let files = runs::sample_files(shard_count as u64);
+        let (readers, writers) = shards::pipes(shard_count, pipe_size);
+        let mut capture = Streamer::capture().shards(writers).start();
+        let mut serve = Streamer::serve().shards(readers).start();
+        let dumping = capture.criu();
+        for (name, content) in runs::inventory_last(&files) {
+            dumping.write_file(name, content);
+        }
+        drop(dumping);
+        capture.expect_success();
+
+        let restoring = serve.criu();
+        for (name, content) in &files {
+            assert_same_bytes(name, &restoring.read_file(name).expect(name), content);
+        }
+        drop(restoring);
+        serve.expect_success();
+    }
+}
+
+#[test]
+fn capture_connected_straight_to_extract() {
+    for shard_count in [1, 5] {
+        let files = runs::sample_files(shard_count as u64);
+        let (readers, writers) = shards::pipes(shard_count, None);
+        let mut capture = Streamer::capture().shards(writers).start();
+        let mut extract = Streamer::extract().shards(readers).start();
+        let dumping = capture.criu();
+        for (name, content) in runs::inventory_last(&files) {
+            dumping.write_file(name, content);
+        }
+        drop(dumping);
+        capture.expect_success();
+        extract.expect_success();
+        assert_same_files(&runs::read_dir(extract.images_dir()), &files);
+    }
+}
+
+#[test]
+fn thousands_of_small_files() {
+    let files = runs::small_files(5000, 3000, 1);
+    let shards = runs::capture(&files, 4, None);
+    let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
+    let criu = streamer.criu();
+    for (name, content) in &files {
+        assert_same_bytes(name, &criu.read_file(name).expect(name), content);
+    }
+    drop(criu);
+    streamer.expect_success();
+    feeder.finish().into_iter().for_each(Result::unwrap);
+
+    let (dir, exit) = runs::extract(&shards);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    assert_same_files(&runs::read_dir(dir.path()), &files);
+}
+
+/// CRIU writes a page at a time into several files at once; the other side reads them all at once too.
+#[test]
+fn many_writers_and_many_readers_at_once() {
+    let mut files = Files::new();
+    for i in 0..6 {
+        files.insert(
+            format!("pages-{i}.img"),
+            common::random::bytes(i, 300 * PAGE + i as usize),
+        );
+    }
+    let (readers, writers) = shards::pipes(3, None);
+    let mut capture = Streamer::capture().shards(writers).start();
+    let mut serve = Streamer::serve().shards(readers).start();
+    let dumping = capture.criu();
+    thread::scope(|scope| {
+        for (name, content) in &files {
+            let mut file = dumping.create_file(name);
+            scope.spawn(move || {
+                content
+                    .chunks(PAGE)
+                    .for_each(|page| file.write_all(page).unwrap())
+            });
+        }
+    });
+    dumping.write_file("inventory.img", b"inventory");
+    drop(dumping);
+    capture.expect_success();
+
+    let restoring = serve.criu();
+    assert_eq!(
+        restoring.read_file("inventory.img").as_deref(),
+        Some(&b"inventory"[..])
+    );
+    thread::scope(|scope| {
+        for (name, content) in &files {
+            let restoring = &restoring;
+            scope.spawn(move || {
+                assert_same_bytes(name, &restoring.read_file(name).expect(name), content)
+            });
+        }
+    });
+    drop(restoring);
+    serve.expect_success();
+}
