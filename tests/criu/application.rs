@@ -3,9 +3,9 @@
 //!
 //!     application <state-file> [part…]
 //!
-//! Every few milliseconds it rewrites the state file, a single line `<nonce> <count>`: a number drawn when it started
-//! (a restored process still has it, a restarted one has not) and the rounds so far. What it finds damaged it reports
-//! there instead, `damaged: …`, and exits. Parts:
+//! Every few milliseconds it rewrites the state file, a single line `<nonce> <rounds> <sweeps>`: a number drawn when it
+//! started (a restored process still has it, a restarted one has not), the rounds so far, and how many times they have
+//! gone over all of its memory. What it finds damaged it reports there instead, `damaged: …`, and exits. Parts:
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
 //!     hugetlb=<MiB>     the same on huge pages
@@ -14,7 +14,7 @@
 //!                       and back through pipes, and everyone counts in a shared memory segment
 //!     ghost=<file>      a file that was deleted while open
 //!     file=<file>       an open file
-//!     listen=<port>     answers every TCP connection with the state line
+//!     listen=<port>     answers every TCP connection with `<nonce> <rounds>`
 //!
 //! It is no part of the crate: the tests compile it with `rustc`, as one static program that also runs in an empty root.
 
@@ -86,6 +86,11 @@ fn word(nonce: u64, index: usize) -> u64 {
 /// Something whose contents this process knows, and checks a bit further every round.
 trait Part {
     fn check(&mut self) -> Result<(), String>;
+
+    /// How many times it was checked from end to end, if that takes more than a round.
+    fn sweeps(&self) -> u64 {
+        u64::MAX
+    }
 }
 
 struct Memory {
@@ -93,6 +98,7 @@ struct Memory {
     nonce: u64,
     bytes: &'static mut [u8],
     position: usize,
+    sweeps: u64,
 }
 
 impl Memory {
@@ -106,6 +112,7 @@ impl Memory {
             nonce,
             bytes,
             position: 0,
+            sweeps: 0,
         }
     }
 }
@@ -268,6 +275,35 @@ fn processes_below(depth: usize, width: usize) -> usize {
         .sum()
 }
 
+/// Forks the whole tree of processes, and returns in each: its number, counted from the root down, its parent, and its
+/// children. No process may have threads yet.
+fn grow(depth: usize, width: usize) -> (usize, Option<Child>, Vec<Child>) {
+    let mut up = None;
+    let mut me = 0;
+    let mut children = Vec::new();
+    let mut generation = 0;
+    // A child goes round this loop again, as the parent of the next generation.
+    while generation < depth && children.len() < width {
+        let (child_reads, to) = pipe();
+        let (from, child_writes) = pipe();
+        // SAFETY: one thread, so that every lock is free in the child.
+        match unsafe { fork() } {
+            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+            0 => {
+                generation += 1;
+                me += 1 + children.len() * (1 + processes_below(depth - generation, width));
+                children.clear();
+                up = Some(Child {
+                    to: child_writes,
+                    from: child_reads,
+                });
+            }
+            _ => children.push(Child { to, from }),
+        }
+    }
+    (me, up, children)
+}
+
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let state_path = arguments
@@ -293,7 +329,7 @@ fn main() {
     File::open("/dev/urandom")
         .and_then(|mut urandom| urandom.read_exact(&mut random))
         .expect("/dev/urandom");
-    let mut nonce = u64::from_le_bytes(random);
+    let nonce = u64::from_le_bytes(random);
 
     let (depth, width) = value("tree").map_or((0, 0), |shape| {
         let (depth, width) = shape.split_once('x').expect("tree=<depth>x<width>");
@@ -304,36 +340,8 @@ fn main() {
     // SAFETY: page aligned, zeroed, never unmapped, and touched as AtomicU64 only.
     let counts = unsafe { std::slice::from_raw_parts(counts.as_ptr().cast::<AtomicU64>(), all) };
 
-    // Each process forks its own children, before any of them has threads. A child goes round the loop again as the
-    // parent of the next generation; `up` is how it answers its own parent.
-    let mut up: Option<Child> = None;
-    let mut me = 0;
-    let mut children = Vec::new();
-    let mut generation = 0;
-    let mut offspring = 0;
-    while generation < depth && offspring < width {
-        let (child_reads, to) = pipe();
-        let (from, child_writes) = pipe();
-        // SAFETY: this process has no threads yet.
-        match unsafe { fork() } {
-            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
-            0 => {
-                me = me + 1 + offspring * (1 + processes_below(depth - generation - 1, width));
-                nonce = word(nonce, me);
-                up = Some(Child {
-                    to: child_writes,
-                    from: child_reads,
-                });
-                children.clear();
-                generation += 1;
-                offspring = 0;
-            }
-            _ => {
-                children.push(Child { to, from });
-                offspring += 1;
-            }
-        }
-    }
+    let (me, up, children) = grow(depth, width);
+    let nonce = word(nonce, me);
     let mut tree = Tree {
         children,
         counts,
@@ -369,13 +377,14 @@ fn main() {
             std::fs::remove_file(path).unwrap();
         }
     }
-    let mut check = || checked.iter_mut().try_for_each(|part| part.check());
+    let check =
+        |checked: &mut Vec<Box<dyn Part>>| checked.iter_mut().try_for_each(|part| part.check());
 
     // A process in the tree works when its parent's token comes; the end of its pipe is the end of its parent.
     if let Some(mut up) = up {
         let mut bytes = [0; 8];
         while up.from.read_exact(&mut bytes).is_ok() {
-            let result = check().and_then(|()| tree.pass(u64::from_le_bytes(bytes)));
+            let result = check(&mut checked).and_then(|()| tree.pass(u64::from_le_bytes(bytes)));
             // No answer but a closed pipe tells the parent, who has the state file, of the damage.
             let Ok(token) = result else { return };
             if up.to.write_all(&token.to_le_bytes()).is_err() {
@@ -397,32 +406,41 @@ fn main() {
             .write_all_at(format!("{line:<79}\n").as_bytes(), 0)
             .expect("state file")
     };
-    let count = Arc::new(AtomicU64::new(0));
+    let rounds = Arc::new(AtomicU64::new(0));
     if let Some(port) = value("listen") {
         let listener =
             TcpListener::bind(("127.0.0.1", port.parse::<u16>().expect("a port"))).expect("listen");
-        let count = Arc::clone(&count);
+        let rounds = Arc::clone(&rounds);
         std::thread::spawn(move || {
             for connection in listener.incoming() {
                 // A client that hung up is no concern of ours.
                 let _ = connection
-                    .and_then(|mut client| writeln!(client, "{nonce} {}", count.load(SeqCst)));
+                    .and_then(|mut client| writeln!(client, "{nonce} {}", rounds.load(SeqCst)));
             }
         });
     }
     loop {
-        let damage = check().and_then(|()| tree.pass(0)).and_then(|token| {
-            if token == all as u64 {
-                Ok(())
-            } else {
-                Err(format!("the token counted {token} of {all} processes"))
-            }
-        });
+        let damage = check(&mut checked)
+            .and_then(|()| tree.pass(0))
+            .and_then(|token| {
+                if token == all as u64 {
+                    Ok(())
+                } else {
+                    Err(format!("the token counted {token} of {all} processes"))
+                }
+            });
         if let Err(damage) = damage {
             report(format!("damaged: {damage}"));
             std::process::exit(1);
         }
-        report(format!("{nonce} {}", count.fetch_add(1, SeqCst) + 1));
+        let round = rounds.fetch_add(1, SeqCst) + 1;
+        let sweeps = checked
+            .iter()
+            .map(|part| part.sweeps())
+            .min()
+            .unwrap_or(u64::MAX)
+            .min(round);
+        report(format!("{nonce} {round} {sweeps}"));
         std::thread::sleep(ROUND);
     }
 }

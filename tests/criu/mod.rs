@@ -1,0 +1,459 @@
+//! A small machine for each test that uses a real CRIU: namespaces for processes, network and mounts.
+//!
+//! CRIU restores a process with the PID that it had. Inside, PIDs are few and nobody else takes one, so tests run side
+//! by side and beside whatever the host does. Ports are free too, and when the machine is dropped, or the test dies, the
+//! kernel ends every process in it.
+//!
+//! What a test does there it does in bash, as the README shows it: see [`Machine::run`].
+
+#![allow(
+    dead_code,
+    reason = "each test binary compiles all of this and uses a part of it"
+)]
+
+use std::cell::Cell;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Write as _};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
+const HANG_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often a condition is looked at while waiting for it.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What comes before each script: descriptors inherited from whoever runs these tests would become part of an
+/// application's image, and nsenter leaves us in the root directory.
+const SCRIPT_HEAD: &str = r#"
+for fd in $(ls /proc/self/fd); do [ $fd -le 2 ] || eval "exec $fd>&-"; done
+cd "$MACHINE"
+"#;
+
+/// The programs that every machine has: CRIU, and the application to checkpoint.
+struct Programs {
+    criu: PathBuf,
+    application: PathBuf,
+}
+
+/// Brings the programs, once; `Err` says why there are none.
+fn programs() -> &'static Result<Programs, String> {
+    static PROGRAMS: OnceLock<Result<Programs, String>> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        if !nix::unistd::geteuid().is_root() {
+            return Err("needs root".into());
+        }
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .parent()
+            .expect("the target directory")
+            .join("criu");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/criu");
+        let found = Command::new(source.join("find-criu"))
+            .env("CRIU_HOME", &home)
+            .output()
+            .map_err(|why| format!("tests/criu/find-criu: {why}"))?;
+        if !found.status.success() {
+            return Err(String::from_utf8_lossy(&found.stderr).trim().into());
+        }
+        let application = home.join("application");
+        compile(&source.join("application.rs"), &application);
+        Ok(Programs {
+            criu: String::from_utf8_lossy(&found.stdout).trim().into(),
+            application,
+        })
+    })
+}
+
+/// Compiles the application, unless that was done since its source changed.
+fn compile(source: &Path, program: &Path) {
+    let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
+    if modified(program) > modified(source) {
+        return;
+    }
+    std::fs::create_dir_all(program.parent().expect("a directory")).expect("make a directory");
+    // Renamed when it is complete: another test binary may be doing the same.
+    let unfinished = program.with_extension(std::process::id().to_string());
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = Command::new(rustc)
+        .args(["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-o"])
+        .arg(&unfinished)
+        .arg(source)
+        .output()
+        .expect("rustc");
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{}: {complaints}",
+        source.display()
+    );
+    std::fs::rename(&unfinished, program).expect("rename the application");
+}
+
+/// A machine, with a directory of its own that is its scripts' working directory.
+pub struct Machine {
+    directory: tempfile::TempDir,
+    path: std::ffi::OsString,
+    unshare: Child,
+    init: String,
+    scripts: Cell<u32>,
+}
+
+impl Machine {
+    /// `None`, having said why, where no machine can be had; that is never so where `CI` is `true`.
+    pub fn new() -> Option<Self> {
+        match programs() {
+            Ok(programs) => Some(Self::boot(programs)),
+            Err(why) => {
+                assert_ne!(
+                    std::env::var("CI").as_deref(),
+                    Ok("true"),
+                    "cannot test with a real CRIU: {why}"
+                );
+                // Past the test harness, which shows what a test printed only if it failed.
+                let test = thread::current().name().unwrap_or("a test").to_owned();
+                writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("standard error");
+                None
+            }
+        }
+    }
+
+    fn boot(programs: &Programs) -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix("criu-image-streamer-")
+            .tempdir()
+            .expect("make a directory");
+        // To standard error, where it comes in order with what the streamer says.
+        std::fs::write(directory.path().join("criu.conf"), "verbosity 4\n").expect("criu.conf");
+        let streamer = Path::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        let host_path = std::env::var_os("PATH").unwrap_or_default();
+        let first = [streamer, &programs.criu, &programs.application];
+        let first = first.map(|program| program.parent().expect("a directory").to_owned());
+        let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+        let all = first
+            .into_iter()
+            .chain(std::env::split_paths(&host_path))
+            .chain(system);
+        let path = std::env::join_paths(all).expect("a PATH");
+
+        // The first process: reaps what is left to it, and ends, and all with it, when its standard input does.
+        let mut unshare = Command::new("unshare")
+            .args(["--pid", "--fork", "--mount-proc", "--net", "bash", "-c"])
+            .arg("ip link set lo up && : >booted && while read -r; do :; done")
+            .env("PATH", &path)
+            .current_dir(directory.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(File::create(directory.path().join("boot.log")).expect("boot.log"))
+            .spawn()
+            .expect("unshare");
+        let children = format!("/proc/{0}/task/{0}/children", unshare.id());
+        let booted = wait_until(|| {
+            directory.path().join("booted").exists()
+                || unshare.try_wait().expect("wait for unshare").is_some()
+        });
+        let init = std::fs::read_to_string(children).unwrap_or_default();
+        let machine = Self {
+            directory,
+            path,
+            unshare,
+            init: init.trim().into(),
+            scripts: Cell::new(0),
+        };
+        if !booted || machine.init.is_empty() {
+            panic!("cannot make namespaces\n{}", machine.describe());
+        }
+        machine
+    }
+
+    /// The machine's directory, as seen from here and from inside.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The contents of a file there.
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name))
+            .unwrap_or_else(|why| panic!("read {name}: {why}\n{}", self.describe()))
+    }
+
+    /// Runs a script with bash, in which the first failure of a command or pipeline is the script's.
+    pub fn run(&self, script: &str) -> Ran<'_> {
+        self.run_with(&[], script)
+    }
+
+    fn run_with(&self, variables: &[(&str, &str)], script: &str) -> Ran<'_> {
+        let number = self.scripts.replace(self.scripts.get() + 1);
+        let log = |stream: &str| File::create(self.path(&log_name(number, stream))).expect("a log");
+        let mut bash = Command::new("nsenter")
+            .args(["--target", &self.init, "--pid", "--mount", "--net", "--"])
+            .args(["bash", "-euo", "pipefail", "-c"])
+            .arg(format!("{SCRIPT_HEAD}{script}"))
+            .env("PATH", &self.path)
+            .env("MACHINE", self.directory.path())
+            .env("CRIU_CONFIG_FILE", self.path("criu.conf"))
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(log("stdout"))
+            .stderr(log("stderr"))
+            .spawn()
+            .expect("nsenter");
+        let mut status = None;
+        wait_until(|| {
+            status = bash.try_wait().expect("wait for bash");
+            status.is_some()
+        });
+        let status = status.unwrap_or_else(|| {
+            let state = self.describe();
+            // The script's processes end with the machine.
+            bash.kill().expect("kill nsenter");
+            bash.wait().expect("wait for nsenter");
+            panic!("this hangs:\n{script}\n{state}");
+        });
+        Ran {
+            machine: self,
+            number,
+            script: script.into(),
+            status,
+        }
+    }
+
+    /// Starts the application with the given parts; see tests/criu/application.rs.
+    pub fn start(&self, parts: &str) -> Application<'_> {
+        self.start_in("", parts)
+    }
+
+    /// Starts the application through a command like `unshare`, whose last child it becomes.
+    pub fn start_in(&self, command: &str, parts: &str) -> Application<'_> {
+        let state = "application.state";
+        // A session of its own and no terminal, or CRIU would have to be told about the shell's.
+        self.run(&format!(
+            "rm -f {state}
+            setsid {command} application $PWD/{state} {parts} </dev/null &>application.log &
+            echo $! >application.pid"
+        ))
+        .success();
+        let mut pid = String::from_utf8(self.read("application.pid")).expect("a PID");
+        let mut application = Application {
+            machine: self,
+            pid: String::new(),
+            state: self.path(state),
+        };
+        if !wait_until(|| application.state_line().is_some()) {
+            panic!("the application did not start\n{}", self.describe());
+        }
+        if !command.is_empty() {
+            pid = self
+                .run(&format!("pgrep --parent {pid}"))
+                .success()
+                .stdout();
+        }
+        application.pid = pid.trim().into();
+        application
+    }
+
+    /// Everything that may explain a failure: the processes, what the scripts said, and every log's last lines.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        let processes = Command::new("nsenter")
+            .args(["--target", &self.init, "--pid", "--mount", "ps", "-axwwo"])
+            .arg("pid,ppid,stat,wchan:20,args")
+            .output();
+        if let Ok(processes) = processes {
+            let _ = write!(text, "{}", String::from_utf8_lossy(&processes.stdout));
+        }
+        let mut directories = vec![self.directory.path().to_owned()];
+        let mut logs = Vec::new();
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+                let kind = entry.file_type();
+                if kind.as_ref().is_ok_and(|kind| kind.is_dir()) {
+                    directories.push(entry.path());
+                } else if kind.is_ok_and(|kind| kind.is_file()) && is_log(&entry.path()) {
+                    logs.push(entry.path());
+                }
+            }
+        }
+        logs.sort();
+        for (log, lines) in logs.iter().map(|log| (log, last_lines(log))) {
+            if !lines.is_empty() {
+                let _ = write!(text, "--- {}\n{lines}", log.display());
+            }
+        }
+        text
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        drop(self.unshare.stdin.take());
+        if !wait_until(|| self.unshare.try_wait().is_ok_and(|ended| ended.is_some())) {
+            // Only a process that even SIGKILL cannot end brings us here.
+            let _ = self.unshare.kill();
+            let _ = self.unshare.wait();
+        }
+    }
+}
+
+/// The file with what a script wrote to its standard output or error.
+fn log_name(script: u32, stream: &str) -> String {
+    format!("script-{script}.{stream}")
+}
+
+fn is_log(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.ends_with(".log") || name.starts_with("script-") || name.ends_with(".state")
+}
+
+/// The errors and the last lines of a log. Read as bytes: an application's state may be anything.
+fn last_lines(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    if let Ok(mut file) = File::open(path) {
+        let _ = file.read_to_end(&mut bytes);
+    }
+    let log = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = log.lines().collect();
+    let (earlier, last) = lines.split_at(lines.len().saturating_sub(20));
+    earlier
+        .iter()
+        .filter(|line| line.contains("Error"))
+        .chain(last)
+        .fold(String::new(), |text, line| text + line + "\n")
+}
+
+/// Waits for a condition; false if it did not come about in [`HANG_TIMEOUT`].
+fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    true
+}
+
+/// A script that has run.
+pub struct Ran<'machine> {
+    machine: &'machine Machine,
+    number: u32,
+    script: String,
+    status: ExitStatus,
+}
+
+impl Ran<'_> {
+    /// Fails the test unless the script exited with status 0.
+    #[track_caller]
+    pub fn success(self) -> Self {
+        assert!(self.status.success(), "{}", self.describe());
+        self
+    }
+
+    /// Fails the test if the script exited with status 0.
+    #[track_caller]
+    pub fn failure(self) -> Self {
+        assert!(!self.status.success(), "{}", self.describe());
+        self
+    }
+
+    pub fn succeeded(&self) -> bool {
+        self.status.success()
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&self.machine.read(&log_name(self.number, "stdout"))).into()
+    }
+
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.machine.read(&log_name(self.number, "stderr"))).into()
+    }
+
+    pub fn describe(&self) -> String {
+        let ended = match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => format!("exit status {code}"),
+            (None, signal) => format!("signal {signal:?}"),
+        };
+        let script = &self.script;
+        format!("{ended}:\n{script}\n{}", self.machine.describe())
+    }
+}
+
+/// The line that the application keeps in its state file.
+#[derive(Debug, Clone, Copy)]
+pub struct State {
+    /// Drawn when the application started: a restored process has kept it, a restarted one has not.
+    pub nonce: u64,
+    /// How often it has looked at its state.
+    pub rounds: u64,
+    /// How often it has looked at all of it.
+    pub sweeps: u64,
+}
+
+/// An application that runs, or ran, in a machine.
+pub struct Application<'machine> {
+    machine: &'machine Machine,
+    /// The root of its process tree, as CRIU in the same machine knows it.
+    pub pid: String,
+    state: PathBuf,
+}
+
+impl Application<'_> {
+    /// Runs a script that knows the application's PID as `$PID`.
+    pub fn run(&self, script: &str) -> Ran<'_> {
+        self.machine.run_with(&[("PID", &self.pid)], script)
+    }
+
+    fn state_line(&self) -> Option<String> {
+        let line = std::fs::read_to_string(&self.state).unwrap_or_default();
+        line.ends_with('\n').then(|| line.trim().to_owned())
+    }
+
+    /// The present state, which is an error if the application has found anything damaged.
+    #[track_caller]
+    pub fn state(&self) -> State {
+        let line = self.state_line().expect("a line of state");
+        let numbers: Option<Vec<u64>> = line.split(' ').map(|word| word.parse().ok()).collect();
+        match numbers.as_deref() {
+            Some(&[nonce, rounds, sweeps]) => State {
+                nonce,
+                rounds,
+                sweeps,
+            },
+            _ => panic!("{line}\n{}", self.machine.describe()),
+        }
+    }
+
+    /// Waits until the application has gone over all of its state once more, and found it undamaged.
+    #[track_caller]
+    pub fn goes_on(&self) -> State {
+        let from = self.state();
+        // The sweep that is under way may have begun before now.
+        if !wait_until(|| self.state().sweeps >= from.sweeps + 2) {
+            panic!("{from:?} is all it came to\n{}", self.machine.describe());
+        }
+        self.state()
+    }
+
+    /// The same for an application that was restored, which must be the one that was there before.
+    #[track_caller]
+    pub fn goes_on_from(&self, before: State) {
+        let after = self.goes_on();
+        assert_eq!(after.nonce, before.nonce, "another process");
+        assert!(after.rounds > before.rounds, "{after:?} after {before:?}");
+    }
+
+    /// Whether a process with the application's PID exists, a stopped one included.
+    pub fn is_alive(&self) -> bool {
+        self.run("kill -0 $PID").succeeded()
+    }
+
+    /// Whether every process of the application's is stopped.
+    pub fn is_stopped(&self) -> bool {
+        let states = self.run("ps -o stat= --sid $PID").success().stdout();
+        states.lines().all(|state| state.starts_with('T'))
+    }
+}
