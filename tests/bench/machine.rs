@@ -1,8 +1,9 @@
 //! The machine that is measured, its pipe limits, and what the benchmark must leave behind: nothing.
 #![allow(unsafe_code)] // prctl has no safe form here.
 
+use crate::memory::{PageMemory, Pages};
 use crate::role::Role;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::utsname::uname;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -100,6 +101,36 @@ impl Drop for RaisedLimit {
             );
         }
     }
+}
+
+/// Touches so much memory, and gives it back.
+///
+/// A virtual machine that has given free memory back to its host pays the host's page faults when it touches it again: at
+/// random, and up to 1.5 CPU s/GB, which hides all that programs do better or worse. Memory that was just in use is there.
+#[derive(Serialize, Deserialize)]
+pub struct Toucher {
+    bytes: usize,
+}
+
+impl Toucher {
+    pub fn play(self) -> Result<()> {
+        for pages in [Pages::Huge, Pages::Small] {
+            let mut memory = PageMemory::fresh(self.bytes, pages)?;
+            for page in memory.as_mut_slice().chunks_mut(4096) {
+                page[0] = 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+pub fn touch_memory(bytes: u64) -> Result<()> {
+    let role = Role::Toucher(Toucher {
+        bytes: bytes as usize,
+    });
+    let status = role.command()?.status()?;
+    ensure!(status.success(), "Failed to touch memory: {status}");
+    Ok(())
 }
 
 /// Clears up when the benchmark has ended, however it ended. It runs in a process group of its own, out of reach of

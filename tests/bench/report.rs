@@ -96,6 +96,9 @@ impl Report {
             machine.transparent_huge_pages,
             machine.load_before
         );
+        println!(
+            "Restores find memory that was in use just before, so that no hypervisor's page faults are measured."
+        );
         println!("Medians. GB = 10^9 bytes. CPU = the streamer's, user + system.");
     }
 

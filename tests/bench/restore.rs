@@ -7,7 +7,7 @@
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};
 use crate::image::{Content, Image};
-use crate::machine::{WorkDir, pipe_max_size};
+use crate::machine::{WorkDir, pipe_max_size, touch_memory};
 use crate::measured::spawn_with_fds;
 use crate::naive::Naive;
 use crate::producer::Producer;
@@ -70,6 +70,14 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
     ]
 }
 
+/// It shall not matter who comes first of two.
+fn in_turn<T>(round: usize, mut pair: [T; 2]) -> [T; 2] {
+    if round % 2 == 1 {
+        pair.reverse();
+    }
+    pair
+}
+
 struct Run {
     receive_s: f64,
     receive_cpu_s: f64,
@@ -123,12 +131,13 @@ pub fn measure(
     let mut naive = vec![];
     for round in 1..=options.runs() {
         said(&format!("{} {round}/{}", scenario.name, options.runs()));
-        for (program, runs) in [
-            (Program::Naive, &mut naive),
-            (Program::Streamer, &mut streamer),
-        ] {
+        for program in in_turn(round, [Program::Naive, Program::Streamer]) {
             let run = run(program, scenario, &image, options, work_dir);
-            runs.push(run.context(scenario.name.clone())?);
+            let run = run.context(scenario.name.clone())?;
+            match program {
+                Program::Streamer => streamer.push(run),
+                Program::Naive => naive.push(run),
+            }
         }
     }
     let bytes = scenario.content.total_bytes();
@@ -223,8 +232,8 @@ fn run(
         content: image.content,
     });
     let mut reader = Performer::prepare(&reader, &[])?;
+    touch_memory(image.content.total_bytes() * 5 / 4)?;
     let (producers, shards) = start_producers(image, scenario.source)?;
-    let start_ns = now_ns();
     let mut streamer = match program {
         Program::Streamer => Streamer::spawn(&options.streamer, "serve", shards, work_dir)?,
         Program::Naive => {
@@ -241,7 +250,7 @@ fn run(
         }
     };
     streamer.wait_for_socket()?;
-    let receive_s = seconds_between(start_ns, now_ns());
+    let receive_s = seconds_between(streamer.started_ns, now_ns());
     let receive_cpu_s = streamer.process.cpu_s()?;
     let receive_peak_rss_bytes = streamer.process.peak_rss_bytes()? as f64;
     reader.start(streamer.images_dir.to_str().context("Odd directory")?)?;
@@ -279,34 +288,38 @@ pub fn measure_extract(
     let bytes = options.size_bytes();
     let content = Content::Pages { files: 4, bytes };
     let image = Image::build(&work_dir.subdirectory("image")?, content, 1)?;
-    let mut runs = vec![];
+    let mut extracts = vec![];
+    let mut cats = vec![];
     for round in 1..=options.runs() {
         said(&format!("{EXTRACT} {round}/{}", options.runs()));
-        let cat = time_extraction(&image, |mut shards| {
-            Streamer::spawn_as(vec![], work_dir, |images_dir, _| {
-                let mut cat = Command::new("cat");
-                cat.stdin(shards.remove(0));
-                cat.stdout(File::create(images_dir.join("shard"))?);
-                Ok(cat)
-            })
-        })?;
-        let extract = time_extraction(&image, |shards| {
-            Streamer::spawn(&options.streamer, "extract", shards, work_dir)
-        })?;
-        runs.push((cat, extract));
+        for program in in_turn(round, [Extractor::Cat, Extractor::Streamer]) {
+            let run = time_extraction(program, &image, options, work_dir);
+            let run = run.context(EXTRACT)?;
+            match program {
+                Extractor::Streamer => extracts.push(run),
+                Extractor::Cat => cats.push(run),
+            }
+        }
     }
-    let median =
-        |figure: &dyn Fn(&(Extraction, Extraction)) -> f64| median_of(runs.iter().map(figure));
+    let median = |runs: &[Extraction], figure: &dyn Fn(&Extraction) -> f64| {
+        median_of(runs.iter().map(figure))
+    };
     Ok(ExtractFigures {
         scenario: EXTRACT.to_owned(),
-        runs: runs.len(),
+        runs: options.runs(),
         bytes,
-        seconds: median(&|(_, extract)| extract.seconds),
-        cat_seconds: median(&|(cat, _)| cat.seconds),
-        cpu_s: median(&|(_, extract)| extract.cpu_s),
-        cat_cpu_s: median(&|(cat, _)| cat.cpu_s),
-        peak_rss_mb: median(&|(_, extract)| extract.peak_rss_bytes) / 1e6,
+        seconds: median(&extracts, &|run| run.seconds),
+        cat_seconds: median(&cats, &|run| run.seconds),
+        cpu_s: median(&extracts, &|run| run.cpu_s),
+        cat_cpu_s: median(&cats, &|run| run.cpu_s),
+        peak_rss_mb: median(&extracts, &|run| run.peak_rss_bytes) / 1e6,
     })
+}
+
+#[derive(Clone, Copy)]
+enum Extractor {
+    Streamer,
+    Cat,
 }
 
 struct Extraction {
@@ -316,13 +329,27 @@ struct Extraction {
 }
 
 fn time_extraction(
+    program: Extractor,
     image: &Image,
-    start: impl FnOnce(Vec<OwnedFd>) -> Result<Streamer>,
+    options: &Options,
+    work_dir: &WorkDir,
 ) -> Result<Extraction> {
-    let (producers, shards) = start_producers(image, Source::Blocks(1 << 20))?;
-    let start_ns = now_ns();
-    let finished = start(shards)?.finish()?;
-    let seconds = seconds_between(start_ns, finished.ended_ns);
+    // Clears what the previous run left there.
+    work_dir.subdirectory("images")?;
+    touch_memory(image.content.total_bytes() * 5 / 4)?;
+    let (producers, mut shards) = start_producers(image, Source::Blocks(1 << 20))?;
+    let streamer = match program {
+        Extractor::Streamer => Streamer::spawn(&options.streamer, "extract", shards, work_dir)?,
+        Extractor::Cat => Streamer::spawn_as(vec![], work_dir, |images_dir, _| {
+            let mut cat = Command::new("cat");
+            cat.stdin(shards.remove(0));
+            cat.stdout(File::create(images_dir.join("shard"))?);
+            Ok(cat)
+        })?,
+    };
+    let started_ns = streamer.started_ns;
+    let finished = streamer.finish()?;
+    let seconds = seconds_between(started_ns, finished.ended_ns);
     finish_producers(producers)?;
     Ok(Extraction {
         seconds,

@@ -1,5 +1,6 @@
 //! The streamer's process, and others that stand in for it.
 
+use crate::clock::now_ns;
 use crate::machine::WorkDir;
 use crate::measured::{Finished, Measured};
 use anyhow::{Context, Result, bail};
@@ -27,6 +28,7 @@ pub fn fd_list(fds: &[OwnedFd]) -> String {
 pub struct Streamer {
     pub process: Measured,
     pub images_dir: PathBuf,
+    pub started_ns: u64,
     progress: BufReader<File>,
     errors: PathBuf,
 }
@@ -63,6 +65,7 @@ impl Streamer {
         command.stderr(File::create(&errors)?);
         inherited.push(progress_end);
         Ok(Self {
+            started_ns: now_ns(),
             process: Measured::spawn(command, inherited)?,
             images_dir,
             progress: BufReader::new(File::from(progress)),
