@@ -23,10 +23,10 @@ use crate::progress::Stats;
 use crate::store::{Arena, Store};
 use crate::wire::MarkerBody;
 use reassembly::{Origin, Reassembly, Step};
-use shard::{Next, Shard, Taken};
+use shard::{Next, Part, Shard};
 
 /// Bytes taken from one shard before others have their turn.
-const TURN: usize = 1 << 20;
+const TURN: u64 = 1 << 20;
 
 /// How long an image on its way to disk may make no progress before shards that are ahead are read into memory: longer than it takes
 /// other processes to fill the pipe that it waits for.
@@ -116,7 +116,12 @@ impl<S: Store> Reception<'_, S> {
             for event in &events {
                 match event.token {
                     INTERRUPT => self.interrupts.check()?,
-                    index => busy[index as usize] = true,
+                    index => {
+                        busy[index as usize] = true;
+                        if event.hung_up {
+                            self.shards[index as usize].hang_up();
+                        }
+                    }
                 }
             }
             let mut overall = Turn::Idle;
@@ -167,21 +172,28 @@ impl<S: Store> Reception<'_, S> {
     /// Takes from one shard what it has, up to a limit.
     fn turn(&mut self, index: usize) -> Result<Turn> {
         let mut turn = Turn::Idle;
-        let limit = self.shards[index].offset() + TURN as u64;
-        while self.shards[index].offset() < limit && !self.image.is_complete() {
+        let limit = self.shards[index].offset() + TURN;
+        while !self.image.is_complete() {
             let shard = &mut self.shards[index];
             if self.image.is_far_ahead() && shard.last_seq() > Some(self.image.next_seq()) {
                 return Ok(turn.max(Turn::Ahead));
             }
-            let next = shard.next()?;
-            let origin = Origin {
-                shard: index,
-                offset: shard.offset(),
-            };
-            let (seq, step) = match next {
-                Next::Nothing | Next::Ended => return Ok(turn),
+            let (seq, step) = match shard.next(self.arena)? {
+                Next::Nothing => {
+                    let most = if S::BUFFERS {
+                        usize::MAX
+                    } else {
+                        shard.ahead_for_markers()
+                    };
+                    let full = turn == Turn::Busy && (S::BUFFERS || shard.offset() >= limit);
+                    if full || !shard.read(self.arena, most)? {
+                        return Ok(turn);
+                    }
+                    turn = Turn::Busy;
+                    continue;
+                }
                 Next::Data { seq, part } => {
-                    match self.take_data(index, (seq, part), origin)? {
+                    match self.take_data(index, (seq, part))? {
                         Turn::Busy => turn = Turn::Busy,
                         stopped => return Ok(turn.max(stopped)),
                     }
@@ -192,42 +204,51 @@ impl<S: Store> Reception<'_, S> {
                 Next::Marker(seq, MarkerBody::FileEnd) => (seq, Step::FileEnd),
                 Next::Marker(seq, MarkerBody::ImageEnd) => (seq, Step::ImageEnd),
             };
+            let origin = self.origin(index);
             self.image.submit((seq, 0), origin, step, self.arena)?;
             turn = Turn::Busy;
         }
         Ok(turn)
     }
 
-    fn take_data(
-        &mut self,
-        index: usize,
-        place: reassembly::Place,
-        origin: Origin,
-    ) -> Result<Turn> {
+    fn origin(&self, shard: usize) -> Origin {
+        Origin {
+            shard,
+            offset: self.shards[shard].offset(),
+        }
+    }
+
+    /// Takes data of a chunk: what was read already, or else by splicing if the file takes that, or else by reading more.
+    fn take_data(&mut self, index: usize, place: reassembly::Place) -> Result<Turn> {
         let shard = &mut self.shards[index];
-        let mut most = usize::MAX;
-        if let Some((name, file, store)) = self.image.splice_target(place) {
-            most = shard.in_memory();
-            if most == 0 {
-                let Some(last) =
-                    shard.take_spliced(name, |pipe, len| store.splice(file, pipe, len))?
-                else {
+        let is_next = self.image.is_next(place);
+        if !self.take_ahead && !is_next {
+            return Ok(Turn::Ahead);
+        }
+        if shard.is_read_out() {
+            if let Some((name, file, store)) = self.image.splice_target(place) {
+                let spliced = shard.splice(name, |pipe, len| store.splice(file, pipe, len))?;
+                let Some(last) = spliced else {
                     return Ok(Turn::Idle);
                 };
                 self.image.spliced(last, self.arena)?;
                 return Ok(Turn::Busy);
             }
-        } else if !self.take_ahead && !self.image.is_next(place) && !shard.has_begun_block() {
-            return Ok(Turn::Ahead);
-        }
-        match shard.take_memory(self.arena, most)? {
-            Taken::Memory { extent, last } => {
-                self.image
-                    .submit(place, origin, Step::Data { extent, last }, self.arena)?;
-                Ok(Turn::Busy)
+            let most = if S::BUFFERS {
+                usize::MAX
+            } else {
+                shard.left_of_chunk()
+            };
+            if !shard.read(self.arena, most)? {
+                return Ok(Turn::Idle);
             }
-            Taken::Nothing => Ok(Turn::Idle),
         }
+        if let Some(Part { extent, last }) = shard.take_part() {
+            let origin = self.origin(index);
+            self.image
+                .submit(place, origin, Step::Data { extent, last }, self.arena)?;
+        }
+        Ok(Turn::Busy)
     }
 
     /// Fails if the next marker cannot come any more.
@@ -268,11 +289,10 @@ impl<S: Store> Reception<'_, S> {
         loop {
             let mut all_ended = true;
             for shard in &mut self.shards {
-                match shard.has_more()? {
-                    Some(true) => bail!(shard.error("something follows the end of the image")),
-                    Some(false) => {}
-                    None => all_ended = false,
+                if !shard.is_read_out() || shard.read(self.arena, 1)? {
+                    bail!(shard.error("something follows the end of the image"));
                 }
+                all_ended &= shard.has_ended();
             }
             let left = end.saturating_duration_since(Instant::now());
             if all_ended || left.is_zero() {
@@ -281,8 +301,12 @@ impl<S: Store> Reception<'_, S> {
             self.poller
                 .wait(Some(left), &mut events)
                 .context("waiting for the end of the shards")?;
-            if events.iter().any(|event| event.token == INTERRUPT) {
-                self.interrupts.check()?;
+            for event in &events {
+                match event.token {
+                    INTERRUPT => self.interrupts.check()?,
+                    index if event.hung_up => self.shards[index as usize].hang_up(),
+                    _ => {}
+                }
             }
         }
     }

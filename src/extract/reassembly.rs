@@ -297,7 +297,7 @@ mod tests {
         arena.unfilled(&mut block).copy_from_slice(bytes);
         arena.filled(&mut block, bytes.len());
         Step::Data {
-            extent: block.seal(),
+            extent: arena.seal(block),
             last: true,
         }
     }

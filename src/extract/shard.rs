@@ -1,9 +1,13 @@
 //! The reading side of a shard: cuts the stream into markers and their data.
 //!
-//! Markers go through a buffer; the data of large chunks is read past it, straight to where it stays. How far the buffer reads
-//! ahead follows what the shard carries: after a large chunk only as much as the next markers take, since data that
-//! was read ahead has to be copied once more; among small files many of them at once.
+//! What a pipe holds is read in one call, markers and data together, straight to where the data stays: into memory reserved for exactly as
+//! many bytes as there are. The data of a chunk is then a part of that memory, found in place. One large read for a full pipe
+//! costs half the CPU of reading marker, data, marker, data, because each read but the last meets the pipe's writer, woken by the
+//! one before, at the pipe's mutex.
+//!
+//! On the way to disk, data should not come to memory at all, so that only as much is read ahead as the next markers take.
 
+use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -11,20 +15,17 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::pipe::{self, Moved, ReadEnd};
 use crate::progress::ShardStats;
-use crate::store::{Arena, Block, Extent};
+use crate::store::{Arena, Extent};
 use crate::wire::{self, Marker, MarkerBody};
 
-/// Bytes read ahead among small files. Also more than the largest marker takes.
+/// Bytes read ahead among small files, when data should rather be spliced.
 const AHEAD: usize = 16 << 10;
 
 /// Bytes read ahead after a large chunk: the end of a file, the name of another, and the size of the next chunk.
 const AHEAD_OF_LARGE: usize = 64;
 
-/// A chunk that is worth reading past the buffer, in bytes.
+/// A chunk that is worth splicing, in bytes.
 const LARGE: usize = AHEAD;
-
-/// Memory reserved at a time for a chunk, in bytes: a marker may announce 4 GiB that never come.
-const BLOCK: usize = 1 << 20;
 
 /// What a shard has next.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,19 +34,16 @@ pub enum Next {
     Marker(u64, MarkerBody),
     /// Data of a chunk, of which so many parts were taken before.
     Data { seq: u64, part: u32 },
-    /// Nothing now.
+    /// Nothing before more is read.
     Nothing,
-    /// Nothing ever again.
-    Ended,
 }
 
-/// How taking a chunk's data went.
+/// Data of a chunk, in memory.
 #[derive(Debug)]
-pub enum Taken {
-    /// Memory with some of it; whether it is the last of the chunk.
-    Memory { extent: Extent, last: bool },
-    /// Nothing whole yet.
-    Nothing,
+pub struct Part {
+    pub extent: Extent,
+    /// Nothing of the chunk comes after it.
+    pub last: bool,
 }
 
 #[derive(Debug)]
@@ -54,21 +52,22 @@ struct Chunk {
     left: usize,
     /// How many parts of it were taken.
     part: u32,
-    block: Option<Block>,
 }
 
 /// The reading side of a shard.
 pub struct Shard {
     pipe: ReadEnd,
     label: String,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
+    /// What was read and not taken yet.
+    ahead: VecDeque<Extent>,
     chunk: Option<Chunk>,
     last_was_large: bool,
+    /// Nobody holds the pipe's write end: what is in the pipe is the last of it.
+    hung_up: bool,
     ended: bool,
     last_seq: Option<u64>,
     received: u64,
+    taken: u64,
     last_read: Option<Instant>,
 }
 
@@ -85,14 +84,14 @@ impl Shard {
         Ok(Self {
             pipe,
             label,
-            buffer: vec![0; AHEAD].into_boxed_slice(),
-            start: 0,
-            end: 0,
+            ahead: VecDeque::new(),
             chunk: None,
             last_was_large: false,
+            hung_up: false,
             ended: false,
             last_seq: None,
             received: 0,
+            taken: 0,
             last_read: None,
         })
     }
@@ -105,9 +104,14 @@ impl Shard {
         &self.pipe
     }
 
+    /// The pipe's writers are gone.
+    pub fn hang_up(&mut self) {
+        self.hung_up = true;
+    }
+
     /// Whether everything was taken, up to the end of the stream.
     pub fn has_ended(&self) -> bool {
-        self.ended && self.start == self.end
+        self.ended && self.ahead.is_empty()
     }
 
     /// The position of the last marker taken; positions on a shard only grow.
@@ -117,7 +121,7 @@ impl Shard {
 
     /// Bytes of the stream taken so far: where in it an error is.
     pub fn offset(&self) -> u64 {
-        self.received - (self.end - self.start) as u64
+        self.taken
     }
 
     pub fn stats(&self, start: Option<Instant>) -> ShardStats {
@@ -136,37 +140,46 @@ impl Shard {
         anyhow!("reading {} at byte {}: {what}", self.label, self.offset())
     }
 
-    /// What comes next on this shard. A chunk stays the next thing until its data was taken.
+    /// What comes next of what was read. A chunk stays the next thing until its data was taken.
     ///
     /// # Errors
     /// When the stream is damaged or cut off.
-    pub fn next(&mut self) -> Result<Next> {
-        loop {
-            if let Some(chunk) = &self.chunk {
-                return Ok(Next::Data {
-                    seq: chunk.seq,
-                    part: chunk.part,
-                });
+    pub fn next(&mut self, arena: &mut Arena) -> Result<Next> {
+        if let Some(chunk) = &self.chunk {
+            return Ok(Next::Data {
+                seq: chunk.seq,
+                part: chunk.part,
+            });
+        }
+        match self.decode(arena).map_err(|error| self.error(error))? {
+            Some((marker, size)) => {
+                let next = self.enter(marker)?;
+                self.skip(size, arena);
+                Ok(next)
             }
-            match wire::decode(&self.buffer[self.start..self.end])
-                .map_err(|error| self.error(error))?
-            {
-                Some((marker, size)) => return self.take(marker, size),
-                None if self.ended && self.start == self.end => return Ok(Next::Ended),
-                None if self.ended => {
-                    bail!(self.error("the stream ends within a marker: it was cut off"))
-                }
-                None => {
-                    if !self.read_ahead()? {
-                        return Ok(Next::Nothing);
-                    }
-                }
-            }
+            None => Ok(Next::Nothing),
         }
     }
 
-    fn take(&mut self, marker: Marker, size: usize) -> Result<Next> {
-        let Marker { seq, body } = marker;
+    fn decode(&self, arena: &Arena) -> Result<Option<(Marker, usize)>, wire::BadMarker> {
+        let Some(front) = self.ahead.front() else {
+            return Ok(None);
+        };
+        let decoded = wire::decode(arena.bytes(front))?;
+        if decoded.is_some() || self.ahead.len() == 1 {
+            return Ok(decoded);
+        }
+        // The marker continues in what was read next.
+        let mut joined = Vec::new();
+        for extent in &self.ahead {
+            let missing = wire::LENGTH + wire::LARGEST_FRAME - joined.len();
+            let bytes = arena.bytes(extent);
+            joined.extend_from_slice(&bytes[..bytes.len().min(missing)]);
+        }
+        wire::decode(&joined)
+    }
+
+    fn enter(&mut self, Marker { seq, body }: Marker) -> Result<Next> {
         if let Some(last) = self.last_seq
             && seq <= last
         {
@@ -174,54 +187,78 @@ impl Shard {
                 "marker {seq} comes after marker {last}: the order is wrong, or it is repeated"
             )));
         }
-        self.start += size;
         self.last_seq = Some(seq);
         match body {
             MarkerBody::Data(left) if left > 0 => {
                 let left = left as usize;
                 self.last_was_large = left >= LARGE;
-                self.chunk = Some(Chunk {
-                    seq,
-                    left,
-                    part: 0,
-                    block: None,
-                });
+                self.chunk = Some(Chunk { seq, left, part: 0 });
                 Ok(Next::Data { seq, part: 0 })
             }
             body => Ok(Next::Marker(seq, body)),
         }
     }
 
-    /// Reads into the buffer; `false` when there is nothing now.
-    fn read_ahead(&mut self) -> Result<bool> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        let missing = match wire::frame_length(&self.buffer[..self.end])
-            .map_err(|error| self.error(error))?
-        {
-            Some(length) => wire::LENGTH + length - self.end,
-            None => wire::LENGTH - self.end,
-        };
-        let size = if self.last_was_large {
-            AHEAD_OF_LARGE.max(missing)
-        } else {
-            AHEAD - self.end
-        };
-        match pipe::read(&self.pipe, &mut self.buffer[self.end..self.end + size])
-            .with_context(|| format!("reading {}", self.label))?
-        {
-            Moved::Bytes(bytes) => {
-                self.end += bytes;
-                self.arrived(bytes);
-                Ok(true)
-            }
-            Moved::WouldBlock => Ok(false),
-            Moved::End => {
-                self.ended = true;
-                Ok(true)
-            }
+    fn skip(&mut self, mut size: usize, arena: &mut Arena) {
+        while size > 0 {
+            let part = self
+                .take_front(size)
+                .expect("only what was read is skipped");
+            size -= part.len();
+            arena.release(part);
         }
+    }
+
+    /// Up to `most` bytes from the front of what was read.
+    fn take_front(&mut self, most: usize) -> Option<Extent> {
+        let front = self.ahead.front_mut()?;
+        let part = front.split_front(most.min(front.len()));
+        if front.is_empty() {
+            self.ahead.pop_front();
+        }
+        self.taken += part.len() as u64;
+        Some(part)
+    }
+
+    /// How much to read when data should rather be spliced: what the next markers take.
+    pub fn ahead_for_markers(&self) -> usize {
+        if self.last_was_large {
+            AHEAD_OF_LARGE
+        } else {
+            AHEAD
+        }
+    }
+
+    /// Reads what the pipe holds, up to `most` bytes, and tells whether there was something. Called when what was read before
+    /// is not enough to go on.
+    ///
+    /// # Errors
+    /// When there is no memory, or the stream was cut off.
+    pub fn read(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
+        let available =
+            pipe::available(&self.pipe).with_context(|| format!("reading {}", self.label))?;
+        let mut left = available.min(most);
+        if left == 0 {
+            self.check_for_end()?;
+            return Ok(false);
+        }
+        while left > 0 {
+            let mut block = arena.reserve(left).with_context(|| {
+                format!("keeping {left} bytes in memory beside {}", arena.live())
+            })?;
+            let moved = pipe::read(&self.pipe, arena.unfilled(&mut block));
+            let bytes = match moved.with_context(|| format!("reading {}", self.label))? {
+                Moved::Bytes(bytes) => bytes,
+                Moved::WouldBlock | Moved::End => {
+                    bail!(self.error("somebody else reads from it too"))
+                }
+            };
+            arena.filled(&mut block, bytes);
+            self.ahead.push_back(arena.seal(block));
+            self.arrived(bytes);
+            left -= bytes;
+        }
+        Ok(true)
     }
 
     fn arrived(&mut self, bytes: usize) {
@@ -229,92 +266,34 @@ impl Shard {
         self.last_read = Some(Instant::now());
     }
 
-    fn chunk(&mut self) -> &mut Chunk {
-        self.chunk
-            .as_mut()
-            .expect("a chunk's data is only taken when it is the next thing")
+    /// Takes the data of the current chunk that was read, as far as it lies together.
+    pub fn take_part(&mut self) -> Option<Part> {
+        let left = self.chunk.as_ref()?.left;
+        let extent = self.take_front(left)?;
+        let last = self.advance_chunk(extent.len());
+        Some(Part { extent, last })
     }
 
-    /// Takes up to `most` bytes of the current chunk into memory; nothing before they are all there.
-    ///
-    /// # Errors
-    /// When the stream was cut off, or there is no memory.
-    pub fn take_memory(&mut self, arena: &mut Arena, most: usize) -> Result<Taken> {
-        let mut chunk = self
-            .chunk
-            .take()
-            .expect("a chunk's data is only taken when it is the next thing");
-        let Some(block) = self.fill(&mut chunk, arena, most)? else {
-            self.chunk = Some(chunk);
-            return Ok(Taken::Nothing);
-        };
+    /// So many bytes of the current chunk were taken; tells whether nothing of it comes after them.
+    fn advance_chunk(&mut self, bytes: usize) -> bool {
+        let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
+        chunk.left -= bytes;
+        chunk.part += 1;
         let last = chunk.left == 0;
-        if !last {
-            chunk.part += 1;
-            self.chunk = Some(chunk);
+        if last {
+            self.chunk = None;
         }
-        Ok(Taken::Memory {
-            extent: block.seal(),
-            last,
-        })
+        last
     }
 
-    /// Fills one block of the chunk; `None` when the shard has nothing now.
-    fn fill(&mut self, chunk: &mut Chunk, arena: &mut Arena, most: usize) -> Result<Option<Block>> {
-        let mut block = match chunk.block.take() {
-            Some(block) => block,
-            None => arena
-                .reserve(chunk.left.min(most).min(BLOCK))
-                .with_context(|| {
-                    format!(
-                        "keeping {} bytes in memory, beside {} so far",
-                        chunk.left,
-                        arena.live()
-                    )
-                })?,
-        };
-        while block.left() > 0 {
-            let space = arena.unfilled(&mut block);
-            let bytes = if self.start < self.end {
-                let bytes = space.len().min(self.end - self.start);
-                space[..bytes].copy_from_slice(&self.buffer[self.start..self.start + bytes]);
-                self.start += bytes;
-                bytes
-            } else {
-                match pipe::read(&self.pipe, space)
-                    .with_context(|| format!("reading {}", self.label))?
-                {
-                    Moved::Bytes(bytes) => {
-                        self.arrived(bytes);
-                        bytes
-                    }
-                    Moved::WouldBlock => {
-                        chunk.block = Some(block);
-                        return Ok(None);
-                    }
-                    Moved::End => bail!(self.cut_off(chunk.left)),
-                }
-            };
-            arena.filled(&mut block, bytes);
-            chunk.left -= bytes;
-        }
-        Ok(Some(block))
+    /// Bytes of the current chunk's data that are still to be taken.
+    pub fn left_of_chunk(&self) -> usize {
+        self.chunk.as_ref().map_or(0, |chunk| chunk.left)
     }
 
-    /// Bytes of the current chunk that have to go through memory, since they are there already: read ahead, or part of a block.
-    pub fn in_memory(&self) -> usize {
-        let Some(chunk) = &self.chunk else { return 0 };
-        match &chunk.block {
-            Some(block) => block.left(),
-            None => chunk.left.min(self.end - self.start),
-        }
-    }
-
-    /// Whether a part of the current chunk is on its way to memory.
-    pub fn has_begun_block(&self) -> bool {
-        self.chunk
-            .as_ref()
-            .is_some_and(|chunk| chunk.block.is_some())
+    /// Whether nothing of what was read is left.
+    pub fn is_read_out(&self) -> bool {
+        self.ahead.is_empty()
     }
 
     /// Whether the current chunk is the one at this position.
@@ -322,56 +301,45 @@ impl Shard {
         self.chunk.as_ref().is_some_and(|chunk| chunk.seq == seq)
     }
 
-    /// Takes data of the current chunk with `splice`, which is given the pipe and how many bytes to move; `None` when there is
-    /// nothing now, otherwise whether it was the last of the chunk.
+    /// Moves data of the current chunk with `splice`, which is given the pipe and how many bytes to move; `None` when the pipe is
+    /// empty, otherwise whether it was the last of the chunk. `to` names the target in errors.
     ///
     /// # Errors
-    /// When the stream was cut off, and those of `splice`, to which `to` is added.
-    pub fn take_spliced(
+    /// Those of `splice`, and when the stream was cut off.
+    pub fn splice(
         &mut self,
-        to: &dyn std::fmt::Display,
+        to: &impl std::fmt::Display,
         splice: impl FnOnce(&ReadEnd, usize) -> io::Result<Moved>,
     ) -> Result<Option<bool>> {
-        let left = self.chunk().left;
-        match splice(&self.pipe, left).with_context(|| format!("writing {to}"))? {
+        match splice(&self.pipe, self.left_of_chunk()).with_context(|| format!("writing {to}"))? {
             Moved::Bytes(bytes) => {
                 self.arrived(bytes);
-                let chunk = self.chunk();
-                chunk.left -= bytes;
-                chunk.part += 1;
-                let last = chunk.left == 0;
-                if last {
-                    self.chunk = None;
-                }
-                Ok(Some(last))
+                self.taken += bytes as u64;
+                return Ok(Some(self.advance_chunk(bytes)));
             }
-            Moved::WouldBlock => Ok(None),
-            Moved::End => bail!(self.cut_off(left)),
+            Moved::WouldBlock => {}
+            Moved::End => self.hung_up = true,
         }
+        self.check_for_end()?;
+        Ok(None)
     }
 
-    fn cut_off(&self, left: usize) -> anyhow::Error {
-        self.error(format_args!(
-            "the stream ends {left} bytes before the end of its chunk: it was cut off"
-        ))
-    }
-
-    /// Whether something follows on this shard: `None` while that is not known.
+    /// Notes that nothing more comes, if that is so.
     ///
     /// # Errors
-    /// Those of reading.
-    pub fn has_more(&mut self) -> Result<Option<bool>> {
-        if self.start < self.end {
-            return Ok(Some(true));
+    /// When the stream ends within a marker or a chunk.
+    fn check_for_end(&mut self) -> Result<()> {
+        self.ended |= self.hung_up;
+        match &self.chunk {
+            _ if !self.ended => Ok(()),
+            Some(chunk) => bail!(self.error(format_args!(
+                "the stream ends {} bytes before the end of its chunk: it was cut off",
+                chunk.left
+            ))),
+            None if !self.ahead.is_empty() => {
+                bail!(self.error("the stream ends within a marker: it was cut off"))
+            }
+            None => Ok(()),
         }
-        if self.ended {
-            return Ok(Some(false));
-        }
-        self.last_was_large = true;
-        Ok(if self.read_ahead()? {
-            Some(self.start < self.end)
-        } else {
-            None
-        })
     }
 }

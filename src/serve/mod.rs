@@ -87,7 +87,8 @@ struct Server<'a> {
     interrupts: &'a Interrupts,
     listener: Listener,
     clients: Clients<Requested>,
-    files: HashMap<ImageName, File>,
+    /// Sorted by name.
+    files: Vec<(ImageName, File)>,
     arena: Arena,
     kept: usize,
     transfers: HashMap<u64, Transfer>,
@@ -104,7 +105,7 @@ struct Server<'a> {
 pub fn serve(
     listener: Listener,
     files: MemStore,
-    arena: Arena,
+    mut arena: Arena,
     criu_clients: usize,
     interrupts: &Interrupts,
 ) -> Result<()> {
@@ -116,7 +117,7 @@ pub fn serve(
         .add(&listener, Token::Listener.encode(), Interest::Readable)
         .context("preparing to wait for CRIU")?;
     let files = files
-        .files
+        .into_files(&mut arena)
         .into_iter()
         .map(|(name, contents)| (name, File::Fresh(contents)))
         .collect();
@@ -203,7 +204,8 @@ impl Server<'_> {
             match message {
                 Message::Request(name) => {
                     let found = ImageName::new(&name).ok().and_then(|name| {
-                        let rest = take(files.get_mut(&name)?, &name, kept);
+                        let index = files.binary_search_by(|(found, _)| found.cmp(&name)).ok()?;
+                        let rest = take(&mut files[index].1, &name, kept);
                         if rest.is_none() {
                             refused.insert(name.clone());
                             eprintln!("criu-image-streamer: {name} was asked for again, but it has been sent and freed");

@@ -31,6 +31,10 @@ const REGION: usize = 64 << 20;
 /// Below this size, pages from the middle of a huge page are not given back on their own: splitting a huge page is not free.
 const WORTH_SPLITTING: usize = 64 << 10;
 
+/// A huge page is begun for at least so much, or after so much has gone into small pages, in bytes: what is left of the last huge
+/// page is memory that the image does not need, and most images end with a few small files.
+const WORTH_A_HUGE_PAGE: usize = 256 << 10;
+
 /// A stretch of sealed memory. It belongs to whoever holds it, until it is given to [`Arena::release`].
 #[derive(Debug)]
 pub struct Extent {
@@ -73,12 +77,6 @@ impl Block {
     pub fn left(&self) -> usize {
         self.extent.len() - self.filled
     }
-
-    /// All of it is filled: from now on it is sealed.
-    pub fn seal(self) -> Extent {
-        assert_eq!(self.left(), 0, "only a full block is sealed");
-        self.extent
-    }
 }
 
 struct Region {
@@ -89,10 +87,22 @@ struct Region {
     live: [u32; REGION / HUGE_PAGE],
 }
 
+/// What a region asks the kernel for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    Huge,
+    Small,
+}
+
 /// All memory of an image.
 #[derive(Default)]
 pub struct Arena {
     regions: Vec<Option<Region>>,
+    /// The regions that the next bytes come from.
+    huge: Option<u32>,
+    small: Option<u32>,
+    /// Bytes handed out in small pages since the last huge page was begun.
+    in_small: usize,
     live: usize,
 }
 
@@ -106,25 +116,18 @@ impl Arena {
         self.live
     }
 
-    /// Hands out up to `len` bytes (at least one if `len` is), as many as the current region has.
+    /// Hands out up to `len` bytes, at least one.
     ///
     /// # Errors
     /// `ENOMEM`.
     pub fn reserve(&mut self, len: usize) -> io::Result<Block> {
-        let full = self
-            .regions
-            .last()
-            .is_none_or(|last| last.as_ref().is_none_or(|region| region.used == REGION));
-        if full {
-            self.regions.push(Some(Region::map()?));
-        }
-        let index = self.regions.len() - 1;
-        let region = self.regions[index]
+        let (index, most) = self.place(len)?;
+        let region = self.regions[index as usize]
             .as_mut()
-            .expect("the last region was just checked or mapped");
-        let len = len.min(REGION - region.used);
+            .expect("a cursor points to a region");
+        let len = len.min(most);
         let extent = Extent {
-            region: index as u32,
+            region: index,
             offset: region.used as u32,
             len: len as u32,
         };
@@ -134,6 +137,44 @@ impl Arena {
         region.used += len;
         self.live += len;
         Ok(Block { extent, filled: 0 })
+    }
+
+    /// The region that `len` bytes come from, and how many of them it can give at most.
+    fn place(&mut self, len: usize) -> io::Result<(u32, usize)> {
+        let begun = self.left_in(self.huge) % HUGE_PAGE;
+        if begun == 0 && self.in_small + len <= WORTH_A_HUGE_PAGE {
+            self.in_small += len;
+            let index = self.region_for(self.small, Pages::Small)?;
+            self.small = Some(index);
+            return Ok((index, self.left_in(self.small)));
+        }
+        self.in_small = 0;
+        let index = self.region_for(self.huge, Pages::Huge)?;
+        self.huge = Some(index);
+        let begins_another = len.saturating_sub(begun) >= WORTH_A_HUGE_PAGE;
+        let most = if begun > 0 && !begins_another {
+            begun
+        } else {
+            self.left_in(self.huge)
+        };
+        Ok((index, most))
+    }
+
+    /// Bytes of a region that were not handed out yet.
+    fn left_in(&self, region: Option<u32>) -> usize {
+        let region = region.and_then(|index| self.regions[index as usize].as_ref());
+        region.map_or(0, |region| REGION - region.used)
+    }
+
+    /// The region itself if it has anything left, otherwise a new one.
+    fn region_for(&mut self, region: Option<u32>, pages: Pages) -> io::Result<u32> {
+        if let Some(index) = region
+            && self.left_in(region) > 0
+        {
+            return Ok(index);
+        }
+        self.regions.push(Some(Region::map(pages)?));
+        Ok(self.regions.len() as u32 - 1)
     }
 
     /// The part of a block that is not filled yet.
@@ -151,6 +192,14 @@ impl Arena {
         block.filled += bytes;
     }
 
+    /// What was filled of a block: from now on it is sealed. The rest is released.
+    pub fn seal(&mut self, block: Block) -> Extent {
+        let mut rest = block.extent;
+        let sealed = rest.split_front(block.filled);
+        self.release(rest);
+        sealed
+    }
+
     /// Sealed memory.
     pub fn bytes(&self, extent: &Extent) -> &[u8] {
         let base = self.region(extent).base;
@@ -163,6 +212,9 @@ impl Arena {
 
     /// Gives memory back to the kernel. References to it that a pipe holds stay good.
     pub fn release(&mut self, extent: Extent) {
+        if extent.is_empty() {
+            return;
+        }
         self.live -= extent.len();
         let slot = &mut self.regions[extent.region as usize];
         let region = slot.as_mut().expect("an extent keeps its region");
@@ -178,11 +230,6 @@ impl Arena {
         if region.used == REGION && region.live.iter().all(|&bytes| bytes == 0) {
             *slot = None;
         }
-    }
-
-    /// Releases a block that will not be filled.
-    pub fn abandon(&mut self, block: Block) {
-        self.release(block.extent);
     }
 
     fn region(&self, extent: &Extent) -> &Region {
@@ -206,7 +253,7 @@ fn huge_pages(extent: &Extent) -> impl Iterator<Item = (usize, usize)> + use<> {
 
 impl Region {
     /// Maps a region, aligned to huge pages: more is mapped than needed, and the ends are cut off.
-    fn map() -> io::Result<Self> {
+    fn map(pages: Pages) -> io::Result<Self> {
         let size = NonZeroUsize::new(REGION + HUGE_PAGE).expect("a region is not empty");
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
@@ -223,8 +270,12 @@ impl Region {
             if after > 0 {
                 munmap(base.add(REGION).cast(), after)?;
             }
+            let advice = match pages {
+                Pages::Huge => MmapAdvise::MADV_HUGEPAGE,
+                Pages::Small => MmapAdvise::MADV_NOHUGEPAGE,
+            };
             // Refused where huge pages are not built in: small ones do.
-            let _ = madvise(base.cast(), REGION, MmapAdvise::MADV_HUGEPAGE);
+            let _ = madvise(base.cast(), REGION, advice);
             base
         };
         Ok(Self {
@@ -264,13 +315,17 @@ unsafe impl Send for Region {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
+
+    /// Tests that fill much memory take turns: some of them look at how much the process has.
+    static TURN: Mutex<()> = Mutex::new(());
 
     fn filled(arena: &mut Arena, len: usize, byte: u8) -> Extent {
         let mut block = arena.reserve(len).unwrap();
         let len = block.left();
         arena.unfilled(&mut block).fill(byte);
         arena.filled(&mut block, len);
-        block.seal()
+        arena.seal(block)
     }
 
     fn resident() -> usize {
@@ -280,6 +335,7 @@ mod tests {
 
     #[test]
     fn memory_keeps_what_was_put_in() {
+        let _turn = TURN.lock().unwrap();
         let mut arena = Arena::new();
         let extents: Vec<_> = (1..=200)
             .map(|byte| filled(&mut arena, 700_001, byte))
@@ -291,15 +347,38 @@ mod tests {
 
     #[test]
     fn a_block_ends_with_its_region() {
+        let _turn = TURN.lock().unwrap();
         let mut arena = Arena::new();
-        let first = filled(&mut arena, REGION - 10, 1);
-        let second = filled(&mut arena, 100, 2);
-        assert_eq!((first.len(), second.len()), (REGION - 10, 10));
-        assert_eq!(arena.live(), REGION);
+        let first = filled(&mut arena, REGION - WORTH_A_HUGE_PAGE, 1);
+        let second = filled(&mut arena, 2 * WORTH_A_HUGE_PAGE, 2);
+        assert_eq!(second.len(), WORTH_A_HUGE_PAGE);
+        assert_eq!(arena.live(), first.len() + second.len());
+    }
+
+    #[test]
+    fn what_is_not_filled_of_a_block_is_released() {
+        let mut arena = Arena::new();
+        let mut block = arena.reserve(1000).unwrap();
+        arena.filled(&mut block, 10);
+        assert_eq!(arena.seal(block).len(), 10);
+        assert_eq!(arena.live(), 10);
+    }
+
+    #[test]
+    fn the_few_small_files_behind_a_large_one_begin_no_huge_page() {
+        let _turn = TURN.lock().unwrap();
+        let mut arena = Arena::new();
+        filled(&mut arena, 4 * HUGE_PAGE, 1);
+        let before = resident();
+        for _ in 0..10 {
+            filled(&mut arena, 2000, 2);
+        }
+        assert!(resident() - before < HUGE_PAGE / 4);
     }
 
     #[test]
     fn released_memory_goes_back_to_the_kernel() {
+        let _turn = TURN.lock().unwrap();
         let mut arena = Arena::new();
         let before = resident();
         let mut whole = filled(&mut arena, 32 << 20, 7);

@@ -3,7 +3,6 @@
 //! A file is a list of extents of the arena; most files are one extent, which lies in the entry itself: with its name, a small file
 //! costs less than 100 bytes beside its contents.
 
-use std::collections::HashMap;
 use std::io;
 
 use anyhow::Result;
@@ -70,9 +69,12 @@ impl Contents {
 }
 
 /// The complete files.
+///
+/// While an image is received nobody looks for a file, so they are only listed; when it is complete the list is sorted. A hash
+/// table would take twice the memory when it grows.
 #[derive(Debug, Default)]
 pub struct MemStore {
-    pub files: HashMap<ImageName, Contents>,
+    files: Vec<(ImageName, Contents)>,
 }
 
 impl MemStore {
@@ -80,20 +82,29 @@ impl MemStore {
         Self::default()
     }
 
-    /// A file's bytes in one piece.
-    pub fn read(&self, name: &ImageName, arena: &Arena) -> Option<Vec<u8>> {
-        let contents = self.files.get(name)?;
-        Some(
-            contents
-                .extents()
-                .iter()
-                .flat_map(|extent| arena.bytes(extent))
-                .copied()
-                .collect(),
-        )
+    /// All files, sorted by name. Of several files of one name the last counts.
+    pub fn into_files(mut self, arena: &mut Arena) -> Vec<(ImageName, Contents)> {
+        // The sort is stable, and keeps the first of equals.
+        self.files.reverse();
+        self.files.sort_by(|(a, _), (b, _)| a.cmp(b));
+        self.files.dedup_by(|(later, contents), (earlier, _)| {
+            let same = later == earlier;
+            if same {
+                std::mem::take(contents).release(arena);
+            }
+            same
+        });
+        self.files
     }
 
-    /// Replaces a file's bytes.
+    /// A file's bytes in one piece.
+    pub fn read(&self, name: &ImageName, arena: &Arena) -> Option<Vec<u8>> {
+        let (_, contents) = self.files.iter().rev().find(|(found, _)| found == name)?;
+        let slices = contents.extents().iter().map(|extent| arena.bytes(extent));
+        Some(slices.flatten().copied().collect())
+    }
+
+    /// Adds a file with these bytes.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -109,12 +120,10 @@ impl MemStore {
             let (front, rest) = bytes.split_at(block.left());
             arena.unfilled(&mut block).copy_from_slice(front);
             arena.filled(&mut block, front.len());
-            contents.push(block.seal());
+            contents.push(arena.seal(block));
             bytes = rest;
         }
-        if let Some(earlier) = self.files.insert(name, contents) {
-            earlier.release(arena);
-        }
+        self.files.push((name, contents));
         Ok(())
     }
 }
@@ -141,10 +150,8 @@ impl Store for MemStore {
         Ok(())
     }
 
-    fn finish(&mut self, name: ImageName, file: Contents, arena: &mut Arena) -> Result<()> {
-        if let Some(earlier) = self.files.insert(name, file) {
-            earlier.release(arena);
-        }
+    fn finish(&mut self, name: ImageName, file: Contents, _arena: &mut Arena) -> Result<()> {
+        self.files.push((name, file));
         Ok(())
     }
 }
@@ -167,6 +174,7 @@ mod tests {
             .unwrap();
         store.write(name.clone(), b"second", &mut arena).unwrap();
         assert_eq!(store.read(&name, &arena).unwrap(), b"second");
+        assert_eq!(store.into_files(&mut arena).len(), 1);
         assert_eq!(arena.live(), 6);
     }
 }
