@@ -31,6 +31,9 @@ pub mod criu_proto {
     include!(concat!(env!("OUT_DIR"), "/criu.rs"));
 }
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -82,6 +85,7 @@ pub fn exit_status(error: &anyhow::Error) -> ExitCode {
 fn execute(plan: Plan) -> Result<()> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
+    create_images_dir(&plan.images_dir)?;
     match plan.action {
         Action::Capture => {
             let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
@@ -112,6 +116,7 @@ fn execute(plan: Plan) -> Result<()> {
             Ok(())
         }
         Action::Serve(remaps) => {
+            Listener::check(&plan.images_dir, Role::Serve)?;
             let mut progress = plan.progress;
             let (shards, external_files) = ends(plan.shards, plan.external_files)?;
             let mut arena = Arena::new();
@@ -125,6 +130,15 @@ fn execute(plan: Plan) -> Result<()> {
             serve::serve(listener, files, arena, plan.criu_clients, &interrupts)
         }
     }
+}
+
+/// An image is its owner's memory: a directory made for it is for nobody else.
+fn create_images_dir(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(path)
+        .with_context(|| format!("--images-dir: creating {}", path.display()))
 }
 
 type Shards = Vec<(ReadEnd, String)>;

@@ -48,11 +48,11 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else of that name stays.
+    /// The path of the socket in `images_dir`, if it can be used: checked before an image is received that cannot be served.
     ///
     /// # Errors
-    /// When the path is too long for CRIU, when the name is taken, and what binding can lead to.
-    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
+    /// When the path is too long for CRIU, and when the name is taken.
+    pub fn check(images_dir: &Path, role: Role) -> Result<PathBuf> {
         let path = images_dir.join(role.socket_name());
         let length = path.as_os_str().len();
         ensure!(
@@ -61,6 +61,15 @@ impl Listener {
             path.display()
         );
         remove_stale(&path)?;
+        Ok(path)
+    }
+
+    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else of that name stays.
+    ///
+    /// # Errors
+    /// Those of [`Listener::check`], and what binding can lead to.
+    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
+        let path = Self::check(images_dir, role)?;
         let socket = socket(
             AddressFamily::Unix,
             SockType::Stream,

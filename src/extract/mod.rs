@@ -2,8 +2,8 @@
 //!
 //! Shards are read as their data comes, never one after another: when a capture is connected directly, waiting for an empty shard
 //! while another is full is a deadlock. What is ahead of its turn goes to memory. A store in memory keeps it there
-//! anyway; for a store on disk it is a detour, so that a shard that is ahead is left alone as long as the image makes
-//! progress without it, and up to a limit beyond that.
+//! anyway; for files on disk and external files it is a detour, so that a shard that is ahead is left alone as long as the image
+//! makes progress without it, and then taken to memory up to a limit.
 //!
 //! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker that is behind the last one of every
 //! shard will not come.
@@ -58,8 +58,8 @@ struct Reception<'a, S: Store> {
     shards: Vec<Shard>,
     image: Reassembly<S>,
     arena: &'a mut Arena,
-    /// Shards ahead of their turn are read into memory.
-    take_ahead: bool,
+    /// The image has made no progress for a while.
+    stalled: bool,
     start: Option<Instant>,
 }
 
@@ -86,7 +86,7 @@ pub fn receive<S: Store>(
         shards,
         image,
         arena,
-        take_ahead: S::BUFFERS,
+        stalled: false,
         start: None,
     };
     reception.run()?;
@@ -125,7 +125,7 @@ impl<S: Store> Reception<'_, S> {
                 }
             }
             let mut overall = Turn::Idle;
-            let before = self.image.next_seq();
+            let before = self.image.next_place();
             for (index, busy) in busy.iter_mut().enumerate().filter(|(_, busy)| **busy) {
                 let turn = self.turn(index)?;
                 *busy = turn != Turn::Idle;
@@ -134,9 +134,9 @@ impl<S: Store> Reception<'_, S> {
                     break;
                 }
             }
-            if self.image.next_seq() != before {
+            if self.image.next_place() != before {
                 progress = Instant::now();
-                self.take_ahead = S::BUFFERS;
+                self.stalled = false;
             }
             limit = match overall {
                 _ if self.image.is_complete() => Some(Duration::ZERO),
@@ -146,8 +146,7 @@ impl<S: Store> Reception<'_, S> {
                 }
                 Turn::Ahead => {
                     self.check_supply()?;
-                    self.take_ahead |=
-                        progress.elapsed() >= STALL && self.arena.live() < MOST_AHEAD;
+                    self.stalled = progress.elapsed() >= STALL;
                     Some(STALL)
                 }
                 Turn::Idle => {
@@ -222,8 +221,11 @@ impl<S: Store> Reception<'_, S> {
     fn take_data(&mut self, index: usize, place: reassembly::Place) -> Result<Turn> {
         let shard = &mut self.shards[index];
         let is_next = self.image.is_next(place);
-        if !self.take_ahead && !is_next {
-            return Ok(Turn::Ahead);
+        if !is_next && self.image.prefers_splicing() {
+            let may_wait_in_memory = self.stalled && self.image.waiting_bytes() < MOST_AHEAD;
+            if !may_wait_in_memory {
+                return Ok(Turn::Ahead);
+            }
         }
         if shard.is_read_out() {
             if let Some((name, file, store)) = self.image.splice_target(place) {

@@ -26,6 +26,16 @@ pub enum Step {
     ImageEnd,
 }
 
+impl Step {
+    /// Bytes of data that come with it.
+    fn len(&self) -> usize {
+        match self {
+            Step::Data { extent, .. } => extent.len(),
+            _ => 0,
+        }
+    }
+}
+
 /// Where a step came from, for errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
@@ -67,6 +77,7 @@ pub struct Reassembly<S: Store> {
     store: S,
     next: Place,
     waiting: BinaryHeap<Reverse<Waiting>>,
+    waiting_bytes: usize,
     current: Option<(ImageName, S::File)>,
     /// Files that are neither complete nor current.
     open: HashMap<ImageName, S::File>,
@@ -81,6 +92,7 @@ impl<S: Store> Reassembly<S> {
             store,
             next: (0, 0),
             waiting: BinaryHeap::new(),
+            waiting_bytes: 0,
             current: None,
             open: HashMap::new(),
             complete: false,
@@ -93,6 +105,11 @@ impl<S: Store> Reassembly<S> {
         self.next.0
     }
 
+    /// The place of the step whose turn it is.
+    pub fn next_place(&self) -> Place {
+        self.next
+    }
+
     /// Whether the end of the image was reached, with nothing missing before.
     pub fn is_complete(&self) -> bool {
         self.complete
@@ -101,6 +118,17 @@ impl<S: Store> Reassembly<S> {
     /// Whether so much waits for its turn that no more should be taken ahead of it.
     pub fn is_far_ahead(&self) -> bool {
         self.waiting.len() >= MOST_WAITING
+    }
+
+    /// Bytes of data that wait for their turn.
+    pub fn waiting_bytes(&self) -> usize {
+        self.waiting_bytes
+    }
+
+    /// Whether the current file is fed by splicing, so that data should not be taken to memory ahead of its turn.
+    pub fn prefers_splicing(&self) -> bool {
+        let current = self.current.as_ref();
+        !S::BUFFERS || current.is_some_and(|(_, file)| self.store.takes_pipe(file))
     }
 
     /// The current file, with the store to splice into it, if it is the turn of this place and the file takes a pipe.
@@ -149,6 +177,7 @@ impl<S: Store> Reassembly<S> {
                 format_args!("marker {} comes a second time", place.0)
             )
         );
+        self.waiting_bytes += step.len();
         self.waiting.push(Reverse(Waiting {
             place,
             origin,
@@ -175,6 +204,7 @@ impl<S: Store> Reassembly<S> {
                         format_args!("marker {} comes a second time", place.0)
                     )
                 );
+                self.waiting_bytes -= step.len();
                 self.apply(origin, step, arena)?;
             }
         }

@@ -44,14 +44,13 @@ pub struct Numbered {
 }
 
 impl FsStore {
-    /// Prepares to receive an image into `images_dir`, which is created if need be.
+    /// Prepares to receive an image into `images_dir`.
     ///
     /// # Errors
     /// When nothing can be written there.
     pub fn new(images_dir: &Path) -> Result<Self> {
-        create_private(images_dir, true)?;
         let private_path = images_dir.join(format!(".criu-image-streamer.{}", std::process::id()));
-        create_private(&private_path, false)?;
+        create_private(&private_path)?;
         let opened = open_directory(images_dir)
             .and_then(|images| Ok((images, open_directory(&private_path)?)));
         let (images, private) = opened.inspect_err(|_| remove(&private_path))?;
@@ -99,10 +98,9 @@ fn remove(private: &Path) {
     }
 }
 
-fn create_private(path: &Path, may_exist: bool) -> Result<()> {
-    let mut builder = DirBuilder::new();
-    builder.mode(0o700).recursive(may_exist);
-    builder
+fn create_private(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .mode(0o700)
         .create(path)
         .with_context(|| format!("creating the directory {}", path.display()))
 }
