@@ -126,8 +126,16 @@ impl Part for Memory {
                 return Err(format!("{} at byte {}", self.name, index * 8));
             }
         }
-        self.position = if end == self.bytes.len() { 0 } else { end };
+        self.position = end;
+        if end == self.bytes.len() {
+            self.position = 0;
+            self.sweeps += 1;
+        }
         Ok(())
+    }
+
+    fn sweeps(&self) -> u64 {
+        self.sweeps
     }
 }
 
