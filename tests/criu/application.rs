@@ -16,7 +16,7 @@
 //!     file=<file>       an open file
 //!     listen=<port>     answers every TCP connection with `<nonce> <rounds>`
 //!
-//! It is no part of the crate: the tests compile it with `rustc`, as one static program that also runs in an empty root.
+//! It is no part of the crate: the tests compile it with `rustc`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};

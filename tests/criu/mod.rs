@@ -22,6 +22,8 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
+
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -71,16 +73,21 @@ fn programs() -> &'static Result<Programs, String> {
 
 /// Compiles the application, unless that was done since its source changed.
 fn compile(source: &Path, program: &Path) {
+    let home = program.parent().expect("a directory");
+    std::fs::create_dir_all(home).expect("make a directory");
+    // Another test binary may be doing the same, and a program that is replaced while it runs is a file that CRIU misses.
+    let lock = File::create(home.join("application.lock")).expect("a lock");
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, why)| why)
+        .expect("lock");
     let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
     if modified(program) > modified(source) {
         return;
     }
-    std::fs::create_dir_all(program.parent().expect("a directory")).expect("make a directory");
-    // Renamed when it is complete: another test binary may be doing the same.
-    let unfinished = program.with_extension(std::process::id().to_string());
+    let unfinished = program.with_extension("new");
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let output = Command::new(rustc)
-        .args(["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-o"])
+        .args(["--edition=2024", "-O", "-o"])
         .arg(&unfinished)
         .arg(source)
         .output()
@@ -295,6 +302,9 @@ impl Drop for Machine {
             // Only a process that even SIGKILL cannot end brings us here.
             let _ = self.unshare.kill();
             let _ = self.unshare.wait();
+        }
+        if thread::panicking() && std::env::var_os("KEEP_MACHINES").is_some() {
+            self.directory.disable_cleanup(true);
         }
     }
 }
