@@ -114,7 +114,8 @@ pub struct Toucher {
 
 impl Toucher {
     pub fn play(self) -> Result<()> {
-        for pages in [Pages::Huge, Pages::Small] {
+        // In this order, and twice: the memory behind the small pages becomes huge ones again only in part.
+        for pages in [Pages::Small, Pages::Huge, Pages::Huge] {
             let mut memory = PageMemory::fresh(self.bytes, pages)?;
             for page in memory.as_mut_slice().chunks_mut(4096) {
                 page[0] = 1;
