@@ -123,6 +123,7 @@ impl Plan {
             "--tcp-listen-remap",
             parse_remap,
         )?;
+        check_remaps(&remaps)?;
         let action = match args.command {
             Command::Capture => Action::Capture,
             Command::Extract { serve: false } => Action::Extract,
@@ -258,6 +259,15 @@ fn check_unique(shards: &[RawFd], external: &[(ImageName, RawFd)], progress: Raw
     names.sort();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => bail!("--ext-file-fds: {} is named twice", pair[0]),
+        None => Ok(()),
+    }
+}
+
+fn check_remaps(remaps: &[Remap]) -> Result<()> {
+    let mut old: Vec<_> = remaps.iter().map(|remap| remap.old).collect();
+    old.sort_unstable();
+    match old.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => bail!("--tcp-listen-remap: port {} is changed twice", pair[0]),
         None => Ok(()),
     }
 }

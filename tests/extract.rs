@@ -2,10 +2,15 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
+use std::thread;
+use std::time::Duration;
 
+use common::PAGE;
+use common::child;
 use common::image::{self, Files};
 use common::random;
 use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
@@ -209,11 +214,37 @@ fn an_external_file_ends_before_the_rest_of_the_image_has_arrived() {
             .shards(readers.pop())
             .start();
         let tar = Collector::start(vec![tar_reader]);
-        let mut shard = fs::File::from(writers.pop().unwrap());
-        std::io::Write::write_all(&mut shard, &image[..rest_at]).unwrap();
+        let mut shard = File::from(writers.pop().unwrap());
+        shard.write_all(&image[..rest_at]).unwrap();
         // This returns only when the streamer has closed its end, while the shard is still open.
         assert_eq!(tar.finish(), [b"tar"]);
         assert!(_streamer.is_running());
+    }
+}
+
+/// The external file's pipe is full at the very moment at which the shard ends early: nothing may be waited for that has
+/// happened already.
+#[test]
+fn a_shard_that_is_cut_while_the_external_files_reader_is_busy_is_an_error() {
+    for size in (14 * PAGE..18 * PAGE).step_by(PAGE / 4) {
+        let cut = image::Shard::new()
+            .filename(0, "fs.tar")
+            .data_marker(1, 1 << 20)
+            .raw(&vec![1; size]);
+        let (readers, mut writers) = pipes(1, Some(64 * PAGE));
+        File::from(writers.remove(0)).write_all(&cut.bytes).unwrap();
+        let shard = readers[0].try_clone().unwrap();
+        let (tar_reader, tar_writer) = pipe();
+        let mut streamer = Streamer::extract()
+            .shards(readers)
+            .ext_file("fs.tar", tar_writer)
+            .start();
+        while child::queued(&shard) > 0 && child::queued(&tar_reader) < 14 * PAGE {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let tar = Collector::start(vec![tar_reader]);
+        streamer.expect_failure(&["shard"]);
+        assert_eq!(tar.finish()[0].len(), size);
     }
 }
 

@@ -117,6 +117,11 @@ impl Connection {
             let fd = fd.with_context(|| {
                 format!("{} sent a byte where it had to send a pipe", self.peer)
             })?;
+            ensure!(
+                self.descriptors.is_empty(),
+                "{} sent several descriptors where it had to send one pipe",
+                self.peer
+            );
             return Ok(Some(Message::Descriptor(fd)));
         }
         let Some(field) = self.received.first_chunk::<LENGTH>() else {

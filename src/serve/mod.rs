@@ -214,20 +214,23 @@ impl Server<'_> {
                     });
                     connection.reply(found.is_some())?;
                     *requested = found;
+                    // A peer that then sends something else than a pipe is not CRIU, and harms nobody.
+                    Ok(requested.is_none())
                 }
                 Message::Descriptor(fd) => {
                     let Requested { name, rest } = requested.take().context("a descriptor came without a name")?;
                     match WriteEnd::new(fd) {
-                        Ok(pipe) => opened.push(Transfer::new(name, pipe, rest)),
+                        Ok(pipe) => {
+                            opened.push(Transfer::new(name, pipe, rest));
+                            Ok(true)
+                        }
                         Err(error) => {
                             rest.release(arena);
-                            return Err(error)
-                                .with_context(|| format!("{} sent something wrong for {name}", connection.peer()));
+                            Err(error).with_context(|| format!("{} sent something wrong for {name}", connection.peer()))
                         }
                     }
                 }
             }
-            Ok(true)
         });
         for transfer in opened {
             self.start(transfer)?;

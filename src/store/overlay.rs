@@ -120,7 +120,11 @@ impl<S: Store> Store for Overlay<'_, S> {
         };
         loop {
             match pipe::splice(from, &*pipe, len).map_err(reader_gone)? {
-                Moved::WouldBlock if pipe::available(from)? > 0 => self.wait_for_room(pipe)?,
+                // A full target hides that the source has ended, which is told only once: so it has to be
+                // emptied before the source is believed to be merely empty.
+                Moved::WouldBlock if pipe::available(from)? > 0 || !has_room(pipe)? => {
+                    self.wait_for_room(pipe)?;
+                }
                 moved => return Ok(moved),
             }
         }
@@ -155,6 +159,11 @@ impl<S: Store> Store for Overlay<'_, S> {
                 .context("storing a file"),
         }
     }
+}
+
+fn has_room(pipe: &WriteEnd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
+    Ok(uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))? > 0)
 }
 
 fn reader_gone(error: io::Error) -> io::Error {

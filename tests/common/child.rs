@@ -27,13 +27,12 @@ pub enum Limit {
     FileSize(u64),
 }
 
-/// What the kernel accounted for a child when it ended.
+/// What the kernel accounted for a child when it ended. Not its peak memory, which counts what its parent had when it forked.
 #[derive(Debug, Clone, Copy)]
 pub struct Usage {
     pub status: ExitStatus,
     pub user: Duration,
     pub system: Duration,
-    pub max_rss_kib: u64,
     pub context_switches: u64,
 }
 
@@ -98,7 +97,6 @@ impl Child {
             status: ExitStatus::from_raw(status),
             user: duration(usage.ru_utime),
             system: duration(usage.ru_stime),
-            max_rss_kib: usage.ru_maxrss as u64,
             context_switches: (usage.ru_nvcsw + usage.ru_nivcsw) as u64,
         })
     }

@@ -163,8 +163,8 @@ fn parse_marker(mut message: &[u8]) -> Result<(u64, Body), String> {
                         .map_err(|_| "size over u32")?,
                 ))
             }
-            (4, 0) if take_varint(&mut message)? == 1 => body = Some(Body::FileEof),
-            (5, 0) if take_varint(&mut message)? == 1 => body = Some(Body::ImageEof),
+            (4, 0) if take_varint(&mut message)? != 0 => body = Some(Body::FileEof),
+            (5, 0) if take_varint(&mut message)? != 0 => body = Some(Body::ImageEof),
             (1..=5, wire_type) => {
                 return Err(format!("field of wire type {wire_type} with a wrong value"));
             }

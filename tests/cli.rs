@@ -1,0 +1,371 @@
+//! What the command line accepts, and how it refuses the rest: before anything else happens, naming the argument.
+
+mod common;
+
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::image;
+use common::runs;
+use common::shards::{self, pipe};
+use common::streamer::{Launch, Streamer};
+use tempfile::TempDir;
+
+const SUBCOMMANDS: [fn() -> Launch; 4] = [
+    Streamer::capture,
+    Streamer::extract,
+    Streamer::extract_serve,
+    Streamer::serve,
+];
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+/// Refused: exit status 1, one error that contains `words`, no progress, and nothing made in the images directory.
+#[track_caller]
+fn assert_refused(launch: Launch, words: &[&str]) {
+    let dir = TempDir::new().unwrap();
+    let exit = launch.images_dir(dir.path()).run();
+    exit.expect_failure(words);
+    // Without a progress pipe the lines would stand beside the error.
+    assert!(
+        exit.progress.iter().all(|line| line == exit.error()),
+        "{:?}",
+        exit.progress
+    );
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn help_and_version_need_nothing_else() {
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    let help = String::from_utf8(help.stdout).unwrap();
+    let options = [
+        "--images-dir",
+        "--shard-fds",
+        "--ext-file-fds",
+        "--progress-fd",
+        "--tcp-listen-remap",
+    ];
+    for word in options
+        .iter()
+        .chain(&["-D", "-s", "-e", "-p", "capture", "extract", "serve"])
+    {
+        assert!(help.contains(word), "{word} is not explained:\n{help}");
+    }
+    for subcommand in ["capture", "extract", "serve"] {
+        let help = run(&[subcommand, "--help"]);
+        assert!(
+            help.status.success() && !help.stdout.is_empty(),
+            "{subcommand} --help: {help:?}"
+        );
+    }
+    let version = run(&["--version"]);
+    assert!(version.status.success());
+    assert!(
+        String::from_utf8(version.stdout)
+            .unwrap()
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn usage_errors_have_an_exit_status_of_their_own_kind() {
+    for args in [
+        &[][..],
+        &["capture"],
+        &["--images-dir", "/tmp"],
+        &["-D", "/tmp", "dump"],
+        &["-D", "/tmp", "capture", "-x"],
+    ] {
+        let output = run(args);
+        assert!(
+            output.status.code().is_some_and(|code| code != 0),
+            "{args:?}: {}",
+            output.status
+        );
+        assert!(!output.stderr.is_empty(), "{args:?}");
+        assert!(
+            output.stdout.is_empty(),
+            "standard output is a shard, not a place for messages: {args:?}"
+        );
+    }
+}
+
+#[test]
+fn options_stand_before_or_after_the_subcommand() {
+    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    for before in [true, false] {
+        let dir = TempDir::new().unwrap();
+        let file = dir.path().join("image");
+        fs::write(&file, &image[0]).unwrap();
+        let mut cat = Command::new("cat")
+            .arg(&file)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let images_dir = dir.path().join("images");
+        fs::create_dir(&images_dir).unwrap();
+        let options = [
+            "--images-dir",
+            images_dir.to_str().unwrap(),
+            "--shard-fds",
+            "0",
+        ];
+        let mut args = options.to_vec();
+        args.insert(if before { options.len() } else { 0 }, "extract");
+        let output = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"))
+            .args(&args)
+            .stdin(cat.stdout.take().unwrap())
+            .output()
+            .unwrap();
+        cat.wait().unwrap();
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert_eq!(
+            fs::read(images_dir.join("inventory.img")).unwrap(),
+            b"inventory"
+        );
+    }
+}
+
+#[test]
+fn a_descriptor_that_is_not_open_is_named() {
+    for subcommand in SUBCOMMANDS {
+        assert_refused(subcommand().args(["--shard-fds", "987"]), &["987", "shard"]);
+        assert_refused(
+            with_shard(subcommand()).args(["--ext-file-fds", "fs.tar:987"]),
+            &["987", "fs.tar"],
+        );
+        assert_refused(
+            with_shard(subcommand())
+                .progress_on_stderr()
+                .args(["--progress-fd", "987"]),
+            &["987", "progress"],
+        );
+    }
+}
+
+#[test]
+fn a_descriptor_serves_one_purpose() {
+    for subcommand in SUBCOMMANDS {
+        let refuse = |progress_on_stderr: bool, args: &dyn Fn(String) -> Vec<String>| {
+            let end = free_pipe(subcommand);
+            let fd = end.as_raw_fd().to_string();
+            let launch = subcommand().inherit(end).args(args(fd.clone()));
+            assert_refused(
+                if progress_on_stderr {
+                    launch.progress_on_stderr()
+                } else {
+                    launch
+                },
+                &[&fd],
+            );
+        };
+        refuse(false, &|fd| {
+            vec!["--shard-fds".into(), format!("{fd},{fd}")]
+        });
+        refuse(false, &|fd| {
+            vec![
+                "--shard-fds".into(),
+                fd.clone(),
+                "--ext-file-fds".into(),
+                format!("fs.tar:{fd}"),
+            ]
+        });
+        refuse(true, &|fd| {
+            vec!["--shard-fds".into(), fd.clone(), "--progress-fd".into(), fd]
+        });
+    }
+}
+
+#[test]
+fn an_external_file_has_one_descriptor() {
+    for subcommand in SUBCOMMANDS {
+        let launch = with_shard(subcommand())
+            .ext_file("fs.tar", free_pipe(subcommand))
+            .ext_file("fs.tar", free_pipe(subcommand));
+        assert_refused(launch, &["fs.tar"]);
+    }
+}
+
+#[test]
+fn lists_are_numbers_and_commas() {
+    for list in [
+        "",
+        "a",
+        "1a",
+        "-1",
+        "10,",
+        ",10",
+        "10 11",
+        "10;11",
+        "99999999999",
+    ] {
+        assert_refused(
+            Streamer::capture().args([format!("--shard-fds={list}")]),
+            &["shard"],
+        );
+    }
+    for list in [
+        "fs.tar",
+        "fs.tar:",
+        "fs.tar:x",
+        ":10",
+        "fs.tar=10",
+        "fs.tar:10,",
+        "fs.tar:-1",
+    ] {
+        assert_refused(
+            with_shard(Streamer::capture()).args([format!("--ext-file-fds={list}")]),
+            &["ext-file"],
+        );
+    }
+}
+
+#[test]
+fn an_external_files_name_is_one_that_a_file_can_have() {
+    let too_long = "x".repeat(256);
+    for name in ["", ".", "..", "a/b", "/etc/passwd", "../fs.tar", &too_long] {
+        for subcommand in SUBCOMMANDS {
+            let launch = with_shard(subcommand()).ext_file(name, free_pipe(subcommand));
+            assert_refused(launch, &["ext-file"]);
+        }
+    }
+}
+
+#[test]
+fn an_external_file_with_the_longest_name_is_accepted() {
+    let name = "x".repeat(255);
+    let (reader, writer) = pipe();
+    let image = image::encode(
+        [
+            (name.as_str(), &b"tar"[..]),
+            ("inventory.img", b"inventory"),
+        ],
+        1,
+        100,
+    );
+    let (mut streamer, _feeder) = runs::feed(Streamer::extract().ext_file(&name, writer), &image);
+    streamer.expect_success();
+    assert_eq!(shards::Collector::start(vec![reader]).finish(), [b"tar"]);
+}
+
+#[test]
+fn a_port_is_a_number_up_to_65535() {
+    for remap in [
+        "", "80", "80:", ":80", "80:65536", "65536:80", "80:-1", "http:80", "80:81,", "80:81:82",
+    ] {
+        assert_refused(
+            with_shard(Streamer::serve()).args([format!("--tcp-listen-remap={remap}")]),
+            &["tcp-listen-remap"],
+        );
+    }
+    let twice = "80:81,80:82";
+    assert_refused(
+        with_shard(Streamer::serve()).args([format!("--tcp-listen-remap={twice}")]),
+        &["80"],
+    );
+}
+
+#[test]
+fn ports_change_only_where_criu_is_served() {
+    for subcommand in [Streamer::capture, Streamer::extract] {
+        assert_refused(
+            with_shard(subcommand()).args(["--tcp-listen-remap=80:81"]),
+            &["tcp-listen-remap", "serve"],
+        );
+    }
+}
+
+/// CRIU copies the socket's path into 108 bytes without looking.
+#[test]
+fn an_images_dir_too_long_for_a_socket_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let long = dir.path().join("d".repeat(100));
+    fs::create_dir(&long).unwrap();
+    for subcommand in [Streamer::capture, Streamer::serve] {
+        let exit = with_shard(subcommand()).images_dir(&long).run();
+        exit.expect_failure(&["images-dir"]);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+    // No socket, no limit.
+    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(&long), &image);
+    streamer.expect_success();
+    assert_eq!(fs::read(long.join("inventory.img")).unwrap(), b"inventory");
+}
+
+#[test]
+fn the_longest_images_dir_that_criu_can_use_is_accepted() {
+    const SUN_PATH: usize = 108;
+    let dir = TempDir::new().unwrap();
+    // The path ends with a NUL in CRIU's copy.
+    let room = SUN_PATH - 1 - "/streamer-capture.sock".len();
+    let long = dir.path().join("d".repeat(room - path_len(dir.path()) - 1));
+    assert_eq!(path_len(&long), room);
+    fs::create_dir(&long).unwrap();
+    let (readers, writers) = shards::pipes(1, None);
+    let mut streamer = Streamer::capture()
+        .shards(writers)
+        .images_dir(&long)
+        .start();
+    let collector = shards::Collector::start(readers);
+    let criu = streamer.criu();
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+    collector.finish();
+
+    let one_more = dir.path().join("d".repeat(room - path_len(dir.path())));
+    fs::create_dir(&one_more).unwrap();
+    with_shard(Streamer::capture())
+        .images_dir(&one_more)
+        .run()
+        .expect_failure(&["images-dir"]);
+}
+
+fn path_len(path: &Path) -> usize {
+    path.as_os_str().len()
+}
+
+#[test]
+fn an_images_dir_that_is_not_there_is_refused_before_an_image_is_received() {
+    let dir = TempDir::new().unwrap();
+    let missing = dir.path().join("missing");
+    for subcommand in [Streamer::capture, Streamer::serve] {
+        let exit = with_shard(subcommand()).images_dir(&missing).run();
+        exit.expect_failure(&["images-dir", missing.to_str().unwrap()]);
+    }
+}
+
+/// A shard that is all right, so that something else is refused.
+fn with_shard(launch: Launch) -> Launch {
+    let ends = pipe();
+    let end = if launch.writes_shards() {
+        ends.1
+    } else {
+        ends.0
+    };
+    launch.shards([end])
+}
+
+/// The streamer's end of a pipe whose other end nobody needs, as the run ends before it is used.
+fn free_pipe(subcommand: fn() -> Launch) -> OwnedFd {
+    let ends = pipe();
+    if subcommand().writes_shards() {
+        ends.1
+    } else {
+        ends.0
+    }
+}

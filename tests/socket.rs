@@ -1,0 +1,401 @@
+//! The socket in the images directory: who gets in, what a stranger can do there (nothing), and what stays behind (nothing).
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use common::PAGE;
+use common::child;
+use common::criu::{self, Role, read_reply, send_fds};
+use common::image;
+use common::runs;
+use common::shards::{self, Collector, Feeder, pipe, pipes};
+use common::streamer::{Launch, Streamer};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+const ROLES: [Role; 2] = [Role::Capture, Role::Serve];
+
+/// A streamer that waits for CRIU, with the threads on the other side of its shard.
+struct Listening {
+    streamer: Streamer,
+    role: Role,
+    collector: Option<Collector>,
+    _feeder: Option<Feeder>,
+}
+
+impl Listening {
+    fn start(role: Role) -> Self {
+        Self::start_with(role, |launch| launch)
+    }
+
+    fn start_with(role: Role, configure: impl FnOnce(Launch) -> Launch) -> Self {
+        let listening = Self::launch(role, configure);
+        listening.streamer.wait_for_line("socket-init");
+        listening
+    }
+
+    fn launch(role: Role, configure: impl FnOnce(Launch) -> Launch) -> Self {
+        match role {
+            Role::Capture => {
+                let (readers, writers) = shards::pipes(1, None);
+                let streamer = configure(Streamer::capture().shards(writers)).start();
+                Self {
+                    streamer,
+                    role,
+                    collector: Some(Collector::start(readers)),
+                    _feeder: None,
+                }
+            }
+            Role::Serve => {
+                let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+                let (streamer, feeder) = runs::feed(configure(Streamer::serve()), &image);
+                Self {
+                    streamer,
+                    role,
+                    collector: None,
+                    _feeder: Some(feeder),
+                }
+            }
+        }
+    }
+
+    fn socket(&self) -> std::path::PathBuf {
+        self.role.socket(self.streamer.images_dir())
+    }
+
+    fn stranger(&self) -> UnixStream {
+        UnixStream::connect(self.socket()).unwrap()
+    }
+
+    /// CRIU comes, and everything works.
+    fn expect_unharmed(mut self) -> String {
+        let criu = self.streamer.criu();
+        match self.role {
+            Role::Capture => criu.write_file("inventory.img", b"inventory"),
+            Role::Serve => assert_eq!(
+                criu.read_file("inventory.img").as_deref(),
+                Some(&b"inventory"[..])
+            ),
+        }
+        drop(criu);
+        let exit = self.streamer.expect_success();
+        if let Some(collector) = self.collector.take() {
+            assert_eq!(
+                image::decode(&collector.finish()).unwrap()["inventory.img"],
+                b"inventory"
+            );
+        }
+        assert!(!self.socket().exists(), "the socket stays behind");
+        exit.stderr
+    }
+}
+
+#[test]
+fn only_the_owner_may_connect() {
+    for role in ROLES {
+        let listening = Listening::start(role);
+        let metadata = fs::symlink_metadata(listening.socket()).unwrap();
+        assert!(metadata.file_type().is_socket());
+        assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
+        listening.expect_unharmed();
+    }
+}
+
+/// Someone may have loosened the mode: the peer's user counts as well.
+#[test]
+fn another_user_is_refused_and_the_wait_for_criu_goes_on() {
+    const NOBODY: u32 = 65_534;
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "this test needs root");
+        eprintln!("skipped: becoming another user needs root");
+        return;
+    }
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let listening = Listening::start_with(role, |launch| launch.images_dir(dir.path()));
+        fs::set_permissions(listening.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+        let mut stranger =
+            child::as_user(NOBODY, || UnixStream::connect(listening.socket())).unwrap();
+        stranger
+            .set_read_timeout(Some(common::HANG_TIMEOUT))
+            .unwrap();
+        let _refused_already = stranger.write_all(&criu::request("inventory.img"));
+        assert!(
+            !read_reply(&mut stranger).unwrap_or(false),
+            "nothing is told to a stranger"
+        );
+        let stderr = listening.expect_unharmed();
+        assert!(
+            stderr.contains(&NOBODY.to_string()),
+            "the refusal names the user: {stderr}"
+        );
+    }
+}
+
+#[test]
+fn a_stale_socket_is_replaced() {
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        drop(UnixListener::bind(role.socket(dir.path())).unwrap());
+        Listening::start_with(role, |launch| launch.images_dir(dir.path())).expect_unharmed();
+    }
+}
+
+#[test]
+fn anything_else_of_that_name_is_left_alone() {
+    type Plant = fn(&Path);
+    let plants: [(&str, Plant); 3] = [
+        ("a file", |path| fs::write(path, "precious").unwrap()),
+        ("a directory", |path| fs::create_dir(path).unwrap()),
+        ("a symlink", |path| symlink("/nowhere", path).unwrap()),
+    ];
+    for role in ROLES {
+        for (what, plant) in plants {
+            let dir = TempDir::new().unwrap();
+            let path = role.socket(dir.path());
+            plant(&path);
+            let kind = fs::symlink_metadata(&path).unwrap().file_type();
+            let mut refused = Listening::launch(role, |launch| launch.images_dir(dir.path()));
+            refused.streamer.expect_failure(&[path.to_str().unwrap()]);
+            assert_eq!(
+                fs::symlink_metadata(&path).unwrap().file_type(),
+                kind,
+                "{what}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_second_streamer_is_refused_and_the_first_one_does_not_notice() {
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        let first = Listening::start_with(role, |launch| launch.images_dir(dir.path()));
+        let mut second = Listening::launch(role, |launch| launch.images_dir(dir.path()));
+        second
+            .streamer
+            .expect_failure(&[first.socket().to_str().unwrap()]);
+        drop(second);
+        // Longer than the grace that a client without a request leaves behind: the second streamer was no client.
+        std::thread::sleep(Duration::from_millis(2500));
+        first.expect_unharmed();
+    }
+}
+
+#[test]
+fn the_socket_is_gone_after_a_failure() {
+    let mut listening = Listening::start(Role::Capture);
+    let criu = listening.streamer.criu();
+    criu.write_file("pages-1.img", b"pages");
+    drop(criu);
+    listening.streamer.expect_failure(&["inventory.img"]);
+    assert!(!listening.socket().exists());
+}
+
+#[test]
+fn signals_clean_up_and_say_which() {
+    for role in ROLES {
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            for connected in [false, true] {
+                let mut listening = Listening::start(role);
+                let criu = connected.then(|| listening.streamer.criu());
+                let open = criu.as_ref().map(|criu| match role {
+                    Role::Capture => criu.create_file("pages-1.img"),
+                    Role::Serve => criu.open_file("inventory.img").unwrap(),
+                });
+                listening.streamer.signal(signal);
+                let exit = listening.streamer.wait();
+                assert_eq!(
+                    exit.status.code(),
+                    Some(128 + signal as i32),
+                    "{role:?} {signal} {}",
+                    exit.stderr
+                );
+                assert!(
+                    !listening.socket().exists(),
+                    "{role:?} {signal}: the socket stays behind"
+                );
+                drop((criu, open));
+                if let Some(collector) = listening.collector.take() {
+                    assert!(
+                        image::decode(&collector.finish()).is_err(),
+                        "no image was captured"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_signal_ends_a_restore_that_waits_for_its_image() {
+    for launch in [Streamer::extract, Streamer::serve] {
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            let (readers, mut writers) = pipes(1, None);
+            let mut streamer = launch().shards(readers).start();
+            let begun = image::Shard::new()
+                .filename(0, "pages-1.img")
+                .data(1, &[1; 10 * PAGE])
+                .bytes;
+            let mut shard = File::from(writers.pop().unwrap());
+            shard.write_all(&begun).unwrap();
+            while child::queued(&shard) > 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            streamer.signal(signal);
+            assert_eq!(streamer.wait().status.code(), Some(128 + signal as i32));
+            assert_eq!(
+                fs::read_dir(streamer.images_dir()).unwrap().count(),
+                0,
+                "nothing new stays"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_client_that_says_nothing_harms_nothing() {
+    for role in ROLES {
+        let listening = Listening::start(role);
+        let silent: Vec<_> = (0..20).map(|_| listening.stranger()).collect();
+        listening.expect_unharmed();
+        drop(silent);
+    }
+}
+
+#[test]
+fn a_client_that_leaves_without_a_word_harms_nothing_if_criu_comes_soon() {
+    for role in ROLES {
+        let listening = Listening::start(role);
+        drop(listening.stranger());
+        listening.expect_unharmed();
+    }
+}
+
+#[test]
+fn a_criu_that_failed_before_its_first_file_does_not_leave_a_script_waiting() {
+    for role in ROLES {
+        let mut listening = Listening::start(role);
+        drop(listening.stranger());
+        listening.streamer.expect_failure(&["CRIU"]);
+        assert!(!listening.socket().exists());
+    }
+}
+
+#[test]
+fn half_a_message_harms_nothing() {
+    let request = criu::request("inventory.img");
+    for role in ROLES {
+        for half in 1..request.len() {
+            let listening = Listening::start(role);
+            let mut leaving = listening.stranger();
+            leaving.write_all(&request[..half]).unwrap();
+            drop(leaving);
+            let mut staying = listening.stranger();
+            staying.write_all(&request[..half]).unwrap();
+            listening.expect_unharmed();
+        }
+    }
+}
+
+#[test]
+fn a_message_that_is_none_is_an_error_that_names_the_peer() {
+    let bad = [
+        ("over 10 KiB", criu::frame(&[0; 10 * 1024 + 1])),
+        ("of 4 GiB", vec![0xff; 100]),
+        ("no protobuf", criu::frame(&[0xff; 20])),
+        (
+            "with a name that is no text",
+            criu::frame(&[0x0a, 2, 0xff, 0xfe]),
+        ),
+        ("with a name cut short", criu::frame(&[0x0a, 20, b'a'])),
+    ];
+    for role in ROLES {
+        for (what, message) in &bad {
+            let listening = Listening::start(role);
+            let mut stranger = listening.stranger();
+            stranger.write_all(message).unwrap();
+            // The streamer hangs up, or at least answers nothing.
+            stranger
+                .set_read_timeout(Some(common::HANG_TIMEOUT))
+                .unwrap();
+            assert!(!matches!(stranger.read(&mut [0; 6]), Ok(1..)), "{what}");
+            let stderr = listening.expect_unharmed();
+            assert!(
+                stderr.contains(&std::process::id().to_string()),
+                "{what}: the peer is not named: {stderr}"
+            );
+        }
+    }
+}
+
+/// What a stranger sends instead of a pipe. The streamer must neither use it nor keep it.
+fn not_the_right_pipes(role: Role) -> Vec<(&'static str, Vec<OwnedFd>)> {
+    let right_end = || {
+        let (read_end, write_end) = pipe();
+        if role == Role::Capture {
+            read_end
+        } else {
+            write_end
+        }
+    };
+    vec![
+        ("250 pipes", (0..250).map(|_| right_end()).collect()),
+        ("two pipes", vec![right_end(), right_end()]),
+        ("a byte alone", vec![]),
+        ("a socket", vec![UnixStream::pair().unwrap().0.into()]),
+        ("a file", vec![tempfile::tempfile().unwrap().into()]),
+        ("a directory", vec![File::open("/").unwrap().into()]),
+    ]
+}
+
+#[test]
+fn anything_but_one_pipe_harms_nothing_and_is_not_kept() {
+    const TIMES: usize = 20;
+    for role in ROLES {
+        for (what, fds) in not_the_right_pipes(role) {
+            let listening = Listening::start(role);
+            let before = listening.streamer.open_fds();
+            for _ in 0..TIMES {
+                let mut stranger = listening.stranger();
+                stranger
+                    .set_read_timeout(Some(common::HANG_TIMEOUT))
+                    .unwrap();
+                stranger.write_all(&criu::request("inventory.img")).unwrap();
+                if role == Role::Serve {
+                    assert!(read_reply(&mut stranger).unwrap());
+                }
+                send_fds(&stranger, &fds.iter().collect::<Vec<_>>()).unwrap();
+                let answer = stranger.read(&mut [0; 6]);
+                assert!(!matches!(answer, Ok(1..)), "{what}: no answer to that");
+            }
+            // One for each would be too many; the last one may be about to be closed.
+            let kept = listening.streamer.open_fds().saturating_sub(before);
+            assert!(kept < TIMES / 2, "{what}: {kept} descriptors are kept");
+            listening.expect_unharmed();
+        }
+    }
+}
+
+#[test]
+fn a_pipe_that_is_closed_on_the_other_side_is_a_file_that_criu_does_not_read() {
+    let mut listening = Listening::start(Role::Serve);
+    let criu = listening.streamer.criu();
+    for _ in 0..10 {
+        drop(criu.open_file("inventory.img").unwrap());
+    }
+    assert_eq!(
+        criu.read_file("inventory.img").as_deref(),
+        Some(&b"inventory"[..])
+    );
+    drop(criu);
+    listening.streamer.expect_success();
+}
