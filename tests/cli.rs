@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -340,13 +341,17 @@ fn path_len(path: &Path) -> usize {
 }
 
 #[test]
-fn an_images_dir_that_is_not_there_is_refused_before_an_image_is_received() {
+fn an_images_dir_that_is_not_there_is_made_for_the_user_alone() {
     let dir = TempDir::new().unwrap();
-    let missing = dir.path().join("missing");
-    for subcommand in [Streamer::capture, Streamer::serve] {
-        let exit = with_shard(subcommand()).images_dir(&missing).run();
-        exit.expect_failure(&["images-dir", missing.to_str().unwrap()]);
-    }
+    let new = dir.path().join("new/images");
+    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(&new), &image);
+    streamer.expect_success();
+    assert_eq!(fs::read(new.join("inventory.img")).unwrap(), b"inventory");
+    assert_eq!(
+        fs::metadata(&new).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
 }
 
 /// A shard that is all right, so that something else is refused.

@@ -51,7 +51,7 @@ impl Listener {
     /// The path of the socket in `images_dir`, if it can be used: checked before an image is received that cannot be served.
     ///
     /// # Errors
-    /// When there is no such directory, when the path is too long for CRIU, and when the name is taken.
+    /// When the path is too long for CRIU, and when the name is taken.
     pub fn check(images_dir: &Path, role: Role) -> Result<PathBuf> {
         let path = images_dir.join(role.socket_name());
         let length = path.as_os_str().len();
@@ -59,11 +59,6 @@ impl Listener {
             length <= LONGEST_PATH,
             "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {LONGEST_PATH}: use a shorter path",
             path.display()
-        );
-        ensure!(
-            images_dir.is_dir(),
-            "--images-dir: {} is not a directory: create it before",
-            images_dir.display()
         );
         remove_stale(&path)?;
         Ok(path)
