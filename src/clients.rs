@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::criu::{Connection, Message, Receipt};
+use crate::notice;
 
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
@@ -136,7 +137,7 @@ impl<R> Clients<R> {
                 if has_spoken {
                     return Err(error);
                 }
-                eprintln!("criu-image-streamer: dropped a client: {error:#}");
+                notice::tell(format_args!("dropped a client: {error:#}"));
                 Ok(())
             }
         }

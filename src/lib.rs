@@ -13,6 +13,7 @@ pub mod clients;
 pub mod criu;
 pub mod extract;
 pub mod interrupt;
+pub mod notice;
 pub mod pipe;
 pub mod poller;
 pub mod progress;
@@ -32,6 +33,7 @@ pub mod criu_proto {
 }
 
 use std::fs::DirBuilder;
+use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -59,7 +61,8 @@ use wire::ImageName;
 pub fn run() -> Result<()> {
     match cli::parse()? {
         Err(text) => {
-            println!("{text}");
+            // Whoever pipes this into `head` has seen enough.
+            let _ = writeln!(std::io::stdout(), "{text}");
             Ok(())
         }
         Ok(args) => execute(Plan::new(args)?),

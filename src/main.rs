@@ -4,7 +4,7 @@ fn main() -> ExitCode {
     match criu_image_streamer::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("criu-image-streamer Error: {error:#}");
+            criu_image_streamer::notice::tell_error(&error);
             criu_image_streamer::exit_status(&error)
         }
     }

@@ -4,15 +4,11 @@
 //! written to, or that nobody empties, is no failure of the transfer.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
-use crate::pipe::uninterrupted;
-
-/// How long a full progress pipe may hold up the transfer, in milliseconds, for each line.
-const PATIENCE: u16 = 1000;
+use crate::notice;
 
 /// A moment that supervisors wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,13 +61,8 @@ impl Progress {
     }
 
     fn line(&mut self, line: &str) {
-        use std::io::Write;
-        let Some(file) = &mut self.0 else { return };
-        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
-        let writable = uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)))
-            .is_ok_and(|ready| ready > 0);
-        let whole = format!("{line}\n");
-        if !writable || file.write_all(whole.as_bytes()).is_err() {
+        let Some(file) = &self.0 else { return };
+        if notice::write_line(file, line).is_err() {
             self.0 = None;
         }
     }

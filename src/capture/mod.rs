@@ -28,6 +28,7 @@ use crate::clients::Clients;
 use crate::criu::{Connection, Listener, Message};
 use crate::image_proto::marker::Body;
 use crate::interrupt::Interrupts;
+use crate::notice;
 use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
 use crate::poller::{Event, Interest, Pace, Poller};
 use crate::progress::{Milestone, Progress, Stats};
@@ -189,11 +190,11 @@ fn warn_of_small_pipes(shards: &[Shard]) {
     if let Some(smallest) = shards.iter().min_by_key(|shard| shard.capacity())
         && smallest.capacity() * SLOT < GOOD_CAPACITY
     {
-        eprintln!(
-            "criu-image-streamer: {} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
+        notice::tell(format_args!(
+            "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
             smallest.label(),
             smallest.capacity() * SLOT / 1024,
-        );
+        ));
     }
 }
 

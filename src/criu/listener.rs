@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +18,7 @@ use nix::sys::socket::{
 use nix::sys::stat::{Mode, fchmod};
 
 use super::Connection;
+use crate::notice;
 use crate::pipe::uninterrupted;
 
 /// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path` (PROTOCOL.md, section 1).
@@ -40,11 +41,13 @@ impl Role {
     }
 }
 
-/// The listening socket; its name is removed from the directory when this is dropped.
+/// The listening socket; its name is removed from the directory when this is dropped, unless it is somebody else's by then.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// Device and inode of the path, which somebody else may bind anew.
+    file: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -83,7 +86,8 @@ impl Listener {
             .with_context(|| format!("naming the socket {}", path.display()))?;
         bind(socket.as_raw_fd(), &address)
             .with_context(|| format!("binding the socket {}", path.display()))?;
-        let listener = Self { socket, path };
+        let file = identity(&path);
+        let listener = Self { socket, path, file };
         let backlog = Backlog::new(16).unwrap_or(Backlog::MAXCONN);
         listen(&listener.socket, backlog)
             .with_context(|| format!("listening on {}", listener.path.display()))?;
@@ -111,12 +115,12 @@ impl Listener {
                     format!("process {} (user {})", peer.pid(), peer.uid()),
                 )));
             }
-            eprintln!(
-                "criu-image-streamer: refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
+            notice::tell(format_args!(
+                "refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
                 peer.pid(),
                 peer.uid(),
                 self.path.display()
-            );
+            ));
         }
     }
 }
@@ -129,9 +133,17 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Nothing can be done about a failure here, and whoever binds next replaces a stale socket.
-        let _ = std::fs::remove_file(&self.path);
+        if self.file.is_some() && identity(&self.path) == self.file {
+            // Nothing can be done about a failure here, and whoever binds next replaces a stale socket.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+/// What a path leads to, without following a link.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = path.symlink_metadata().ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// Takes ownership of a descriptor that `accept4` just returned.

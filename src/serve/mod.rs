@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail};
 use crate::clients::Clients;
 use crate::criu::{Connection, Listener, Message};
 use crate::interrupt::Interrupts;
+use crate::notice;
 use crate::pipe::WriteEnd;
 use crate::poller::{Event, Interest, Pace, Poller};
 use crate::store::Arena;
@@ -200,38 +201,48 @@ impl Server<'_> {
             ..
         } = self;
         let mut opened = Vec::new();
-        let heard = clients.hear(id, |connection: &mut Connection, requested: &mut Option<Requested>, message| {
-            match message {
-                Message::Request(name) => {
-                    let found = ImageName::new(&name).ok().and_then(|name| {
-                        let index = files.binary_search_by(|(found, _)| found.cmp(&name)).ok()?;
-                        let rest = take(&mut files[index].1, &name, kept);
-                        if rest.is_none() {
-                            refused.insert(name.clone());
-                            eprintln!("criu-image-streamer: {name} was asked for again, but it has been sent and freed");
-                        }
-                        Some(Requested { name, rest: rest? })
-                    });
-                    connection.reply(found.is_some())?;
-                    *requested = found;
-                    // A peer that then sends something else than a pipe is not CRIU, and harms nobody.
-                    Ok(requested.is_none())
-                }
-                Message::Descriptor(fd) => {
-                    let Requested { name, rest } = requested.take().context("a descriptor came without a name")?;
-                    match WriteEnd::new(fd) {
-                        Ok(pipe) => {
-                            opened.push(Transfer::new(name, pipe, rest));
-                            Ok(true)
-                        }
-                        Err(error) => {
-                            rest.release(arena);
-                            Err(error).with_context(|| format!("{} sent something wrong for {name}", connection.peer()))
+        let heard = clients.hear(
+            id,
+            |connection: &mut Connection, requested: &mut Option<Requested>, message| {
+                match message {
+                    Message::Request(name) => {
+                        let found = ImageName::new(&name).ok().and_then(|name| {
+                            let index =
+                                files.binary_search_by(|(found, _)| found.cmp(&name)).ok()?;
+                            let rest = take(&mut files[index].1, &name, kept);
+                            if rest.is_none() {
+                                refused.insert(name.clone());
+                                notice::tell(format_args!(
+                                    "{name} was asked for again, but it has been sent and freed"
+                                ));
+                            }
+                            Some(Requested { name, rest: rest? })
+                        });
+                        connection.reply(found.is_some())?;
+                        *requested = found;
+                        // A peer that then sends something else than a pipe is not CRIU, and harms nobody.
+                        Ok(requested.is_none())
+                    }
+                    Message::Descriptor(fd) => {
+                        let Requested { name, rest } = requested
+                            .take()
+                            .context("a descriptor came without a name")?;
+                        match WriteEnd::new(fd) {
+                            Ok(pipe) => {
+                                opened.push(Transfer::new(name, pipe, rest));
+                                Ok(true)
+                            }
+                            Err(error) => {
+                                rest.release(arena);
+                                Err(error).with_context(|| {
+                                    format!("{} sent something wrong for {name}", connection.peer())
+                                })
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
         for transfer in opened {
             self.start(transfer)?;
         }

@@ -22,6 +22,7 @@ use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::{fsync, syncfs};
 
 use super::{Arena, Extent, Store};
+use crate::notice;
 use crate::pipe::{self, Moved, ReadEnd};
 use crate::wire::ImageName;
 
@@ -91,10 +92,10 @@ impl Drop for FsStore {
 
 fn remove(private: &Path) {
     if let Err(error) = std::fs::remove_dir_all(private) {
-        eprintln!(
-            "criu-image-streamer: removing {}: {error}; remove it yourself",
+        notice::tell(format_args!(
+            "removing {}: {error}; remove it yourself",
             private.display()
-        );
+        ));
     }
 }
 
@@ -216,10 +217,10 @@ impl<'a> Moves<'a> {
                 result = result.and(renameat(private, aside(step.number).as_str(), images, name));
             }
             if let Err(error) = result {
-                eprintln!(
-                    "criu-image-streamer: putting {} back as it was: {error}",
+                notice::tell(format_args!(
+                    "putting {} back as it was: {error}",
                     step.name
-                );
+                ));
             }
         }
     }
