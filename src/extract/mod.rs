@@ -28,6 +28,9 @@ use shard::{Next, Part, Shard};
 /// Bytes taken from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
 
+/// Bytes taken in one round after which the next follows without a nap: while they were copied, the pipes have filled again.
+const FULL_ROUND: u64 = TURN / 2;
+
 /// How long an image on its way to disk may make no progress before shards that are ahead are read into memory: longer than it takes
 /// other processes to fill the pipe that it waits for.
 const STALL: Duration = Duration::from_millis(20);
@@ -126,6 +129,7 @@ impl<S: Store> Reception<'_, S> {
             }
             let mut overall = Turn::Idle;
             let before = self.image.next_place();
+            let taken_before = self.taken();
             for (index, busy) in busy.iter_mut().enumerate().filter(|(_, busy)| **busy) {
                 let turn = self.turn(index)?;
                 *busy = turn != Turn::Idle;
@@ -141,7 +145,9 @@ impl<S: Store> Reception<'_, S> {
             limit = match overall {
                 _ if self.image.is_complete() => Some(Duration::ZERO),
                 Turn::Busy => {
-                    pace.nap();
+                    if self.taken() - taken_before < FULL_ROUND {
+                        pace.nap();
+                    }
                     Some(Duration::ZERO)
                 }
                 Turn::Ahead => {
@@ -166,6 +172,11 @@ impl<S: Store> Reception<'_, S> {
                 .add(shard.pipe(), index as u64, Interest::ReadableEdge)?;
         }
         Ok(())
+    }
+
+    /// Bytes taken from all shards so far.
+    fn taken(&self) -> u64 {
+        self.shards.iter().map(Shard::offset).sum()
     }
 
     /// Takes from one shard what it has, up to a limit.
