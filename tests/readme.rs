@@ -40,7 +40,9 @@ fn blocks() -> Vec<Block<'static>> {
                 block.text.push('\n');
             }
             (None, None) => {
-                let found = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->"));
+                let found = line
+                    .strip_prefix("<!-- ")
+                    .and_then(|rest| rest.strip_suffix(" -->"));
                 comment = found.or(comment);
             }
         }
@@ -52,7 +54,10 @@ fn blocks() -> Vec<Block<'static>> {
 /// The recipes of one kind: the argument of their comment, and the blocks that belong together.
 fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
     let mut recipes: Vec<(&str, &str, Vec<String>)> = Vec::new();
-    for block in blocks().into_iter().filter(|block| block.language == "bash") {
+    for block in blocks()
+        .into_iter()
+        .filter(|block| block.language == "bash")
+    {
         match block.comment {
             Some(comment) => {
                 let (kind, argument) = comment.split_once(": ").unwrap_or((comment, ""));
@@ -65,7 +70,9 @@ fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
         }
     }
     let found = recipes.into_iter().filter(|(found, _, _)| *found == kind);
-    found.map(|(_, argument, texts)| (argument, texts)).collect()
+    found
+        .map(|(_, argument, texts)| (argument, texts))
+        .collect()
 }
 
 #[test]
@@ -91,7 +98,14 @@ fn every_block_of_commands_is_run_by_some_test() {
         match block.language {
             "text" => {}
             "sh" => assert!(
-                ["make demo\n", "make install\n", "make test\n", "make bench\n", "make fuzz\n"].contains(&&*block.text),
+                [
+                    "make demo\n",
+                    "make install\n",
+                    "make test\n",
+                    "make bench\n",
+                    "make fuzz\n"
+                ]
+                .contains(&&*block.text),
                 "no test runs {:?}",
                 block.text
             ),
@@ -100,8 +114,15 @@ fn every_block_of_commands_is_run_by_some_test() {
         }
     }
     let kinds = ["application", "s3", "migration"];
-    let all = blocks().into_iter().filter(|block| block.language == "bash").count();
-    let known: usize = kinds.iter().flat_map(|kind| recipes(kind)).map(|(_, texts)| texts.len()).sum();
+    let all = blocks()
+        .into_iter()
+        .filter(|block| block.language == "bash")
+        .count();
+    let known: usize = kinds
+        .iter()
+        .flat_map(|kind| recipes(kind))
+        .map(|(_, texts)| texts.len())
+        .sum();
     assert_eq!(known, all, "a recipe's comment names no known kind");
 }
 
