@@ -13,13 +13,19 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::socket::sockopt::SockType;
+use nix::sys::socket::{self, getsockopt};
 use structopt::StructOpt;
 use structopt::clap::AppSettings;
 
+use crate::endpoints::ShardCommand;
 use crate::pipe;
 use crate::progress::Progress;
 use crate::tcp_listen_remap::Remap;
 use crate::wire::ImageName;
+
+/// Shards that commands can be started for. More have never made anything faster: each is a pipe of 1 MiB and a pipeline of processes.
+const MOST_COMMANDS: usize = 32;
 
 /// Streams a CRIU checkpoint image between CRIU and pipes, without touching the disk.
 ///
@@ -45,6 +51,15 @@ pub struct Args {
     /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract and serve]
     #[structopt(short, long, value_name = "fd,fd,…", global = true)]
     shard_fds: Option<String>,
+
+    /// Shell command for each shard, in place of --shard-fds: capture pipes the shard into it, extract and serve read it from
+    /// its output. {} stands for the shard's number, from 1. The whole succeeds only if every command does
+    #[structopt(long, value_name = "command", global = true)]
+    shard_cmd: Option<String>,
+
+    /// How many shards --shard-cmd makes, 1 to 32 [default: 1]
+    #[structopt(long, value_name = "N", global = true)]
+    num_shards: Option<String>,
 
     /// Files that are not CRIU's to put into the image, read from these descriptors, or to take out of it, written to them
     #[structopt(short, long, value_name = "name:fd,…", global = true)]
@@ -90,13 +105,20 @@ pub enum Action {
     Serve(Vec<Remap>),
 }
 
+/// Where the shards go to, or come from.
+#[derive(Debug)]
+pub enum Shards {
+    /// With what error messages call them.
+    Descriptors(Vec<(OwnedFd, String)>),
+    Commands(Vec<ShardCommand>),
+}
+
 /// A checked command line.
 #[derive(Debug)]
 pub struct Plan {
     pub action: Action,
     pub images_dir: PathBuf,
-    /// With what error messages call them.
-    pub shards: Vec<(OwnedFd, String)>,
+    pub shards: Shards,
     pub external_files: Vec<(ImageName, OwnedFd)>,
     pub progress: Progress,
     pub criu_clients: usize,
@@ -115,6 +137,7 @@ impl Plan {
     /// # Errors
     /// For bad usage, naming the argument.
     pub fn new(args: Args) -> Result<Self> {
+        let commands = shard_commands(&args)?;
         let images_dir = args
             .images_dir
             .context("--images-dir <images-dir> is needed: the directory that CRIU is given too")?;
@@ -146,7 +169,7 @@ impl Plan {
 
         let default_shard = if direction == Direction::Out { 1 } else { 0 };
         let mut shard_fds = list(args.shard_fds.as_deref(), "--shard-fds", parse_fd)?;
-        if args.shard_fds.is_none() {
+        if args.shard_fds.is_none() && commands.is_none() {
             shard_fds.push(default_shard);
         }
         let external = list(
@@ -161,7 +184,7 @@ impl Plan {
         check_unique(&shard_fds, &external, progress_fd)?;
 
         for &fd in &shard_fds {
-            check_pipe(fd, direction, &format!("shard fd {fd}"), "--shard-fds")?;
+            check_transfer(fd, direction, &format!("shard fd {fd}"), "--shard-fds")?;
         }
         let outward = if direction == Direction::Out {
             Direction::In
@@ -169,7 +192,7 @@ impl Plan {
             Direction::Out
         };
         for (name, fd) in &external {
-            check_pipe(
+            check_transfer(
                 *fd,
                 outward,
                 &format!("the descriptor of {name}, {fd},"),
@@ -182,10 +205,15 @@ impl Plan {
             "--progress-fd",
         )?;
 
-        let shards = shard_fds
-            .into_iter()
-            .map(|fd| Ok((claim(fd)?, format!("shard fd {fd}"))))
-            .collect::<Result<_>>()?;
+        let shards = match commands {
+            Some(commands) => Shards::Commands(commands),
+            None => Shards::Descriptors(
+                shard_fds
+                    .into_iter()
+                    .map(|fd| Ok((claim(fd)?, format!("shard fd {fd}"))))
+                    .collect::<Result<_>>()?,
+            ),
+        };
         let external_files = external
             .into_iter()
             .map(|(name, fd)| Ok((name, claim(fd)?)))
@@ -305,26 +333,59 @@ fn is_stand_in(fd: RawFd) -> bool {
     }
 }
 
-fn check_pipe(fd: RawFd, direction: Direction, what: &str, option: &str) -> Result<()> {
+/// Looks whether data can go through a descriptor in this direction.
+fn check_transfer(fd: RawFd, direction: Direction, what: &str, option: &str) -> Result<()> {
     check_open(fd, what, option)?;
+    let (wrong, redirect, sense) = match direction {
+        Direction::Out => (OFlag::O_RDONLY, format!("{fd}>file"), "writing"),
+        Direction::In => (OFlag::O_WRONLY, format!("{fd}<file"), "reading"),
+    };
     let kind = peek(fd, pipe::describe);
-    if kind != "a pipe" {
-        let remedy = match direction {
-            Direction::Out => "put `| cat >file` after the command",
-            Direction::In => "put `cat file |` before the command",
-        };
-        bail!("{option}: {what} is {kind}, not a pipe: {remedy}");
+    match kind {
+        "a terminal" => bail!(
+            "{option}: {what} is a terminal, and an image is no text: redirect it to a pipe or file, such as {redirect}, or give --shard-fds or --shard-cmd"
+        ),
+        "a directory" | "a special file" => bail!(
+            "{option}: {what} is {kind}, through which no image can go: redirect it to a pipe or file, such as {redirect}"
+        ),
+        _ => {}
     }
     let flags = OFlag::from_bits_retain(peek(fd, |fd| fcntl(fd, FcntlArg::F_GETFL))?);
-    let wrong = match direction {
-        Direction::Out => OFlag::O_RDONLY,
-        Direction::In => OFlag::O_WRONLY,
+    ensure!(
+        flags & OFlag::O_ACCMODE != wrong && !flags.contains(OFlag::O_PATH),
+        "{option}: {what} is {kind} that is not open for {sense}: exchange < and >"
+    );
+    if kind == "a socket" {
+        let socket = peek(fd, |fd| getsockopt(&fd, SockType))
+            .with_context(|| format!("{option}: asking what kind of socket {what} is"))?;
+        ensure!(
+            socket == socket::SockType::Stream,
+            "{option}: {what} is a socket that does not carry a stream: give a TCP or UNIX stream socket"
+        );
+    }
+    Ok(())
+}
+
+/// The commands that take or bring the shards, if any.
+fn shard_commands(args: &Args) -> Result<Option<Vec<ShardCommand>>> {
+    let Some(text) = &args.shard_cmd else {
+        ensure!(
+            args.num_shards.is_none(),
+            "--num-shards: it goes with --shard-cmd; with --shard-fds, there are as many shards as descriptors"
+        );
+        return Ok(None);
     };
     ensure!(
-        flags & OFlag::O_ACCMODE != wrong,
-        "{option}: {what} is the wrong end of its pipe: exchange < and >"
+        args.shard_fds.is_none(),
+        "--shard-cmd: it takes the place of --shard-fds: give one of them"
     );
-    Ok(())
+    ensure!(!text.trim().is_empty(), "--shard-cmd: the command is empty");
+    let count = match args.num_shards.as_deref().map(str::parse) {
+        None => 1,
+        Some(Ok(count)) if (1..=MOST_COMMANDS).contains(&count) => count,
+        Some(_) => bail!("--num-shards: it takes a number from 1 to {MOST_COMMANDS}"),
+    };
+    Ok(Some(ShardCommand::all(text, count)))
 }
 
 /// Takes ownership of a descriptor that was given to this process, and keeps it from being passed on.

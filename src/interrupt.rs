@@ -1,8 +1,12 @@
 //! SIGTERM, SIGINT and SIGHUP as something to wait for, so that a transfer ends in order: the socket and temporary files
 //! removed, CRIU's pipes closed (which makes it resume the application).
 //!
+//! SIGCHLD wakes the transfer in the same way, so that it ends as soon as a command that it depends on has failed. SIGXFSZ is kept
+//! off: writing beyond a limit is an error like a full disk.
+//!
 //! SIGPIPE needs nothing: Rust programs ignore it from the start, so that writing to a broken pipe is an error (`EPIPE`).
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,9 +30,23 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// The signals that came.
-#[derive(Debug)]
-pub struct Interrupts(SignalFd);
+/// The signal that led to an error, if one did.
+pub fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
+    let of_cause =
+        |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<io::Error>() {
+            Some(error) => error.get_ref()?.downcast_ref::<Interrupted>().copied(),
+            None => cause.downcast_ref::<Interrupted>().copied(),
+        };
+    error.chain().find_map(of_cause)
+}
+
+type Check = Box<dyn Fn() -> anyhow::Result<()>>;
+
+/// The signals that came, and whatever else may speak against going on.
+pub struct Interrupts {
+    signals: SignalFd,
+    also: RefCell<Option<Check>>,
+}
 
 impl Interrupts {
     /// From now on signals no longer end the process but wait here. Must be called before there are other threads.
@@ -40,20 +58,35 @@ impl Interrupts {
         for signal in SIGNALS {
             mask.add(signal);
         }
+        mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
-        Ok(Self(SignalFd::with_flags(
-            &mask,
-            SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
-        )?))
+        let signals =
+            SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        SigSet::from(Signal::SIGXFSZ).thread_block()?;
+        Ok(Self {
+            signals,
+            also: RefCell::new(None),
+        })
     }
 
-    /// Fails if a signal came.
+    /// Has [`Interrupts::check`] make this check too.
+    pub fn also_check(&self, check: impl Fn() -> anyhow::Result<()> + 'static) {
+        *self.also.borrow_mut() = Some(Box::new(check));
+    }
+
+    /// Fails if a signal came that ends the transfer, or something it depends on has failed.
     ///
     /// # Errors
-    /// [`Interrupted`], with the signal.
+    /// [`Interrupted`], with the signal; and the other check's.
     pub fn check(&self) -> anyhow::Result<()> {
-        match self.0.read_signal()? {
-            Some(info) => Err(Interrupted(info.ssi_signo as i32).into()),
+        while let Some(info) = self.signals.read_signal()? {
+            let number = info.ssi_signo as i32;
+            if number != Signal::SIGCHLD as i32 {
+                return Err(Interrupted(number).into());
+            }
+        }
+        match &*self.also.borrow() {
+            Some(check) => check(),
             None => Ok(()),
         }
     }
@@ -61,6 +94,6 @@ impl Interrupts {
 
 impl AsFd for Interrupts {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.signals.as_fd()
     }
 }

@@ -5,12 +5,13 @@
 //! * capture: [`criu`] (the socket, with [`clients`]) → [`capture`] (sources, balancer, shards)
 //! * restore: [`extract`] (shards, reassembly) → [`store`] (memory, disk, external files) → [`serve`]
 //!
-//! [`wire`] is the image format, [`pipe`] and [`poller`] are what all of them stand on, [`cli`] is where it starts.
+//! [`wire`] is the image format, [`pipe`] and [`poller`] are what all of them stand on, [`endpoints`] is what the pipes lead to, [`cli`] is where it starts.
 
 pub mod capture;
 pub mod cli;
 pub mod clients;
 pub mod criu;
+pub mod endpoints;
 pub mod extract;
 pub mod interrupt;
 pub mod notice;
@@ -32,22 +33,25 @@ pub mod criu_proto {
     include!(concat!(env!("OUT_DIR"), "/criu.rs"));
 }
 
+<<<<<<< HEAD
 use std::fs::DirBuilder;
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+=======
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use capture::Capture;
-use cli::{Action, Plan};
+use capture::{Capture, Drain};
+use cli::{Action, Plan, Shards};
 use criu::{Listener, Role};
+use endpoints::Endpoints;
 use interrupt::{Interrupted, Interrupts};
-use pipe::{ReadEnd, WriteEnd};
-use progress::Milestone;
-use store::Arena;
+use progress::{Milestone, Stats};
+use store::{Arena, Store};
 use store::fs::FsStore;
 use store::mem::MemStore;
 use store::overlay::Overlay;
@@ -71,15 +75,7 @@ pub fn run() -> Result<()> {
 
 /// The exit status for an error: 128 and the number of the signal that ended the program, otherwise 1.
 pub fn exit_status(error: &anyhow::Error) -> ExitCode {
-    let of_cause =
-        |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<std::io::Error>() {
-            Some(error) => error
-                .get_ref()
-                .and_then(|inner| inner.downcast_ref::<Interrupted>())
-                .copied(),
-            None => cause.downcast_ref::<Interrupted>().copied(),
-        };
-    match error.chain().find_map(of_cause) {
+    match interrupt::signal_behind(error) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,
     }
@@ -89,43 +85,67 @@ fn execute(plan: Plan) -> Result<()> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
     create_images_dir(&plan.images_dir)?;
+    let endpoints = Endpoints::new(&interrupts);
+    let mut progress = plan.progress;
     match plan.action {
         Action::Capture => {
             let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
-            let shards = plan
-                .shards
-                .into_iter()
-                .map(|(fd, label)| Ok((WriteEnd::new(fd)?, label)));
-            let external_files = plan
-                .external_files
-                .into_iter()
-                .map(|(name, fd)| Ok((name, ReadEnd::new(fd)?)));
-            Capture {
+            let external_files = plan.external_files.into_iter().map(|(name, fd)| {
+                let pipe = endpoints.source(fd, name.as_str())?;
+                Ok((name, pipe))
+            });
+            let external_files = external_files.collect::<Result<_>>()?;
+            let shards = match plan.shards {
+                Shards::Descriptors(fds) => fds
+                    .into_iter()
+                    .map(|(fd, label)| Ok((endpoints.sink(fd, &label)?, label)))
+                    .collect::<Result<_>>()?,
+                Shards::Commands(commands) => endpoints.start_readers(commands)?,
+            };
+            let captured = Capture {
                 listener,
-                shards: shards.collect::<Result<_>>()?,
-                external_files: external_files.collect::<Result<_>>()?,
-                progress: plan.progress,
+                shards,
+                external_files,
+                progress: &mut progress,
                 criu_clients: plan.criu_clients,
+                drain: if endpoints.has_commands() {
+                    Drain::Completely
+                } else {
+                    Drain::Briefly
+                },
             }
-            .run(&interrupts)
+            .run(&interrupts);
+            let stats = endpoints.conclude(captured, &interrupts)?;
+            progress.stats(&stats);
+            Ok(())
         }
         Action::Extract => {
-            let mut progress = plan.progress;
-            let (shards, external_files) = ends(plan.shards, plan.external_files)?;
-            let store = Overlay::new(FsStore::new(&plan.images_dir)?, external_files, &interrupts);
-            let (store, stats) = extract::receive(shards, store, &mut Arena::new(), &interrupts)?;
-            store.into_below()?.commit()?;
+            let store = FsStore::new(&plan.images_dir)?;
+            let received = receive(
+                plan.shards,
+                plan.external_files,
+                store,
+                &mut Arena::new(),
+                endpoints,
+                &interrupts,
+            );
+            let (store, stats) = received?;
+            store.commit()?;
             progress.stats(&stats);
             Ok(())
         }
         Action::Serve(remaps) => {
             Listener::check(&plan.images_dir, Role::Serve)?;
-            let mut progress = plan.progress;
-            let (shards, external_files) = ends(plan.shards, plan.external_files)?;
             let mut arena = Arena::new();
-            let store = Overlay::new(MemStore::new(), external_files, &interrupts);
-            let (store, stats) = extract::receive(shards, store, &mut arena, &interrupts)?;
-            let mut files = store.into_below()?;
+            let received = receive(
+                plan.shards,
+                plan.external_files,
+                MemStore::new(),
+                &mut arena,
+                endpoints,
+                &interrupts,
+            );
+            let (mut files, stats) = received?;
             remap_ports(&mut files, &mut arena, &remaps)?;
             progress.stats(&stats);
             let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
@@ -144,28 +164,34 @@ fn create_images_dir(path: &Path) -> Result<()> {
         .with_context(|| format!("--images-dir: creating {}", path.display()))
 }
 
-type Shards = Vec<(ReadEnd, String)>;
-type ExternalFiles = Vec<(ImageName, WriteEnd)>;
-
-/// The ends of pipes that a restore uses.
-fn ends(
-    shards: Vec<(std::os::fd::OwnedFd, String)>,
-    external_files: Vec<(ImageName, std::os::fd::OwnedFd)>,
-) -> Result<(Shards, ExternalFiles)> {
-    let shards = shards
-        .into_iter()
-        .map(|(fd, label)| Ok((ReadEnd::new(fd)?, label)))
-        .collect::<Result<_>>()?;
-    let external_files = external_files
-        .into_iter()
-        .map(|(name, fd)| {
-            let pipe = WriteEnd::new(fd)?
-                .nonblocking()
-                .with_context(|| format!("preparing to hand out {name}"))?;
-            Ok((name, pipe))
-        })
-        .collect::<Result<_>>()?;
-    Ok((shards, external_files))
+/// Receives an image, and everything that it depends on has ended well when this returns.
+fn receive<S: Store>(
+    shards: Shards,
+    external_files: Vec<(ImageName, OwnedFd)>,
+    store: S,
+    arena: &mut Arena,
+    endpoints: Endpoints,
+    interrupts: &Interrupts,
+) -> Result<(S, Stats)> {
+    let external_files = external_files.into_iter().map(|(name, fd)| {
+        let pipe = endpoints
+            .sink(fd, name.as_str())?
+            .nonblocking()
+            .with_context(|| format!("preparing to hand out {name}"))?;
+        Ok((name, pipe))
+    });
+    let external_files = external_files.collect::<Result<_>>()?;
+    let shards = match shards {
+        Shards::Descriptors(fds) => fds
+            .into_iter()
+            .map(|(fd, label)| Ok((endpoints.source(fd, &label)?, label)))
+            .collect::<Result<_>>()?,
+        Shards::Commands(commands) => endpoints.start_writers(commands)?,
+    };
+    let store = Overlay::new(store, external_files, interrupts);
+    let received = extract::receive(shards, store, arena, interrupts)
+        .and_then(|(store, stats)| Ok((store.into_below()?, stats)));
+    endpoints.conclude(received, interrupts)
 }
 
 fn remap_ports(files: &mut MemStore, arena: &mut Arena, remaps: &[Remap]) -> Result<()> {

@@ -78,6 +78,18 @@ impl WriteEnd {
     }
 }
 
+impl From<ReadEnd> for OwnedFd {
+    fn from(end: ReadEnd) -> Self {
+        end.0
+    }
+}
+
+impl From<WriteEnd> for OwnedFd {
+    fn from(end: WriteEnd) -> Self {
+        end.0
+    }
+}
+
 impl AsFd for ReadEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -97,6 +109,11 @@ impl AsFd for WriteEnd {
 pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
     Ok((ReadEnd(read), WriteEnd(write)))
+}
+
+/// Whether a descriptor is an end of a pipe.
+pub fn is_pipe(fd: impl AsFd) -> bool {
+    describe(fd.as_fd()) == "a pipe"
 }
 
 /// What kind of file a descriptor is, in words for an error message.

@@ -46,22 +46,33 @@ const CPUINFO: &str = "cpuinfo.img";
 /// reader empties one half while the other is filled.
 const LARGEST_CHUNK: usize = 128;
 
-/// How long the end of the capture waits for the shards' readers to take what is in their pipes: most readers that
-/// fail on the last bytes are noticed that way, and a reader that is slow or waits for our end is not waited for.
+/// How long readers are waited for briefly.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Whether the shards' readers must have taken everything before their pipes are closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drain {
+    /// They are waited for a moment: those that fail on the last bytes are noticed that way. One that is slow, or waits for our end,
+    /// is not waited for.
+    Briefly,
+    /// They are waited for however long it takes: whoever waits for their ends too would take one that never looked at the
+    /// rest for one that did.
+    Completely,
+}
 
 /// Below this capacity, in bytes, a shard costs speed that a setting could give back.
 const GOOD_CAPACITY: usize = 1 << 20;
 
 /// What to capture from, and where to.
-pub struct Capture {
+pub struct Capture<'a> {
     pub listener: Listener,
     /// The shards' pipes, with what error messages call them.
     pub shards: Vec<(WriteEnd, String)>,
     pub external_files: Vec<(ImageName, ReadEnd)>,
-    pub progress: Progress,
+    pub progress: &'a mut Progress,
     /// How many CRIU processes must have come and gone.
     pub criu_clients: usize,
+    pub drain: Drain,
 }
 
 /// What is watched.
@@ -139,16 +150,17 @@ struct Loop<'a> {
     delivered: Delivered,
     frozen: bool,
     start: Option<Instant>,
-    progress: Progress,
+    progress: &'a mut Progress,
+    drain: Drain,
     discard: Option<File>,
 }
 
-impl Capture {
-    /// Captures one image.
+impl Capture<'_> {
+    /// Captures one image, and tells what passed through each shard.
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub fn run(self, interrupts: &Interrupts) -> Result<()> {
+    pub fn run(self, interrupts: &Interrupts) -> Result<Stats> {
         let poller = Poller::new().context("preparing to wait for events")?;
         let mut shards = Vec::new();
         for (pipe, label) in self.shards {
@@ -172,6 +184,7 @@ impl Capture {
             frozen: false,
             start: None,
             progress: self.progress,
+            drain: self.drain,
             discard: None,
         };
         capture.watch(interrupts)?;
@@ -585,7 +598,9 @@ impl Loop<'_> {
     }
 
     /// Completes the image.
-    fn finish(mut self) -> Result<()> {
+    fn finish(mut self) -> Result<Stats> {
+        // To us, an external file that could not be read has ended.
+        self.interrupts.check()?;
         let mut pace = Pace::new();
         let grant = loop {
             if let Some(grant) =
@@ -600,7 +615,9 @@ impl Loop<'_> {
             self.wait_for_readers(&mut pace)?;
         }
         let written = Instant::now();
-        while written.elapsed() < DRAIN_PATIENCE && !self.is_drained()? {
+        while (self.drain == Drain::Completely || written.elapsed() < DRAIN_PATIENCE)
+            && !self.is_drained()?
+        {
             self.wait_for_readers(&mut pace)?;
         }
         let shards = self
@@ -608,8 +625,7 @@ impl Loop<'_> {
             .iter()
             .map(|shard| shard.stats(self.start))
             .collect();
-        self.progress.stats(&Stats { shards });
-        Ok(())
+        Ok(Stats { shards })
     }
 
     fn is_drained(&self) -> Result<bool> {

@@ -1,0 +1,482 @@
+//! Whatever a shard or an external file is redirected to works: files, sockets, FIFOs, devices; not only pipes. A success means that all of
+//! it was written, a failure names the descriptor and the reason, and pipes cost nothing for it.
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use common::child::Limit;
+use common::image::{self, Files};
+use common::runs::{self, assert_same_files, inventory_last, read_dir, sample_files};
+use common::shards::{self, Collector, Feeder, pipe};
+use common::streamer::{Exit, Launch, Streamer};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this.
+fn send(streamer: &Streamer, files: &Files) {
+    let criu = streamer.criu();
+    for (name, content) in inventory_last(files) {
+        let Ok(mut file) = criu.try_create_file(name, None) else {
+            return;
+        };
+        if std::io::Write::write_all(&mut file, content).is_err() {
+            return;
+        }
+    }
+}
+
+fn capture_to(ends: Vec<OwnedFd>, files: &Files) -> Exit {
+    let mut streamer = Streamer::capture().shards(ends).start();
+    send(&streamer, files);
+    streamer.wait()
+}
+
+fn extract_from(ends: Vec<OwnedFd>) -> (TempDir, Exit) {
+    let dir = TempDir::with_prefix("images-").unwrap();
+    let exit = Streamer::extract()
+        .images_dir(dir.path())
+        .shards(ends)
+        .run();
+    (dir, exit)
+}
+
+/// Has the streamer serve from these shards, and asks for every file.
+fn serve_from(ends: Vec<OwnedFd>, names: &Files) -> Files {
+    let mut streamer = Streamer::serve().shards(ends).start();
+    let criu = streamer.criu();
+    let files = names
+        .keys()
+        .map(|name| (name.clone(), criu.read_file(name).unwrap()))
+        .collect();
+    drop(criu);
+    streamer.expect_success();
+    files
+}
+
+fn paths(dir: &Path, count: usize) -> Vec<PathBuf> {
+    (0..count).map(|i| dir.join(format!("shard-{i}"))).collect()
+}
+
+fn open(paths: &[PathBuf]) -> Vec<OwnedFd> {
+    paths
+        .iter()
+        .map(|path| File::open(path).unwrap().into())
+        .collect()
+}
+
+#[test]
+fn an_image_goes_to_regular_files_and_comes_back_from_them() {
+    let dir = TempDir::new().unwrap();
+    let files = sample_files(1);
+    for count in [1, 4] {
+        let paths = paths(dir.path(), count);
+        let ends = paths.iter().map(|path| File::create(path).unwrap().into());
+        let exit = capture_to(ends.collect(), &files);
+        assert!(exit.status.success(), "{}", exit.stderr);
+
+        let written: Vec<_> = paths.iter().map(|path| fs::read(path).unwrap()).collect();
+        assert_same_files(&image::decode(&written).unwrap(), &files);
+
+        let (extracted, exit) = extract_from(open(&paths));
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(&read_dir(extracted.path()), &files);
+        assert_same_files(&serve_from(open(&paths), &files), &files);
+    }
+}
+
+#[test]
+fn standard_output_and_input_are_redirected_to_a_file() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("app.img");
+    let files = sample_files(2);
+    let mut streamer = Streamer::capture()
+        .stdout(File::create(&path).unwrap())
+        .start();
+    send(&streamer, &files);
+    streamer.expect_success();
+    let mut streamer = Streamer::serve().stdin(File::open(&path).unwrap()).start();
+    let criu = streamer.criu();
+    for (name, content) in &files {
+        runs::assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
+    }
+    drop(criu);
+    streamer.expect_success();
+}
+
+/// What the file holds stays, and the image comes behind it. Files opened this way cannot be spliced to.
+#[test]
+fn a_file_opened_for_appending_is_appended_to() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("shard");
+    fs::write(&path, "before").unwrap();
+    let files = sample_files(3);
+    let end = File::options().append(true).open(&path).unwrap();
+    let exit = capture_to(vec![end.into()], &files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let written = fs::read(&path).unwrap();
+    assert_eq!(&written[..6], b"before");
+    assert_same_files(&image::decode(&[written[6..].to_vec()]).unwrap(), &files);
+}
+
+/// A file is read from where its descriptor stands.
+#[test]
+fn a_file_is_read_from_its_current_position() {
+    let files = sample_files(4);
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, b"before").unwrap();
+    let shard = &image::encode_files(&files, 1, 4096)[0];
+    std::io::Write::write_all(&mut file, shard).unwrap();
+    file.seek(SeekFrom::Start(6)).unwrap();
+    let (dir, exit) = extract_from(vec![file.into()]);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    assert_same_files(&read_dir(dir.path()), &files);
+}
+
+fn unix_pair() -> (OwnedFd, OwnedFd) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (a.into(), b.into())
+}
+
+fn tcp_pair() -> (OwnedFd, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (client.into(), listener.accept().unwrap().0.into())
+}
+
+/// As some supervisors hand them over.
+fn nonblocking_pair() -> (OwnedFd, OwnedFd) {
+    let (a, b) = UnixStream::pair().unwrap();
+    a.set_nonblocking(true).unwrap();
+    (a.into(), b.into())
+}
+
+#[test]
+fn an_image_goes_through_sockets_in_both_directions() {
+    for (kind, pair) in [
+        ("UNIX", unix_pair as fn() -> _),
+        ("TCP", tcp_pair),
+        ("non-blocking", nonblocking_pair),
+    ] {
+        let files = sample_files(5);
+        let (ours, theirs): (Vec<_>, Vec<_>) = (0..3).map(|_| pair()).unzip();
+        let collector = Collector::start(theirs);
+        let exit = capture_to(ours, &files);
+        assert!(exit.status.success(), "{kind}: {}", exit.stderr);
+        let shards = collector.finish();
+        assert_same_files(&image::decode(&shards).unwrap(), &files);
+
+        let (ours, theirs): (Vec<_>, Vec<_>) = (0..3).map(|_| pair()).unzip();
+        let feeder = Feeder::start(theirs, &shards);
+        let (dir, exit) = extract_from(ours);
+        assert!(exit.status.success(), "{kind}: {}", exit.stderr);
+        feeder.finish();
+        assert_same_files(&read_dir(dir.path()), &files);
+    }
+}
+
+/// Whoever feeds a socket may keep it open; the image says itself where it ends.
+#[test]
+fn a_socket_that_stays_open_does_not_hold_up_the_end() {
+    let files = sample_files(6);
+    let shards = image::encode_files(&files, 1, 4096);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut kept = theirs.try_clone().unwrap();
+    let feeder = Feeder::start(vec![theirs.into()], &shards);
+    let (dir, exit) = extract_from(vec![ours.into()]);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    feeder.finish();
+    assert_same_files(&read_dir(dir.path()), &files);
+    assert_eq!(kept.read(&mut [0]).unwrap(), 0, "the streamer is gone");
+}
+
+#[test]
+fn a_fifo_works_like_any_pipe() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let files = sample_files(7);
+    let reader = {
+        let path = path.clone();
+        thread::spawn(move || fs::read(path).unwrap())
+    };
+    let end = File::options().write(true).open(&path).unwrap();
+    let exit = capture_to(vec![end.into()], &files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let shard = reader.join().unwrap();
+    assert_same_files(
+        &image::decode(std::slice::from_ref(&shard)).unwrap(),
+        &files,
+    );
+}
+
+#[test]
+fn a_capture_to_dev_null_measures_the_image() {
+    let files = sample_files(8);
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    let exit = capture_to(vec![null.into()], &files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let stats = exit.progress.last().unwrap();
+    let data: usize = files.values().map(Vec::len).sum();
+    let size: usize = stats
+        .strip_prefix("{\"shards\":[{\"size\":")
+        .and_then(|rest| rest.split(',').next()?.parse().ok())
+        .unwrap_or_else(|| panic!("no size in {stats}"));
+    assert!(size > data, "{size} bytes for {data} bytes of files");
+}
+
+#[test]
+fn an_empty_device_is_no_image() {
+    let null = File::open("/dev/null").unwrap();
+    let (dir, exit) = extract_from(vec![null.into()]);
+    exit.expect_failure(&["shard fd", "missing"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// Not "its reader is gone", which is all that a pipe would tell.
+#[test]
+fn a_full_disk_fails_the_capture_and_is_named() {
+    let files = sample_files(9);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let fd = full.as_raw_fd();
+    let exit = capture_to(vec![full.into()], &files);
+    exit.expect_failure(&[&format!("shard fd {fd}"), "No space left on device"]);
+    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+}
+
+/// The last bytes are in the pipe between when CRIU is done: they have to be waited for.
+#[test]
+fn a_limit_reached_by_the_last_bytes_fails_the_capture_too() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("shard");
+    let files = Files::from([("inventory.img".to_owned(), vec![7; 50_000])]);
+    let size = {
+        let exit = capture_to(vec![File::create(&path).unwrap().into()], &files);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        fs::metadata(&path).unwrap().len()
+    };
+    for (short, options) in [
+        (1, File::options().write(true)),
+        (1, File::options().append(true)),
+        (size, File::options().write(true)),
+    ] {
+        fs::write(&path, "").unwrap();
+        let end: OwnedFd = options.open(&path).unwrap().into();
+        let fd = end.as_raw_fd();
+        let mut streamer = Streamer::capture()
+            .shards([end])
+            .limit(Limit::FileSize(size - short))
+            .start();
+        send(&streamer, &files);
+        streamer.expect_failure(&[&format!("shard fd {fd}"), "File too large"]);
+    }
+}
+
+/// A descriptor that gives some data and then EIO: our own memory, from a page of ours up to where nothing is mapped.
+fn failing() -> File {
+    let page = vec![7_u8; 1 << 16];
+    let mut memory = File::open("/proc/self/mem").unwrap();
+    memory.seek(SeekFrom::Start(page.as_ptr() as u64)).unwrap();
+    std::mem::forget(page);
+    memory
+}
+
+#[test]
+fn an_input_that_cannot_be_read_is_not_taken_for_its_end() {
+    let unreadable = File::open("/proc/self/mem").unwrap();
+    let fd = unreadable.as_raw_fd();
+    let (dir, exit) = extract_from(vec![unreadable.into()]);
+    exit.expect_failure(&[&format!("shard fd {fd}"), "Input/output error"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn an_external_file_that_cannot_be_read_to_its_end_fails_the_capture() {
+    let (readers, writers) = shards::pipes(1, None);
+    let collector = Collector::start(readers);
+    let mut streamer = Streamer::capture()
+        .shards(writers)
+        .ext_file("fs.tar", failing().into())
+        .start();
+    send(&streamer, &sample_files(10));
+    streamer.expect_failure(&["fs.tar", "Input/output error"]);
+    assert!(image::decode(&collector.finish()).is_err());
+}
+
+#[test]
+fn external_files_come_from_files_and_go_to_files() {
+    let dir = TempDir::new().unwrap();
+    let (tar, copy) = (dir.path().join("fs.tar"), dir.path().join("copy"));
+    let content = common::random::bytes(11, runs::PAGES);
+    fs::write(&tar, &content).unwrap();
+    let files = sample_files(11);
+    let (readers, writers) = shards::pipes(2, None);
+    let collector = Collector::start(readers);
+    let mut streamer = Streamer::capture()
+        .shards(writers)
+        .ext_file("fs.tar", File::open(&tar).unwrap().into())
+        .start();
+    send(&streamer, &files);
+    streamer.expect_success();
+    let shards = collector.finish();
+    for launch in [Streamer::extract, Streamer::serve] {
+        let launch: Launch = launch().ext_file("fs.tar", File::create(&copy).unwrap().into());
+        let (mut streamer, feeder) = runs::feed(launch, &shards);
+        streamer.wait_for_stats();
+        let copied = fs::read(&copy).unwrap();
+        runs::assert_same_bytes("fs.tar, when the image has arrived", &copied, &content);
+        drop(feeder);
+        streamer.signal(Signal::SIGTERM);
+        streamer.wait();
+    }
+}
+
+#[test]
+fn an_external_file_that_does_not_fit_fails_the_restore() {
+    let files = Files::from([
+        ("fs.tar".to_owned(), vec![1; 10_000]),
+        ("inventory.img".to_owned(), vec![2; 50]),
+    ]);
+    let shards = image::encode_files(&files, 1, 4096);
+    for launch in [Streamer::extract, Streamer::serve] {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (mut streamer, feeder) = runs::feed(launch().ext_file("fs.tar", full.into()), &shards);
+        let exit = streamer.expect_failure(&["fs.tar", "No space left on device"]);
+        assert_eq!(exit.progress, [""; 0]);
+        feeder.finish();
+    }
+}
+
+#[test]
+fn a_terminal_is_refused_with_the_reason() {
+    for launch in [Streamer::capture, Streamer::extract, Streamer::serve] {
+        let terminal = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/ptmx")
+            .unwrap();
+        let fd = terminal.as_raw_fd();
+        let exit = launch().shards([terminal.into()]).run();
+        exit.expect_failure(&[&format!("shard fd {fd}"), "terminal", "redirect"]);
+    }
+}
+
+#[test]
+fn what_cannot_carry_an_image_in_that_direction_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("file");
+    let write_only = || OwnedFd::from(File::create(&path).unwrap());
+    let read_only = || OwnedFd::from(File::open(&path).unwrap());
+    let datagrams = || OwnedFd::from(UnixDatagram::pair().unwrap().0);
+    let directory = || OwnedFd::from(File::open(dir.path()).unwrap());
+    write_only();
+    let refused = [
+        (Streamer::capture(), read_only(), "writing"),
+        (Streamer::extract(), write_only(), "reading"),
+        (Streamer::serve(), write_only(), "reading"),
+        (Streamer::capture(), datagrams(), "stream"),
+        (Streamer::serve(), datagrams(), "stream"),
+        (Streamer::capture(), directory(), "directory"),
+        (Streamer::extract(), directory(), "directory"),
+    ];
+    for (launch, end, reason) in refused {
+        let fd = end.as_raw_fd();
+        let exit = launch.shards([end]).run();
+        exit.expect_failure(&["--shard-fds", &format!("shard fd {fd}"), reason]);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+}
+
+/// A file's pump is a thread; a pipe has none.
+#[test]
+fn pipes_are_used_as_they_are() {
+    let (readers, writers) = shards::pipes(4, None);
+    let collector = Collector::start(readers);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let criu = streamer.criu();
+    assert_eq!(streamer.threads(), 1);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+    collector.finish();
+}
+
+#[test]
+fn a_signal_ends_a_capture_whose_descriptor_takes_nothing_more() {
+    let (ours, _nobody_reads) = unix_pair();
+    let mut streamer = Streamer::capture().shards([ours]).start();
+    let criu = streamer.criu();
+    let sender = thread::spawn(move || {
+        let mut file = criu.create_file("pages-1.img");
+        let _broken_at_the_end = std::io::Write::write_all(&mut file, &vec![0; 32 << 20]);
+    });
+    streamer.wait_for_line("checkpoint-start");
+    streamer.signal(Signal::SIGTERM);
+    assert_eq!(streamer.wait().status.code(), Some(128 + 15));
+    sender.join().unwrap();
+}
+
+/// The same when CRIU is done and only the descriptor is behind.
+#[test]
+fn a_signal_ends_the_wait_for_the_last_bytes() {
+    let (ours, _nobody_reads) = unix_pair();
+    let mut streamer = Streamer::capture().shards([ours]).start();
+    let content = vec![0; 400_000];
+    send(
+        &streamer,
+        &Files::from([("inventory.img".to_owned(), content)]),
+    );
+    streamer.signal(Signal::SIGTERM);
+    assert_eq!(streamer.wait().status.code(), Some(128 + 15));
+}
+
+#[test]
+fn a_socket_whose_reader_leaves_fails_the_capture() {
+    let (ours, theirs) = unix_pair();
+    drop(theirs);
+    let fd = ours.as_raw_fd();
+    let exit = capture_to(vec![ours], &sample_files(12));
+    exit.expect_failure(&[&format!("shard fd {fd}"), "Broken pipe"]);
+}
+
+#[test]
+fn a_mix_of_all_kinds_makes_one_image() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("file");
+    let (pipe_reader, pipe_writer) = pipe();
+    let (socket, other) = unix_pair();
+    let collector = Collector::start(vec![pipe_reader, other]);
+    let files = sample_files(13);
+    let exit = capture_to(
+        vec![pipe_writer, File::create(&path).unwrap().into(), socket],
+        &files,
+    );
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let mut shards = collector.finish();
+    shards.insert(1, fs::read(&path).unwrap());
+    assert_same_files(&image::decode(&shards).unwrap(), &files);
+}
+
+/// In a shell, as people type it.
+#[test]
+fn a_shell_redirects_captures_and_restores() {
+    let dir = TempDir::new().unwrap();
+    let shards = image::encode_files(&sample_files(14), 1, 4096);
+    fs::write(dir.path().join("app.img"), &shards[0]).unwrap();
+    fs::create_dir(dir.path().join("images")).unwrap();
+    let script = format!(
+        "cd '{}' && {} -D images extract <app.img",
+        dir.path().display(),
+        env!("CARGO_BIN_EXE_criu-image-streamer")
+    );
+    let status = Command::new("sh").args(["-c", &script]).status().unwrap();
+    assert!(status.success());
+    assert_same_files(&read_dir(&dir.path().join("images")), &sample_files(14));
+}
