@@ -60,8 +60,7 @@ impl Interrupts {
         }
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
-        let signals =
-            SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         SigSet::from(Signal::SIGXFSZ).thread_block()?;
         Ok(Self {
             signals,

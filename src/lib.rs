@@ -33,13 +33,11 @@ pub mod criu_proto {
     include!(concat!(env!("OUT_DIR"), "/criu.rs"));
 }
 
-<<<<<<< HEAD
 use std::fs::DirBuilder;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-=======
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -51,10 +49,10 @@ use criu::{Listener, Role};
 use endpoints::Endpoints;
 use interrupt::{Interrupted, Interrupts};
 use progress::{Milestone, Stats};
-use store::{Arena, Store};
 use store::fs::FsStore;
 use store::mem::MemStore;
 use store::overlay::Overlay;
+use store::{Arena, Store};
 use tcp_listen_remap::Remap;
 use wire::ImageName;
 

@@ -106,9 +106,7 @@ impl Commands {
     ///
     /// # Errors
     /// When one cannot be started.
-    pub fn start_readers(
-        commands: Vec<ShardCommand>,
-    ) -> Result<(Self, Vec<(WriteEnd, String)>)> {
+    pub fn start_readers(commands: Vec<ShardCommand>) -> Result<(Self, Vec<(WriteEnd, String)>)> {
         let start = |command: &ShardCommand| {
             let (read, write) = pipe::new()?;
             let group = spawn(command, Stdio::from(OwnedFd::from(read)), Stdio::inherit())?;
@@ -143,8 +141,8 @@ impl Commands {
         let mut pipes = Vec::new();
         for command in commands {
             let label = command.label();
-            let (group, pipe, end) = start(&command)
-                .with_context(|| format!("starting {label}, `{}`", command.text))?;
+            let (group, pipe, end) =
+                start(&command).with_context(|| format!("starting {label}, `{}`", command.text))?;
             started.running.push(Running {
                 command,
                 group,
@@ -182,7 +180,11 @@ impl Commands {
             // A command's end is a signal too, and looked at in there.
             interrupts.check()?;
             self.check()?;
-            if self.running.iter().all(|running| running.fate == Fate::Succeeded) {
+            if self
+                .running
+                .iter()
+                .all(|running| running.fate == Fate::Succeeded)
+            {
                 return Ok(());
             }
             let mut fds = [PollFd::new(interrupts.as_fd(), PollFlags::POLLIN)];
@@ -198,9 +200,10 @@ impl Commands {
             if let Err(reason) = self.check() {
                 return reason;
             }
-            let about_to_end = self.running.iter().any(|running| {
-                running.fate == Fate::Running && running.has_closed_pipe()
-            });
+            let about_to_end = self
+                .running
+                .iter()
+                .any(|running| running.fate == Fate::Running && running.has_closed_pipe());
             if !about_to_end || Instant::now() > end {
                 break;
             }
@@ -260,7 +263,9 @@ impl Running {
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
         uninterrupted(|| poll(&mut fds, PollTimeout::ZERO)).is_ok()
-            && fds[0].revents().is_some_and(|events| events.intersects(gone))
+            && fds[0]
+                .revents()
+                .is_some_and(|events| events.intersects(gone))
     }
 
     /// Waits for what has ended of the group, and tells whether something is left of it.
@@ -279,14 +284,21 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let all_well = self.running.iter().all(|running| running.fate == Fate::Succeeded && running.pipe.is_none());
+        let all_well = self
+            .running
+            .iter()
+            .all(|running| running.fate == Fate::Succeeded && running.pipe.is_none());
         if all_well {
             for running in &self.running {
                 running.reap();
             }
             return;
         }
-        let mut left: Vec<_> = self.running.iter().filter(|running| running.reap()).collect();
+        let mut left: Vec<_> = self
+            .running
+            .iter()
+            .filter(|running| running.reap())
+            .collect();
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             for running in &left {
                 // It was there a moment ago, and is ours; if it has ended by itself, all the better.

@@ -21,8 +21,8 @@ use anyhow::{Context, Result};
 use crate::interrupt::{self, Interrupts};
 use crate::pipe::{self, ReadEnd, WriteEnd};
 
-pub use command::ShardCommand;
 use command::Commands;
+pub use command::ShardCommand;
 use pump::{Pump, Way};
 
 /// What is at the far ends of all pipes of one transfer.
@@ -126,11 +126,7 @@ impl Endpoints {
 }
 
 /// The reason behind an error: a pipe that broke did so because of what was at its far end.
-fn explain(
-    error: anyhow::Error,
-    pumps: &[Pump],
-    commands: Option<&mut Commands>,
-) -> anyhow::Error {
+fn explain(error: anyhow::Error, pumps: &[Pump], commands: Option<&mut Commands>) -> anyhow::Error {
     if interrupt::signal_behind(&error).is_some() {
         return error;
     }

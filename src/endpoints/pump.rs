@@ -4,6 +4,10 @@
 //! spliced; what cannot be spliced (files opened for appending, some devices) refuses the very first attempt, and is then read and
 //! written. Once bytes have moved, every error is real.
 //!
+//! **The stage.** While the kernel splices between a pipe and something else, it holds the pipe's mutex, also while it waits for a
+//! socket or disk; the transfer's loop, which must never wait for one shard, would wait for that mutex. So the data goes
+//! through another pipe that only the thread uses: between two pipes, no mutex is held while waiting.
+//!
 //! What a pump came to is known before its end of the pipe is closed: whoever sees the pipe's end can ask why.
 //! A thread that is blocked does not keep the process from ending.
 
@@ -52,6 +56,7 @@ impl Pump {
     pub fn start(way: Way, label: &str) -> Result<Self> {
         let outcome = Arc::new(OnceLock::new());
         let (end, ended) = pipe::new().with_context(|| format!("preparing {label}"))?;
+        let stage = pipe::new().with_context(|| format!("preparing {label}"))?;
         let (verb, ends) = match way {
             Way::In(..) => ("reading", false),
             Way::Out(..) => ("writing to", true),
@@ -64,11 +69,11 @@ impl Pump {
                 // In each arm, the outcome is there before the pipe's end is closed.
                 match way {
                     Way::In(from, pipe) => {
-                        let _only_here = report.set(fill(&from, &pipe));
+                        let _only_here = report.set(fill(&from, &pipe, &stage));
                         drop(pipe);
                     }
                     Way::Out(pipe, to) => {
-                        let written = empty(&pipe, &to);
+                        let written = empty(&pipe, &to, &stage);
                         // Some file systems tell of a full disk or an exceeded quota only now.
                         let closed = nix::unistd::close(to);
                         let _only_here = report.set(written.and(closed));
@@ -120,84 +125,100 @@ impl Pump {
 
 /// From a descriptor into a pipe. That nobody reads from the pipe any more is no error here: the image is complete, or the
 /// reader knows why not.
-fn fill(from: &OwnedFd, pipe: &WriteEnd) -> Outcome {
-    match splice_all(from, pipe, (from, PollFlags::POLLIN)) {
-        Ok(Spliced::All) => Ok(()),
-        Ok(Spliced::Impossible) => copy(
-            |buffer| nix::unistd::read(from, buffer),
-            |bytes| nix::unistd::write(pipe, bytes),
-            (from, PollFlags::POLLIN),
-        ),
-        Err(error) => Err(error),
+fn fill(from: &OwnedFd, pipe: &WriteEnd, stage: &Stage) -> Outcome {
+    match transfer(from, pipe, stage, (from, PollFlags::POLLIN)) {
+        Err(Errno::EPIPE) => Ok(()),
+        outcome => outcome,
     }
-    .or_else(|error| match error {
-        Errno::EPIPE => Ok(()),
-        other => Err(other),
-    })
 }
 
 /// From a pipe into a descriptor.
-fn empty(pipe: &ReadEnd, to: &OwnedFd) -> Outcome {
-    match splice_all(pipe, to, (to, PollFlags::POLLOUT))? {
-        Spliced::All => Ok(()),
-        Spliced::Impossible => copy(
-            |buffer| nix::unistd::read(pipe, buffer),
-            |bytes| nix::unistd::write(to, bytes),
-            (to, PollFlags::POLLOUT),
-        ),
-    }
+fn empty(pipe: &ReadEnd, to: &OwnedFd, stage: &Stage) -> Outcome {
+    transfer(pipe, to, stage, (to, PollFlags::POLLOUT))
 }
 
-/// How splicing went.
-enum Spliced {
-    All,
-    /// It is not possible between these two; nothing was moved.
-    Impossible,
-}
+/// The pipe between.
+type Stage = (ReadEnd, WriteEnd);
 
 /// A descriptor that may have been made non-blocking by whoever gave it to us, and what to wait for then.
 type Patience<'a> = (&'a OwnedFd, PollFlags);
 
-fn splice_all(from: impl AsFd, to: impl AsFd, patience: Patience) -> Result<Spliced, Errno> {
-    let mut moved = false;
-    loop {
-        match nix::fcntl::splice(
-            &from,
-            None,
-            &to,
-            None,
-            LARGEST,
-            SpliceFFlags::SPLICE_F_MOVE,
-        ) {
-            Ok(0) => return Ok(Spliced::All),
-            Ok(_) => moved = true,
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => wait(patience)?,
-            Err(Errno::EINVAL) if !moved => return Ok(Spliced::Impossible),
-            Err(error) => return Err(error),
+/// How splicing went.
+enum Spliced {
+    All,
+    /// It is not possible between these two: none of the first bytes arrived, and so many of them are in the stage.
+    Impossible {
+        staged: usize,
+    },
+}
+
+fn transfer(from: impl AsFd, to: impl AsFd, stage: &Stage, patience: Patience) -> Outcome {
+    match splice_all(&from, &to, stage, patience)? {
+        Spliced::All => Ok(()),
+        Spliced::Impossible { staged } => {
+            let mut buffer = vec![0; COPY];
+            copy(&stage.0, &to, &mut buffer, Some(staged), patience)?;
+            copy(&from, &to, &mut buffer, None, patience)
         }
     }
 }
 
+fn splice_all(
+    from: impl AsFd,
+    to: impl AsFd,
+    (stage_out, stage_in): &Stage,
+    patience: Patience,
+) -> Result<Spliced, Errno> {
+    let mut moved = false;
+    loop {
+        let staged = match persist(patience, || splice(&from, stage_in, LARGEST)) {
+            Ok(0) => return Ok(Spliced::All),
+            Err(Errno::EINVAL) if !moved => return Ok(Spliced::Impossible { staged: 0 }),
+            result => result?,
+        };
+        let mut left = staged;
+        while left > 0 {
+            match persist(patience, || splice(stage_out, &to, left)) {
+                Err(Errno::EINVAL) if !moved => return Ok(Spliced::Impossible { staged }),
+                Ok(0) => return Err(Errno::EIO),
+                result => left -= result?,
+            }
+            moved = true;
+        }
+    }
+}
+
+fn splice(from: impl AsFd, to: impl AsFd, len: usize) -> nix::Result<usize> {
+    nix::fcntl::splice(from, None, to, None, len, SpliceFFlags::SPLICE_F_MOVE)
+}
+
+/// Copies so many bytes, or all up to the end.
 fn copy(
-    mut read: impl FnMut(&mut [u8]) -> nix::Result<usize>,
-    mut write: impl FnMut(&[u8]) -> nix::Result<usize>,
+    from: impl AsFd,
+    to: impl AsFd,
+    buffer: &mut [u8],
+    limit: Option<usize>,
     patience: Patience,
 ) -> Outcome {
-    let mut buffer = vec![0; COPY];
-    loop {
-        let length = persist(patience, || read(&mut buffer))?;
+    let mut left = limit.unwrap_or(usize::MAX);
+    while left > 0 {
+        let most = left.min(buffer.len());
+        let length = persist(patience, || nix::unistd::read(&from, &mut buffer[..most]))?;
         if length == 0 {
             return Ok(());
         }
         let mut rest = &buffer[..length];
         while !rest.is_empty() {
-            match persist(patience, || write(rest))? {
+            match persist(patience, || nix::unistd::write(&to, rest))? {
                 0 => return Err(Errno::EIO),
                 written => rest = &rest[written..],
             }
         }
+        if limit.is_some() {
+            left -= length;
+        }
     }
+    Ok(())
 }
 
 /// Repeats a call until it is neither interrupted nor told to wait.
