@@ -1,0 +1,454 @@
+//! `--shard-cmd`: one exit status for the whole pipeline. The transfer has succeeded only if every command has; otherwise the error says which
+//! failed and how, and the others are ended.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::criu::{Criu, Role};
+use common::image::{self, Files};
+use common::runs::{assert_same_bytes, assert_same_files, inventory_last, read_dir, sample_files};
+use common::streamer::{Exit, Launch, Streamer};
+use common::{HANG_TIMEOUT, random};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+fn with(launch: Launch, shards: usize, command: &str) -> Launch {
+    launch
+        .args(["--num-shards".to_owned(), shards.to_string()])
+        .args(["--shard-cmd", command])
+}
+
+/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this.
+fn send(streamer: &Streamer, files: &Files) {
+    streamer.wait_for_line("socket-init");
+    let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Capture) else {
+        return;
+    };
+    for (name, content) in inventory_last(files) {
+        let Ok(mut file) = criu.try_create_file(name, None) else {
+            return;
+        };
+        if file.write_all(content).is_err() {
+            return;
+        }
+    }
+}
+
+fn capture(shards: usize, command: &str, files: &Files) -> Exit {
+    let mut streamer = with(Streamer::capture(), shards, command).start();
+    send(&streamer, files);
+    streamer.wait()
+}
+
+/// Enough to fill every pipe several times.
+fn large_files() -> Files {
+    Files::from([
+        ("pages-1.img".to_owned(), random::bytes(1, 16 << 20)),
+        ("inventory.img".to_owned(), random::bytes(2, 50)),
+    ])
+}
+
+fn small_files() -> Files {
+    Files::from([("inventory.img".to_owned(), random::bytes(3, 50))])
+}
+
+fn write_shards(dir: &Path, files: &Files, count: usize) {
+    for (i, shard) in image::encode_files(files, count, 4096).iter().enumerate() {
+        fs::write(dir.join(format!("s{}", i + 1)), shard).unwrap();
+    }
+}
+
+fn read_shards(dir: &Path, count: usize) -> Vec<Vec<u8>> {
+    (1..=count)
+        .map(|i| fs::read(dir.join(format!("s{i}"))).unwrap())
+        .collect()
+}
+
+fn wait_for_file(path: &Path) -> String {
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    loop {
+        match fs::read_to_string(path) {
+            Ok(text) if text.ends_with('\n') => return text,
+            _ => assert!(Instant::now() < deadline, "{} did not come", path.display()),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until no process has `marker` among its arguments.
+fn wait_until_nothing_runs(marker: &str) {
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    let found = || {
+        fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+            fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).contains(marker))
+        })
+    };
+    while found() {
+        assert!(Instant::now() < deadline, "{marker} is still running");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn an_image_goes_out_and_comes_back_through_commands() {
+    for count in [1, 4, 32] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().display();
+        let files = sample_files(count as u64);
+        let exit = capture(count, &format!("cat >'{path}'/s{{}}"), &files);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(
+            &image::decode(&read_shards(dir.path(), count)).unwrap(),
+            &files,
+        );
+
+        let bring = format!("cat '{path}'/s{{}}");
+        let images = TempDir::new().unwrap();
+        let extract = Streamer::extract().images_dir(images.path());
+        let exit = with(extract, count, &bring).run();
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(&read_dir(images.path()), &files);
+
+        for launch in [Streamer::serve, Streamer::extract_serve] {
+            let mut streamer = with(launch(), count, &bring).start();
+            let criu = streamer.criu();
+            for (name, content) in &files {
+                assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
+            }
+            drop(criu);
+            streamer.expect_success();
+        }
+    }
+}
+
+#[test]
+fn there_is_one_shard_unless_told_otherwise() {
+    let dir = TempDir::new().unwrap();
+    let command = format!("cat >'{}'/{{}}-of-{{}}", dir.path().display());
+    let mut streamer = Streamer::capture().args(["--shard-cmd", &command]).start();
+    send(&streamer, &small_files());
+    streamer.expect_success();
+    let shard = fs::read(dir.path().join("1-of-1")).unwrap();
+    assert_same_files(&image::decode(&[shard]).unwrap(), &small_files());
+}
+
+#[test]
+fn a_command_that_fails_early_fails_the_capture() {
+    let exit = capture(4, "test {} != 3 || exit 5; cat >/dev/null", &large_files());
+    exit.expect_failure(&["shard command 3", "test 3 != 3 || exit 5", "exit status 5"]);
+    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+}
+
+/// After it has seen the end of its input: the streamer itself has nothing more to do then.
+#[test]
+fn a_command_that_fails_late_fails_the_capture() {
+    let exit = capture(
+        4,
+        "cat >/dev/null; test {} != 2 || exit 7",
+        &sample_files(1),
+    );
+    exit.expect_failure(&["shard command 2", "exit status 7"]);
+    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+}
+
+#[test]
+fn a_command_that_is_killed_fails_the_capture() {
+    let exit = capture(2, "cat >/dev/null; kill -KILL $$", &small_files());
+    exit.expect_failure(&["shard command", "signal 9", "SIGKILL"]);
+}
+
+/// Any part of a pipeline counts, not only its last.
+#[test]
+fn a_pipeline_fails_with_any_of_its_parts() {
+    for command in [
+        "(cat >/dev/null; exit 9) | cat",
+        "cat | (cat >/dev/null; exit 9) | cat",
+        "cat | (exit 9)",
+    ] {
+        capture(2, command, &small_files()).expect_failure(&["shard command", "exit status 9"]);
+    }
+    // An upload that gives up breaks the pipe of the compressor before it.
+    capture(2, "cat | (head -c 1000 >/dev/null; exit 9)", &large_files())
+        .expect_failure(&["shard command"]);
+}
+
+/// Its data is lost, whatever it says.
+#[test]
+fn a_command_that_succeeds_without_reading_everything_fails_the_capture() {
+    for (command, files) in [
+        ("true", large_files()),
+        ("true", small_files()),
+        ("head -c 10 >/dev/null", small_files()),
+        ("head -c 100000 >/dev/null", large_files()),
+        // The shell has the pipe open as long as it lives.
+        ("head -c 10 >/dev/null | sleep 0.3", small_files()),
+        ("head -c 10 >/dev/null; sleep 0.3", large_files()),
+    ] {
+        let exit = capture(1, command, &files);
+        exit.expect_failure(&["shard command 1", command, "before it had read"]);
+        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+    }
+}
+
+/// It may go on for as long as it likes when it has read its shard, and is waited for.
+#[test]
+fn statistics_come_when_every_command_has_ended() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().display();
+    let gate = dir.path().join("gate");
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let command = format!("cat >/dev/null; cd '{path}'; echo {{}} >read-{{}}; read -r _ <gate");
+    let mut streamer = with(Streamer::capture(), 1, &command).start();
+    send(&streamer, &small_files());
+    wait_for_file(&dir.path().join("read-1"));
+    assert!(streamer.is_running());
+    assert_eq!(
+        streamer.progress_lines(),
+        ["socket-init", "checkpoint-start"]
+    );
+    fs::write(&gate, "go\n").unwrap();
+    let exit = streamer.expect_success();
+    assert!(exit.progress.last().unwrap().starts_with('{'));
+}
+
+#[test]
+fn when_one_command_fails_whole_pipelines_of_the_others_are_ended() {
+    // An argument that no other process has.
+    let marker = format!("1000.{}1", std::process::id());
+    let command = format!("test {{}} != 2 || exit 6; cat | (sleep {marker}; cat >/dev/null)");
+    let exit = capture(3, &command, &large_files());
+    exit.expect_failure(&["shard command 2", "exit status 6"]);
+    wait_until_nothing_runs(&marker);
+}
+
+/// It is told to end first, and can clean up.
+#[test]
+fn a_command_that_is_ended_can_clean_up() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().display();
+    let command = format!(
+        "cd '{path}'; test {{}} = 1 || {{ until test -e ready; do sleep 0.01; done; exit 4; }}; \
+         trap 'sleep 0.2; echo cleaned >cleaned; exit 0' TERM; touch ready; while :; do sleep 0.01; done"
+    );
+    let exit = capture(2, &command, &large_files());
+    exit.expect_failure(&["shard command 2", "exit status 4"]);
+    assert_eq!(
+        fs::read_to_string(dir.path().join("cleaned")).unwrap(),
+        "cleaned\n"
+    );
+}
+
+#[test]
+fn a_command_that_will_not_end_is_killed() {
+    let marker = format!("1000.{}2", std::process::id());
+    let command = format!("test {{}} != 2 || exit 4; trap '' TERM; sleep {marker}; sleep {marker}");
+    let exit = capture(2, &command, &large_files());
+    exit.expect_failure(&["shard command 2", "exit status 4"]);
+    wait_until_nothing_runs(&marker);
+}
+
+/// An upload completes what it has got when its input ends: it must not see an end that is none.
+#[test]
+fn a_failed_dump_is_not_uploaded_as_if_it_were_whole() {
+    let dir = TempDir::new().unwrap();
+    let command = format!(
+        "cat >/dev/null; touch '{}'/uploaded-{{}}",
+        dir.path().display()
+    );
+    let mut streamer = with(Streamer::capture(), 3, &command).start();
+    let criu = streamer.criu();
+    criu.write_file("pages-1.img", &[1; 100_000]);
+    drop(criu);
+    streamer.expect_failure(&["inventory.img"]);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_signal_ends_the_commands_too() {
+    let marker = format!("1000.{}3", std::process::id());
+    for launch in [Streamer::capture, Streamer::serve] {
+        let dir = TempDir::new().unwrap();
+        let command = format!(
+            "echo started >'{}'/started-{{}}; sleep {marker}",
+            dir.path().display()
+        );
+        let mut streamer = with(launch(), 2, &command).start();
+        wait_for_file(&dir.path().join("started-1"));
+        wait_for_file(&dir.path().join("started-2"));
+        streamer.signal(Signal::SIGTERM);
+        assert_eq!(streamer.wait().status.code(), Some(128 + 15));
+        wait_until_nothing_runs(&marker);
+    }
+}
+
+/// Whatever arrived of the image, a download that failed cannot be trusted.
+#[test]
+fn a_download_that_fails_after_its_last_byte_is_not_served_and_not_extracted() {
+    let dir = TempDir::new().unwrap();
+    write_shards(dir.path(), &sample_files(2), 3);
+    let command = format!(
+        "cat '{}'/s{{}}; sleep 0.3; test {{}} != 2 || exit 11",
+        dir.path().display()
+    );
+    for launch in [Streamer::serve, Streamer::extract] {
+        let images = TempDir::new().unwrap();
+        let exit = with(launch().images_dir(images.path()), 3, &command).run();
+        exit.expect_failure(&["shard command 2", "exit status 11"]);
+        assert_eq!(exit.progress, [""; 0], "neither statistics nor socket-init");
+        assert_eq!(fs::read_dir(images.path()).unwrap().count(), 0);
+    }
+}
+
+/// The reason is the command's, not that the shard was cut off.
+#[test]
+fn a_download_that_breaks_off_says_why() {
+    let dir = TempDir::new().unwrap();
+    write_shards(dir.path(), &sample_files(3), 3);
+    let path = dir.path().display();
+    let command =
+        format!("if test {{}} = 3; then head -c 5000 '{path}'/s3; exit 12; fi; cat '{path}'/s{{}}");
+    for launch in [Streamer::serve, Streamer::extract] {
+        let exit = with(launch(), 3, &command).run();
+        exit.expect_failure(&["shard command 3", "exit status 12"]);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+}
+
+#[test]
+fn a_download_that_breaks_off_and_succeeds_is_a_shard_that_was_cut_off() {
+    let dir = TempDir::new().unwrap();
+    write_shards(dir.path(), &sample_files(4), 2);
+    let path = dir.path().display();
+    let command = format!("head -c 5000 '{path}'/s{{}}");
+    for launch in [Streamer::serve, Streamer::extract] {
+        let exit = with(launch(), 2, &command).run();
+        exit.expect_failure(&["shard command"]);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+}
+
+/// While the others still bring data, and without waiting for them.
+#[test]
+fn a_download_that_fails_ends_the_others_at_once() {
+    let marker = format!("1000.{}4", std::process::id());
+    let command = format!("test {{}} != 2 || exit 13; sleep {marker}");
+    let exit = with(Streamer::serve(), 2, &command).run();
+    exit.expect_failure(&["shard command 2", "exit status 13"]);
+    wait_until_nothing_runs(&marker);
+}
+
+/// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors open.
+#[test]
+fn a_command_starts_like_one_that_a_shell_started() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().display();
+    let command = format!(
+        "grep Sig /proc/self/status >'{path}'/signals; echo /proc/self/fd/* >'{path}'/fds; \
+         ps -o pgid= -p $$ >'{path}'/group; echo $$ >>'{path}'/group; cat >/dev/null"
+    );
+    let (_reader, leaked) = common::shards::pipe();
+    let mut streamer = with(Streamer::capture(), 1, &command)
+        .inherit(leaked)
+        .start();
+    send(&streamer, &small_files());
+    streamer.expect_success();
+
+    let signals = fs::read_to_string(dir.path().join("signals")).unwrap();
+    for mask in ["SigBlk", "SigIgn"] {
+        let line = signals.lines().find(|line| line.starts_with(mask)).unwrap();
+        let signals = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
+        // Real-time signals are the C library's business, or that of whoever started this test.
+        let standard = signals & ((1 << 31) - 1);
+        assert_eq!(standard, 0, "{line}");
+    }
+    let fds = fs::read_to_string(dir.path().join("fds")).unwrap();
+    let extra: Vec<_> = fds
+        .split_whitespace()
+        .filter_map(|path| path.rsplit('/').next()?.parse::<u32>().ok())
+        .filter(|&fd| fd > 2)
+        .collect();
+    // The shell holds the directory that it lists, and bash may hold one of its own at 255.
+    assert!(extra.len() <= 1, "descriptors of the command: {fds}");
+    let group = fs::read_to_string(dir.path().join("group")).unwrap();
+    let ids: Vec<_> = group.split_whitespace().collect();
+    assert_eq!(ids[0], ids[1], "a process group of its own");
+}
+
+#[test]
+fn sh_takes_the_place_of_a_bash_that_is_not_there() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("path");
+    fs::create_dir(&path).unwrap();
+    for program in ["sh", "cat"] {
+        let real = ["/bin", "/usr/bin"]
+            .map(|dir| Path::new(dir).join(program))
+            .into_iter()
+            .find(|path| path.exists())
+            .unwrap();
+        std::os::unix::fs::symlink(real, path.join(program)).unwrap();
+    }
+    let command = format!("cat >'{}'/s{{}}", dir.path().display());
+    let launch = with(Streamer::capture(), 2, &command).env("PATH", path.to_str().unwrap());
+    let mut streamer = launch.start();
+    send(&streamer, &small_files());
+    streamer.expect_success();
+    assert_same_files(
+        &image::decode(&read_shards(dir.path(), 2)).unwrap(),
+        &small_files(),
+    );
+
+    let empty = dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let exit = with(Streamer::capture(), 1, &command)
+        .env("PATH", empty.to_str().unwrap())
+        .run();
+    exit.expect_failure(&["shard command 1", "shell"]);
+}
+
+#[test]
+fn commands_are_not_started_for_bad_usage() {
+    let dir = TempDir::new().unwrap();
+    let touch = format!("touch '{}'/started", dir.path().display());
+    let (_reader, end) = common::shards::pipe();
+    let refused = [
+        (
+            Streamer::capture()
+                .shards([end])
+                .args(["--shard-cmd", &touch]),
+            "--shard-fds",
+        ),
+        (with(Streamer::capture(), 0, &touch), "--num-shards"),
+        (with(Streamer::capture(), 33, &touch), "--num-shards"),
+        (with(Streamer::serve(), 1, " "), "--shard-cmd"),
+        (
+            Streamer::serve().args(["--num-shards", "2"]),
+            "--num-shards",
+        ),
+        (
+            with(Streamer::capture(), 1, &touch).args(["--ext-file-fds", "fs.tar:987"]),
+            "987",
+        ),
+    ];
+    for (launch, word) in refused {
+        let exit = launch.run();
+        exit.expect_failure(&[word]);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// CRIU sees broken pipes when a command has failed, so that it lets the application go on.
+#[test]
+fn criu_is_told_when_a_command_fails() {
+    let mut streamer = with(Streamer::capture(), 2, "head -c 100000 >/dev/null; exit 3").start();
+    let criu = streamer.criu();
+    let mut file = criu.create_file("pages-1.img");
+    let error = file.write_all(&random::bytes(5, 32 << 20)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+    streamer.expect_failure(&["shard command", "exit status 3"]);
+}
