@@ -8,7 +8,7 @@
 //! gone over all of its memory. What it finds damaged it reports there instead, `damaged: …`, and exits. Parts:
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
-//!     hugetlb=<MiB>     the same on huge pages
+//!     hugetlb=<MiB>     shared memory on huge pages
 //!     threads=<n>       threads besides the main one, that count in memory
 //!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token goes to each child
 //!                       and back through pipes, and everyone counts in a shared memory segment
@@ -371,7 +371,7 @@ fn main() {
             "huge pages",
             nonce,
             number("hugetlb"),
-            MAP_PRIVATE | MAP_HUGETLB,
+            MAP_SHARED | MAP_HUGETLB,
         )));
     }
     if number("threads") > 0 {

@@ -101,6 +101,18 @@ fn compile(source: &Path, program: &Path) {
     std::fs::rename(&unfinished, program).expect("rename the application");
 }
 
+/// Says why a test is not done, which is a failure where `CI` is `true`.
+pub fn skip(why: &str) {
+    let test = thread::current().name().unwrap_or("a test").to_owned();
+    assert_ne!(
+        std::env::var("CI").as_deref(),
+        Ok("true"),
+        "{test} cannot be done: {why}"
+    );
+    // Past the test harness, which shows what a test printed only if it failed.
+    writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("standard error");
+}
+
 /// A machine, with a directory of its own that is its scripts' working directory.
 pub struct Machine {
     directory: tempfile::TempDir,
@@ -116,14 +128,7 @@ impl Machine {
         match programs() {
             Ok(programs) => Some(Self::boot(programs)),
             Err(why) => {
-                assert_ne!(
-                    std::env::var("CI").as_deref(),
-                    Ok("true"),
-                    "cannot test with a real CRIU: {why}"
-                );
-                // Past the test harness, which shows what a test printed only if it failed.
-                let test = thread::current().name().unwrap_or("a test").to_owned();
-                writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("standard error");
+                skip(why);
                 None
             }
         }
@@ -234,32 +239,34 @@ impl Machine {
         self.start_in("", parts)
     }
 
-    /// Starts the application through a command like `unshare`, whose last child it becomes.
+    /// Starts the application through a command like `unshare`, which runs the program that its arguments name.
     pub fn start_in(&self, command: &str, parts: &str) -> Application<'_> {
-        let state = "application.state";
-        // A session of its own and no terminal, or CRIU would have to be told about the shell's.
-        self.run(&format!(
-            "rm -f {state}
-            setsid {command} application $PWD/{state} {parts} </dev/null &>application.log &
-            echo $! >application.pid"
-        ))
-        .success();
-        let mut pid = String::from_utf8(self.read("application.pid")).expect("a PID");
         let mut application = Application {
             machine: self,
             pid: String::new(),
-            state: self.path(state),
+            state: self.path("application.state"),
         };
+        // A session of its own and no terminal, or CRIU would have to be told about the shell's. Its files are opened
+        // in its own mount namespace.
+        let script = r#"
+rm -f application.state
+COMMAND \
+    bash -c "exec setsid application $PWD/application.state PARTS </dev/null &>application.log" &
+pid=$!
+until [ -s application.state ]; do sleep 0.05; done
+until [ "$(cat /proc/$pid/comm)" = application ]; do
+    # Between fork and exec there is nothing to see.
+    read -r child rest <<<"$(cat /proc/$pid/task/$pid/children)"
+    pid=${child:-$pid}
+done
+echo $pid
+"#;
+        let script = script.replace("COMMAND", command).replace("PARTS", parts);
+        let pid = self.run(&script).success().stdout();
+        application.pid = pid.trim().into();
         if !wait_until(|| application.state_line().is_some()) {
             panic!("the application did not start\n{}", self.describe());
         }
-        if !command.is_empty() {
-            pid = self
-                .run(&format!("pgrep --parent {pid}"))
-                .success()
-                .stdout();
-        }
-        application.pid = pid.trim().into();
         application
     }
 
@@ -459,11 +466,5 @@ impl Application<'_> {
     /// Whether a process with the application's PID exists, a stopped one included.
     pub fn is_alive(&self) -> bool {
         self.run("kill -0 $PID").succeeded()
-    }
-
-    /// Whether every process of the application's is stopped.
-    pub fn is_stopped(&self) -> bool {
-        let states = self.run("ps -o stat= --sid $PID").success().stdout();
-        states.lines().all(|state| state.starts_with('T'))
     }
 }

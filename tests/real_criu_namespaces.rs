@@ -1,0 +1,304 @@
+//! Whatever CRIU restores without the streamer it restores with it: processes in namespaces of their own, with network
+//! rules, file systems and files that are in the image, and trees of processes.
+//!
+//! CRIU treats its images as files there: it opens several at once, hands some to `iptables-restore` or `tar`, and
+//! closes others unread. Each application goes through a plain dump and restore first, which shows that this CRIU can do
+//! it on this machine, and then through the streamer, again and again. They need root; see tests/criu/mod.rs.
+
+mod criu;
+
+use criu::{Application, Machine, skip};
+
+/// How often an application goes through the streamer: what goes wrong here depends on who is faster.
+const ROUNDS: usize = 4;
+
+const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir images --tree $PID";
+
+const PLAIN_RESTORE: &str =
+    "criu restore --images-dir images --restore-detached --pidfile $PWD/restored.pid ROOT";
+
+const STREAMED_DUMP: &str = r#"
+rm -rf images ready; mkdir images; mkfifo ready
+{ criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready | lz4 >app.lz4; } & pipeline=$!
+grep -q -m1 socket-init ready
+criu dump --stream --images-dir images --tree $PID
+wait $pipeline
+"#;
+
+const STREAMED_RESTORE: &str = r#"
+{ lz4 -d <app.lz4 | criu-image-streamer --images-dir images --progress-fd 3 serve 3>ready; } & pipeline=$!
+grep -q -m1 socket-init ready
+criu restore --stream --images-dir images --restore-detached --pidfile $PWD/restored.pid ROOT
+wait $pipeline
+"#;
+
+/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them. In the mounts of the host CRIU
+/// gets lost.
+const IN_ITS_ROOT: &str = r#"
+mkdir root
+mount --bind / root
+mount -t tmpfs tmpfs root/dev
+mknod -m 666 root/dev/null c 1 3
+mknod -m 666 root/dev/urandom c 1 9
+mount -t proc proc root/proc
+directory=$PWD
+cd root
+pivot_root . mnt
+umount -l /mnt
+mount -t tmpfs tmpfs /mnt
+cp -r /etc /mnt
+cd "$directory"
+exec "$@"
+"#;
+
+/// An application, and how to checkpoint it.
+#[derive(Default)]
+struct Case {
+    /// What starts it, if it runs in namespaces of its own.
+    command: &'static str,
+    parts: &'static str,
+    /// A script to run in its network namespace once it has started.
+    network: &'static str,
+    /// A script that prints what must be the same after a restore, run in the application's namespaces.
+    observe: &'static str,
+    /// It runs in its own root file system.
+    own_root: bool,
+}
+
+impl Case {
+    /// Takes the application through CRIU alone, and then through the streamer.
+    fn goes_through(&self) {
+        let Some(machine) = Machine::new() else {
+            return;
+        };
+        let mut command = self.command.to_owned();
+        if self.own_root {
+            command += " bash -e in-its-root";
+            std::fs::write(machine.path("in-its-root"), IN_ITS_ROOT).expect("in-its-root");
+            machine
+                .run("mkdir new-root; mount --bind / new-root")
+                .success();
+        }
+        let mut application = machine.start_in(&command, self.parts);
+        if !self.network.is_empty() {
+            self.inside(&application, self.network);
+        }
+        if let Err(why) =
+            self.dump_and_restore(&machine, &mut application, PLAIN_DUMP, PLAIN_RESTORE)
+        {
+            return skip(&format!("CRIU alone cannot do this here: {why}"));
+        }
+        for round in 1..=ROUNDS {
+            if let Err(why) =
+                self.dump_and_restore(&machine, &mut application, STREAMED_DUMP, STREAMED_RESTORE)
+            {
+                panic!("round {round} of {ROUNDS}: {why}");
+            }
+        }
+    }
+
+    fn dump_and_restore(
+        &self,
+        machine: &Machine,
+        application: &mut Application<'_>,
+        dump: &str,
+        restore: &str,
+    ) -> Result<(), String> {
+        let before = application.goes_on();
+        let observed = self.inside(application, self.observe);
+        // CRIU builds a mount namespace's root on a mount point that it is given.
+        let root = if self.own_root {
+            "--root $PWD/new-root"
+        } else {
+            ""
+        };
+        for script in ["rm -f restored.pid", dump, restore] {
+            let ran = application.run(&script.replace("ROOT", root));
+            if !ran.succeeded() {
+                return Err(ran.describe());
+            }
+        }
+        // In a PID namespace of its own it is PID 1 again, and out here it may have any other.
+        let pid = String::from_utf8(machine.read("restored.pid")).expect("a PID");
+        application.pid = pid.trim().into();
+        application.goes_on_from(before);
+        assert_eq!(self.inside(application, self.observe), observed);
+        Ok(())
+    }
+
+    /// Runs a script in the application's network, mount, UTS and IPC namespaces.
+    fn inside(&self, application: &Application<'_>, script: &str) -> String {
+        let script = format!(
+            "nsenter --target $PID --net --mount --uts --ipc bash -euo pipefail <<'END'\n{script}\nEND"
+        );
+        application.run(&script).success().stdout()
+    }
+}
+
+#[test]
+fn a_process_in_its_own_pid_namespace() {
+    Case {
+        command: "unshare --pid --fork",
+        parts: "memory=20 threads=2 tree=2x2",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_process_in_its_own_uts_and_ipc_namespaces() {
+    Case {
+        command: "unshare --uts --ipc",
+        parts: "memory=20",
+        network: "hostname another && ipcmk --shmem 100000 >/dev/null && ipcmk --queue >/dev/null",
+        observe: "hostname; ipcs --shmems; ipcs --queues",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_process_in_its_own_network_namespace() {
+    Case {
+        command: "unshare --net",
+        parts: "memory=20",
+        network: "ip link set lo up && ip link add pair type veth peer name other && ip addr add 10.7.0.1/24 dev pair && ip link set other up && ip link set pair up",
+        observe: "ip -oneline addr; ip route show table all | sort",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+// The rules themselves are lost: CRIU asks fstat for the size of nftables' image, which for a pipe is 0, and restores an empty
+// ruleset. Rules of iptables-legacy go through a child process, and are restored.
+#[test]
+fn a_process_behind_nftables_rules() {
+    Case {
+        command: "unshare --net",
+        parts: "memory=20",
+        network: r#"
+ip link set lo up
+nft add table inet filter
+nft 'add chain inet filter input { type filter hook input priority 0; policy accept; }'
+for port in $(seq 1000 1200); do echo "add rule inet filter input tcp dport $port counter drop"; done | nft -f -
+"#,
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_process_behind_iptables_rules() {
+    Case {
+        command: "unshare --net",
+        parts: "memory=20",
+        network: r#"
+ip link set lo up
+for port in $(seq 1000 1100); do iptables-legacy -A INPUT -p tcp --dport $port -j DROP; done
+ip6tables-legacy -A INPUT -p tcp --dport 99 -j DROP
+"#,
+        observe: "iptables-legacy-save --table filter | grep -e '^-A'; ip6tables-legacy-save --table filter | grep -e '^-A'",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_process_in_its_own_mount_namespace_with_a_tmpfs() {
+    Case {
+        command: "unshare --mount",
+        own_root: true,
+        parts: "memory=20 file=/mnt/file ghost=/mnt/ghost",
+        observe: "cd /mnt && find . -type f | sort | xargs sha256sum; find . | sort",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_process_with_everything_of_its_own() {
+    Case {
+        command: "unshare --pid --fork --mount --net --uts --ipc",
+        own_root: true,
+        parts: "memory=20 tree=2x2 threads=2 file=/mnt/file ghost=/mnt/ghost",
+        network: "ip link set lo up; hostname another; iptables-legacy -A INPUT -p tcp --dport 99 -j DROP",
+        observe: "hostname; iptables-legacy-save --table filter | grep -e '^-A'; cd /mnt && find . -type f | sort | xargs sha256sum",
+    }
+    .goes_through();
+}
+
+#[test]
+fn deleted_files_of_many_sizes() {
+    Case {
+        parts: "ghost=$PWD/a ghost=$PWD/b ghost=$PWD/c ghost=$PWD/d file=$PWD/e",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn processes_with_twenty_mebibytes_each() {
+    Case {
+        parts: "memory=20 tree=1x7",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_deep_tree_of_processes() {
+    Case {
+        parts: "memory=1 tree=24x1 threads=1",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+#[test]
+fn a_wide_tree_of_processes() {
+    Case {
+        parts: "memory=1 tree=3x4",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+// Shared ones: private huge pages CRIU reads with preadv at an offset, for which it needs a file.
+#[test]
+fn a_process_with_huge_pages() {
+    let Some(huge_pages) = HugePages::reserve(32) else {
+        return skip("the machine does not give huge pages");
+    };
+    Case {
+        parts: "memory=20 hugetlb=16",
+        ..Case::default()
+    }
+    .goes_through();
+    drop(huge_pages);
+}
+
+/// Huge pages that were added to the machine's pool, and are given back.
+struct HugePages {
+    before: String,
+}
+
+impl HugePages {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn reserve(number: usize) -> Option<Self> {
+        let read = || std::fs::read_to_string(Self::POOL);
+        let before = read().ok()?;
+        let had: usize = before.trim().parse().ok()?;
+        std::fs::write(Self::POOL, (had + number).to_string()).ok()?;
+        let reserved = Self { before };
+        let has: usize = read().ok()?.trim().parse().ok()?;
+        (has >= had + number).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // A pool that stays larger is no reason to fail.
+        let _ = std::fs::write(Self::POOL, &self.before);
+    }
+}
