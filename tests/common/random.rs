@@ -1,5 +1,9 @@
 //! Reproducible randomness: a failing seed printed by a test is all that is needed to run it again.
 
+use std::sync::OnceLock;
+
+static POOL: OnceLock<Vec<u8>> = OnceLock::new();
+
 /// SplitMix64: one addition and three xor-shift-multiplies for each number.
 pub struct Random {
     state: u64,
@@ -38,17 +42,31 @@ impl Random {
         }
     }
 
+    /// A stretch of a pool that is made once, as making megabytes anew for each file would take longer than moving them.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(len + 8);
+        let pool = POOL.get_or_init(Self::pool);
+        let from = self.below(pool.len());
+        let mut bytes = Vec::with_capacity(len);
+        let mut rest = &pool[from..];
         while bytes.len() < len {
-            bytes.extend_from_slice(&self.next().to_le_bytes());
+            let taken = rest.len().min(len - bytes.len());
+            bytes.extend_from_slice(&rest[..taken]);
+            rest = pool;
         }
-        bytes.truncate(len);
         bytes
+    }
+
+    fn pool() -> Vec<u8> {
+        // Not a multiple of a page, so that no two pages of a file are alike.
+        const NUMBERS: usize = (4 << 20) / 8 + 13;
+        let mut random = Self::new(0);
+        (0..NUMBERS)
+            .flat_map(|_| random.next().to_le_bytes())
+            .collect()
     }
 }
 
-/// `len` bytes that no other seed gives.
+/// `len` bytes that depend on `seed`.
 pub fn bytes(seed: u64, len: usize) -> Vec<u8> {
     Random::new(seed).bytes(len)
 }
