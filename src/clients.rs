@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::criu::{Connection, Message, Receipt};
 use crate::notice;
@@ -74,6 +74,11 @@ impl<R> Clients<R> {
         self.spoken >= self.expected && self.speaking == 0
     }
 
+    /// Sends away whoever has not asked for a file, once nobody is waited for any more.
+    pub fn dismiss(&mut self) {
+        self.clients.retain(|_, client| client.has_spoken);
+    }
+
     /// The time left until the wait for another client is over, if one has left without a word.
     pub fn grace_left(&self) -> Option<Duration> {
         self.give_up
@@ -125,8 +130,16 @@ impl<R> Clients<R> {
         }
         match heard {
             Ok(Receipt::Closed) => {
+                let unfinished =
+                    client.requested.is_some() || client.connection.is_within_message();
+                let peer = client.connection.peer().to_owned();
                 self.remove(id);
-                if !has_spoken && self.spoken < self.expected {
+                ensure!(
+                    !(has_spoken && unfinished),
+                    "{peer} went away in the middle of a request: it was killed, or crashed"
+                );
+                // Whoever else is connected may be CRIU, at work before its first file.
+                if self.clients.is_empty() && self.spoken < self.expected {
                     self.give_up = Some(Instant::now() + GRACE);
                 }
                 Ok(())

@@ -128,7 +128,7 @@ fn execute(plan: Plan) -> Result<()> {
                 &interrupts,
             );
             let (store, stats) = received?;
-            store.commit()?;
+            store.commit(&interrupts)?;
             progress.stats(&stats);
             Ok(())
         }

@@ -23,6 +23,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::clients::Clients;
 use crate::criu::{Connection, Listener, Message};
@@ -62,6 +63,13 @@ pub enum Drain {
 
 /// Below this capacity, in bytes, a shard costs speed that a setting could give back.
 const GOOD_CAPACITY: usize = 1 << 20;
+
+/// Descriptors kept free of files: for epoll, signals, the socket, the standard streams, and for what one look at a client can
+/// bring.
+const OTHER_DESCRIPTORS: usize = 32;
+
+/// How long CRIU may neither write to nor close any of the many files that it has open before it is asked for more.
+const OPEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What to capture from, and where to.
 pub struct Capture<'a> {
@@ -137,11 +145,16 @@ impl Delivered {
 struct Loop<'a> {
     poller: Poller,
     interrupts: &'a Interrupts,
-    listener: Listener,
+    /// Until nobody is waited for any more.
+    listener: Option<Listener>,
     clients: Clients<ImageName>,
     shards: Vec<Shard>,
     sources: HashMap<u64, Source>,
     by_name: HashMap<ImageName, u64>,
+    /// So many files may be open before CRIU is left waiting with the next, as it may be faster than the shards.
+    most_sources: usize,
+    /// Since when all of so many files have been idle.
+    idle_since: Option<Instant>,
     external_names: Vec<ImageName>,
     busy: Vec<u64>,
     next_source: u64,
@@ -162,6 +175,8 @@ impl Capture<'_> {
     /// Whenever the image did not become complete.
     pub fn run(self, interrupts: &Interrupts) -> Result<Stats> {
         let poller = Poller::new().context("preparing to wait for events")?;
+        let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
+        let most_sources = descriptor_limit().saturating_sub(taken).max(1);
         let mut shards = Vec::new();
         for (pipe, label) in self.shards {
             shards.push(Shard::new(pipe, label)?);
@@ -170,11 +185,13 @@ impl Capture<'_> {
         let mut capture = Loop {
             poller,
             interrupts,
-            listener: self.listener,
+            listener: Some(self.listener),
             clients: Clients::new(self.criu_clients),
             shards,
             sources: HashMap::new(),
             by_name: HashMap::new(),
+            most_sources,
+            idle_since: None,
             external_names: Vec::new(),
             busy: Vec::new(),
             next_source: 0,
@@ -196,6 +213,11 @@ impl Capture<'_> {
         capture.receive_files()?;
         capture.finish()
     }
+}
+
+/// How many descriptors this process may have.
+fn descriptor_limit() -> usize {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize)
 }
 
 fn warn_of_small_pipes(shards: &[Shard]) {
@@ -223,8 +245,10 @@ impl Loop<'_> {
         let add = || {
             self.poller
                 .add(interrupts, Token::Interrupt.encode(), Interest::Readable)?;
-            self.poller
-                .add(&self.listener, Token::Listener.encode(), Interest::Readable)?;
+            if let Some(listener) = &self.listener {
+                self.poller
+                    .add(listener, Token::Listener.encode(), Interest::Readable)?;
+            }
             for (index, shard) in self.shards.iter().enumerate() {
                 self.poller
                     .add(shard, Token::Shard(index as u64).encode(), Interest::Gone)?;
@@ -243,17 +267,20 @@ impl Loop<'_> {
             self.poller
                 .wait(limit, &mut events)
                 .context("waiting for CRIU")?;
-            let mut step = if self.handle(&events)? {
-                Step::Busy
-            } else {
-                Step::Idle
-            };
+            let heard = self.handle(&events)?;
             self.clients.check_grace()?;
-            step = step.max(self.round()?);
+            let moved = self.round()?;
+            self.idle_since = match (heard, moved) {
+                (Step::NoRoom, Step::Idle) => self.idle_since.or_else(|| Some(Instant::now())),
+                _ => None,
+            };
+            let mut step = heard.max(moved);
             if self.clients.all_gone() {
                 if self.sources.is_empty() {
                     break;
                 }
+                self.listener = None;
+                self.clients.dismiss();
                 ensure!(
                     self.delivered.is_image() || self.criu_still_writes(),
                     self.incomplete()
@@ -290,14 +317,15 @@ impl Loop<'_> {
         )
     }
 
-    /// Acts on events, and tells whether files were added.
-    fn handle(&mut self, events: &[Event]) -> Result<bool> {
-        let mut added = false;
+    /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
+    fn handle(&mut self, events: &[Event]) -> Result<Step> {
+        let mut step = Step::Idle;
         for event in events {
             match Token::decode(event.token) {
                 Token::Interrupt => self.interrupts.check()?,
                 Token::Listener => {
-                    while let Some(connection) = self.listener.accept()? {
+                    let accept = || self.listener.as_ref().map_or(Ok(None), Listener::accept);
+                    while let Some(connection) = accept()? {
                         let id = self.clients.next_id();
                         self.poller
                             .add(&connection, Token::Client(id).encode(), Interest::Readable)
@@ -305,7 +333,14 @@ impl Loop<'_> {
                         self.clients.add(id, connection);
                     }
                 }
-                Token::Client(id) => added |= self.hear(id)?,
+                Token::Client(id) => {
+                    let heard = if self.sources.len() < self.most_sources || self.is_stuck() {
+                        self.hear(id)?
+                    } else {
+                        Step::NoRoom
+                    };
+                    step = step.max(heard);
+                }
                 Token::Source(id) => {
                     if let Some(source) = self.sources.get_mut(&id) {
                         source.ended |= event.hung_up;
@@ -319,7 +354,13 @@ impl Loop<'_> {
                 }
             }
         }
-        Ok(added)
+        Ok(step)
+    }
+
+    /// CRIU has more files open than there are descriptors for, and needs yet another one to go on.
+    fn is_stuck(&self) -> bool {
+        self.idle_since
+            .is_some_and(|start| start.elapsed() >= OPEN_PATIENCE)
     }
 
     fn wake(&mut self, source: u64) {
@@ -330,8 +371,8 @@ impl Loop<'_> {
 
     /// Takes the files that a client sends. One that breaks the protocol before it has sent any is dropped; a later
     /// violation means that the image cannot be trusted.
-    fn hear(&mut self, id: u64) -> Result<bool> {
-        let mut added = false;
+    fn hear(&mut self, id: u64) -> Result<Step> {
+        let mut step = Step::Idle;
         let mut opened = Vec::new();
         let heard = self.clients.hear(
             id,
@@ -363,10 +404,10 @@ impl Loop<'_> {
                 "capturing {name}: CRIU sends a file of this name too; give the external file another name"
             );
             self.open(name, pipe)?;
-            added = true;
+            step = Step::Busy;
         }
         heard?;
-        Ok(added)
+        Ok(step)
     }
 
     /// Starts a file of CRIU's. An open one of the same name is replaced by it.
@@ -431,8 +472,9 @@ impl Loop<'_> {
         }
         if source.origin == Origin::Criu && !source.replaced {
             match source.name.as_str() {
-                INVENTORY => self.delivered.inventory = true,
-                CPUINFO => self.delivered.cpuinfo = true,
+                // CRIU writes either in one go: killed before, it leaves an empty file.
+                INVENTORY => self.delivered.inventory = source.has_content(),
+                CPUINFO => self.delivered.cpuinfo = source.has_content(),
                 _ => self.delivered.others = true,
             }
         }
@@ -489,12 +531,12 @@ impl Loop<'_> {
         self.name_file(id, source, grant.shard);
         self.mark(grant.shard, Body::FileData(size as u32));
         match self.shards[grant.shard].splice(&source.pipe, size, source.slots_of(size))? {
-            Spliced::All if source.ended && size == available => {
-                self.mark_end(source, grant.shard);
-                Ok(Step::Complete)
-            }
             Spliced::All => {
                 source.moved(size);
+                if source.ended && size == available {
+                    self.mark_end(source, grant.shard);
+                    return Ok(Step::Complete);
+                }
                 Ok(Step::Busy)
             }
             Spliced::Full { left } => {
@@ -602,13 +644,16 @@ impl Loop<'_> {
         // To us, an external file that could not be read has ended.
         self.interrupts.check()?;
         let mut pace = Pace::new();
+        self.listener = None;
         let grant = loop {
+            // Before there is an end marker to be seen, no reader has seen it all, whatever it has taken.
+            self.check_readers(|_| false)?;
             if let Some(grant) =
                 balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?
             {
                 break grant;
             }
-            self.wait_for_readers(&mut pace)?;
+            pace.nap_longer();
         };
         self.mark(grant.shard, Body::ImageEof(true));
         while !self.flush()? {
@@ -642,6 +687,12 @@ impl Loop<'_> {
 
     fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
         pace.nap_longer();
+        // A reader may leave when it has seen the end marker; not while something is left for it.
+        self.check_readers(|shard| shard.is_drained().unwrap_or(false))
+    }
+
+    /// Fails when a shard's reader has left that `may_leave` does not let go, and when a signal came.
+    fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
         let mut events = Vec::new();
         self.poller
             .wait(Some(Duration::ZERO), &mut events)
@@ -651,8 +702,7 @@ impl Loop<'_> {
                 Token::Interrupt => self.interrupts.check()?,
                 Token::Shard(index) if event.hung_up => {
                     let shard = &self.shards[index as usize];
-                    // A reader may leave when it has seen the end marker; not while something is left for it.
-                    if !shard.is_drained().unwrap_or(false) {
+                    if !may_leave(shard) {
                         return Err(shard.reader_gone());
                     }
                 }

@@ -130,6 +130,11 @@ impl Source {
         self.last_seen = 0;
     }
 
+    /// Whether it sent anything at all so far.
+    pub fn has_content(&self) -> bool {
+        self.moved > 0
+    }
+
     /// A shard was full after `bytes`, although `slots` were free: this source sends partial pages.
     pub fn learn(&mut self, bytes: usize, slots: usize) {
         self.bytes_per_slot = (bytes / slots.max(1)).clamp(1, self.bytes_per_slot);

@@ -154,6 +154,11 @@ impl Connection {
         Ok(None)
     }
 
+    /// Whether a part of a message was received, or a reply's descriptor is still to come.
+    pub fn is_within_message(&self) -> bool {
+        self.expects_descriptor || !self.received.is_empty()
+    }
+
     /// The next thing to come is a descriptor.
     pub fn expect_descriptor(&mut self) {
         self.expects_descriptor = true;

@@ -52,7 +52,8 @@ enum File {
 /// What a client asked for and has not sent a pipe for yet.
 struct Requested {
     name: ImageName,
-    rest: Rest,
+    /// Where it is among the files.
+    index: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +87,8 @@ impl Token {
 struct Server<'a> {
     poller: Poller,
     interrupts: &'a Interrupts,
-    listener: Listener,
+    /// Until nobody is waited for any more.
+    listener: Option<Listener>,
     clients: Clients<Requested>,
     /// Sorted by name.
     files: Vec<(ImageName, File)>,
@@ -125,7 +127,7 @@ pub fn serve(
     Server {
         poller,
         interrupts,
-        listener,
+        listener: Some(listener),
         clients: Clients::new(criu_clients),
         files,
         arena,
@@ -149,6 +151,10 @@ impl Server<'_> {
                 .context("waiting for CRIU")?;
             self.handle(&events)?;
             self.clients.check_grace()?;
+            if self.clients.all_gone() {
+                self.listener = None;
+                self.clients.dismiss();
+            }
             limit = if self.send()? {
                 pace.nap();
                 Some(Duration::ZERO)
@@ -172,7 +178,8 @@ impl Server<'_> {
             match Token::decode(event.token) {
                 Token::Interrupt => self.interrupts.check()?,
                 Token::Listener => {
-                    while let Some(connection) = self.listener.accept()? {
+                    let accept = || self.listener.as_ref().map_or(Ok(None), Listener::accept);
+                    while let Some(connection) = accept()? {
                         let id = self.clients.next_id();
                         self.poller
                             .add(&connection, Token::Client(id).encode(), Interest::Readable)
@@ -195,7 +202,6 @@ impl Server<'_> {
         let Server {
             clients,
             files,
-            arena,
             kept,
             refused,
             ..
@@ -209,14 +215,14 @@ impl Server<'_> {
                         let found = ImageName::new(&name).ok().and_then(|name| {
                             let index =
                                 files.binary_search_by(|(found, _)| found.cmp(&name)).ok()?;
-                            let rest = take(&mut files[index].1, &name, kept);
-                            if rest.is_none() {
+                            if matches!(files[index].1, File::Gone) {
                                 refused.insert(name.clone());
                                 notice::tell(format_args!(
                                     "{name} was asked for again, but it has been sent and freed"
                                 ));
+                                return None;
                             }
-                            Some(Requested { name, rest: rest? })
+                            Some(Requested { name, index })
                         });
                         connection.reply(found.is_some())?;
                         *requested = found;
@@ -224,21 +230,18 @@ impl Server<'_> {
                         Ok(requested.is_none())
                     }
                     Message::Descriptor(fd) => {
-                        let Requested { name, rest } = requested
+                        let Requested { name, index } = requested
                             .take()
                             .context("a descriptor came without a name")?;
-                        match WriteEnd::new(fd) {
-                            Ok(pipe) => {
-                                opened.push(Transfer::new(name, pipe, rest));
-                                Ok(true)
-                            }
-                            Err(error) => {
-                                rest.release(arena);
-                                Err(error).with_context(|| {
-                                    format!("{} sent something wrong for {name}", connection.peer())
-                                })
-                            }
-                        }
+                        let pipe = WriteEnd::new(fd).with_context(|| {
+                            format!("{} sent something wrong for {name}", connection.peer())
+                        })?;
+                        // Only now: a peer that leaves in between, or sends no pipe, takes nothing with it.
+                        let rest = take(&mut files[index].1, &name, kept).with_context(|| {
+                            format!("serving {name}: two clients asked for it at a time, and it can be sent once")
+                        })?;
+                        opened.push(Transfer::new(name, pipe, rest));
+                        Ok(true)
                     }
                 }
             },

@@ -3,25 +3,28 @@
 //! A directory that looks like an image is taken for one, so the files are first written to a private directory beside their
 //! destination, under numbers: no name from the stream is used in there. When the image is complete they are flushed to disk and
 //! moved into place, `inventory.img` last, without which CRIU restores nothing. What they replace is set aside and
-//! comes back if a move fails. If anything goes wrong before, the private directory goes, and nothing has changed.
+//! comes back if a move fails. If anything goes wrong before, the private directory goes, and nothing has changed. What a streamer
+//! that was killed could not remove, the next one removes: a lock on the images directory shows that nobody uses it.
 //!
 //! Moving does not follow a symbolic link that somebody planted at the destination but replaces it; all paths are
 //! relative to the open directory. A directory in the way is an error.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::ffi::CString;
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
-use nix::sys::stat::{Mode, SFlag, fstatat};
-use nix::unistd::{fsync, syncfs};
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 
 use super::{Arena, Extent, Store};
+use crate::interrupt::Interrupts;
 use crate::notice;
 use crate::pipe::{self, Moved, ReadEnd};
 use crate::wire::ImageName;
@@ -29,13 +32,18 @@ use crate::wire::ImageName;
 /// CRIU reads this file first, and restores nothing without it.
 const INVENTORY: &str = "inventory.img";
 
+/// How the name of a private directory starts; the number of the process follows.
+const PRIVATE: &str = ".criu-image-streamer.";
+
 /// A directory that receives an image.
 pub struct FsStore {
-    images: OwnedFd,
+    images: Images,
     private: OwnedFd,
-    private_path: PathBuf,
+    private_name: String,
     next_number: u64,
     complete: BTreeMap<ImageName, u64>,
+    /// The private directory holds what could not be put back.
+    keep_private: bool,
 }
 
 /// A file being written.
@@ -45,74 +53,149 @@ pub struct Numbered {
 }
 
 impl FsStore {
-    /// Prepares to receive an image into `images_dir`.
+    /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed left there.
     ///
     /// # Errors
-    /// When nothing can be written there.
+    /// When nothing can be written there, and when another streamer does so.
     pub fn new(images_dir: &Path) -> Result<Self> {
-        let private_path = images_dir.join(format!(".criu-image-streamer.{}", std::process::id()));
-        create_private(&private_path)?;
-        let opened = open_directory(images_dir)
-            .and_then(|images| Ok((images, open_directory(&private_path)?)));
-        let (images, private) = opened.inspect_err(|_| remove(&private_path))?;
+        let images = Images::open(images_dir)?;
+        images.remove_stale();
+        let private_name = format!("{PRIVATE}{}", std::process::id());
+        let private = mkdirat(&images, private_name.as_str(), Mode::S_IRWXU)
+            .and_then(|()| openat(&images, private_name.as_str(), DIRECTORY, Mode::empty()))
+            .with_context(|| format!("creating {private_name} in {}", images_dir.display()))?;
         Ok(Self {
             images,
             private,
-            private_path,
+            private_name,
             next_number: 0,
             complete: BTreeMap::new(),
+            keep_private: false,
         })
     }
 
     /// Moves the files into place, when the image is complete.
     ///
     /// # Errors
-    /// When they cannot be flushed or moved; what was there before is then there again.
-    pub fn commit(self) -> Result<()> {
+    /// When they cannot be flushed or moved, or a signal came before; what was there before is then there again.
+    pub fn commit(mut self, interrupts: &Interrupts) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
+        interrupts.check()?;
         let mut moves = Moves {
             store: &self,
             done: Vec::new(),
         };
-        match moves.run() {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                moves.undo();
-                Err(error)
-            }
+        let result = moves.run();
+        if result.is_err() {
+            self.keep_private = !moves.undo();
         }
+        result
     }
 }
 
 impl Drop for FsStore {
     fn drop(&mut self) {
-        remove(&self.private_path);
+        if self.keep_private {
+            // Under another name, as the next streamer would remove it.
+            let kept = format!("not-put-back.{}", std::process::id());
+            let _ = renameat(
+                &self.images,
+                self.private_name.as_str(),
+                &self.images,
+                kept.as_str(),
+            );
+            notice::tell(format_args!(
+                "what could not be put back is in {kept} in the images directory"
+            ));
+        } else if let Err(error) = self.images.remove(&self.private_name) {
+            notice::tell(format_args!(
+                "removing {}: {error}; remove it yourself",
+                self.private_name
+            ));
+        }
     }
 }
 
-fn remove(private: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(private) {
-        notice::tell(format_args!(
-            "removing {}: {error}; remove it yourself",
-            private.display()
-        ));
+const DIRECTORY: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
+
+/// The images directory, locked against other streamers that extract into it.
+enum Images {
+    Locked(Flock<OwnedFd>),
+    /// Some network file systems have no locks.
+    Unlocked(OwnedFd),
+}
+
+impl Images {
+    fn open(path: &Path) -> Result<Self> {
+        let follow = DIRECTORY.difference(OFlag::O_NOFOLLOW);
+        let directory = open(path, follow, Mode::empty())
+            .with_context(|| format!("opening the directory {}", path.display()))?;
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => Ok(Self::Locked(locked)),
+            Err((_, Errno::EWOULDBLOCK)) => bail!(
+                "another streamer extracts into {}: wait for its end or choose another --images-dir",
+                path.display()
+            ),
+            Err((directory, _)) => Ok(Self::Unlocked(directory)),
+        }
+    }
+
+    /// Removes private directories whose streamers are gone: all of them, as we have the lock.
+    fn remove_stale(&self) {
+        if matches!(self, Self::Unlocked(_)) {
+            return;
+        }
+        let ours = nix::unistd::geteuid().as_raw();
+        for name in names(self.as_fd(), ".").unwrap_or_default() {
+            let Some(name) = name.to_str().ok().filter(|name| name.starts_with(PRIVATE)) else {
+                continue;
+            };
+            let is_stale = fstatat(self, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+                .is_ok_and(|stat| file_type(&stat) == SFlag::S_IFDIR && stat.st_uid == ours);
+            if is_stale && let Err(error) = self.remove(name) {
+                notice::tell(format_args!(
+                    "removing {name}, which a streamer that was killed has left: {error}"
+                ));
+            }
+        }
+    }
+
+    /// Removes a private directory, in which there are only files.
+    fn remove(&self, private: &str) -> nix::Result<()> {
+        let directory = openat(self, private, DIRECTORY, Mode::empty())?;
+        for name in names(self.as_fd(), private)? {
+            unlinkat(&directory, name.as_c_str(), UnlinkatFlags::NoRemoveDir)?;
+        }
+        unlinkat(self, private, UnlinkatFlags::RemoveDir)
     }
 }
 
-fn create_private(path: &Path) -> Result<()> {
-    DirBuilder::new()
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("creating the directory {}", path.display()))
+impl AsFd for Images {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Locked(directory) => directory.as_fd(),
+            Self::Unlocked(directory) => directory.as_fd(),
+        }
+    }
 }
 
-fn open_directory(path: &Path) -> Result<OwnedFd> {
-    open(
-        path,
-        OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .with_context(|| format!("opening the directory {}", path.display()))
+/// What is in a directory.
+fn names(at: BorrowedFd, directory: &str) -> nix::Result<Vec<CString>> {
+    let mut directory = Dir::openat(at, directory, DIRECTORY, Mode::empty())?;
+    let entries = directory
+        .iter()
+        .map(|entry| Ok(entry?.file_name().to_owned()));
+    let is_inside = |name: &CString| !matches!(name.to_bytes(), b"." | b"..");
+    entries
+        .filter(|name| name.as_ref().map_or(true, is_inside))
+        .collect()
+}
+
+fn file_type(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
 }
 
 /// One file that was moved into place.
@@ -138,6 +221,7 @@ impl<'a> Moves<'a> {
         let inventory = store.complete.iter().find(|(name, _)| is_inventory(name));
         if let Some((name, &number)) = inventory {
             self.set_aside(name, number)?;
+            fsync(&store.images).context("flushing the images directory to disk")?;
         }
         for (name, &number) in store
             .complete
@@ -163,10 +247,8 @@ impl<'a> Moves<'a> {
                 return Err(error).with_context(|| format!("looking for an earlier {name}"));
             }
             Ok(stat) => {
-                let directory = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
-                    == SFlag::S_IFDIR;
                 ensure!(
-                    !directory,
+                    file_type(&stat) != SFlag::S_IFDIR,
                     "--images-dir: a directory named {name} is in the way of the file: move it"
                 );
                 renameat(
@@ -202,12 +284,17 @@ impl<'a> Moves<'a> {
         Ok(())
     }
 
-    /// Puts everything back, as far as that is possible; `inventory.img`, the first to go, is the last to come back.
-    fn undo(&mut self) {
+    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to go, is the last to come back,
+    /// and only then.
+    fn undo(&mut self) -> bool {
         let FsStore {
             images, private, ..
         } = self.store;
+        let mut all = true;
         for step in self.done.iter().rev() {
+            if step.name.as_str() == INVENTORY && !all {
+                return false;
+            }
             let (name, number) = (step.name.as_str(), step.number.to_string());
             let mut result = Ok(());
             if step.placed {
@@ -217,12 +304,14 @@ impl<'a> Moves<'a> {
                 result = result.and(renameat(private, aside(step.number).as_str(), images, name));
             }
             if let Err(error) = result {
+                all = false;
                 notice::tell(format_args!(
                     "putting {} back as it was: {error}",
                     step.name
                 ));
             }
         }
+        all
     }
 }
 
@@ -247,7 +336,7 @@ impl Store for FsStore {
             flags,
             Mode::S_IRUSR | Mode::S_IWUSR,
         )
-        .with_context(|| format!("creating {name} in {}", self.private_path.display()))?;
+        .with_context(|| format!("creating {name} in --images-dir"))?;
         Ok(Numbered {
             file: File::from(fd),
             number,
