@@ -222,6 +222,9 @@ fn capture_bounds(rows: &[capture::Figures]) -> Vec<Bound> {
     bounds
 }
 
+/// What a receiver may take beside the image.
+const OVER_IMAGE_MB: f64 = 4.0;
+
 fn restore_bounds(row: &restore::Figures) -> Vec<Bound> {
     let (ours, naive) = (&row.streamer, &row.naive);
     let mut bounds = vec![];
@@ -241,11 +244,18 @@ fn restore_bounds(row: &restore::Figures) -> Vec<Bound> {
     if row.scenario.starts_with("restore/small-files") {
         bounds.push(Bound::at_most(of("s to serve"), 1.5, ours.serve_s));
         bounds.push(Bound::at_most(of("CPU s in all"), 1.0, ours.cpu_s));
+        let overhead = (ours.receive_peak_rss_over_image_mb - OVER_IMAGE_MB) * 1e6;
+        bounds.push(Bound::at_most(
+            of("bytes of overhead for a file, beyond 4 MB"),
+            150.0,
+            (overhead / restore::SMALL_FILES as f64).max(0.0),
+        ));
+    } else {
+        bounds.push(Bound::at_most(
+            of("peak RSS over the image while receiving, MB"),
+            OVER_IMAGE_MB,
+            ours.receive_peak_rss_over_image_mb,
+        ));
     }
-    bounds.push(Bound::at_most(
-        of("peak RSS over the image while receiving, MB"),
-        4.0,
-        ours.receive_peak_rss_over_image_mb,
-    ));
     bounds
 }

@@ -40,6 +40,8 @@ pub struct Scenario {
     source: Source,
 }
 
+pub const SMALL_FILES: usize = 50_000;
+
 pub const EXTRACT: &str = "extract/1-shard";
 
 pub fn scenarios(options: &Options) -> Vec<Scenario> {
@@ -48,7 +50,7 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
         bytes: options.size_bytes(),
     };
     let small = Content::Small {
-        count: 50_000,
+        count: SMALL_FILES,
         bytes: 1024,
     };
     let scenario = |name: &str, content, shards, source| Scenario {
