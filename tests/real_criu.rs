@@ -5,27 +5,8 @@
 
 mod criu;
 
+use criu::recipes::{CAPTURE, RESTORE, capture_safely};
 use criu::{Application, Machine};
-
-/// Checkpoint to a compressed file. The pipeline is in braces so that `wait` gets to know when any part of it failed.
-const CAPTURE: &str = r#"
-mkdir -p images && mkfifo ready
-{ criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready | lz4 >app.lz4; } & pipeline=$!
-grep -q -m1 socket-init ready
-criu dump --stream --images-dir images --tree $PID
-wait $pipeline
-rm ready
-"#;
-
-/// Restore from it.
-const RESTORE: &str = r#"
-mkdir -p images && mkfifo ready
-{ lz4 -d <app.lz4 | criu-image-streamer --images-dir images --progress-fd 3 serve 3>ready; } & pipeline=$!
-grep -q -m1 socket-init ready
-criu restore --stream --images-dir images --restore-detached
-wait $pipeline
-rm ready
-"#;
 
 /// Checkpoints and restores an application, which must be gone in between and go on afterwards.
 fn through_the_streamer(application: &Application<'_>) {
@@ -220,20 +201,21 @@ fn a_process_migrates_through_ssh() {
     let Some(machine) = Machine::new() else {
         return;
     };
-    // The other host is this one; its account's home is a directory of this machine's.
+    // The other host is this one. Its account, in this mount namespace, has a home of the test's.
     machine
         .run(
             r#"
 mkdir -p -m 700 home/.ssh
-mount --bind home ~
-echo "export PATH='$PATH'" >~/.bashrc
-ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id
-cp ~/.ssh/id.pub ~/.ssh/authorized_keys
-cat >~/.ssh/config <<END
+sed "s|^root:\(.*\):[^:]*:[^:]*$|root:\1:$PWD/home:/bin/bash|" /etc/passwd >passwd
+mount --bind passwd /etc/passwd
+echo "export PATH='$PATH'" >home/.bashrc
+ssh-keygen -q -t ed25519 -N '' -f home/.ssh/id
+cp home/.ssh/id.pub home/.ssh/authorized_keys
+cat >home/.ssh/config <<END
 Host there
     HostName 127.0.0.1
     Port 2222
-    IdentityFile ~/.ssh/id
+    IdentityFile $PWD/home/.ssh/id
     StrictHostKeyChecking accept-new
 END
 dropbearkey -t ed25519 -f host-key
@@ -266,25 +248,6 @@ wait $pipeline
         )
         .success();
     application.goes_on_from(before);
-}
-
-/// The safe way: the application is only stopped until the image is known to be whole. `compress` is the reader of
-/// the shard.
-fn capture_safely(compress: &str) -> String {
-    format!(
-        r#"
-mkdir images && mkfifo ready
-{{ criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready | {compress} >app.lz4; }} & pipeline=$!
-grep -q -m1 socket-init ready
-if criu dump --stream --images-dir images --tree $PID --leave-stopped && wait $pipeline; then
-    kill -KILL -- -$PID
-else
-    kill -CONT -- -$PID
-    exit 1
-fi
-rm ready
-"#
-    )
 }
 
 #[test]

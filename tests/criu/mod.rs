@@ -11,6 +11,8 @@
     reason = "each test binary compiles all of this and uses a part of it"
 )]
 
+pub mod recipes;
+
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs::File;

@@ -1,0 +1,123 @@
+//! When something dies during a checkpoint or a restore, with a real CRIU: the application runs on, or there is a whole
+//! image of it, whatever died, and whenever. They need root; see tests/criu/mod.rs.
+
+mod criu;
+
+use criu::recipes::{RESTORE, capture_safely};
+use criu::{Application, Machine};
+
+/// How far the image has come when something happens, in bytes of an image of some 40 MB: from nothing but the first marker to
+/// shortly before the end.
+const MOMENTS: [usize; 8] = [0, 1, 100, 5_000, 200_000, 3_000_000, 20_000_000, 40_000_000];
+
+/// The safe way, uncompressed: `read` is the shard's reader, and knows the streamer's PID as `$(cat streamer.pid)`.
+fn capture(read: &str) -> String {
+    format!(
+        r#"
+rm -rf images ready; mkdir images; mkfifo ready
+{{ bash -c 'echo $$ >streamer.pid; exec criu-image-streamer --images-dir images --progress-fd 3 capture' 3>ready |
+    {read} >app.image; }} & pipeline=$!
+grep -q -m1 socket-init ready
+if criu dump --stream --images-dir images --tree $PID --leave-stopped && wait $pipeline; then
+    kill -KILL -- -$PID
+else
+    kill -CONT -- -$PID
+    exit 1
+fi
+"#
+    )
+}
+
+/// After a failed checkpoint: the application goes on, and what there is of an image passes for none.
+fn nothing_has_happened(application: &Application<'_>) {
+    application.goes_on();
+    application
+        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
+        .failure();
+    let left = application.run("ls -A extracted").success().stdout();
+    assert_eq!(left, "", "of an image that is not whole, nothing is left");
+}
+
+/// Whatever happened to it, it can still be checkpointed and restored.
+fn is_unharmed(application: &Application<'_>) {
+    let before = application.goes_on();
+    application.run("rm -rf images ready").success();
+    application.run(&capture_safely("lz4")).success();
+    assert!(!application.is_alive());
+    application.run(RESTORE).success();
+    application.goes_on_from(before);
+}
+
+#[test]
+fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=20 tree=1x1 threads=1");
+    for bytes in MOMENTS {
+        application
+            .run(&capture(&format!("head -c {bytes}")))
+            .failure();
+        nothing_has_happened(&application);
+    }
+    is_unharmed(&application);
+}
+
+#[test]
+fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=20 tree=1x1 threads=1");
+    for signal in ["KILL", "TERM"] {
+        for bytes in MOMENTS {
+            // A reader that takes nothing at first would stop the streamer before there is anything to interrupt.
+            let bytes = bytes.max(1);
+            application
+                .run(&capture(&format!(
+                    "(head -c {bytes}; kill -{signal} $(cat streamer.pid); cat)"
+                )))
+                .failure();
+            nothing_has_happened(&application);
+            if signal == "TERM" {
+                assert!(!machine.path("images/streamer-capture.sock").exists());
+            }
+        }
+    }
+    is_unharmed(&application);
+}
+
+#[test]
+fn a_restore_that_lost_its_streamer_can_be_done_again() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=20 tree=1x1 threads=1");
+    let before = application.goes_on();
+    application.run(&capture_safely("lz4")).success();
+    for milliseconds in [0, 10, 20, 30, 40, 60, 80, 120] {
+        let script = format!(
+            r#"
+rm -rf images ready; mkdir images; mkfifo ready
+lz4 -d <app.lz4 >app.image
+bash -c 'echo $$ >streamer.pid; exec criu-image-streamer --images-dir images --progress-fd 3 serve' 3>ready <app.image &
+grep -q -m1 socket-init ready
+(sleep {:.3}; kill -KILL $(cat streamer.pid)) &
+criu restore --stream --images-dir images --restore-detached
+"#,
+            f64::from(milliseconds) / 1000.0
+        );
+        if application.run(&script).succeeded() {
+            application.goes_on_from(before);
+            application.run("kill -KILL -- -$PID").success();
+        }
+        let left = application
+            .run("pgrep application || true")
+            .success()
+            .stdout();
+        assert_eq!(left, "", "processes of a restore that failed");
+    }
+    application.run("rm -rf images ready").success();
+    application.run(RESTORE).success();
+    application.goes_on_from(before);
+}
