@@ -3,7 +3,7 @@
 
 use crate::memory::{PageMemory, Pages};
 use crate::role::Role;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::utsname::uname;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio, id},
     thread,
+    time::Duration,
 };
 
 const PIPE_MAX_SIZE: &str = "/proc/sys/fs/pipe-max-size";
@@ -148,8 +149,14 @@ impl Janitor {
         if pipe_max_size()? == RAISED_PIPE_MAX_SIZE && self.pipe_max_size != RAISED_PIPE_MAX_SIZE {
             fs::write(PIPE_MAX_SIZE, self.pipe_max_size.to_string())?;
         }
-        fs::remove_dir_all(&self.work_dir)?;
-        Ok(())
+        // Whoever was measured may still be on its way out, and put files there meanwhile.
+        for _ in 0..50 {
+            if fs::remove_dir_all(&self.work_dir).is_ok() || !self.work_dir.exists() {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        bail!("{} is left behind", self.work_dir.display())
     }
 }
 
