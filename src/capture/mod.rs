@@ -34,6 +34,7 @@ use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
 use crate::poller::{Event, Interest, Pace, Poller};
 use crate::progress::{Milestone, Progress, Stats};
 use crate::wire::ImageName;
+use balancer::Room;
 use shard::{Shard, Spliced};
 use source::{Origin, Promise, Ready, Source};
 
@@ -43,9 +44,11 @@ const INVENTORY: &str = "inventory.img";
 /// The file that `criu cpuinfo dump` sends alone, and `criu dump` before it freezes the application.
 const CPUINFO: &str = "cpuinfo.img";
 
-/// The most that one chunk takes of a shard, in slots: half of a shard's largest capacity without privileges, so that the
-/// reader empties one half while the other is filled.
-const LARGEST_CHUNK: usize = 128;
+/// Chunks that one source gives before others have their turn: enough to empty its pipe, although it is filled meanwhile.
+const CHUNKS_PER_TURN: usize = 4;
+
+/// Bytes thrown away at a time.
+const DISCARD: usize = 1 << 20;
 
 /// How long readers are waited for briefly.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
@@ -221,7 +224,6 @@ fn descriptor_limit() -> usize {
 }
 
 fn warn_of_small_pipes(shards: &[Shard]) {
-    use balancer::Room;
     if let Some(smallest) = shards.iter().min_by_key(|shard| shard.capacity())
         && smallest.capacity() * SLOT < GOOD_CAPACITY
     {
@@ -500,6 +502,7 @@ impl Loop<'_> {
             }
             source.replaces = None;
         }
+        let mut chunks = 0;
         loop {
             match source
                 .inspect()
@@ -508,10 +511,13 @@ impl Loop<'_> {
                 Ready::Empty => return Ok(Step::Idle),
                 Ready::Filling => return Ok(Step::Busy),
                 Ready::Ended => return self.end_file(id, source),
-                Ready::Move(available) => match self.give_chunk(id, source, available)? {
-                    Step::Busy if source.ended => {}
-                    step => return Ok(step),
-                },
+                Ready::Move(available) => {
+                    let step = self.give_chunk(id, source, available)?;
+                    chunks += 1;
+                    if step != Step::Busy || (chunks >= CHUNKS_PER_TURN && !source.ended) {
+                        return Ok(step);
+                    }
+                }
             }
         }
     }
@@ -519,7 +525,8 @@ impl Loop<'_> {
     /// Gives one chunk to the shard with the most room, if any has enough.
     fn give_chunk(&mut self, id: u64, source: &mut Source, available: usize) -> Result<Step> {
         const MARKERS: usize = 1;
-        let wanted = source.slots_of(available).min(LARGEST_CHUNK) + MARKERS;
+        let largest = self.shards.iter().map(Room::capacity).max().unwrap_or(0);
+        let wanted = (source.slots_of(available) + MARKERS).min(largest);
         let Some(grant) =
             balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")?
         else {
@@ -606,7 +613,7 @@ impl Loop<'_> {
             ),
         };
         loop {
-            match pipe::splice(&source.pipe, &*null, LARGEST_CHUNK * SLOT)
+            match pipe::splice(&source.pipe, &*null, DISCARD)
                 .with_context(|| format!("skipping the first of two files named {}", source.name))?
             {
                 Moved::Bytes(_) => {}

@@ -137,7 +137,9 @@ impl Source {
 
     /// A shard was full after `bytes`, although `slots` were free: this source sends partial pages.
     pub fn learn(&mut self, bytes: usize, slots: usize) {
-        self.bytes_per_slot = (bytes / slots.max(1)).clamp(1, self.bytes_per_slot);
+        if bytes > 0 {
+            self.bytes_per_slot = (bytes / slots.max(1)).clamp(1, self.bytes_per_slot);
+        }
     }
 }
 
