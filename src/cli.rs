@@ -65,9 +65,14 @@ pub struct Args {
     #[structopt(short, long, value_name = "name:fd,…", global = true)]
     ext_file_fds: Option<String>,
 
-    /// Descriptor for progress lines and statistics [default: 2]
+    /// Descriptor for progress lines and statistics [default: 2; none with --progress-bar]
     #[structopt(short, long, value_name = "fd", global = true)]
     progress_fd: Option<String>,
+
+    /// For people: show on standard error what happens, and at the end what passed through each shard. The progress lines, which
+    /// are for programs, then only go to a --progress-fd of their own
+    #[structopt(long, global = true)]
+    progress_bar: bool,
 
     /// serve only: change the TCP ports that the application listens on
     #[structopt(long, value_name = "old:new,…", global = true)]
@@ -121,6 +126,7 @@ pub struct Plan {
     pub shards: Shards,
     pub external_files: Vec<(ImageName, OwnedFd)>,
     pub progress: Progress,
+    pub progress_bar: bool,
     pub criu_clients: usize,
 }
 
@@ -129,6 +135,16 @@ pub struct Plan {
 enum Direction {
     In,
     Out,
+}
+
+impl Shards {
+    /// What messages call them.
+    pub fn labels(&self) -> Vec<String> {
+        match self {
+            Shards::Descriptors(fds) => fds.iter().map(|(_, label)| label.clone()).collect(),
+            Shards::Commands(commands) => commands.iter().map(ShardCommand::label).collect(),
+        }
+    }
 }
 
 impl Plan {
@@ -178,8 +194,9 @@ impl Plan {
             parse_external,
         )?;
         let progress_fd = match &args.progress_fd {
-            None => 2,
-            Some(fd) => parse_fd(fd).context("--progress-fd")?,
+            None if args.progress_bar => None,
+            None => Some(2),
+            Some(fd) => Some(parse_fd(fd).context("--progress-fd")?),
         };
         check_unique(&shard_fds, &external, progress_fd)?;
 
@@ -199,11 +216,13 @@ impl Plan {
                 "--ext-file-fds",
             )?;
         }
-        check_open(
-            progress_fd,
-            &format!("progress fd {progress_fd}"),
-            "--progress-fd",
-        )?;
+        if let Some(fd) = progress_fd {
+            check_open(fd, &format!("progress fd {fd}"), "--progress-fd")?;
+            ensure!(
+                !args.progress_bar || !is_stderr(fd),
+                "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
+            );
+        }
 
         let shards = match commands {
             Some(commands) => Shards::Commands(commands),
@@ -218,13 +237,17 @@ impl Plan {
             .into_iter()
             .map(|(name, fd)| Ok((name, claim(fd)?)))
             .collect::<Result<_>>()?;
-        let progress = Progress::new(claim(progress_fd)?);
+        let progress = match progress_fd {
+            Some(fd) => Progress::new(claim(fd)?),
+            None => Progress::silent(),
+        };
         Ok(Self {
             action,
             images_dir,
             shards,
             external_files,
             progress,
+            progress_bar: args.progress_bar,
             criu_clients,
         })
     }
@@ -267,7 +290,11 @@ fn parse_remap(text: &str) -> Result<Remap> {
     })
 }
 
-fn check_unique(shards: &[RawFd], external: &[(ImageName, RawFd)], progress: RawFd) -> Result<()> {
+fn check_unique(
+    shards: &[RawFd],
+    external: &[(ImageName, RawFd)],
+    progress: Option<RawFd>,
+) -> Result<()> {
     let mut uses: HashMap<RawFd, String> = HashMap::new();
     let shards = shards.iter().map(|&fd| (fd, "--shard-fds".to_owned()));
     let files = external
@@ -275,7 +302,7 @@ fn check_unique(shards: &[RawFd], external: &[(ImageName, RawFd)], progress: Raw
         .map(|(name, fd)| (*fd, format!("--ext-file-fds {name}")));
     for (fd, option) in shards
         .chain(files)
-        .chain([(progress, "--progress-fd".to_owned())])
+        .chain(progress.map(|fd| (fd, "--progress-fd".to_owned())))
     {
         if let Some(other) = uses.insert(fd, option.clone()) {
             bail!(
@@ -314,6 +341,20 @@ fn check_open(fd: RawFd, what: &str, option: &str) -> Result<()> {
         "{option}: {what} is not open: redirect it, such as {fd}>… or {fd}<…"
     );
     Ok(())
+}
+
+/// Whether what is written to a descriptor comes to the same place as what is written to standard error. On a terminal that is
+/// what the person in front of it wanted.
+fn is_stderr(fd: RawFd) -> bool {
+    let place =
+        |fd| peek(fd, |fd| nix::sys::stat::fstat(fd)).map(|stat| (stat.st_dev, stat.st_ino));
+    let is_device = |fd| {
+        matches!(
+            peek(fd, pipe::describe),
+            "a terminal" | "a character device"
+        )
+    };
+    fd == 2 || (place(fd) == place(2) && !is_device(fd))
 }
 
 /// Whether this is the /dev/null that Rust's runtime opened because a standard stream was closed: taking it for a shard would

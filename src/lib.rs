@@ -18,6 +18,7 @@ pub mod notice;
 pub mod pipe;
 pub mod poller;
 pub mod progress;
+pub mod progress_bar;
 pub mod serve;
 pub mod store;
 pub mod tcp_listen_remap;
@@ -48,7 +49,8 @@ use cli::{Action, Plan, Shards};
 use criu::{Listener, Role};
 use endpoints::Endpoints;
 use interrupt::{Interrupted, Interrupts};
-use progress::{Milestone, Stats};
+use progress::{Milestone, Progress, Stats};
+use progress_bar::{Journey, ProgressBar, Tallies};
 use store::fs::FsStore;
 use store::mem::MemStore;
 use store::overlay::Overlay;
@@ -85,6 +87,22 @@ fn execute(plan: Plan) -> Result<()> {
     create_images_dir(&plan.images_dir)?;
     let endpoints = Endpoints::new(&interrupts);
     let mut progress = plan.progress;
+    let journey = match plan.action {
+        Action::Capture => Journey::Captured,
+        Action::Extract | Action::Serve(_) => Journey::Received,
+    };
+    let bar = plan
+        .progress_bar
+        .then(|| ProgressBar::start(journey, plan.shards.labels()));
+    let tallies = bar
+        .as_ref()
+        .map_or_else(Tallies::default, ProgressBar::tallies);
+    let report = |progress: &mut Progress, stats: &Stats| {
+        progress.stats(stats);
+        if let Some(bar) = bar {
+            bar.conclude(stats);
+        }
+    };
     match plan.action {
         Action::Capture => {
             let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
@@ -111,10 +129,11 @@ fn execute(plan: Plan) -> Result<()> {
                 } else {
                     Drain::Briefly
                 },
+                tallies,
             }
             .run(&interrupts);
             let stats = endpoints.conclude(captured, &interrupts)?;
-            progress.stats(&stats);
+            report(&mut progress, &stats);
             Ok(())
         }
         Action::Extract => {
@@ -124,12 +143,13 @@ fn execute(plan: Plan) -> Result<()> {
                 plan.external_files,
                 store,
                 &mut Arena::new(),
+                &tallies,
                 endpoints,
                 &interrupts,
             );
             let (store, stats) = received?;
             store.commit(&interrupts)?;
-            progress.stats(&stats);
+            report(&mut progress, &stats);
             Ok(())
         }
         Action::Serve(remaps) => {
@@ -140,14 +160,18 @@ fn execute(plan: Plan) -> Result<()> {
                 plan.external_files,
                 MemStore::new(),
                 &mut arena,
+                &tallies,
                 endpoints,
                 &interrupts,
             );
             let (mut files, stats) = received?;
             remap_ports(&mut files, &mut arena, &remaps)?;
-            progress.stats(&stats);
+            report(&mut progress, &stats);
             let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
             progress.reached(Milestone::SocketInit);
+            if plan.progress_bar {
+                notice::tell("the image is in memory: run `criu restore --stream`");
+            }
             serve::serve(listener, files, arena, plan.criu_clients, &interrupts)
         }
     }
@@ -168,6 +192,7 @@ fn receive<S: Store>(
     external_files: Vec<(ImageName, OwnedFd)>,
     store: S,
     arena: &mut Arena,
+    tallies: &Tallies,
     endpoints: Endpoints,
     interrupts: &Interrupts,
 ) -> Result<(S, Stats)> {
@@ -187,7 +212,7 @@ fn receive<S: Store>(
         Shards::Commands(commands) => endpoints.start_writers(commands)?,
     };
     let store = Overlay::new(store, external_files, interrupts);
-    let received = extract::receive(shards, store, arena, interrupts)
+    let received = extract::receive(shards, store, arena, tallies, interrupts)
         .and_then(|(store, stats)| Ok((store.into_below()?, stats)));
     endpoints.conclude(received, interrupts)
 }

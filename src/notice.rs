@@ -36,8 +36,15 @@ pub fn tell_error(error: &anyhow::Error) {
 /// # Errors
 /// Those of `write`, and `ETIMEDOUT` when the other side takes nothing.
 pub fn write_line(fd: impl AsFd, line: &str) -> io::Result<()> {
-    let whole = format!("{line}\n");
-    let mut left = whole.as_bytes();
+    write_text(fd, &format!("{line}\n"))
+}
+
+/// Writes text to a descriptor that may block.
+///
+/// # Errors
+/// As [`write_line`].
+pub fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
+    let mut left = text.as_bytes();
     while !left.is_empty() {
         let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
         if uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)))? == 0 {

@@ -44,6 +44,11 @@ impl Progress {
         Self(Some(File::from(fd)))
     }
 
+    /// Reports to nobody.
+    pub fn silent() -> Self {
+        Self(None)
+    }
+
     /// Reports a milestone.
     pub fn reached(&mut self, milestone: Milestone) {
         self.line(match milestone {

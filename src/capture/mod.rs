@@ -33,6 +33,7 @@ use crate::notice;
 use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
 use crate::poller::{Event, Interest, Pace, Poller};
 use crate::progress::{Milestone, Progress, Stats};
+use crate::progress_bar::{Tallies, Tally};
 use crate::wire::ImageName;
 use balancer::Room;
 use shard::{Shard, Spliced};
@@ -84,6 +85,7 @@ pub struct Capture<'a> {
     /// How many CRIU processes must have come and gone.
     pub criu_clients: usize,
     pub drain: Drain,
+    pub tallies: Tallies,
 }
 
 /// What is watched.
@@ -168,6 +170,7 @@ struct Loop<'a> {
     start: Option<Instant>,
     progress: &'a mut Progress,
     drain: Drain,
+    files: Tally,
     discard: Option<File>,
 }
 
@@ -181,8 +184,8 @@ impl Capture<'_> {
         let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
         let most_sources = descriptor_limit().saturating_sub(taken).max(1);
         let mut shards = Vec::new();
-        for (pipe, label) in self.shards {
-            shards.push(Shard::new(pipe, label)?);
+        for (index, (pipe, label)) in self.shards.into_iter().enumerate() {
+            shards.push(Shard::new(pipe, label, self.tallies.shard(index))?);
         }
         warn_of_small_pipes(&shards);
         let mut capture = Loop {
@@ -205,6 +208,7 @@ impl Capture<'_> {
             start: None,
             progress: self.progress,
             drain: self.drain,
+            files: self.tallies.files,
             discard: None,
         };
         capture.watch(interrupts)?;
@@ -469,6 +473,7 @@ impl Loop<'_> {
     }
 
     fn complete(&mut self, id: u64, source: &Source) {
+        self.files.add(1);
         if self.by_name.get(&source.name) == Some(&id) {
             self.by_name.remove(&source.name);
         }

@@ -19,6 +19,7 @@ use super::balancer::Room;
 use crate::image_proto::marker::Body;
 use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
 use crate::progress::ShardStats;
+use crate::progress_bar::Tally;
 use crate::wire;
 
 /// Something that was put into the pipe by one system call.
@@ -48,6 +49,7 @@ pub struct Shard {
     free: usize,
     markers: Vec<u8>,
     written: u64,
+    tally: Tally,
     last_write: Option<Instant>,
     promised: bool,
 }
@@ -57,7 +59,7 @@ impl Shard {
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking or measured.
-    pub fn new(pipe: WriteEnd, label: String) -> Result<Self> {
+    pub fn new(pipe: WriteEnd, label: String, tally: Tally) -> Result<Self> {
         let prepare = || {
             let pipe = pipe.nonblocking()?;
             let capacity = pipe::grow(&pipe, pipe::LARGEST)?;
@@ -73,6 +75,7 @@ impl Shard {
             free,
             markers: Vec::new(),
             written: 0,
+            tally,
             last_write: None,
             promised: false,
         })
@@ -159,6 +162,7 @@ impl Shard {
 
     fn moved(&mut self, bytes: usize, slots: usize) {
         self.written += bytes as u64;
+        self.tally.add(bytes as u64);
         self.free = self.free.saturating_sub(slots);
         self.portions.push_back(Portion { bytes, slots });
         self.last_write = Some(Instant::now());

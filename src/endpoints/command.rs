@@ -67,7 +67,8 @@ impl ShardCommand {
             .collect()
     }
 
-    fn label(&self) -> String {
+    /// What messages call it.
+    pub fn label(&self) -> String {
         format!("shard command {}", self.number)
     }
 }

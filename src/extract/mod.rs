@@ -20,6 +20,7 @@ use crate::interrupt::Interrupts;
 use crate::pipe::ReadEnd;
 use crate::poller::{Interest, Pace, Poller};
 use crate::progress::Stats;
+use crate::progress_bar::{Tallies, Tally};
 use crate::store::{Arena, Store};
 use crate::wire::MarkerBody;
 use reassembly::{Origin, Reassembly, Step};
@@ -64,6 +65,7 @@ struct Reception<'a, S: Store> {
     /// The image has made no progress for a while.
     stalled: bool,
     start: Option<Instant>,
+    files: Tally,
 }
 
 /// Receives a whole image into a store, and tells what passed through each shard.
@@ -74,12 +76,14 @@ pub fn receive<S: Store>(
     shards: Vec<(ReadEnd, String)>,
     store: S,
     arena: &mut Arena,
+    tallies: &Tallies,
     interrupts: &Interrupts,
 ) -> Result<(S, Stats)> {
     let labels = shards.iter().map(|(_, label)| label.clone()).collect();
     let shards = shards
         .into_iter()
-        .map(|(pipe, label)| Shard::new(pipe, label))
+        .enumerate()
+        .map(|(index, (pipe, label))| Shard::new(pipe, label, tallies.shard(index)))
         .collect::<Result<Vec<_>>>()?;
     let poller = Poller::new().context("preparing to wait for events")?;
     let image = Reassembly::new(store, labels);
@@ -90,6 +94,7 @@ pub fn receive<S: Store>(
         image,
         arena,
         stalled: false,
+        files: tallies.files.clone(),
         start: None,
     };
     reception.run()?;
@@ -211,7 +216,10 @@ impl<S: Store> Reception<'_, S> {
                 }
                 Next::Marker(seq, MarkerBody::File(name)) => (seq, Step::File(name)),
                 Next::Marker(seq, MarkerBody::Data(_)) => (seq, Step::NoData),
-                Next::Marker(seq, MarkerBody::FileEnd) => (seq, Step::FileEnd),
+                Next::Marker(seq, MarkerBody::FileEnd) => {
+                    self.files.add(1);
+                    (seq, Step::FileEnd)
+                }
                 Next::Marker(seq, MarkerBody::ImageEnd) => (seq, Step::ImageEnd),
             };
             let origin = self.origin(index);

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::pipe::{self, Moved, ReadEnd};
 use crate::progress::ShardStats;
+use crate::progress_bar::Tally;
 use crate::store::{Arena, Extent};
 use crate::wire::{self, Marker, MarkerBody};
 
@@ -67,6 +68,7 @@ pub struct Shard {
     ended: bool,
     last_seq: Option<u64>,
     received: u64,
+    tally: Tally,
     taken: u64,
     last_read: Option<Instant>,
 }
@@ -76,7 +78,7 @@ impl Shard {
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking.
-    pub fn new(pipe: ReadEnd, label: String) -> Result<Self> {
+    pub fn new(pipe: ReadEnd, label: String, tally: Tally) -> Result<Self> {
         let pipe = pipe
             .nonblocking()
             .with_context(|| format!("preparing {label}"))?;
@@ -91,6 +93,7 @@ impl Shard {
             ended: false,
             last_seq: None,
             received: 0,
+            tally,
             taken: 0,
             last_read: None,
         })
@@ -263,6 +266,7 @@ impl Shard {
 
     fn arrived(&mut self, bytes: usize) {
         self.received += bytes as u64;
+        self.tally.add(bytes as u64);
         self.last_read = Some(Instant::now());
     }
 
