@@ -12,7 +12,7 @@ use criu::{Application, Machine};
 fn through_the_streamer(application: &Application<'_>) {
     let before = application.goes_on();
     application.run(CAPTURE).success();
-    assert!(!application.is_alive(), "CRIU ends what it has dumped");
+    application.is_gone();
     application.run(RESTORE).success();
     application.goes_on_from(before);
 }
@@ -258,7 +258,7 @@ fn the_safe_way_ends_the_application_when_the_image_is_whole() {
     let application = machine.start("memory=40 tree=1x2");
     let before = application.goes_on();
     application.run(&capture_safely("lz4")).success();
-    assert!(!application.is_alive());
+    application.is_gone();
     application.run(RESTORE).success();
     application.goes_on_from(before);
 }

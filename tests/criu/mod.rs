@@ -465,8 +465,14 @@ impl Application<'_> {
         assert!(after.rounds > before.rounds, "{after:?} after {before:?}");
     }
 
-    /// Whether a process with the application's PID exists, a stopped one included.
-    pub fn is_alive(&self) -> bool {
-        self.run("kill -0 $PID").succeeded()
+    /// Waits until no process of the application's is left: a killed one takes a moment to go, and has its PID until then.
+    #[track_caller]
+    pub fn is_gone(&self) {
+        if !wait_until(|| !self.run("kill -0 -- -$PID").succeeded()) {
+            panic!(
+                "the application is still there\n{}",
+                self.machine.describe()
+            );
+        }
     }
 }
