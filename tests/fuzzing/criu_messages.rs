@@ -1,0 +1,179 @@
+//! Any bytes and descriptors on CRIU's socket: the requests that come out are those that a dumb reference reads from the same bytes, up to
+//! the first error, and no descriptor stays open.
+//!
+//! ```text
+//! input: | role | step | step | …
+//! role:  even: capture, odd: serve, which answers; a file exists if the length of its name is even
+//! step:  | how many descriptors, 0 to 7 (bits 0 to 2) | length (u8) | bytes, sent in one message with the descriptors |
+//! ```
+
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use criu_image_streamer::criu::{Connection, Message, Receipt};
+use criu_image_streamer::criu_proto::ImgStreamerRequestEntry;
+use nix::fcntl::OFlag;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
+};
+use nix::unistd::pipe2;
+use prost::Message as _;
+
+/// One message over the socket: bytes, and how many descriptors.
+pub type Step<'a> = (&'a [u8], u8);
+
+/// An input for these messages.
+pub fn input(serve: bool, steps: &[Step]) -> Vec<u8> {
+    let mut input = vec![u8::from(serve)];
+    for (bytes, descriptors) in steps {
+        input.extend([*descriptors, bytes.len() as u8]);
+        input.extend_from_slice(bytes);
+    }
+    input
+}
+
+fn steps(mut input: &[u8]) -> Vec<Step<'_>> {
+    let mut steps = Vec::new();
+    while let [descriptors, length, rest @ ..] = input {
+        let (bytes, rest) = rest.split_at(rest.len().min(usize::from(*length)));
+        steps.push((bytes, descriptors & 7));
+        input = rest;
+    }
+    steps
+}
+
+pub fn run(input: &[u8]) {
+    let Some((&role, rest)) = input.split_first() else {
+        return;
+    };
+    let serve = role & 1 == 1;
+    let steps = steps(rest);
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags).unwrap();
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    let mut connection = Connection::new(theirs, "the fuzzer".into());
+
+    let mut sent = Vec::new();
+    let mut heard = Ok(Vec::new());
+    for (bytes, descriptors) in steps {
+        if !send(&ours, bytes, &write, descriptors) {
+            break;
+        }
+        sent.extend_from_slice(bytes);
+        let requests = hear(&mut connection, serve);
+        match (&mut heard, requests) {
+            (Ok(all), Ok(requests)) => all.extend(requests),
+            (_, Err((before, error))) => {
+                heard = heard
+                    .map(|all| [all, before].concat())
+                    .and_then(|all| Err((all, error)));
+                break;
+            }
+            (Err(_), Ok(_)) => unreachable!("the first error ends this"),
+        }
+    }
+    let expected = reference(&sent, serve);
+    match heard {
+        Ok(found) => assert_eq!(found, expected.requests, "other requests"),
+        Err((found, error)) => assert!(
+            expected.requests.starts_with(&found),
+            "{found:?} where the reference reads {:?}, and then {error}",
+            expected.requests
+        ),
+    }
+
+    drop((connection, ours, write));
+    // The pipe ends when nobody holds its write end.
+    assert_eq!(
+        nix::unistd::read(&read, &mut [0]),
+        Ok(0),
+        "a descriptor stays open"
+    );
+}
+
+/// False: the socket is full.
+fn send(socket: &OwnedFd, bytes: &[u8], fd: &OwnedFd, descriptors: u8) -> bool {
+    if bytes.is_empty() {
+        return true;
+    }
+    let fds = vec![fd.as_raw_fd(); usize::from(descriptors)];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        control,
+        flags,
+        None,
+    )
+    .is_ok_and(|sent| sent == bytes.len())
+}
+
+type Failure = (Vec<String>, String);
+
+/// What the program takes from the socket now.
+fn hear(connection: &mut Connection, serve: bool) -> Result<Vec<String>, Failure> {
+    let mut requests = Vec::new();
+    let failed =
+        |requests: &Vec<String>, error: anyhow::Error| (requests.clone(), format!("{error:#}"));
+    loop {
+        let receipt = connection
+            .receive()
+            .map_err(|error| failed(&requests, error))?;
+        while let Some(message) = connection
+            .next_message()
+            .map_err(|error| failed(&requests, error))?
+        {
+            match message {
+                Message::Request(name) => {
+                    requests.push(name.clone());
+                    if serve {
+                        connection
+                            .reply(exists(&name))
+                            .map_err(|error| failed(&requests, error))?;
+                    } else {
+                        connection.expect_descriptor();
+                    }
+                }
+                Message::Descriptor(fd) => drop(fd),
+            }
+        }
+        if receipt != Receipt::Something {
+            return Ok(requests);
+        }
+    }
+}
+
+fn exists(name: &str) -> bool {
+    name.len().is_multiple_of(2)
+}
+
+struct Reading {
+    requests: Vec<String>,
+}
+
+/// Reads requests, and one byte behind each that a descriptor belongs to, until something is wrong.
+fn reference(mut bytes: &[u8], serve: bool) -> Reading {
+    let mut requests = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk() {
+        let length = u32::from_le_bytes(*length) as usize;
+        let Some(body) = rest.get(..length.min((10 << 10) + 1)) else {
+            break;
+        };
+        let Ok(request) = ImgStreamerRequestEntry::decode(body) else {
+            break;
+        };
+        if length > 10 << 10 {
+            break;
+        }
+        let with_descriptor = !serve || exists(&request.filename);
+        requests.push(request.filename);
+        let behind = length + usize::from(with_descriptor);
+        let Some(rest) = rest.get(behind..) else {
+            break;
+        };
+        bytes = rest;
+    }
+    Reading { requests }
+}

@@ -1,0 +1,159 @@
+//! Any bytes as `files.img`: changed exactly when a dumb reference finds them well-formed with a socket listening on the port, and then
+//! nothing but the ports of such sockets differs.
+//!
+//! ```text
+//! input: | old port (u16 LE) | new port (u16 LE) | files.img |
+//! ```
+
+use criu_image_streamer::tcp_listen_remap::{Remap, remap};
+
+/// An input for this `files.img`.
+pub fn input(old: u16, new: u16, files_img: &[u8]) -> Vec<u8> {
+    [&old.to_le_bytes()[..], &new.to_le_bytes()[..], files_img].concat()
+}
+
+pub fn run(input: &[u8]) {
+    let Some((old, rest)) = input.split_first_chunk() else {
+        return;
+    };
+    let Some((new, before)) = rest.split_first_chunk() else {
+        return;
+    };
+    let (old, new) = (u16::from_le_bytes(*old), u16::from_le_bytes(*new));
+    let expected = parse(before).filter(|entries| {
+        let mut sockets = entries.iter().flatten().filter_map(Part::socket);
+        sockets.any(|socket| listening_port(socket) == Some(u64::from(old)))
+    });
+    match (remap(before, &[Remap { old, new }]), expected) {
+        (Ok(after), Some(mut entries)) => {
+            for socket in entries.iter_mut().flatten().filter_map(Part::socket_mut) {
+                if listening_port(socket) == Some(u64::from(old)) {
+                    for field in socket.iter_mut().filter(|field| field.number == 7) {
+                        if let Value::Number(port) = &mut field.value {
+                            *port = u64::from(new);
+                        }
+                    }
+                }
+            }
+            let after = parse(&after).expect("it is no files.img any more");
+            assert!(after == entries, "something else than the port has changed");
+        }
+        (Ok(_), None) => panic!("changed, although the reference finds nothing to change"),
+        (Err(error), Some(_)) => panic!("the reference finds a port to change: {error:#}"),
+        (Err(_), None) => {}
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Field {
+    number: u64,
+    value: Value,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Value {
+    Number(u64),
+    Bytes(Vec<u8>),
+    Fixed(Vec<u8>),
+}
+
+/// A field of an entry.
+#[derive(Debug, PartialEq, Eq)]
+enum Part {
+    Socket(Vec<Field>),
+    Other(Field),
+}
+
+impl Part {
+    fn socket(&self) -> Option<&Vec<Field>> {
+        match self {
+            Part::Socket(fields) => Some(fields),
+            Part::Other(_) => None,
+        }
+    }
+
+    fn socket_mut(&mut self) -> Option<&mut Vec<Field>> {
+        match self {
+            Part::Socket(fields) => Some(fields),
+            Part::Other(_) => None,
+        }
+    }
+}
+
+/// The entries; `None` for anything that is not exactly the format.
+fn parse(mut bytes: &[u8]) -> Option<Vec<Vec<Part>>> {
+    if take(&mut bytes, 8)? != [0x19, 0x43, 0x56, 0x54, 0x38, 0x31, 0x30, 0x56] {
+        return None;
+    }
+    let mut entries = Vec::new();
+    while !bytes.is_empty() {
+        let length = u32::from_le_bytes(take(&mut bytes, 4)?.try_into().unwrap());
+        let entry = fields(take(&mut bytes, length as usize)?)?;
+        let part = |field| match field {
+            Field {
+                number: 4,
+                value: Value::Bytes(socket),
+            } => Some(Part::Socket(fields(&socket)?)),
+            other => Some(Part::Other(other)),
+        };
+        entries.push(entry.into_iter().map(part).collect::<Option<_>>()?);
+    }
+    Some(entries)
+}
+
+/// As protobuf has it, the last value of a field counts.
+fn listening_port(socket: &[Field]) -> Option<u64> {
+    let value = |number| {
+        let numbers = socket.iter().rev().filter(|field| field.number == number);
+        numbers
+            .map(|field| &field.value)
+            .find_map(|value| match value {
+                Value::Number(number) => Some(*number),
+                _ => None,
+            })
+    };
+    (value(5) == Some(6) && value(6) == Some(10)).then(|| value(7))?
+}
+
+fn fields(mut message: &[u8]) -> Option<Vec<Field>> {
+    let mut fields = Vec::new();
+    while !message.is_empty() {
+        let tag = varint(&mut message)?;
+        let value = match tag & 7 {
+            0 => Value::Number(varint(&mut message)?),
+            1 => Value::Fixed(take(&mut message, 8)?.to_vec()),
+            2 => {
+                let length = usize::try_from(varint(&mut message)?).ok()?;
+                Value::Bytes(take(&mut message, length)?.to_vec())
+            }
+            5 => Value::Fixed(take(&mut message, 4)?.to_vec()),
+            _ => return None,
+        };
+        fields.push(Field {
+            number: tag >> 3,
+            value,
+        });
+    }
+    Some(fields)
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0u64;
+    for index in 0..10 {
+        let byte = take(bytes, 1)?[0];
+        if index == 9 && byte > 1 {
+            return None;
+        }
+        value |= u64::from(byte & 0x7f) << (7 * index);
+        if byte < 0x80 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+    let (taken, rest) = bytes.split_at_checked(count)?;
+    *bytes = rest;
+    Some(taken)
+}

@@ -1,0 +1,230 @@
+//! Any bytes on the shards: accepted exactly when a dumb reference accepts them, with the same files, in memory and on disk; otherwise
+//! an error, and the images directory is as it was before.
+//!
+//! ```text
+//! input: | flags | length (u16 LE) | length | … | first shard | second shard | … | last shard |
+//! flags: bits 0 and 1 are the number of shards less one, bit 7 says whether to try it on disk too
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use criu_image_streamer::extract;
+use criu_image_streamer::image_proto::{Marker, marker::Body};
+use criu_image_streamer::interrupt::Interrupts;
+use criu_image_streamer::pipe::{self, Moved, ReadEnd};
+use criu_image_streamer::store::fs::FsStore;
+use criu_image_streamer::store::mem::{Contents, MemStore};
+use criu_image_streamer::store::{Arena, Store};
+use prost::Message;
+
+/// Fits into a pipe that nobody resized, so that no thread is needed to write while the program reads.
+const LARGEST: usize = 60 << 10;
+
+const DISK: u8 = 0x80;
+
+/// An input for these shards.
+pub fn input(shards: &[Vec<u8>], on_disk: bool) -> Vec<u8> {
+    let flags = (shards.len() as u8 - 1) | if on_disk { DISK } else { 0 };
+    let lengths = shards[..shards.len() - 1]
+        .iter()
+        .flat_map(|shard| (shard.len() as u16).to_le_bytes());
+    [flags]
+        .into_iter()
+        .chain(lengths)
+        .chain(shards.concat())
+        .collect()
+}
+
+fn shards(input: &[u8]) -> Option<(Vec<&[u8]>, bool)> {
+    let (&flags, mut rest) = input.split_first()?;
+    let mut lengths = Vec::new();
+    for _ in 0..flags & 3 {
+        let (length, after) = rest.split_first_chunk()?;
+        lengths.push(usize::from(u16::from_le_bytes(*length)));
+        rest = after;
+    }
+    let mut shards = Vec::new();
+    for length in lengths {
+        let (shard, after) = rest.split_at(length.min(rest.len()));
+        shards.push(shard);
+        rest = after;
+    }
+    shards.push(rest);
+    let fit = shards.iter().all(|shard| shard.len() <= LARGEST);
+    fit.then_some((shards, flags & DISK != 0))
+}
+
+pub fn run(input: &[u8]) {
+    let Some((shards, on_disk)) = shards(input) else {
+        return;
+    };
+    let expected = reference(&shards);
+    in_memory(&shards, &expected);
+    if on_disk {
+        to_disk(&shards, &expected);
+    }
+}
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+fn in_memory(shards: &[&[u8]], expected: &Option<Files>) {
+    let mut arena = Arena::new();
+    let found = receive(shards, MemStore::new(), &mut arena).map(|store| {
+        let files = store.into_files(&mut arena);
+        let bytes = |contents: &Contents| {
+            let extents = contents.extents().iter().map(|extent| arena.bytes(extent));
+            extents.collect::<Vec<_>>().concat()
+        };
+        let read = files
+            .iter()
+            .map(|(name, contents)| (name.as_str().to_owned(), bytes(contents)));
+        read.collect::<Files>()
+    });
+    compare(&found, expected);
+}
+
+fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
+    let shared_memory = Path::new("/dev/shm");
+    let builder = tempfile::Builder::new();
+    let dir = if shared_memory.is_dir() {
+        builder.tempdir_in(shared_memory)
+    } else {
+        builder.tempdir()
+    };
+    let dir = dir.unwrap();
+    let before = Files::from([
+        ("inventory.img".to_owned(), b"earlier".to_vec()),
+        ("other.img".to_owned(), b"earlier, too".to_vec()),
+    ]);
+    for (name, content) in &before {
+        fs::write(dir.path().join(name), content).unwrap();
+    }
+    let interrupts = interrupts();
+    let found = receive(shards, FsStore::new(dir.path()).unwrap(), &mut Arena::new())
+        .and_then(|store| store.commit(interrupts));
+    let after = read_dir(dir.path());
+    match found {
+        Ok(()) => {
+            let mut all = before;
+            all.extend(
+                expected
+                    .clone()
+                    .expect("the reference refuses what is on disk now"),
+            );
+            assert!(after == all, "other files on disk than those of the image");
+        }
+        Err(error) => {
+            assert!(after == before, "something has changed on disk: {error:#}");
+            assert!(
+                expected.is_none(),
+                "the reference accepts what is refused with: {error:#}"
+            );
+        }
+    }
+}
+
+fn read_dir(dir: &Path) -> Files {
+    let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| {
+            let name = entry.file_name().into_string().unwrap();
+            (name, fs::read(entry.path()).unwrap())
+        })
+        .collect()
+}
+
+fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::Result<S> {
+    let pipes = shards
+        .iter()
+        .enumerate()
+        .map(|(i, bytes)| (filled(bytes), format!("shard {i}")));
+    extract::receive(pipes.collect(), store, arena, interrupts()).map(|(store, _)| store)
+}
+
+fn interrupts() -> &'static Interrupts {
+    thread_local! {
+        static INTERRUPTS: &'static Interrupts = Box::leak(Box::new(Interrupts::catch().unwrap()));
+    }
+    INTERRUPTS.with(|interrupts| *interrupts)
+}
+
+/// A pipe that holds these bytes, and ends behind them.
+fn filled(bytes: &[u8]) -> ReadEnd {
+    let (read, write) = pipe::new().unwrap();
+    if !bytes.is_empty() {
+        assert_eq!(
+            pipe::write(&write, bytes).unwrap(),
+            Moved::Bytes(bytes.len())
+        );
+    }
+    read
+}
+
+fn compare(found: &anyhow::Result<Files>, expected: &Option<Files>) {
+    match (found, expected) {
+        (Ok(found), Some(expected)) => {
+            assert!(found == expected, "other files than the reference's")
+        }
+        (Ok(_), None) => panic!("accepted what the reference refuses"),
+        (Err(error), Some(_)) => panic!("the reference accepts what is refused with: {error:#}"),
+        (Err(_), None) => {}
+    }
+}
+
+/// The whole image format: collect all markers, sort them, replay them.
+fn reference(shards: &[&[u8]]) -> Option<Files> {
+    let mut markers = BTreeMap::new();
+    for shard in shards {
+        let mut rest = *shard;
+        let mut last = None;
+        while !rest.is_empty() {
+            let length = u32::from_le_bytes(take(&mut rest, 4)?.try_into().unwrap());
+            if length > 10 << 10 {
+                return None;
+            }
+            let marker = Marker::decode(take(&mut rest, length as usize)?).ok()?;
+            let data = match marker.body {
+                Some(Body::FileData(size)) => take(&mut rest, size as usize)?,
+                _ => &[],
+            };
+            if last.replace(marker.seq) >= Some(marker.seq) || markers.contains_key(&marker.seq) {
+                return None;
+            }
+            markers.insert(marker.seq, (marker.body?, data));
+        }
+    }
+    let contiguous = markers.keys().copied().eq(0..markers.len() as u64);
+    let mut markers = markers.into_values();
+    if !contiguous || !matches!(markers.next_back()?.0, Body::ImageEof(true)) {
+        return None;
+    }
+    let (mut files, mut open, mut current) = (Files::new(), Files::new(), None);
+    for (body, data) in markers {
+        match body {
+            Body::Filename(name) => {
+                let forbidden = BTreeSet::from(["", ".", ".."]);
+                if forbidden.contains(&*name) || name.contains(['/', '\0']) || name.len() > 255 {
+                    return None;
+                }
+                open.entry(name.clone()).or_default();
+                current = Some(name);
+            }
+            Body::FileData(_) => open.get_mut(current.as_ref()?)?.extend_from_slice(data),
+            Body::FileEof(true) => {
+                let name = current.take()?;
+                let content = open.remove(&name)?;
+                files.insert(name, content);
+            }
+            Body::FileEof(false) | Body::ImageEof(_) => return None,
+        }
+    }
+    open.is_empty().then_some(files)
+}
+
+fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+    let (taken, rest) = bytes.split_at_checked(count)?;
+    *bytes = rest;
+    Some(taken)
+}
