@@ -14,6 +14,7 @@ use criu_image_streamer::extract;
 use criu_image_streamer::image_proto::{Marker, marker::Body};
 use criu_image_streamer::interrupt::Interrupts;
 use criu_image_streamer::pipe::{self, Moved, ReadEnd};
+use criu_image_streamer::progress_bar::Tallies;
 use criu_image_streamer::store::fs::FsStore;
 use criu_image_streamer::store::mem::{Contents, MemStore};
 use criu_image_streamer::store::{Arena, Store};
@@ -140,7 +141,14 @@ fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::R
         .iter()
         .enumerate()
         .map(|(i, bytes)| (filled(bytes), format!("shard {i}")));
-    extract::receive(pipes.collect(), store, arena, interrupts()).map(|(store, _)| store)
+    extract::receive(
+        pipes.collect(),
+        store,
+        arena,
+        &Tallies::default(),
+        interrupts(),
+    )
+    .map(|(store, _)| store)
 }
 
 fn interrupts() -> &'static Interrupts {
