@@ -17,7 +17,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use crate::pipe::uninterrupted;
 
 /// How long a loop leaves busy pipes alone: about the time in which CRIU fills a pipe of 1 MiB.
-pub const NAP: Duration = Duration::from_micros(50);
+pub const NAP: Duration = Duration::from_micros(10);
 
 /// How much later than asked for a nap may end, in nanoseconds. By default it is 50 µs, which would double it.
 const SLACK: u64 = 1000;
