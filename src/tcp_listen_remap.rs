@@ -116,7 +116,7 @@ fn map_socket(isk: &[u8], patch: &mut impl FnMut(u16) -> Option<u16>) -> Result<
     let mut result = Vec::with_capacity(isk.len() + 2);
     for field in Fields(isk) {
         let field = field?;
-        if field.number == ISK_SRC_PORT {
+        if field.number == ISK_SRC_PORT && matches!(field.value, Value::Varint(_)) {
             prost::encoding::encode_varint(ISK_SRC_PORT << 3, &mut result);
             prost::encoding::encode_varint(u64::from(new), &mut result);
         } else {

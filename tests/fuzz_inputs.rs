@@ -185,6 +185,9 @@ fn files_imgs() -> Seeds {
         listening(80, 17, 10),
     ]
     .concat();
+    // Found by the fuzzer: what bears the port's number and is none stays as it is.
+    let no_number = [7 << 3, 80, 5 << 3, 6, 6 << 3, 10, 7 << 3 | 2, 2, b'h', b'i'];
+    let no_port = criu::frame(&[&[4 << 3 | 2, no_number.len() as u8][..], &no_number].concat());
     let with = [&real[..], &listening(80, 6, 10), &others].concat();
     [
         ("fixture", files_img::input(80, 8080, &real)),
@@ -204,6 +207,10 @@ fn files_imgs() -> Seeds {
         (
             "none",
             files_img::input(22, 80, &[magics, &others].concat()),
+        ),
+        (
+            "no-number",
+            files_img::input(80, 81, &[magics, &no_port].concat()),
         ),
         ("empty", files_img::input(0, 0, magics)),
     ]
