@@ -189,6 +189,21 @@ pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
     Ok(current)
 }
 
+/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and how many it has.
+///
+/// # Errors
+/// When no more descriptors can be had, and those of `F_GETPIPE_SZ`.
+pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
+    let (read, write) = new()?;
+    // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it is.
+    let _ = fcntl(
+        &write,
+        FcntlArg::F_SETPIPE_SZ((wanted * SLOT) as libc::c_int),
+    );
+    let got = slots(&write).context("measuring a pipe")?;
+    Ok((read, write, got))
+}
+
 /// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the same end.
 ///
 /// The flag belongs to the open file description, which the shell or a supervisor may share; opening the pipe anew

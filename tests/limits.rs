@@ -129,6 +129,32 @@ fn exhaust_pipe_pages() -> Vec<OwnedFd> {
     pipes
 }
 
+/// Pipes of one, two or three slots which stay so: a marker and its data never fit together into the first.
+#[test]
+fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
+    if not_root() {
+        return;
+    }
+    let _held = exhaust_pipe_pages();
+    let files: Files = [
+        ("empty.img".into(), vec![]),
+        ("page.img".into(), random::bytes(1, PAGE)),
+        ("pages-1.img".into(), random::bytes(2, 50 * PAGE + 7)),
+        ("inventory.img".into(), random::bytes(3, 100)),
+    ]
+    .into();
+    for pipe_size in [PAGE, 2 * PAGE, 4 * PAGE] {
+        for shard_count in [1, 3] {
+            round_trip(
+                |launch| launch.user(NOBODY),
+                &files,
+                shard_count,
+                Some(pipe_size),
+            );
+        }
+    }
+}
+
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
     if not_root() {

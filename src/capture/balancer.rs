@@ -11,8 +11,11 @@
 //! which contends with the reader for the pipe's mutex), so that many small files pass between two inspections.
 //!
 //! **Why nothing deadlocks.** An empty shard always qualifies, so data moves as long as any reader reads. A chunk that was given to a
-//! shard fits into it, so the splice finishes at once, and no source waits for one particular shard. The estimate of slots can be
-//! wrong for data in partial pages; a chunk that then does not fit is *promised* to its shard: this shard takes no other chunk
+//! shard fits into it, since the slots that it takes are never underestimated either ([`super::source`] says how that is known of
+//! partial pages): so the splice finishes at once, and no source waits for one particular shard.
+//!
+//! Where that cannot be had (a shard of a single slot never holds a marker and data at once, and a shard that somebody else
+//! writes to has less room than we know), the rest of the chunk is *promised* to its shard: this shard takes no other chunk
 //! and this source gives none until the rest has moved, while all others go on. A promise only waits for its shard's
 //! reader, never for another source or shard, so promises cannot form a cycle.
 

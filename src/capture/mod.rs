@@ -37,7 +37,7 @@ use crate::progress_bar::{Tallies, Tally};
 use crate::wire::ImageName;
 use balancer::Room;
 use shard::{Shard, Spliced};
-use source::{Origin, Promise, Ready, Source};
+use source::{Layout, Origin, Promise, Ready, Source};
 
 /// The file that CRIU sends last, and only when the dump succeeded.
 const INVENTORY: &str = "inventory.img";
@@ -50,6 +50,9 @@ const CHUNKS_PER_TURN: usize = 4;
 
 /// Bytes thrown away at a time.
 const DISCARD: usize = 1 << 20;
+
+/// The most slots that a chunk may pass through the staging pipe with.
+const LARGEST_STAGED: usize = 64;
 
 /// How long readers are waited for briefly.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
@@ -147,6 +150,42 @@ impl Delivered {
     }
 }
 
+/// A pipe through which chunks pass whose number of slots is not known: what fits into it takes no more slots elsewhere than it has.
+/// It is filled only when a shard has room for all that fits, and so is emptied at once.
+struct Staging {
+    read: ReadEnd,
+    write: WriteEnd,
+    slots: usize,
+    is_taken: bool,
+}
+
+impl Staging {
+    /// Chooses a size that every shard has room for while it is half full.
+    fn new(shards: &[Shard]) -> Result<Self> {
+        let smallest = shards.iter().map(Room::capacity).min().unwrap_or(1);
+        let (read, write, slots) = pipe::with_slots((smallest / 2).clamp(1, LARGEST_STAGED))?;
+        Ok(Self {
+            read,
+            write,
+            slots,
+            is_taken: false,
+        })
+    }
+
+    /// Takes as much out of a source as fits, and tells how many bytes that is.
+    fn fill(&self, source: &mut Source) -> Result<usize> {
+        match pipe::splice(&source.pipe, &self.write, self.slots * SLOT)
+            .with_context(|| format!("capturing {}", source.name))?
+        {
+            Moved::Bytes(bytes) => {
+                source.staged(bytes, self.slots);
+                Ok(bytes)
+            }
+            Moved::WouldBlock | Moved::End => Err(ended_early(source, 1)),
+        }
+    }
+}
+
 struct Loop<'a> {
     poller: Poller,
     interrupts: &'a Interrupts,
@@ -172,6 +211,7 @@ struct Loop<'a> {
     drain: Drain,
     files: Tally,
     discard: Option<File>,
+    staging: Staging,
 }
 
 impl Capture<'_> {
@@ -188,6 +228,7 @@ impl Capture<'_> {
             shards.push(Shard::new(pipe, label, self.tallies.shard(index))?);
         }
         warn_of_small_pipes(&shards);
+        let staging = Staging::new(&shards)?;
         let mut capture = Loop {
             poller,
             interrupts,
@@ -210,11 +251,14 @@ impl Capture<'_> {
             drain: self.drain,
             files: self.tallies.files,
             discard: None,
+            staging,
         };
         capture.watch(interrupts)?;
         for (name, pipe) in self.external_files {
             capture.external_names.push(name.clone());
-            capture.add_source(Source::new(name, pipe, Origin::External))?;
+            capture.add_source(
+                Source::new(name, pipe, Origin::External).context("inspecting a pipe")?,
+            )?;
         }
         capture.progress.reached(Milestone::SocketInit);
         capture.receive_files()?;
@@ -422,7 +466,7 @@ impl Loop<'_> {
             self.frozen = true;
             self.progress.reached(Milestone::CheckpointStart);
         }
-        let mut source = Source::new(name, pipe, Origin::Criu);
+        let mut source = Source::new(name, pipe, Origin::Criu).context("inspecting a pipe")?;
         if let Some(&earlier) = self.by_name.get(&source.name)
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {
@@ -489,9 +533,7 @@ impl Loop<'_> {
 
     /// Moves what a source has, as far as the shards have room.
     fn advance(&mut self, id: u64, source: &mut Source) -> Result<Step> {
-        if let Some(promise) = source.promise
-            && !self.keep_promise(source, promise)?
-        {
+        if !self.keep_promise(source, source.promise.map_or(0, |promise| promise.left))? {
             return Ok(Step::NoRoom);
         }
         if source.replaced {
@@ -531,57 +573,82 @@ impl Loop<'_> {
     fn give_chunk(&mut self, id: u64, source: &mut Source, available: usize) -> Result<Step> {
         const MARKERS: usize = 1;
         let largest = self.shards.iter().map(Room::capacity).max().unwrap_or(0);
-        let wanted = (source.slots_of(available) + MARKERS).min(largest);
-        let Some(grant) =
-            balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")?
+        let layout = source.layout(available, self.staging.slots);
+        let wanted = match layout {
+            Layout::Pages => (available / SLOT).min(largest.saturating_sub(MARKERS)),
+            Layout::AtMost(slots) => slots,
+            Layout::Unknown => self.staging.slots,
+        };
+        let Some(grant) = balancer::choose(&mut self.shards, wanted + MARKERS)
+            .context("looking for a shard with room")?
         else {
             return Ok(Step::NoRoom);
         };
-        let data_slots = (grant.slots - MARKERS).max(1);
-        let size = source.bytes_in(data_slots, available);
+        // The only shard that cannot hold a marker and data at once: its data is promised.
+        let is_tiny = self.shards[grant.shard].capacity() <= MARKERS;
+        let slots = grant.slots.saturating_sub(MARKERS);
+        let mut staged = false;
+        let size = if is_tiny {
+            available.min(SLOT)
+        } else if slots == 0 {
+            return Ok(Step::NoRoom);
+        } else if layout == Layout::Pages {
+            slots * SLOT
+        } else if slots < wanted {
+            return Ok(Step::NoRoom);
+        } else if layout != Layout::Unknown {
+            available
+        } else if self.staging.is_taken {
+            return Ok(Step::NoRoom);
+        } else {
+            staged = true;
+            self.staging.fill(source)?
+        };
         self.start.get_or_insert_with(Instant::now);
         self.name_file(id, source, grant.shard);
         self.mark(grant.shard, Body::FileData(size as u32));
-        match self.shards[grant.shard].splice(&source.pipe, size, source.slots_of(size))? {
-            Spliced::All => {
-                source.moved(size);
-                if source.ended && size == available {
-                    self.mark_end(source, grant.shard);
-                    return Ok(Step::Complete);
-                }
-                Ok(Step::Busy)
-            }
-            Spliced::Full { left } => {
-                source.moved(size - left);
-                source.learn(size - left, data_slots);
-                source.promise = Some(Promise {
-                    shard: grant.shard,
-                    left,
-                });
-                self.shards[grant.shard].set_promised(true);
-                Ok(Step::NoRoom)
-            }
-            Spliced::SourceEnded { missing } => Err(ended_early(source, missing)),
+        source.promise = Some(Promise {
+            shard: grant.shard,
+            left: size,
+            staged,
+        });
+        self.shards[grant.shard].set_promised(true);
+        self.staging.is_taken |= staged;
+        if !self.keep_promise(source, slots.clamp(1, size))? {
+            return Ok(Step::NoRoom);
         }
+        if source.ended && size == available {
+            self.mark_end(source, grant.shard);
+            return Ok(Step::Complete);
+        }
+        Ok(Step::Busy)
     }
 
-    /// Moves the rest of a promised chunk, and tells whether all of it has moved.
-    fn keep_promise(&mut self, source: &mut Source, promise: Promise) -> Result<bool> {
+    /// Moves what is left of the chunk that was promised to a shard, `slots` at most, and tells whether all of it has moved.
+    fn keep_promise(&mut self, source: &mut Source, slots: usize) -> Result<bool> {
+        let Some(promise) = source.promise else {
+            return Ok(true);
+        };
         let shard = &mut self.shards[promise.shard];
-        match shard.splice(&source.pipe, promise.left, source.slots_of(promise.left))? {
-            Spliced::All => {
-                source.moved(promise.left);
-                source.promise = None;
-                shard.set_promised(false);
-                Ok(true)
-            }
-            Spliced::Full { left } => {
-                source.moved(promise.left - left);
-                source.promise = Some(Promise { left, ..promise });
-                Ok(false)
-            }
-            Spliced::SourceEnded { missing } => Err(ended_early(source, missing)),
+        let pipe = if promise.staged {
+            &self.staging.read
+        } else {
+            &source.pipe
+        };
+        let left = match shard.splice(pipe, promise.left, slots)? {
+            Spliced::All => 0,
+            Spliced::Full { left } => left,
+            Spliced::SourceEnded { missing } => return Err(ended_early(source, missing)),
+        };
+        source.moved(promise.left - left);
+        if left > 0 {
+            source.promise = Some(Promise { left, ..promise });
+            return Ok(false);
         }
+        source.promise = None;
+        shard.set_promised(false);
+        self.staging.is_taken &= !promise.staged;
+        Ok(true)
     }
 
     /// Marks the end of a file that has nothing left.
@@ -665,6 +732,8 @@ impl Loop<'_> {
             {
                 break grant;
             }
+            // What is queued takes room as well.
+            self.flush()?;
             pace.nap_longer();
         };
         self.mark(grant.shard, Body::ImageEof(true));

@@ -1,8 +1,9 @@
 //! The writing side of a shard: markers that wait to be written, data spliced behind them, and how full the pipe is.
 //!
-//! We are the only writer of a shard, so that we know in what portions its pipe was filled. `FIONREAD` tells how many bytes the
-//! reader has left; the newest portions that make up so many bytes are what is still in there, and so many
-//! slots are taken.
+//! We are the only writer of a shard, so that we know in what portions its pipe was filled, and how many slots each took at most.
+//! `FIONREAD` tells how many bytes the reader has left; the newest portions that make up so many bytes are what is
+//! still in there. Of a portion that the reader is inside of, each page's worth of bytes taken out has freed a slot, but for
+//! the one that it may be in the middle of. So the room is never overestimated.
 //!
 //! Markers are gathered and written when data follows, or when the loop is about to sleep: the end of one small file and
 //! the start of the next cost one `write` and one slot.
@@ -22,11 +23,20 @@ use crate::progress::ShardStats;
 use crate::progress_bar::Tally;
 use crate::wire;
 
-/// Something that was put into the pipe by one system call.
+/// Something that was put into the pipe, and the most slots that it took there.
 #[derive(Debug)]
 struct Portion {
     bytes: usize,
     slots: usize,
+}
+
+impl Portion {
+    /// The most slots that its last `left` bytes take.
+    fn slots_left(&self, left: usize) -> usize {
+        let taken_out = self.bytes - left;
+        let freed = taken_out.div_ceil(SLOT).saturating_sub(1);
+        self.slots.saturating_sub(freed).min(left)
+    }
 }
 
 /// How a splice into the shard went.
@@ -63,16 +73,21 @@ impl Shard {
         let prepare = || {
             let pipe = pipe.nonblocking()?;
             let capacity = pipe::grow(&pipe, pipe::LARGEST)?;
-            let occupied = pipe::available(&pipe)?.div_ceil(SLOT);
-            Ok::<_, io::Error>((pipe, capacity, capacity.saturating_sub(occupied)))
+            let others = pipe::available(&pipe)?;
+            Ok::<_, io::Error>((pipe, capacity, others))
         };
-        let (pipe, capacity, free) = prepare().with_context(|| format!("preparing {label}"))?;
+        let (pipe, capacity, others) = prepare().with_context(|| format!("preparing {label}"))?;
+        // Somebody's bytes that are in there already may take all slots.
+        let portions = VecDeque::from([Portion {
+            bytes: others,
+            slots: capacity.min(others),
+        }]);
         Ok(Self {
             pipe,
             label,
             capacity,
-            portions: VecDeque::new(),
-            free,
+            portions,
+            free: capacity - capacity.min(others),
             markers: Vec::new(),
             written: 0,
             tally,
@@ -115,7 +130,7 @@ impl Shard {
         Ok(true)
     }
 
-    /// Moves `len` bytes from a source behind the queued markers. `slots` is what they are believed to take.
+    /// Moves `len` bytes from a pipe behind the queued markers. `slots` is the most that they take.
     ///
     /// # Errors
     /// When the shard's reader is gone.
@@ -124,20 +139,23 @@ impl Shard {
         if !self.flush()? {
             return Ok(Spliced::Full { left });
         }
-        while left > 0 {
-            match pipe::splice(source, &self.pipe, left).map_err(|error| self.broken(error))? {
-                Moved::Bytes(bytes) => {
-                    left -= bytes;
-                    self.moved(bytes, (slots * bytes).div_ceil(len));
-                }
-                Moved::WouldBlock => {
-                    self.fill_up();
-                    return Ok(Spliced::Full { left });
-                }
-                Moved::End => return Ok(Spliced::SourceEnded { missing: left }),
+        let result = loop {
+            if left == 0 {
+                break Spliced::All;
             }
+            match pipe::splice(source, &self.pipe, left).map_err(|error| self.broken(error))? {
+                Moved::Bytes(bytes) => left -= bytes,
+                Moved::WouldBlock => break Spliced::Full { left },
+                Moved::End => break Spliced::SourceEnded { missing: left },
+            }
+        };
+        if result == Spliced::All {
+            self.moved(len, slots);
+        } else {
+            // The kernel says that the pipe is full: this may have taken all of its slots.
+            self.moved(len - left, self.capacity);
         }
-        Ok(Spliced::All)
+        Ok(result)
     }
 
     /// Whether the reader has taken everything.
@@ -166,15 +184,6 @@ impl Shard {
         self.free = self.free.saturating_sub(slots);
         self.portions.push_back(Portion { bytes, slots });
         self.last_write = Some(Instant::now());
-    }
-
-    /// The kernel says that the pipe is full: the portions hold more slots than was believed.
-    fn fill_up(&mut self) {
-        let known: usize = self.portions.iter().map(|portion| portion.slots).sum();
-        if let Some(newest) = self.portions.back_mut() {
-            newest.slots += self.capacity.saturating_sub(known);
-        }
-        self.free = 0;
     }
 
     fn broken(&self, error: io::Error) -> anyhow::Error {
@@ -206,23 +215,17 @@ impl Room for Shard {
         let mut left = pipe::available(&self.pipe)?;
         let mut taken = 0;
         let mut kept = 0;
-        for portion in self.portions.iter_mut().rev() {
+        for portion in self.portions.iter().rev() {
             if left == 0 {
                 break;
             }
-            if portion.bytes > left {
-                // The reader is inside of it: so many of its slots are left at most, one of them begun.
-                portion.slots = portion
-                    .slots
-                    .min((left * portion.slots).div_ceil(portion.bytes) + 1);
-                portion.bytes = left;
-            }
-            left -= portion.bytes;
-            taken += portion.slots;
+            let in_pipe = portion.bytes.min(left);
+            taken += portion.slots_left(in_pipe);
+            left -= in_pipe;
             kept += 1;
         }
         self.portions.drain(..self.portions.len() - kept);
-        self.free = self.capacity.saturating_sub(taken + left.div_ceil(SLOT));
+        self.free = self.capacity.saturating_sub(taken);
         Ok(())
     }
 

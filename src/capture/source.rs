@@ -3,6 +3,11 @@
 //! CRIU's small files must be cheap, its page files fast. A pipe keeps its 64 KiB until it has shown that it carries much;
 //! then it gets the most that the kernel allows. A file is moved when it has ended, when its pipe is half full, or when nothing more
 //! came during a nap (its writer is slow, or the pipe is full of partial pages); otherwise it is left to fill.
+//!
+//! **How many slots a chunk takes.** `FIONREAD` counts bytes, and a slot holds anything from a byte to a page. Three things are
+//! certain: n bytes take at most n slots, and no more than the pipe has; and a pipe that holds as many bytes as fit into
+//! its slots holds whole pages only. A source that was once seen so full, and ever since held a multiple of a page, hands
+//! over memory, page by page. Of any other, a chunk is first moved to a staging pipe of known size ([`Layout::Unknown`]).
 
 use std::io;
 
@@ -24,6 +29,19 @@ pub enum Origin {
 pub struct Promise {
     pub shard: usize,
     pub left: usize,
+    /// It lies in the staging pipe, not in the source.
+    pub staged: bool,
+}
+
+/// What is known of the slots that a source's data takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Each slot holds a whole page.
+    Pages,
+    /// All of it takes so many slots at most.
+    AtMost(usize),
+    /// It may take more slots than shards should have to have free.
+    Unknown,
 }
 
 /// What to do with a source now.
@@ -58,12 +76,15 @@ pub struct Source {
     grown: bool,
     last_seen: usize,
     moved: usize,
-    bytes_per_slot: usize,
+    whole_pages: bool,
 }
 
 impl Source {
-    pub fn new(name: ImageName, pipe: ReadEnd, origin: Origin) -> Self {
-        Self {
+    /// # Errors
+    /// Those of inspecting a pipe.
+    pub fn new(name: ImageName, pipe: ReadEnd, origin: Origin) -> io::Result<Self> {
+        let capacity = pipe::slots(&pipe)?;
+        Ok(Self {
             name,
             pipe,
             origin,
@@ -72,12 +93,12 @@ impl Source {
             replaced: false,
             replaces: None,
             promise: None,
-            capacity: DEFAULT_SLOTS,
+            capacity,
             grown: false,
             last_seen: 0,
             moved: 0,
-            bytes_per_slot: SLOT,
-        }
+            whole_pages: false,
+        })
     }
 
     /// Looks at the pipe and decides.
@@ -96,6 +117,8 @@ impl Source {
         }
         let unchanged = available == self.last_seen;
         self.last_seen = available;
+        self.whole_pages |= available == self.capacity * SLOT;
+        self.whole_pages &= available.is_multiple_of(SLOT);
         if !self.grown && (available >= LARGE || self.moved >= LARGE) {
             self.grown = true;
             self.capacity = pipe::grow(&self.pipe, LARGEST)?;
@@ -108,20 +131,21 @@ impl Source {
         })
     }
 
-    /// Slots that `bytes` from the pipe's front take elsewhere, as far as is known: full pages, one begun, unless this source
-    /// turned out to send partial ones; and never more than the pipe has.
-    pub fn slots_of(&self, bytes: usize) -> usize {
-        (bytes.div_ceil(self.bytes_per_slot) + 1)
-            .min(self.capacity.max(DEFAULT_SLOTS))
-            .min(bytes)
+    /// How the `available` bytes lie in slots, where a number of them up to `bearable` is no reason to look closer.
+    pub fn layout(&self, available: usize, bearable: usize) -> Layout {
+        let most = available.min(self.capacity);
+        if self.whole_pages {
+            Layout::Pages
+        } else if most <= bearable {
+            Layout::AtMost(most)
+        } else {
+            Layout::Unknown
+        }
     }
 
-    /// Bytes, of those available, that go into so many slots. At least one, for pipes of one slot.
-    pub fn bytes_in(&self, slots: usize, available: usize) -> usize {
-        if slots >= self.slots_of(available) {
-            return available;
-        }
-        (slots.saturating_sub(1).max(1) * self.bytes_per_slot).min(available)
+    /// So many bytes filled so many slots of the staging pipe.
+    pub fn staged(&mut self, bytes: usize, slots: usize) {
+        self.whole_pages |= bytes == slots * SLOT;
     }
 
     /// So many bytes were moved.
@@ -134,13 +158,6 @@ impl Source {
     pub fn has_content(&self) -> bool {
         self.moved > 0
     }
-
-    /// A shard was full after `bytes`, although `slots` were free: this source sends partial pages.
-    pub fn learn(&mut self, bytes: usize, slots: usize) {
-        if bytes > 0 {
-            self.bytes_per_slot = (bytes / slots.max(1)).clamp(1, self.bytes_per_slot);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -150,7 +167,7 @@ mod tests {
     fn source() -> (Source, pipe::WriteEnd) {
         let (read, write) = pipe::new().unwrap();
         (
-            Source::new(ImageName::new("pages-1.img").unwrap(), read, Origin::Criu),
+            Source::new(ImageName::new("pages-1.img").unwrap(), read, Origin::Criu).unwrap(),
             write.nonblocking().unwrap(),
         )
     }
@@ -189,13 +206,22 @@ mod tests {
     }
 
     #[test]
-    fn partial_pages_are_believed_to_take_more_slots_once_seen() {
-        let (mut source, _write) = source();
-        assert_eq!(source.slots_of(8 * SLOT), 9);
-        assert_eq!(source.bytes_in(5, 100 * SLOT), 4 * SLOT);
-        source.learn(1000, 10);
-        assert_eq!(source.slots_of(1000), 11);
-        assert_eq!(source.bytes_in(5, 100_000), 400);
-        assert_eq!(source.bytes_in(1, 100_000), 100);
+    fn only_a_pipe_full_to_the_last_byte_shows_whole_pages() {
+        let (mut source, write) = source();
+        pipe::write(&write, &[0; SLOT]).unwrap();
+        source.inspect().unwrap();
+        assert_eq!(
+            source.layout(SLOT, DEFAULT_SLOTS),
+            Layout::AtMost(DEFAULT_SLOTS)
+        );
+        assert_eq!(source.layout(SLOT, 8), Layout::Unknown);
+        assert_eq!(source.layout(5, 8), Layout::AtMost(5));
+
+        pipe::write(&write, &[0; (DEFAULT_SLOTS - 1) * SLOT]).unwrap();
+        source.inspect().unwrap();
+        assert_eq!(source.layout(16 * SLOT, 8), Layout::Pages);
+        pipe::read(&source.pipe, &mut [0; 10]).unwrap();
+        source.inspect().unwrap();
+        assert_eq!(source.layout(16 * SLOT - 10, 8), Layout::Unknown);
     }
 }
