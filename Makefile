@@ -4,20 +4,29 @@
 # make check      formatting and lints
 # make fuzz       FUZZ_SECONDS (60) of each fuzz target, with a nightly Rust
 # make bench      the benchmark, as a table
-# make install    into $(DESTDIR)$(PREFIX)
+# make install    into $(DESTDIR)$(PREFIX), with the manual page and the shells' completions
+# make deb        a Debian package of the same, in target/
 
 PREFIX ?= /usr/local
 CARGO ?= cargo
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = marker_stream criu_messages files_img
-BINARY = target/release/criu-image-streamer
+# For another profile than release, such as the tests': BUILD= OUTPUT=target/debug
+BUILD ?= --release
+OUTPUT ?= target/release
+BINARY = $(OUTPUT)/criu-image-streamer
+DOCUMENTS = $(OUTPUT)/documents
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: all build demo test check fuzz bench install uninstall clean
+.PHONY: all build documents demo test check fuzz bench install uninstall deb clean
 
 all: build
 
 build:
-	$(CARGO) build --release --locked
+	$(CARGO) build $(BUILD) --locked
+
+documents:
+	$(CARGO) run $(BUILD) --locked --quiet --example documents -- $(DOCUMENTS)
 
 demo:
 	tests/criu/demo
@@ -25,6 +34,7 @@ demo:
 test:
 	tests/criu/install-packages
 	tests/criu/find-criu
+	tests/s3/set-up
 	$(CARGO) test --locked
 
 check:
@@ -41,11 +51,50 @@ fuzz:
 bench:
 	$(CARGO) bench --locked --bench bench
 
-install: build
+install: build documents
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/criu-image-streamer
+	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.1 $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
+	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/criu-image-streamer
+	install -D -m 644 $(DOCUMENTS)/_criu-image-streamer $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_criu-image-streamer
+	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/criu-image-streamer.fish
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/criu-image-streamer
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
+	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/criu-image-streamer
+	rm -f $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_criu-image-streamer
+	rm -f $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/criu-image-streamer.fish
+
+# Debian's zsh looks for a package's completions in vendor-completions, and its manual pages are compressed. The libc that is
+# needed is the one whose newest symbols the program uses.
+deb: ROOT = $(OUTPUT)/deb
+deb: build
+	rm -rf $(ROOT)
+	$(MAKE) install DESTDIR=$(ROOT) PREFIX=/usr
+	mv $(ROOT)/usr/share/zsh/site-functions $(ROOT)/usr/share/zsh/vendor-completions
+	gzip -9n $(ROOT)/usr/share/man/man1/criu-image-streamer.1
+	install -D -m 644 LICENSE $(ROOT)/usr/share/doc/criu-image-streamer/copyright
+	install -m 644 README.md $(ROOT)/usr/share/doc/criu-image-streamer/README.md
+	strip --strip-unneeded $(ROOT)/usr/bin/criu-image-streamer
+	mkdir $(ROOT)/DEBIAN
+	libc=$$(grep -ao 'GLIBC_[0-9][0-9.]*' $(ROOT)/usr/bin/criu-image-streamer | sed 's/GLIBC_//' | sort -Vu | tail -n 1) && \
+	printf '%s\n' \
+		'Package: criu-image-streamer' \
+		'Version: $(VERSION)' \
+		"Architecture: $$(dpkg --print-architecture)" \
+		'Maintainer: criu-image-streamer developers <criu-image-streamer@localhost>' \
+		"Installed-Size: $$(du -ks $(ROOT)/usr | cut -f 1)" \
+		"Depends: libc6 (>= $$libc)" \
+		'Recommends: criu' \
+		'Suggests: bash, lz4' \
+		'Section: admin' \
+		'Priority: optional' \
+		'Description: streams CRIU checkpoint images between CRIU and pipes' \
+		' Captures the image that CRIU makes of a running process, and gives it back' \
+		' to CRIU, without storing it on a disk in between: for checkpoints in object' \
+		' stores, and for live migration.' \
+		>$(ROOT)/DEBIAN/control
+	dpkg-deb --root-owner-group --build $(ROOT) $(OUTPUT)/criu-image-streamer_$(VERSION)_$$(dpkg --print-architecture).deb
 
 clean:
 	$(CARGO) clean

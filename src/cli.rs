@@ -19,6 +19,7 @@ use structopt::StructOpt;
 use structopt::clap::AppSettings;
 
 use crate::endpoints::ShardCommand;
+use crate::help;
 use crate::pipe;
 use crate::progress::Progress;
 use crate::tcp_listen_remap::Remap;
@@ -35,7 +36,8 @@ const MOST_COMMANDS: usize = 32;
 #[structopt(
     usage = "criu-image-streamer [OPTIONS] --images-dir <images-dir> <SUBCOMMAND>",
     global_settings = &[AppSettings::VersionlessSubcommands, AppSettings::DeriveDisplayOrder, AppSettings::UnifiedHelpMessage],
-    settings = &[AppSettings::SubcommandRequiredElseHelp]
+    settings = &[AppSettings::SubcommandRequiredElseHelp],
+    after_help = help::ALL
 )]
 pub struct Args {
     /// Directory in which CRIU looks for the streamer's socket; `extract` writes the files there
@@ -89,9 +91,11 @@ pub struct Args {
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
+    #[structopt(after_help = help::CAPTURE)]
     Capture,
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
+    #[structopt(after_help = help::EXTRACT)]
     Extract {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
@@ -99,6 +103,7 @@ enum Command {
     },
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as `extract --serve`
+    #[structopt(after_help = help::SERVE)]
     Serve,
 }
 

@@ -13,6 +13,7 @@ pub mod clients;
 pub mod criu;
 pub mod endpoints;
 pub mod extract;
+pub mod help;
 pub mod interrupt;
 pub mod notice;
 pub mod pipe;
