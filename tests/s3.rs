@@ -348,7 +348,7 @@ criu dump --stream --images-dir images --tree $PID
 wait $streamer"#
         ))
         .success();
-    assert!(!application.is_alive());
+    application.is_gone();
     application
         .run(&format!(
             r#"{prelude}
