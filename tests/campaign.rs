@@ -76,7 +76,7 @@ fn campaign(kind: &str, round: impl Fn(&mut Random, &mut Tally)) {
         round(&mut Random::new(seed), &mut tally);
         std::mem::forget(on_failure);
     }
-    println!("{kind}: {tally}");
+    common::report(format_args!("{kind}: {tally}"));
 }
 
 const INVENTORY_SIZE: usize = 60;

@@ -285,11 +285,11 @@ fn run_target(target: Target) {
         try_input(target, &input, &format!("mutation {seed}, of {name}"));
         runs += 1;
     }
-    println!(
+    common::report(format_args!(
         "{}: {} seeds and {runs} inputs made of them",
         target.0,
         seeds.len()
-    );
+    ));
 }
 
 fn mutate(input: &mut Vec<u8>, seeds: &Seeds, random: &mut Random) {

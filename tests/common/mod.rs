@@ -25,10 +25,19 @@ pub mod runs;
 pub mod shards;
 pub mod streamer;
 
+use std::fmt::Display;
+use std::io::Write;
 use std::time::Duration;
 
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Tells what a campaign counted, also where the output of tests that pass is not shown.
+pub fn report(counts: impl Display) {
+    std::io::stdout()
+        .write_all(format!("{counts}\n").as_bytes())
+        .expect("write to standard output");
+}
 
 /// The size of a page, and of a pipe's slot.
 pub const PAGE: usize = 4096;

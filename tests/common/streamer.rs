@@ -46,6 +46,7 @@ pub struct Launch {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     progress: Progress,
+    stderr_reader_gone: bool,
     stdin: Stdio,
     stdout: Stdio,
     user: Option<u32>,
@@ -72,6 +73,7 @@ impl Launch {
             arguments: Vec::new(),
             environment: Vec::new(),
             progress: Progress::Pipe,
+            stderr_reader_gone: false,
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             user: None,
@@ -123,6 +125,12 @@ impl Launch {
     /// A progress pipe whose reader is gone from the start.
     pub fn progress_reader_gone(mut self) -> Self {
         self.progress = Progress::ReaderGone;
+        self
+    }
+
+    /// A standard error whose reader is gone from the start.
+    pub fn stderr_reader_gone(mut self) -> Self {
+        self.stderr_reader_gone = true;
         self
     }
 
@@ -217,7 +225,12 @@ impl Launch {
         let argv = format!("{command:?}");
         drop((command, inherited));
 
-        let stderr = Lines::collect(stderr_reader);
+        let stderr = if self.stderr_reader_gone {
+            drop(stderr_reader);
+            Lines::ended()
+        } else {
+            Lines::collect(stderr_reader)
+        };
         let progress = match self.progress {
             Progress::Stderr => stderr.clone(),
             _ => progress.map_or_else(Lines::ended, Lines::collect),
