@@ -16,6 +16,7 @@ pub mod extract;
 pub mod help;
 pub mod interrupt;
 pub mod notice;
+pub mod out_of_memory;
 pub mod pipe;
 pub mod poller;
 pub mod progress;

@@ -1,5 +1,10 @@
 use std::process::ExitCode;
 
+use criu_image_streamer::out_of_memory::OrExit;
+
+#[global_allocator]
+static ALLOCATOR: OrExit = OrExit;
+
 fn main() -> ExitCode {
     match criu_image_streamer::run() {
         Ok(()) => ExitCode::SUCCESS,

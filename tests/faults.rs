@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::child::{self, Limit};
 use common::criu::{self, Role, read_reply, send_fds};
-use common::image::{self, Files};
+use common::image::{self, Files, Shard};
 use common::random::Random;
 use common::runs;
 use common::shards::{self, Collector, pipe};
@@ -196,6 +196,28 @@ fn files_wait_for_their_turn_when_descriptors_run_short() {
     streamer.expect_success();
     let found = image::decode(&collector.finish()).unwrap();
     runs::assert_same_files(&found, &files);
+}
+
+/// Names take most of the memory: it is the heap that runs out, and not the memory for contents.
+#[test]
+fn many_small_files_under_a_memory_limit_are_a_clear_error() {
+    let files = (0..60_000)
+        .map(|i| (format!("{i:0>250}"), vec![1]))
+        .collect();
+    let mut image = image::encode_files(&files, 1, 1000);
+    // Without its end, so that those for which the memory suffices fail as well.
+    let end = Shard::new().image_eof(3 * 60_000).bytes.len();
+    let whole = image[0].len();
+    image[0].truncate(whole - end);
+    let mut errors = Vec::new();
+    for mebibytes in (80..=110).step_by(5) {
+        let limit = Limit::AddressSpace(mebibytes << 20);
+        let (mut streamer, feeder) = runs::feed(Streamer::serve().limit(limit), &image);
+        errors.push(streamer.expect_failure(&[]).error().to_owned());
+        feeder.finish();
+    }
+    let out_of_memory = |error: &String| error.contains("out of memory");
+    assert!(errors.iter().any(out_of_memory), "{errors:?}");
 }
 
 const EARLIER: &[u8] = b"of an earlier image";
