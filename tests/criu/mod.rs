@@ -184,6 +184,11 @@ impl Machine {
         machine
     }
 
+    /// Its first process, as seen from here.
+    pub fn init(&self) -> &str {
+        &self.init
+    }
+
     /// The machine's directory, as seen from here and from inside.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

@@ -1,0 +1,181 @@
+//! Live migration between two hosts: namespaces with a network cable between them, and an SSH server on the one where the
+//! process goes to. Over there it runs on, with its memory as it was.
+
+mod criu;
+
+use std::process::Command;
+
+use criu::Machine;
+
+/// Two machines that can reach each other, the second by SSH under the name `there`.
+struct Hosts {
+    here: Machine,
+    there: Machine,
+}
+
+impl Hosts {
+    fn new() -> Option<Self> {
+        let hosts = Self {
+            here: Machine::new()?,
+            there: Machine::new()?,
+        };
+        let cable = Command::new("ip")
+            .args(["link", "add", "name", "cable", "netns", hosts.here.init()])
+            .args(["type", "veth", "peer", "name", "cable", "netns"])
+            .arg(hosts.there.init())
+            .output()
+            .expect("ip (Debian: iproute2)");
+        assert!(
+            cable.status.success(),
+            "{}",
+            String::from_utf8_lossy(&cable.stderr)
+        );
+        for (machine, address) in [(&hosts.here, "192.0.2.1"), (&hosts.there, "192.0.2.2")] {
+            machine
+                .run(&format!(
+                    "ip address add {address}/24 dev cable && ip link set cable up"
+                ))
+                .success();
+        }
+        // The account's home is a directory of each machine's own. One that may ask for nothing on a terminal.
+        hosts
+            .here
+            .run(
+                r#"
+mkdir -p -m 700 home/.ssh
+mount --bind home ~
+ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id
+cat >~/.ssh/config <<END
+Host there
+    HostName 192.0.2.2
+    Port 2222
+    IdentityFile ~/.ssh/id
+    StrictHostKeyChecking accept-new
+END
+"#,
+            )
+            .success();
+        let key = String::from_utf8(hosts.here.read("home/.ssh/id.pub")).unwrap();
+        hosts
+            .there
+            .run(&format!(
+                r#"
+mkdir -p -m 700 home/.ssh
+mount --bind home ~
+echo "export PATH='$PATH' CRIU_CONFIG_FILE='$CRIU_CONFIG_FILE'" >~/.bashrc
+echo '{}' >~/.ssh/authorized_keys
+dropbearkey -t ed25519 -f host-key
+dropbear -E -s -p 192.0.2.2:2222 -r host-key -P dropbear.pid 2>dropbear.log
+"#,
+                key.trim()
+            ))
+            .success();
+        hosts
+            .here
+            .run("until ssh there true; do sleep 0.1; done")
+            .success();
+        // A process keeps its PID, which must be free on the other host.
+        hosts
+            .here
+            .run("echo 10000 >/proc/sys/kernel/ns_last_pid")
+            .success();
+        Some(hosts)
+    }
+
+    /// A script's `$THERE` is the other machine's directory.
+    fn with_there(&self, script: &str) -> String {
+        format!("THERE='{}'\n{script}", self.there.path("").display())
+    }
+}
+
+/// The recipe of the README, as it stands there.
+fn recipe() -> &'static str {
+    let readme = include_str!("../README.md");
+    readme
+        .split_once("<!-- migration -->\n```bash\n")
+        .and_then(|(_, rest)| rest.split_once("```"))
+        .expect("a block under the comment `migration`")
+        .0
+}
+
+#[test]
+fn a_process_migrates_to_another_host_as_the_readme_says() {
+    let Some(hosts) = Hosts::new() else { return };
+    let application = hosts.here.start("memory=64 threads=2 tree=1x2");
+    let before = application.goes_on();
+    application.run(recipe()).success();
+    application.is_gone();
+    application.goes_on_from(before);
+    runs_there(&hosts, &application.pid);
+}
+
+/// Each with its own connection, so that encryption is not bound to one processor.
+#[test]
+fn a_process_migrates_over_four_connections() {
+    let Some(hosts) = Hosts::new() else { return };
+    let application = hosts.here.start("memory=128 threads=2 tree=1x2");
+    let before = application.goes_on();
+    let arrive = r#"
+mkdir images && mkfifo arrived shard-1 shard-2 shard-3 shard-4
+criu-image-streamer --images-dir images --num-shards 4 --shard-cmd 'cat shard-{}' --progress-fd 3 serve 3>arrived & streamer=$!
+grep -q -m1 socket-init arrived
+criu restore --stream --images-dir images --restore-detached
+wait $streamer
+"#;
+    std::fs::write(hosts.there.path("arrive"), arrive).unwrap();
+    application
+        .run(&hosts.with_there(
+            r#"
+export THERE
+mkdir images && mkfifo ready
+ssh there "cd $THERE && bash -euo pipefail arrive" & arrival=$!
+criu-image-streamer --images-dir images --num-shards 4 \
+    --shard-cmd 'ssh there "cd $THERE && until test -p shard-{}; do sleep 0.1; done; cat >shard-{}"' \
+    --progress-fd 3 capture 3>ready & streamer=$!
+grep -q -m1 socket-init ready
+criu dump --stream --images-dir images --tree $PID
+wait $streamer
+wait $arrival
+"#,
+        ))
+        .success();
+    application.is_gone();
+    application.goes_on_from(before);
+    runs_there(&hosts, &application.pid);
+}
+
+/// CRIU is told, and lets it go on here; over there nothing is restored.
+#[test]
+fn a_process_stays_when_the_connection_breaks() {
+    let Some(hosts) = Hosts::new() else { return };
+    let application = hosts.here.start("memory=64 tree=1x2");
+    let before = application.goes_on();
+    let ran = application
+        .run(&hosts.with_there(
+            r#"
+export THERE
+mkdir images && mkfifo ready
+criu-image-streamer --images-dir images --num-shards 2 \
+    --shard-cmd 'ssh there "head -c 3000000 >$THERE/cut-{}; kill -KILL \$PPID"' --progress-fd 3 capture 3>ready & streamer=$!
+grep -q -m1 socket-init ready
+! criu dump --stream --images-dir images --tree $PID
+wait $streamer
+"#,
+        ))
+        .failure();
+    let said = ran.stderr();
+    assert!(
+        said.contains("criu-image-streamer Error: shard command "),
+        "{}",
+        ran.describe()
+    );
+    application.goes_on_from(before);
+}
+
+#[track_caller]
+fn runs_there(hosts: &Hosts, pid: &str) {
+    hosts
+        .there
+        .run(&format!("grep -q application /proc/{pid}/cmdline"))
+        .success();
+}
