@@ -1,0 +1,81 @@
+#!/bin/bash
+# Checkpoints a process so that it is never lost: it is only stopped until the image is known to be whole.
+#
+#     checkpoint-safely.sh <pid> <images-dir> <shards> '<shard command with {}>'
+#     checkpoint-safely.sh 1234 images 4 'lz4 | aws s3 cp - s3://checkpoints/app/{}.lz4'
+#
+# The process, which CRIU takes with all its descendants, is ended when everything has succeeded: CRIU, the streamer, and every part
+# of every shard command. If anything failed, or this script is interrupted, it goes on as if nothing had happened.
+#
+# CRIU's log is <images-dir>/dump.log. CRIU_OPTIONS is passed on to `criu dump`, such as '--tcp-established'.
+
+set -euo pipefail
+
+if [ $# != 4 ]; then
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+pid=$1 images=$2 shards=$3 command=$4
+
+fail() {
+    printf 'checkpoint-safely: %s\n' "$*" >&2
+    exit 1
+}
+
+# A process with its descendants, whatever process groups they are in.
+tree() {
+    local child
+    echo "$1"
+    for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do
+        tree "$child"
+    done
+}
+
+resume() {
+    local process
+    for process in $processes; do
+        kill -CONT "$process" 2>/dev/null || true
+    done
+}
+
+work=$(mktemp -d)
+streamer=
+processes=
+finish() {
+    local status=$?
+    trap '' INT TERM HUP
+    if [ $status != 0 ]; then
+        [ -z "$streamer" ] || kill "$streamer" 2>/dev/null || true
+        [ -z "$streamer" ] || wait "$streamer" 2>/dev/null || true
+        resume
+    fi
+    rm -rf "$work"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+kill -0 "$pid" || fail "there is no process $pid that we may signal"
+processes=$(tree "$pid")
+mkdir -p "$images"
+mkfifo "$work/progress"
+criu-image-streamer --images-dir "$images" --progress-fd 3 \
+    --num-shards "$shards" --shard-cmd "$command" capture 3>"$work/progress" &
+streamer=$!
+
+# Opened for reading as long as the streamer may write to it; it ends when the streamer does.
+exec 4<"$work/progress"
+read -r line <&4 && [ "$line" = socket-init ] || fail "the streamer could not start"
+
+# shellcheck disable=SC2086 # CRIU_OPTIONS is a list of words
+criu dump --stream --images-dir "$images" --log-file dump.log --tree "$pid" --leave-stopped ${CRIU_OPTIONS:-} ||
+    fail "CRIU failed (see $images/dump.log): process $pid goes on"
+# What was started while CRIU was at work belongs to it too.
+processes=$(tree "$pid")
+wait "$streamer" || fail "the image could not be written: process $pid goes on"
+streamer=
+
+# Only now is the image safe. Nobody can run between these signals: all are stopped.
+for process in $processes; do
+    kill -KILL "$process"
+done
