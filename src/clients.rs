@@ -139,7 +139,7 @@ impl<R> Clients<R> {
                     "{peer} went away in the middle of a request: it was killed, or crashed"
                 );
                 // Whoever else is connected may be CRIU, at work before its first file.
-                if self.clients.is_empty() && self.spoken < self.expected {
+                if !has_spoken && self.clients.is_empty() && self.spoken < self.expected {
                     self.give_up = Some(Instant::now() + GRACE);
                 }
                 Ok(())

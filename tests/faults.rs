@@ -101,6 +101,21 @@ fn a_stranger_who_leaves_does_not_end_the_wait_for_a_criu_that_is_at_work() {
 }
 
 #[test]
+fn the_next_of_several_clients_may_take_its_time() {
+    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let (mut streamer, _feeder) =
+        runs::feed(Streamer::serve().args(["--criu-clients", "2"]), &image);
+    for client in 0..2 {
+        if client > 0 {
+            thread::sleep(Duration::from_millis(2500));
+        }
+        let found = streamer.criu().read_file("inventory.img");
+        assert_eq!(found.as_deref(), Some(&b"inventory"[..]));
+    }
+    streamer.expect_success();
+}
+
+#[test]
 fn a_stranger_who_asks_for_a_file_and_leaves_takes_nothing_with_it() {
     let pages = common::random::bytes(1, 3 << 20);
     let image = image::encode(
