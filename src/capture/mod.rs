@@ -221,13 +221,18 @@ impl Capture<'_> {
     /// Whenever the image did not become complete.
     pub fn run(self, interrupts: &Interrupts) -> Result<Stats> {
         let poller = Poller::new().context("preparing to wait for events")?;
-        let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
-        let most_sources = descriptor_limit().saturating_sub(taken).max(1);
+        let mut taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
         let mut shards = Vec::new();
         for (index, (pipe, label)) in self.shards.into_iter().enumerate() {
             shards.push(Shard::new(pipe, label, self.tallies.shard(index))?);
         }
         warn_of_small_pipes(&shards);
+        let limit = descriptor_limit();
+        if limit >= MANY_DESCRIPTORS {
+            taken += 2 * shards.len();
+            shards.iter_mut().for_each(Shard::gather_small_files);
+        }
+        let most_sources = limit.saturating_sub(taken).max(1);
         let staging = Staging::new(&shards)?;
         let mut capture = Loop {
             poller,
@@ -265,6 +270,9 @@ impl Capture<'_> {
         capture.finish()
     }
 }
+
+/// So many descriptors are enough for CRIU's files and for gathering small ones as well; with fewer, CRIU's come first.
+const MANY_DESCRIPTORS: usize = 256;
 
 /// How many descriptors this process may have.
 fn descriptor_limit() -> usize {

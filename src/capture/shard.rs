@@ -115,7 +115,7 @@ pub struct Shard {
     portions: VecDeque<Portion>,
     free: usize,
     markers: Vec<u8>,
-    /// Small files that were not moved yet, with their markers: before the queued ones.
+    /// Small files that were not moved yet, with their markers: before the queued ones. None if small files do not gather.
     batch: Option<Batch>,
     written: u64,
     tally: Tally,
@@ -154,6 +154,12 @@ impl Shard {
             last_write: None,
             promised: false,
         })
+    }
+
+    /// From now on small files gather, which takes two descriptors. Where these, or the memory for a pipe, cannot be had, small
+    /// files go straight to the shard as before.
+    pub fn gather_small_files(&mut self) {
+        self.batch = Batch::new(BATCH.min(self.capacity * SLOT)).ok();
     }
 
     pub fn label(&self) -> &str {
@@ -231,9 +237,8 @@ impl Shard {
 
     /// Adds the queued markers and data behind them to the batch, as far as it has room, and tells how much of the data.
     fn gather(&mut self, source: &ReadEnd, len: usize, slots: usize) -> Result<usize> {
-        let batch = match &mut self.batch {
-            Some(batch) => batch,
-            none => none.insert(Batch::new(BATCH.min(self.capacity * SLOT))?),
+        let Some(batch) = &mut self.batch else {
+            return Ok(0);
         };
         let gathered = batch.write(&self.markers)?;
         self.markers.drain(..gathered);
