@@ -276,6 +276,8 @@ impl Region {
             };
             // Refused where huge pages are not built in: small ones do.
             let _ = madvise(base.cast(), REGION, advice);
+            // It is another process's memory, and has no business in a core dump of ours.
+            let _ = madvise(base.cast(), REGION, MmapAdvise::MADV_DONTDUMP);
             base
         };
         Ok(Self {
@@ -390,5 +392,28 @@ mod tests {
         assert!(arena.bytes(&whole).iter().all(|&found| found == 7));
         arena.release(whole);
         assert_eq!(arena.live(), 0);
+    }
+
+    #[test]
+    fn what_an_image_holds_is_left_out_of_core_dumps() {
+        let mut arena = Arena::new();
+        let extent = filled(&mut arena, 100, 1);
+        let address = arena.bytes(&extent).as_ptr().addr();
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut is_ours = false;
+        let flags = maps.lines().find(|line| {
+            let range = line
+                .split(' ')
+                .next()
+                .and_then(|range| range.split_once('-'));
+            if let Some((start, end)) = range
+                && let Ok(start) = usize::from_str_radix(start, 16)
+                && let Ok(end) = usize::from_str_radix(end, 16)
+            {
+                is_ours = (start..end).contains(&address);
+            }
+            is_ours && line.starts_with("VmFlags:")
+        });
+        assert!(flags.unwrap().split(' ').any(|flag| flag == "dd"));
     }
 }
