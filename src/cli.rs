@@ -200,6 +200,8 @@ impl Plan {
         )?;
         let progress_fd = match &args.progress_fd {
             None if args.progress_bar => None,
+            // Nobody asked for it, and nobody misses it.
+            None if is_stand_in(2) => None,
             None => Some(2),
             Some(fd) => Some(parse_fd(fd).context("--progress-fd")?),
         };

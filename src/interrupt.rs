@@ -56,7 +56,9 @@ impl Interrupts {
     pub fn catch() -> io::Result<Self> {
         let mut mask = SigSet::empty();
         for signal in SIGNALS {
-            mask.add(signal);
+            if signal != Signal::SIGHUP || !is_ignored(signal) {
+                mask.add(signal);
+            }
         }
         mask.add(Signal::SIGCHLD);
         mask.thread_block()?;
@@ -89,6 +91,18 @@ impl Interrupts {
             None => Ok(()),
         }
     }
+}
+
+/// Whether whoever started us wants us to ignore a signal, as `nohup` does. Where that cannot be read, nobody is taken to.
+fn is_ignored(signal: Signal) -> bool {
+    let ignored = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigIgn:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    };
+    ignored().is_some_and(|mask| mask & (1 << (signal as u32 - 1)) != 0)
 }
 
 impl AsFd for Interrupts {

@@ -394,6 +394,34 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
     }
 }
 
+/// Whatever the size of the image.
+#[test]
+fn files_and_sockets_take_next_to_no_memory() {
+    let dir = TempDir::new().unwrap();
+    let mut ends: Vec<OwnedFd> = paths(dir.path(), 3)
+        .iter()
+        .map(|path| File::create(path).unwrap().into())
+        .collect();
+    let appended = File::options()
+        .append(true)
+        .create(true)
+        .open(dir.path().join("appended"))
+        .unwrap();
+    ends.push(appended.into());
+    let mut streamer = Streamer::capture().shards(ends).start();
+    let criu = streamer.criu();
+    let mut pages = criu.create_file("pages-1.img");
+    for _ in 0..64 {
+        std::io::Write::write_all(&mut pages, &vec![7; 1 << 20]).unwrap();
+    }
+    let anonymous = streamer.memory_kib("RssAnon");
+    assert!(anonymous < 1024, "{anonymous} KiB");
+    drop(pages);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+}
+
 /// A file's pump is a thread; a pipe has none.
 #[test]
 fn pipes_are_used_as_they_are() {

@@ -296,6 +296,62 @@ fn a_supervisor_may_stop_listening() {
     streamer.expect_success();
 }
 
+/// The terminal that it was started from may be closed.
+#[test]
+fn a_streamer_under_nohup_survives_a_hangup() {
+    let images = TempDir::new().unwrap();
+    let script = format!(
+        "trap '' HUP; exec {} -D '{}' -p 1 --shard-cmd 'cat >/dev/null' capture",
+        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        images.path().display()
+    );
+    let mut streamer = process("sh", &["-c", &script], Stdio::null(), Stdio::piped());
+    let mut progress = BufReader::new(streamer.stdout.take().unwrap());
+    let mut line = String::new();
+    progress.read_line(&mut line).unwrap();
+    assert_eq!(line, "socket-init\n");
+    let pid = nix::unistd::Pid::from_raw(streamer.id().cast_signed());
+    nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
+    let criu = Criu::connect(images.path(), Role::Capture);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    ends_well(streamer);
+}
+
+/// Python's subprocess.DEVNULL, for one, is open for reading and writing: like what stands in for a closed descriptor.
+#[test]
+fn a_supervisor_may_have_no_interest_in_standard_error() {
+    let images = TempDir::new().unwrap();
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .unwrap();
+    let streamer = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"))
+        .arg("-D")
+        .arg(images.path())
+        .args(["--shard-cmd", "cat >/dev/null", "capture"])
+        .stdin(Stdio::null())
+        .stderr(null)
+        .spawn()
+        .unwrap();
+    let socket = Role::Capture.socket(images.path());
+    let deadline = std::time::Instant::now() + HANG_TIMEOUT;
+    while !socket.exists() && std::time::Instant::now() < deadline {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    // Bound, it may not listen yet.
+    let criu = loop {
+        match Criu::try_connect(images.path(), Role::Capture) {
+            Ok(criu) => break criu,
+            Err(why) => assert!(std::time::Instant::now() < deadline, "{why}"),
+        }
+    };
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    ends_well(streamer);
+}
+
 fn safely(command: &str) -> String {
     format!(
         "'{}' $PID images 2 '{command}'",
