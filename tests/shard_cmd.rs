@@ -442,6 +442,28 @@ fn commands_are_not_started_for_bad_usage() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
+/// It is not in the terminal's foreground, where it could be answered. `script` gives it a terminal.
+#[test]
+fn a_command_that_wants_a_password_from_the_terminal_is_told_off() {
+    let dir = TempDir::new().unwrap();
+    let command = format!(
+        "{} -D '{}' --shard-cmd 'read -r password </dev/tty; cat' serve",
+        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        dir.path().display()
+    );
+    let output = std::process::Command::new("script")
+        .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .expect("script (Debian: bsdutils)");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("shard command 1") && said.contains("terminal"),
+        "{said}"
+    );
+}
+
 /// CRIU sees broken pipes when a command has failed, so that it lets the application go on.
 #[test]
 fn criu_is_told_when_a_command_fails() {

@@ -233,9 +233,17 @@ impl Running {
         if self.fate != Fate::Running {
             return Ok(());
         }
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let flags = WaitPidFlag::WEXITED
+            | WaitPidFlag::WSTOPPED
+            | WaitPidFlag::WNOHANG
+            | WaitPidFlag::WNOWAIT;
         self.fate = match uninterrupted(|| waitid(Id::Pid(self.group), flags)) {
-            Ok(WaitStatus::StillAlive) => Fate::Running,
+            // Nobody can bring it to the terminal's foreground: it would stand still for ever.
+            Ok(status @ WaitStatus::Stopped(_, Signal::SIGTTIN | Signal::SIGTTOU)) => {
+                Fate::Failed(status)
+            }
+            // Whoever stopped it will have it go on.
+            Ok(WaitStatus::StillAlive | WaitStatus::Stopped(..)) => Fate::Running,
             Ok(WaitStatus::Exited(_, 0)) => Fate::Succeeded,
             Ok(status) => Fate::Failed(status),
             Err(error) => {
@@ -253,6 +261,12 @@ impl Running {
             WaitStatus::Exited(_, status) => format!("exit status {status}"),
             WaitStatus::Signaled(_, signal, _) => {
                 format!("signal {} ({signal})", signal as i32)
+            }
+            WaitStatus::Stopped(_, signal) => {
+                return Some(anyhow!(
+                    "{}: it wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask",
+                    self.name()
+                ));
             }
             other => format!("{other:?}"),
         };
@@ -304,6 +318,7 @@ impl Drop for Commands {
             for running in &left {
                 // It was there a moment ago, and is ours; if it has ended by itself, all the better.
                 let _ = killpg(running.group, signal);
+                let _ = killpg(running.group, Signal::SIGCONT);
             }
             let end = Instant::now() + GRACE;
             while !left.is_empty() && Instant::now() < end {
