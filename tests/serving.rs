@@ -126,7 +126,7 @@ fn readers_that_open_read_and_leave_at_random_get_right_bytes_and_an_end() {
         |name: &str, default| std::env::var(name).map_or(default, |value| value.parse().unwrap());
     let (first, count): (u64, u64) = (
         number("SERVING_FIRST_SEED", 0),
-        number("SERVING_SEEDS", 1000),
+        number("SERVING_SEEDS", 2000),
     );
     let run = |seeds: std::ops::Range<u64>| {
         for seed in seeds {
