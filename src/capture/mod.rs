@@ -14,6 +14,7 @@
 //! pipes break, so that CRIU lets the application go on.
 
 mod balancer;
+mod image;
 mod shard;
 mod source;
 
@@ -27,17 +28,15 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use crate::clients::Clients;
 use crate::criu::{Connection, Listener, Message};
-use crate::image_proto::marker::Body;
 use crate::interrupt::Interrupts;
-use crate::notice;
-use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::poller::{Event, Interest, Pace, Poller};
 use crate::progress::{Milestone, Progress, Stats};
 use crate::progress_bar::{Tallies, Tally};
 use crate::wire::ImageName;
-use balancer::Room;
-use shard::{Shard, Spliced};
-use source::{Layout, Origin, Promise, Ready, Source};
+use image::{Image, Step};
+use shard::Shard;
+use source::{Origin, Ready, Source};
 
 /// The file that CRIU sends last, and only when the dump succeeded.
 const INVENTORY: &str = "inventory.img";
@@ -50,9 +49,6 @@ const CHUNKS_PER_TURN: usize = 4;
 
 /// Bytes thrown away at a time.
 const DISCARD: usize = 1 << 20;
-
-/// The most slots that a chunk may pass through the staging pipe with.
-const LARGEST_STAGED: usize = 64;
 
 /// How long readers are waited for briefly.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
@@ -67,9 +63,6 @@ pub enum Drain {
     /// rest for one that did.
     Completely,
 }
-
-/// Below this capacity, in bytes, a shard costs speed that a setting could give back.
-const GOOD_CAPACITY: usize = 1 << 20;
 
 /// Descriptors kept free of files: for epoll, signals, the socket, the standard streams, and for what one look at a client can
 /// bring.
@@ -123,19 +116,6 @@ impl Token {
     }
 }
 
-/// How far a source got in one round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
-    /// Nothing to do until an event comes.
-    Idle,
-    /// It waits for room in the shards.
-    NoRoom,
-    /// It has moved something, or will when it has filled.
-    Busy,
-    /// It is complete.
-    Complete,
-}
-
 /// Which files arrived whole.
 #[derive(Debug, Default)]
 struct Delivered {
@@ -150,49 +130,13 @@ impl Delivered {
     }
 }
 
-/// A pipe through which chunks pass whose number of slots is not known: what fits into it takes no more slots elsewhere than it has.
-/// It is filled only when a shard has room for all that fits, and so is emptied at once.
-struct Staging {
-    read: ReadEnd,
-    write: WriteEnd,
-    slots: usize,
-    is_taken: bool,
-}
-
-impl Staging {
-    /// Chooses a size that every shard has room for while it is half full.
-    fn new(shards: &[Shard]) -> Result<Self> {
-        let smallest = shards.iter().map(Room::capacity).min().unwrap_or(1);
-        let (read, write, slots) = pipe::with_slots((smallest / 2).clamp(1, LARGEST_STAGED))?;
-        Ok(Self {
-            read,
-            write,
-            slots,
-            is_taken: false,
-        })
-    }
-
-    /// Takes as much out of a source as fits, and tells how many bytes that is.
-    fn fill(&self, source: &mut Source) -> Result<usize> {
-        match pipe::splice(&source.pipe, &self.write, self.slots * SLOT)
-            .with_context(|| format!("capturing {}", source.name))?
-        {
-            Moved::Bytes(bytes) => {
-                source.staged(bytes, self.slots);
-                Ok(bytes)
-            }
-            Moved::WouldBlock | Moved::End => Err(ended_early(source, 1)),
-        }
-    }
-}
-
 struct Loop<'a> {
     poller: Poller,
     interrupts: &'a Interrupts,
     /// Until nobody is waited for any more.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
-    shards: Vec<Shard>,
+    image: Image,
     sources: HashMap<u64, Source>,
     by_name: HashMap<ImageName, u64>,
     /// So many files may be open before CRIU is left waiting with the next, as it may be faster than the shards.
@@ -202,16 +146,12 @@ struct Loop<'a> {
     external_names: Vec<ImageName>,
     busy: Vec<u64>,
     next_source: u64,
-    seq: u64,
-    current: Option<u64>,
     delivered: Delivered,
     frozen: bool,
-    start: Option<Instant>,
     progress: &'a mut Progress,
     drain: Drain,
     files: Tally,
     discard: Option<File>,
-    staging: Staging,
 }
 
 impl Capture<'_> {
@@ -226,20 +166,18 @@ impl Capture<'_> {
         for (index, (pipe, label)) in self.shards.into_iter().enumerate() {
             shards.push(Shard::new(pipe, label, self.tallies.shard(index))?);
         }
-        warn_of_small_pipes(&shards);
         let limit = descriptor_limit();
         if limit >= MANY_DESCRIPTORS {
             taken += 2 * shards.len();
             shards.iter_mut().for_each(Shard::gather_small_files);
         }
         let most_sources = limit.saturating_sub(taken).max(1);
-        let staging = Staging::new(&shards)?;
         let mut capture = Loop {
             poller,
             interrupts,
             listener: Some(self.listener),
             clients: Clients::new(self.criu_clients),
-            shards,
+            image: Image::new(shards)?,
             sources: HashMap::new(),
             by_name: HashMap::new(),
             most_sources,
@@ -247,16 +185,12 @@ impl Capture<'_> {
             external_names: Vec::new(),
             busy: Vec::new(),
             next_source: 0,
-            seq: 0,
-            current: None,
             delivered: Delivered::default(),
             frozen: false,
-            start: None,
             progress: self.progress,
             drain: self.drain,
             files: self.tallies.files,
             discard: None,
-            staging,
         };
         capture.watch(interrupts)?;
         for (name, pipe) in self.external_files {
@@ -279,25 +213,6 @@ fn descriptor_limit() -> usize {
     getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize)
 }
 
-fn warn_of_small_pipes(shards: &[Shard]) {
-    if let Some(smallest) = shards.iter().min_by_key(|shard| shard.capacity())
-        && smallest.capacity() * SLOT < GOOD_CAPACITY
-    {
-        notice::tell(format_args!(
-            "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
-            smallest.label(),
-            smallest.capacity() * SLOT / 1024,
-        ));
-    }
-}
-
-fn ended_early(source: &Source, missing: usize) -> anyhow::Error {
-    anyhow::anyhow!(
-        "capturing {}: its pipe ended {missing} bytes early: somebody else reads from it",
-        source.name
-    )
-}
-
 impl Loop<'_> {
     fn watch(&self, interrupts: &Interrupts) -> Result<()> {
         let add = || {
@@ -307,7 +222,7 @@ impl Loop<'_> {
                 self.poller
                     .add(listener, Token::Listener.encode(), Interest::Readable)?;
             }
-            for (index, shard) in self.shards.iter().enumerate() {
+            for (index, shard) in self.image.shards().iter().enumerate() {
                 self.poller
                     .add(shard, Token::Shard(index as u64).encode(), Interest::Gone)?;
             }
@@ -344,7 +259,7 @@ impl Loop<'_> {
                     self.incomplete()
                 );
             }
-            if step < Step::Busy && !self.flush()? {
+            if step < Step::Busy && !self.image.flush()? {
                 step = Step::NoRoom;
             }
             limit = match step {
@@ -407,7 +322,7 @@ impl Loop<'_> {
                 }
                 Token::Shard(index) => {
                     if event.hung_up {
-                        return Err(self.shards[index as usize].reader_gone());
+                        return Err(self.image.shards()[index as usize].reader_gone());
                     }
                 }
             }
@@ -541,7 +456,10 @@ impl Loop<'_> {
 
     /// Moves what a source has, as far as the shards have room.
     fn advance(&mut self, id: u64, source: &mut Source) -> Result<Step> {
-        if !self.keep_promise(source, source.promise.map_or(0, |promise| promise.left))? {
+        if !self
+            .image
+            .keep_promise(source, source.promise.map_or(0, |promise| promise.left))?
+        {
             return Ok(Step::NoRoom);
         }
         if source.replaced {
@@ -565,9 +483,9 @@ impl Loop<'_> {
             {
                 Ready::Empty => return Ok(Step::Idle),
                 Ready::Filling => return Ok(Step::Busy),
-                Ready::Ended => return self.end_file(id, source),
+                Ready::Ended => return self.image.end_file(id, source),
                 Ready::Move(available) => {
-                    let step = self.give_chunk(id, source, available)?;
+                    let step = self.image.give_chunk(id, source, available)?;
                     chunks += 1;
                     if step != Step::Busy || (chunks >= CHUNKS_PER_TURN && !source.ended) {
                         return Ok(step);
@@ -577,110 +495,9 @@ impl Loop<'_> {
         }
     }
 
-    /// Gives one chunk to the shard with the most room, if any has enough.
-    fn give_chunk(&mut self, id: u64, source: &mut Source, available: usize) -> Result<Step> {
-        const MARKERS: usize = 1;
-        let largest = self.shards.iter().map(Room::capacity).max().unwrap_or(0);
-        let layout = source.layout(available, self.staging.slots);
-        let wanted = match layout {
-            Layout::Pages => (available / SLOT).min(largest.saturating_sub(MARKERS)),
-            Layout::AtMost(slots) => slots,
-            Layout::Unknown => self.staging.slots,
-        };
-        let Some(grant) = balancer::choose(&mut self.shards, wanted + MARKERS)
-            .context("looking for a shard with room")?
-        else {
-            return Ok(Step::NoRoom);
-        };
-        // The only shard that cannot hold a marker and data at once: its data is promised.
-        let is_tiny = self.shards[grant.shard].capacity() <= MARKERS;
-        let slots = grant.slots.saturating_sub(MARKERS);
-        let mut staged = false;
-        let size = if is_tiny {
-            available.min(SLOT)
-        } else if slots == 0 {
-            return Ok(Step::NoRoom);
-        } else if layout == Layout::Pages {
-            slots * SLOT
-        } else if slots < wanted {
-            return Ok(Step::NoRoom);
-        } else if layout != Layout::Unknown {
-            available
-        } else if self.staging.is_taken {
-            return Ok(Step::NoRoom);
-        } else {
-            staged = true;
-            self.staging.fill(source)?
-        };
-        self.start.get_or_insert_with(Instant::now);
-        self.name_file(id, source, grant.shard);
-        self.mark(grant.shard, Body::FileData(size as u32));
-        source.promise = Some(Promise {
-            shard: grant.shard,
-            left: size,
-            staged,
-        });
-        self.shards[grant.shard].set_promised(true);
-        self.staging.is_taken |= staged;
-        if !self.keep_promise(source, slots.clamp(1, size))? {
-            return Ok(Step::NoRoom);
-        }
-        if source.ended && size == available {
-            self.mark_end(source, grant.shard);
-            return Ok(Step::Complete);
-        }
-        Ok(Step::Busy)
-    }
-
-    /// Moves what is left of the chunk that was promised to a shard, `slots` at most, and tells whether all of it has moved.
-    fn keep_promise(&mut self, source: &mut Source, slots: usize) -> Result<bool> {
-        let Some(promise) = source.promise else {
-            return Ok(true);
-        };
-        let shard = &mut self.shards[promise.shard];
-        let pipe = if promise.staged {
-            &self.staging.read
-        } else {
-            &source.pipe
-        };
-        let left = match shard.splice(pipe, promise.left, slots)? {
-            Spliced::All => 0,
-            Spliced::Full { left } => left,
-            Spliced::SourceEnded { missing } => return Err(ended_early(source, missing)),
-        };
-        source.moved(promise.left - left);
-        if left > 0 {
-            source.promise = Some(Promise { left, ..promise });
-            return Ok(false);
-        }
-        source.promise = None;
-        shard.set_promised(false);
-        self.staging.is_taken &= !promise.staged;
-        Ok(true)
-    }
-
-    /// Marks the end of a file that has nothing left.
-    fn end_file(&mut self, id: u64, source: &mut Source) -> Result<Step> {
-        let Some(grant) =
-            balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?
-        else {
-            return Ok(Step::NoRoom);
-        };
-        self.start.get_or_insert_with(Instant::now);
-        self.name_file(id, source, grant.shard);
-        self.mark_end(source, grant.shard);
-        Ok(Step::Complete)
-    }
-
-    fn mark_end(&mut self, source: &mut Source, shard: usize) {
-        self.mark(shard, Body::FileEof(true));
-        self.current = None;
-        source.named = false;
-    }
-
     /// Ends a replaced file in the image, and throws away whatever its writer still sends.
     fn discard(&mut self, id: u64, source: &mut Source) -> Result<Step> {
-        if source.named && self.end_file(id, source)? == Step::NoRoom {
+        if source.named && self.image.end_file(id, source)? == Step::NoRoom {
             return Ok(Step::NoRoom);
         }
         let null = match &mut self.discard {
@@ -703,75 +520,32 @@ impl Loop<'_> {
         }
     }
 
-    /// Makes a file the current one.
-    fn name_file(&mut self, id: u64, source: &mut Source, shard: usize) {
-        if self.current != Some(id) {
-            self.mark(shard, Body::Filename(source.name.as_str().to_owned()));
-            self.current = Some(id);
-            source.named = true;
-        }
-    }
-
-    fn mark(&mut self, shard: usize, body: Body) {
-        self.shards[shard].mark(self.seq, body);
-        self.seq += 1;
-    }
-
-    /// Writes all queued markers, and tells whether none is left.
-    fn flush(&mut self) -> Result<bool> {
-        let mut all = true;
-        for shard in &mut self.shards {
-            all &= shard.flush()?;
-        }
-        Ok(all)
-    }
-
     /// Completes the image.
     fn finish(mut self) -> Result<Stats> {
         // To us, an external file that could not be read has ended.
         self.interrupts.check()?;
         let mut pace = Pace::new();
         self.listener = None;
-        let grant = loop {
+        loop {
             // Before there is an end marker to be seen, no reader has seen it all, whatever it has taken.
             self.check_readers(|_| false)?;
-            if let Some(grant) =
-                balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?
-            {
-                break grant;
+            if self.image.end()? {
+                break;
             }
             // What is queued takes room as well.
-            self.flush()?;
+            self.image.flush()?;
             pace.nap_longer();
-        };
-        self.mark(grant.shard, Body::ImageEof(true));
-        while !self.flush()? {
+        }
+        while !self.image.flush()? {
             self.wait_for_readers(&mut pace)?;
         }
         let written = Instant::now();
         while (self.drain == Drain::Completely || written.elapsed() < DRAIN_PATIENCE)
-            && !self.is_drained()?
+            && !self.image.is_drained()?
         {
             self.wait_for_readers(&mut pace)?;
         }
-        let shards = self
-            .shards
-            .iter()
-            .map(|shard| shard.stats(self.start))
-            .collect();
-        Ok(Stats { shards })
-    }
-
-    fn is_drained(&self) -> Result<bool> {
-        for shard in &self.shards {
-            if !shard
-                .is_drained()
-                .with_context(|| format!("waiting for the reader of {}", shard.label()))?
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        Ok(self.image.stats())
     }
 
     fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
@@ -790,7 +564,7 @@ impl Loop<'_> {
             match Token::decode(event.token) {
                 Token::Interrupt => self.interrupts.check()?,
                 Token::Shard(index) if event.hung_up => {
-                    let shard = &self.shards[index as usize];
+                    let shard = &self.image.shards()[index as usize];
                     if !may_leave(shard) {
                         return Err(shard.reader_gone());
                     }
