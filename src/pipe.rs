@@ -54,12 +54,17 @@ impl ReadEnd {
     /// # Errors
     /// When it is not a pipe, or not open for reading; the text says which.
     pub fn new(fd: OwnedFd) -> Result<Self> {
-        check_end(
-            fd.as_fd(),
-            OFlag::O_WRONLY,
-            "the write end of a pipe, where its read end is needed",
-        )?;
-        Ok(Self(fd))
+        Self::measured(fd).map(|(end, _)| end)
+    }
+
+    /// The same, with the pipe's capacity in slots.
+    ///
+    /// # Errors
+    /// Those of [`ReadEnd::new`].
+    pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
+        let wrong_end = "the write end of a pipe, where its read end is needed";
+        let slots = check_end(fd.as_fd(), OFlag::O_WRONLY, wrong_end)?;
+        Ok((Self(fd), slots))
     }
 }
 
@@ -133,16 +138,16 @@ pub fn describe(fd: BorrowedFd) -> &'static str {
     }
 }
 
-fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<()> {
-    let kind = describe(fd);
-    if kind != "a pipe" {
-        bail!("it is {kind}, not a pipe");
-    }
+/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way to find out that it is no pipe.
+fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
+    let Ok(slots) = slots(fd) else {
+        bail!("it is {}, not a pipe", describe(fd));
+    };
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).context("reading its flags")?);
     if flags & OFlag::O_ACCMODE == wrong_mode {
         bail!("it is {wrong_end}");
     }
-    Ok(())
+    Ok(slots)
 }
 
 /// How many bytes can be taken out of a pipe now.

@@ -195,9 +195,8 @@ impl Capture<'_> {
         capture.watch(interrupts)?;
         for (name, pipe) in self.external_files {
             capture.external_names.push(name.clone());
-            capture.add_source(
-                Source::new(name, pipe, Origin::External).context("inspecting a pipe")?,
-            )?;
+            let slots = pipe::slots(&pipe).with_context(|| format!("capturing {name}"))?;
+            capture.add_source(Source::new(name, pipe, slots, Origin::External))?;
         }
         capture.progress.reached(Milestone::SocketInit);
         capture.receive_files()?;
@@ -363,7 +362,7 @@ impl Loop<'_> {
                     let name = requested
                         .take()
                         .context("a descriptor came without a name")?;
-                    let pipe = ReadEnd::new(fd).with_context(|| {
+                    let pipe = ReadEnd::measured(fd).with_context(|| {
                         format!("{} sent something wrong for {name}", connection.peer())
                     })?;
                     opened.push((name, pipe));
@@ -384,12 +383,12 @@ impl Loop<'_> {
     }
 
     /// Starts a file of CRIU's. An open one of the same name is replaced by it.
-    fn open(&mut self, name: ImageName, pipe: ReadEnd) -> Result<()> {
+    fn open(&mut self, name: ImageName, (pipe, slots): (ReadEnd, usize)) -> Result<()> {
         if !self.frozen && name.as_str() != CPUINFO {
             self.frozen = true;
             self.progress.reached(Milestone::CheckpointStart);
         }
-        let mut source = Source::new(name, pipe, Origin::Criu).context("inspecting a pipe")?;
+        let mut source = Source::new(name, pipe, slots, Origin::Criu);
         if let Some(&earlier) = self.by_name.get(&source.name)
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {

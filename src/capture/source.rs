@@ -82,9 +82,9 @@ pub struct Source {
 impl Source {
     /// # Errors
     /// Those of inspecting a pipe.
-    pub fn new(name: ImageName, pipe: ReadEnd, origin: Origin) -> io::Result<Self> {
-        let capacity = pipe::slots(&pipe)?;
-        Ok(Self {
+    /// `capacity` is that of the pipe, in slots.
+    pub fn new(name: ImageName, pipe: ReadEnd, capacity: usize, origin: Origin) -> Self {
+        Self {
             name,
             pipe,
             origin,
@@ -98,7 +98,7 @@ impl Source {
             last_seen: 0,
             moved: 0,
             whole_pages: false,
-        })
+        }
     }
 
     /// Looks at the pipe and decides.
@@ -165,9 +165,10 @@ mod tests {
     use super::*;
 
     fn source() -> (Source, pipe::WriteEnd) {
+        let name = ImageName::new("pages-1.img").unwrap();
         let (read, write) = pipe::new().unwrap();
         (
-            Source::new(ImageName::new("pages-1.img").unwrap(), read, Origin::Criu).unwrap(),
+            Source::new(name, read, DEFAULT_SLOTS, Origin::Criu),
             write.nonblocking().unwrap(),
         )
     }
