@@ -16,7 +16,7 @@ mod transfer;
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -36,6 +36,11 @@ pub const LARGEST_KEPT: usize = 1 << 20;
 
 /// What is kept in all for being asked for again, in bytes.
 pub const MOST_KEPT: usize = 16 << 20;
+
+/// How long after CRIU's last word the next one is looked for without sleeping. CRIU waits for each answer and asks again at once, and
+/// on an idle virtual machine each wake-up costs tens of microseconds: 50,000 small files took 5.3 s with sleeping and 2.3 s
+/// without, for the same CPU time. Other processes go first (`sched_yield`).
+const ATTENTION: Duration = Duration::from_micros(50);
 
 /// Files whose names start like this hold the application's memory: large, and read once.
 const PAGES: &str = "pages-";
@@ -145,11 +150,15 @@ impl Server<'_> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
         let mut limit = None;
+        let mut heard = Instant::now();
         while !(self.clients.all_gone() && self.transfers.is_empty()) {
             self.poller
                 .wait(limit, &mut events)
                 .context("waiting for CRIU")?;
             self.handle(&events)?;
+            if !events.is_empty() {
+                heard = Instant::now();
+            }
             self.clients.check_grace()?;
             if self.clients.all_gone() {
                 self.listener = None;
@@ -157,6 +166,9 @@ impl Server<'_> {
             }
             limit = if self.send()? {
                 pace.nap();
+                Some(Duration::ZERO)
+            } else if heard.elapsed() < ATTENTION {
+                std::thread::yield_now();
                 Some(Duration::ZERO)
             } else {
                 self.clients.grace_left()
