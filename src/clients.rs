@@ -1,6 +1,6 @@
 //! The CRIU processes that are connected, and when the last of them is gone.
 //!
-//! Usually there is one, but a `criu lazy-pages` daemon may stand beside a `criu restore`. Only peers that have asked for a file
+//! Usually there is one, but several may be connected, each with its own requests. Only peers that have asked for a file
 //! count: one that connects and says nothing can neither end a transfer nor hold it up. When a peer leaves
 //! without having asked for anything, it was either not CRIU, or a CRIU that failed before it opened its first file.
 //! Nothing tells these apart, so another client has [`GRACE`] to appear before the transfer is given up: a script whose CRIU

@@ -16,7 +16,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::pipe::uninterrupted;
 
-/// How long a loop leaves busy pipes alone: about the time in which CRIU fills a pipe of 1 MiB.
+/// How long a loop leaves busy pipes alone. With the time that waking up takes, a pipe of 1 MiB is half full by then. Measured on a
+/// capture by 4 shards: 5 to 6 GB/s with naps of 100 µs, 8 with 50, 14 to 21 with 10, at 0.03 to 0.04 CPU s/GB each; with 1 µs
+/// the CPU time grows by half.
 pub const NAP: Duration = Duration::from_micros(10);
 
 /// How much later than asked for a nap may end, in nanoseconds. By default it is 50 µs, which would double it.
