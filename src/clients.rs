@@ -9,10 +9,11 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::criu::{Connection, Message, Receipt};
+use crate::criu::{Connection, Listener, Message, Receipt};
 use crate::notice;
+use crate::poller::{Interest, Poller};
 
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
@@ -51,22 +52,30 @@ impl<R> Clients<R> {
         }
     }
 
-    /// An id that no client had before.
-    pub fn next_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
-    pub fn add(&mut self, id: u64, connection: Connection) {
-        self.give_up = None;
-        self.clients.insert(
-            id,
-            Client {
+    /// Lets in whoever waits at the listener, and watches each under the token that `token` makes of its id.
+    ///
+    /// # Errors
+    /// Those of accepting and of watching a connection.
+    pub fn admit(
+        &mut self,
+        listener: &Listener,
+        poller: &Poller,
+        token: impl Fn(u64) -> u64,
+    ) -> Result<()> {
+        while let Some(connection) = listener.accept()? {
+            self.next_id += 1;
+            poller
+                .add(&connection, token(self.next_id), Interest::Readable)
+                .context("preparing to wait for CRIU's requests")?;
+            self.give_up = None;
+            let client = Client {
                 connection,
                 requested: None,
                 has_spoken: false,
-            },
-        );
+            };
+            self.clients.insert(self.next_id, client);
+        }
+        Ok(())
     }
 
     /// As many clients as were expected have asked for files, and all of these are gone.

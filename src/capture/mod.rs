@@ -296,13 +296,9 @@ impl Loop<'_> {
             match Token::decode(event.token) {
                 Token::Interrupt => self.interrupts.check()?,
                 Token::Listener => {
-                    let accept = || self.listener.as_ref().map_or(Ok(None), Listener::accept);
-                    while let Some(connection) = accept()? {
-                        let id = self.clients.next_id();
-                        self.poller
-                            .add(&connection, Token::Client(id).encode(), Interest::Readable)
-                            .context("preparing to wait for CRIU's requests")?;
-                        self.clients.add(id, connection);
+                    if let Some(listener) = &self.listener {
+                        self.clients
+                            .admit(listener, &self.poller, |id| Token::Client(id).encode())?;
                     }
                 }
                 Token::Client(id) => {
