@@ -27,6 +27,10 @@ const SLACK: u64 = 1000;
 /// The longest nap, for when nothing moves because all shards are full or empty.
 pub const LONGEST_NAP: Duration = Duration::from_millis(5);
 
+/// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are not full, as small spliced pieces leave
+/// them, keep a pipe from ever looking full, and then this limits the speed.
+const LONGEST_FILLING: Duration = Duration::from_micros(500);
+
 /// Events taken at a time.
 const BATCH: usize = 64;
 
@@ -132,6 +136,24 @@ impl Pace {
     pub fn nap(&mut self) {
         self.next = NAP;
         std::thread::sleep(NAP);
+    }
+
+    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where there is `room` for so many. Full
+    /// pipes, whose writers wait, are looked at again at once.
+    ///
+    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of the write; the writer of a full
+    /// pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU s/GB spent spinning with naps of 10 µs, 0.03 with these.
+    pub fn nap_until_filled(&mut self, found: u64, room: u64) {
+        let full = found * 8 >= room * 7;
+        if full && self.next == NAP {
+            return;
+        }
+        if full {
+            self.next = (self.next / 2).max(NAP);
+        } else if found * 2 < room {
+            self.next = (self.next * 2).min(LONGEST_FILLING);
+        }
+        std::thread::sleep(self.next);
     }
 
     /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard costs no CPU, and yet

@@ -29,9 +29,6 @@ use shard::{Next, Part, Shard};
 /// Bytes taken from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
 
-/// Bytes taken in one round after which the next follows without a nap: while they were copied, the pipes have filled again.
-const FULL_ROUND: u64 = TURN / 2;
-
 /// How long an image on its way to disk may make no progress before shards that are ahead are read into memory: longer than it takes
 /// other processes to fill the pipe that it waits for.
 const STALL: Duration = Duration::from_millis(20);
@@ -133,11 +130,15 @@ impl<S: Store> Reception<'_, S> {
                 }
             }
             let mut overall = Turn::Idle;
+            let mut room = 0;
             let before = self.image.next_place();
             let taken_before = self.taken();
             for (index, busy) in busy.iter_mut().enumerate().filter(|(_, busy)| **busy) {
                 let turn = self.turn(index)?;
                 *busy = turn != Turn::Idle;
+                if turn == Turn::Busy {
+                    room += self.shards[index].capacity() as u64;
+                }
                 overall = overall.max(turn);
                 if self.image.is_complete() {
                     break;
@@ -150,9 +151,7 @@ impl<S: Store> Reception<'_, S> {
             limit = match overall {
                 _ if self.image.is_complete() => Some(Duration::ZERO),
                 Turn::Busy => {
-                    if self.taken() - taken_before < FULL_ROUND {
-                        pace.nap();
-                    }
+                    pace.nap_until_filled(self.taken() - taken_before, room);
                     Some(Duration::ZERO)
                 }
                 Turn::Ahead => {

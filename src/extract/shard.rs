@@ -1,9 +1,9 @@
 //! The reading side of a shard: cuts the stream into markers and their data.
 //!
-//! What a pipe holds is read in one call, markers and data together, straight to where the data stays: into memory reserved for exactly as
-//! many bytes as there are. The data of a chunk is then a part of that memory, found in place. One large read for a full pipe
-//! costs half the CPU of reading marker, data, marker, data, because each read but the last meets the pipe's writer, woken by the
-//! one before, at the pipe's mutex.
+//! What a pipe holds is read in one call, markers and data together, straight to where the data stays: into the rest of a huge page, or
+//! into memory for exactly as many bytes as there are. The data of a chunk is then a part of that memory, found in place. One
+//! large read for a full pipe costs half the CPU of reading marker, data, marker, data, because each read but the last meets the
+//! pipe's writer, woken by the one before, at the pipe's mutex.
 //!
 //! On the way to disk, data should not come to memory at all, so that only as much is read ahead as the next markers take.
 
@@ -58,6 +58,8 @@ struct Chunk {
 /// The reading side of a shard.
 pub struct Shard {
     pipe: ReadEnd,
+    /// Bytes that the pipe holds at most.
+    capacity: usize,
     label: String,
     /// What was read and not taken yet.
     ahead: VecDeque<Extent>,
@@ -82,9 +84,11 @@ impl Shard {
         let pipe = pipe
             .nonblocking()
             .with_context(|| format!("preparing {label}"))?;
-        pipe::grow(&pipe, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
+        let slots =
+            pipe::grow(&pipe, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
         Ok(Self {
             pipe,
+            capacity: slots * pipe::SLOT,
             label,
             ahead: VecDeque::new(),
             chunk: None,
@@ -105,6 +109,11 @@ impl Shard {
 
     pub fn pipe(&self) -> &ReadEnd {
         &self.pipe
+    }
+
+    /// Bytes that the pipe holds at most.
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// The pipe's writers are gone.
@@ -235,33 +244,67 @@ impl Shard {
     /// Reads what the pipe holds, up to `most` bytes, and tells whether there was something. Called when what was read before
     /// is not enough to go on.
     ///
+    /// What is left of a huge page begun is filled without asking first how much there is, because the question takes the pipe's mutex
+    /// too, and has to wait for a writer that is in the middle of a block as long as the read itself.
+    ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
     pub fn read(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
+        let begun = arena.left_of_huge_page().min(most);
+        if begun >= LARGE {
+            match self.read_block(arena, begun)? {
+                0 => {
+                    self.check_for_end()?;
+                    return Ok(false);
+                }
+                taken if taken < begun => return Ok(true),
+                _ => return self.read_available(arena, most - begun).map(|_| true),
+            }
+        }
+        let any = self.read_available(arena, most)?;
+        if !any {
+            self.check_for_end()?;
+        }
+        Ok(any)
+    }
+
+    fn read_available(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
         let available =
             pipe::available(&self.pipe).with_context(|| format!("reading {}", self.label))?;
         let mut left = available.min(most);
-        if left == 0 {
-            self.check_for_end()?;
-            return Ok(false);
-        }
+        let any = left > 0;
         while left > 0 {
-            let mut block = arena.reserve(left).with_context(|| {
-                format!("keeping {left} bytes in memory beside {}", arena.live())
-            })?;
-            let moved = pipe::read(&self.pipe, arena.unfilled(&mut block));
-            let bytes = match moved.with_context(|| format!("reading {}", self.label))? {
-                Moved::Bytes(bytes) => bytes,
-                Moved::WouldBlock | Moved::End => {
-                    bail!(self.error("somebody else reads from it too"))
-                }
-            };
-            arena.filled(&mut block, bytes);
-            self.ahead.push_back(arena.seal(block));
-            self.arrived(bytes);
-            left -= bytes;
+            let taken = self.read_block(arena, left)?;
+            if taken == 0 {
+                bail!(self.error("somebody else reads from it too"))
+            }
+            left -= taken;
         }
-        Ok(true)
+        Ok(any)
+    }
+
+    /// One read, of up to `most` bytes; 0 if the pipe is empty.
+    fn read_block(&mut self, arena: &mut Arena, most: usize) -> Result<usize> {
+        let mut block = arena
+            .reserve(most)
+            .with_context(|| format!("keeping {most} bytes in memory beside {}", arena.live()))?;
+        let moved = pipe::read(&self.pipe, arena.unfilled(&mut block))
+            .with_context(|| format!("reading {}", self.label))?;
+        let taken = match moved {
+            Moved::Bytes(bytes) => bytes,
+            Moved::WouldBlock => 0,
+            Moved::End => {
+                self.hung_up = true;
+                0
+            }
+        };
+        arena.filled(&mut block, taken);
+        let extent = arena.seal(block);
+        if taken > 0 {
+            self.ahead.push_back(extent);
+            self.arrived(taken);
+        }
+        Ok(taken)
     }
 
     fn arrived(&mut self, bytes: usize) {

@@ -116,6 +116,11 @@ impl Arena {
         self.live
     }
 
+    /// Bytes left of the huge page begun: memory that costs nothing more to fill.
+    pub fn left_of_huge_page(&self) -> usize {
+        self.left_in(self.huge) % HUGE_PAGE
+    }
+
     /// Hands out up to `len` bytes, at least one.
     ///
     /// # Errors
@@ -141,7 +146,7 @@ impl Arena {
 
     /// The region that `len` bytes come from, and how many of them it can give at most.
     fn place(&mut self, len: usize) -> io::Result<(u32, usize)> {
-        let begun = self.left_in(self.huge) % HUGE_PAGE;
+        let begun = self.left_of_huge_page();
         if begun == 0 && self.in_small + len <= WORTH_A_HUGE_PAGE {
             self.in_small += len;
             let index = self.region_for(self.small, Pages::Small)?;
@@ -192,11 +197,23 @@ impl Arena {
         block.filled += bytes;
     }
 
-    /// What was filled of a block: from now on it is sealed. The rest is released.
+    /// What was filled of a block: from now on it is sealed. The rest is taken back: the next block comes from there if nothing was
+    /// handed out meanwhile.
     pub fn seal(&mut self, block: Block) -> Extent {
         let mut rest = block.extent;
         let sealed = rest.split_front(block.filled);
-        self.release(rest);
+        let region = self.regions[rest.region as usize]
+            .as_mut()
+            .expect("a block keeps its region");
+        if region.used == rest.offset as usize + rest.len() {
+            region.used = rest.offset as usize;
+            self.live -= rest.len();
+            for (page, bytes) in huge_pages(&rest) {
+                region.live[page] -= bytes as u32;
+            }
+        } else {
+            self.release(rest);
+        }
         sealed
     }
 

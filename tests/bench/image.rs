@@ -1,4 +1,4 @@
-//! Images to restore, as files in memory, one for each shard.
+//! Images to restore: the streams of their shards, or files in memory with these.
 
 use crate::common::image::Shard;
 use crate::memory::{PageMemory, Pages};
@@ -46,51 +46,85 @@ impl Content {
     }
 }
 
+/// A piece of a shard's stream.
+pub enum Piece {
+    /// Markers, and the data of small files between them.
+    Bytes(Vec<u8>),
+    /// So much of a large chunk's data, which is the same for every chunk.
+    Data(usize),
+}
+
+/// The data of every large chunk.
+pub fn chunk_data() -> Result<PageMemory> {
+    PageMemory::filled(CHUNK as usize, Pages::Small)
+}
+
+/// The streams of all shards. The data goes to the shards in turn, and a file's markers to where its data is.
+pub fn streams(content: Content, shards: usize) -> Result<Vec<Vec<Piece>>> {
+    let data = chunk_data()?;
+    let mut streams: Vec<Vec<Piece>> = (0..shards).map(|_| vec![]).collect();
+    let mut turn = 0;
+    let mut seq = 0;
+    let mut next_seq = || {
+        seq += 1;
+        seq - 1
+    };
+    for (name, mut left) in content.files() {
+        let mut stream = &mut streams[turn % shards];
+        put(stream, &Shard::new().filename(next_seq(), &name).bytes);
+        while left > 0 {
+            let chunk = left.min(CHUNK) as usize;
+            stream = &mut streams[turn % shards];
+            let marker = Shard::new().data_marker(next_seq(), chunk as u32);
+            put(stream, &marker.bytes);
+            if chunk < LARGE {
+                put(stream, &data[..chunk]);
+            } else {
+                stream.push(Piece::Data(chunk));
+            }
+            left -= chunk as u64;
+            turn += 1;
+        }
+        put(stream, &Shard::new().file_eof(next_seq()).bytes);
+    }
+    let last = &mut streams[turn % shards];
+    put(last, &Shard::new().image_eof(next_seq()).bytes);
+    Ok(streams)
+}
+
+/// A chunk that is not worth a copy in its stream, in bytes.
+const LARGE: usize = 64 << 10;
+
+fn put(stream: &mut Vec<Piece>, bytes: &[u8]) {
+    match stream.last_mut() {
+        Some(Piece::Bytes(last)) => last.extend_from_slice(bytes),
+        _ => stream.push(Piece::Bytes(bytes.to_vec())),
+    }
+}
+
+/// An image as files, one for each shard.
 pub struct Image {
-    pub content: Content,
     pub shards: Vec<PathBuf>,
 }
 
 impl Image {
-    /// Writes the shards into `dir`. The data goes to the shards in turn, and a file's markers to where its data is.
+    /// Writes the shards into `dir`.
     pub fn build(dir: &Path, content: Content, shards: usize) -> Result<Self> {
-        let paths: Vec<_> = (0..shards)
-            .map(|number| dir.join(format!("shard-{number}")))
-            .collect();
-        let mut writers = vec![];
-        for path in &paths {
-            writers.push(BufWriter::new(File::create(path)?));
-        }
-        let memory = PageMemory::filled(64 << 20, Pages::Small)?;
-        let mut position = 0;
-        let mut turn = 0;
-        let mut seq = 0;
-        let mut next_seq = || {
-            seq += 1;
-            seq - 1
-        };
-        for (name, mut left) in content.files() {
-            let mut shard = &mut writers[turn % shards];
-            shard.write_all(&Shard::new().filename(next_seq(), &name).bytes)?;
-            while left > 0 {
-                let chunk = left.min(CHUNK).min((memory.len() - position) as u64);
-                shard = &mut writers[turn % shards];
-                let marker = Shard::new().data_marker(next_seq(), chunk as u32);
-                shard.write_all(&marker.bytes)?;
-                shard.write_all(&memory[position..position + chunk as usize])?;
-                position = (position + chunk as usize) % memory.len();
-                left -= chunk;
-                turn += 1;
+        let data = chunk_data()?;
+        let mut paths = vec![];
+        for (number, stream) in streams(content, shards)?.into_iter().enumerate() {
+            let path = dir.join(format!("shard-{number}"));
+            let mut file = BufWriter::new(File::create(&path)?);
+            for piece in stream {
+                match piece {
+                    Piece::Bytes(bytes) => file.write_all(&bytes)?,
+                    Piece::Data(len) => file.write_all(&data[..len])?,
+                }
             }
-            shard.write_all(&Shard::new().file_eof(next_seq()).bytes)?;
+            file.flush()?;
+            paths.push(path);
         }
-        let last = &mut writers[turn % shards];
-        last.write_all(&Shard::new().image_eof(next_seq()).bytes)?;
-        for writer in &mut writers {
-            writer.flush()?;
-        }
-        let shards = paths;
-        Ok(Self { content, shards })
+        Ok(Self { shards: paths })
     }
 }
 

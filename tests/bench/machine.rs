@@ -3,7 +3,7 @@
 
 use crate::memory::{PageMemory, Pages};
 use crate::role::Role;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use nix::sys::utsname::uname;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio, id},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const PIPE_MAX_SIZE: &str = "/proc/sys/fs/pipe-max-size";
@@ -104,35 +104,50 @@ impl Drop for RaisedLimit {
     }
 }
 
-/// Touches so much memory, and gives it back.
+/// Memory for the runs, which is in use between them too.
 ///
-/// A virtual machine that has given free memory back to its host pays the host's page faults when it touches it again: at
-/// random, and up to 1.5 CPU s/GB, which hides all that programs do better or worse. Memory that was just in use is there.
-#[derive(Serialize, Deserialize)]
-pub struct Toucher {
+/// A virtual machine gives free memory back to its host, and pays the host's page faults when it touches it again: up to
+/// 2.5 CPU s/GB, which hides all that programs do better or worse (with memory that was in use until then, huge pages take
+/// 0.06). The kernel looks for memory to give back every two seconds while there is some. So this holds what a run will
+/// need until it is left in peace, lets go of it just before the run, and takes it again right after.
+pub struct Reserve {
     bytes: usize,
+    held: Option<([PageMemory; 2], Instant)>,
 }
 
-impl Toucher {
-    pub fn play(self) -> Result<()> {
-        // In this order, and twice: the memory behind the small pages becomes huge ones again only in part.
-        for pages in [Pages::Small, Pages::Huge, Pages::Huge] {
+/// `PAGE_REPORTING_DELAY` of the kernel, and some.
+const REPORTING_PERIOD: Duration = Duration::from_millis(2500);
+
+impl Reserve {
+    /// For runs that fill `image` bytes of memory.
+    pub fn new(image: u64) -> Result<Self> {
+        let mut reserve = Self {
+            bytes: (image + image / 4) as usize,
+            held: None,
+        };
+        reserve.take()?;
+        Ok(reserve)
+    }
+
+    pub fn take(&mut self) -> Result<()> {
+        let touched = |pages| -> Result<PageMemory> {
             let mut memory = PageMemory::fresh(self.bytes, pages)?;
             for page in memory.as_mut_slice().chunks_mut(4096) {
                 page[0] = 1;
             }
-        }
+            Ok(memory)
+        };
+        // The kernel takes small pages out of the rests between the huge ones as long as there are some.
+        let held = [touched(Pages::Small)?, touched(Pages::Huge)?];
+        self.held = Some((held, Instant::now()));
         Ok(())
     }
-}
 
-pub fn touch_memory(bytes: u64) -> Result<()> {
-    let role = Role::Toucher(Toucher {
-        bytes: bytes as usize,
-    });
-    let status = role.command()?.status()?;
-    ensure!(status.success(), "Failed to touch memory: {status}");
-    Ok(())
+    pub fn let_go(&mut self) {
+        if let Some((_memory, since)) = self.held.take() {
+            thread::sleep(REPORTING_PERIOD.saturating_sub(since.elapsed()));
+        }
+    }
 }
 
 /// Clears up when the benchmark has ended, however it ended. It runs in a process group of its own, out of reach of

@@ -7,8 +7,8 @@
 #![allow(unsafe_code)] // mmap and madvise have no safe form.
 
 use anyhow::{Context, Result};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use std::{ffi::c_void, fs::File, num::NonZeroUsize, ops::Deref, ptr::NonNull, slice};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use std::{ffi::c_void, num::NonZeroUsize, ops::Deref, ptr::NonNull, slice};
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Pages {
@@ -58,19 +58,8 @@ impl PageMemory {
         Ok(memory)
     }
 
-    /// A file's content, already mapped, so that reading it faults no more.
-    pub fn of_file(file: &File) -> Result<Self> {
-        let len = NonZeroUsize::new(file.metadata()?.len() as usize).context("Empty file")?;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
-        // SAFETY: a new mapping overlaps nothing that Rust knows of, and nobody writes to a finished image's shards.
-        let start = unsafe { mmap(None, len, ProtFlags::PROT_READ, flags, file, 0) }
-            .context("Failed to map a shard's file")?;
-        Ok(Self { start, len })
-    }
-
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: start..start+len is our own writable mapping (only `fresh` ones are ever borrowed mutably: `of_file`
-        // hands its result out immutable), and the borrow of self keeps it and keeps others away.
+        // SAFETY: start..start+len is our own writable mapping, and the borrow of self keeps it and keeps others away.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len.get()) }
     }
 }

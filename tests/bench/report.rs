@@ -235,11 +235,14 @@ fn restore_bounds(row: &restore::Figures) -> Vec<Bound> {
             0.4,
             ours.cpu_s_per_gb / naive.cpu_s_per_gb,
         ));
-        bounds.push(Bound::at_least(
-            of("receiving GB/s, times naive"),
-            2.0,
-            ours.receive_gb_per_s / naive.receive_gb_per_s,
-        ));
+        // Four lz4 share the cores with the receiver, and take most of them.
+        if !row.scenario.ends_with("-lz4") {
+            bounds.push(Bound::at_least(
+                of("receiving GB/s, times naive"),
+                2.0,
+                ours.receive_gb_per_s / naive.receive_gb_per_s,
+            ));
+        }
     }
     if row.scenario.starts_with("restore/small-files") {
         bounds.push(Bound::at_most(of("s to serve"), 1.5, ours.serve_s));

@@ -7,7 +7,7 @@
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};
 use crate::image::{Content, Image};
-use crate::machine::{WorkDir, pipe_max_size, touch_memory};
+use crate::machine::{Reserve, WorkDir, pipe_max_size};
 use crate::measured::spawn_with_fds;
 use crate::naive::Naive;
 use crate::producer::Producer;
@@ -124,17 +124,24 @@ pub fn measure(
     work_dir: &WorkDir,
     mut said: impl FnMut(&str),
 ) -> Result<Figures> {
-    let image_dir = work_dir.subdirectory("image")?;
-    let image = Image::build(&image_dir, scenario.content, scenario.shards)?;
-    if scenario.source == Source::Lz4 {
-        image.shards.iter().try_for_each(|shard| compress(shard))?;
-    }
+    let image = match scenario.source {
+        Source::Lz4 => Some(compressed(scenario, work_dir)?),
+        Source::Blocks(_) => None,
+    };
+    let mut reserve = Reserve::new(scenario.content.total_bytes())?;
     let mut streamer = vec![];
     let mut naive = vec![];
     for round in 1..=options.runs() {
         said(&format!("{} {round}/{}", scenario.name, options.runs()));
         for program in in_turn(round, [Program::Naive, Program::Streamer]) {
-            let run = run(program, scenario, &image, options, work_dir);
+            let run = run(
+                program,
+                scenario,
+                image.as_ref(),
+                options,
+                work_dir,
+                &mut reserve,
+            );
             let run = run.context(scenario.name.clone())?;
             match program {
                 Program::Streamer => streamer.push(run),
@@ -175,6 +182,13 @@ impl Side {
     }
 }
 
+fn compressed(scenario: &Scenario, work_dir: &WorkDir) -> Result<Image> {
+    let dir = work_dir.subdirectory("image")?;
+    let image = Image::build(&dir, scenario.content, scenario.shards)?;
+    image.shards.iter().try_for_each(|shard| compress(shard))?;
+    Ok(image)
+}
+
 /// Leaves `<shard>.lz4` in the place of `<shard>`.
 fn compress(shard: &Path) -> Result<()> {
     let mut lz4 = Command::new("lz4");
@@ -186,24 +200,35 @@ fn compress(shard: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Starts a producer for each shard, and returns when each has put something into its pipe.
-fn start_producers(image: &Image, source: Source) -> Result<(Vec<Child>, Vec<OwnedFd>)> {
-    let mut producers = vec![];
-    let mut shards = vec![];
-    for shard in &image.shards {
-        let (read_end, write_end) = pipe()?;
-        let mut command = match source {
-            Source::Lz4 => {
+fn producers(scenario: &Scenario, image: Option<&Image>) -> Result<Vec<Command>> {
+    match (scenario.source, image) {
+        (Source::Blocks(block), _) => (0..scenario.shards)
+            .map(|shard| {
+                let producer = Producer {
+                    content: scenario.content,
+                    shards: scenario.shards,
+                    shard,
+                    block,
+                };
+                Role::Producer(producer).command()
+            })
+            .collect(),
+        (Source::Lz4, image) => (image.context("Nothing to decompress")?.shards.iter())
+            .map(|shard| {
                 let mut lz4 = Command::new("lz4");
                 lz4.args(["-d", "-c"]).stdin(File::open(shard)?);
-                lz4
-            }
-            Source::Blocks(block) => Role::Producer(Producer {
-                shard: shard.clone(),
-                block,
+                Ok(lz4)
             })
-            .command()?,
-        };
+            .collect(),
+    }
+}
+
+/// Starts the producers, and returns when each has put something into its pipe.
+fn start_producers(commands: Vec<Command>) -> Result<(Vec<Child>, Vec<OwnedFd>)> {
+    let mut producers = vec![];
+    let mut shards = vec![];
+    for mut command in commands {
+        let (read_end, write_end) = pipe()?;
         command.stdout(write_end);
         producers.push(spawn_with_fds(&mut command, &[])?);
         shards.push(read_end);
@@ -226,16 +251,17 @@ fn finish_producers(producers: Vec<Child>) -> Result<()> {
 fn run(
     program: Program,
     scenario: &Scenario,
-    image: &Image,
+    image: Option<&Image>,
     options: &Options,
     work_dir: &WorkDir,
+    reserve: &mut Reserve,
 ) -> Result<Run> {
     let reader = Role::Reader(Reader {
-        content: image.content,
+        content: scenario.content,
     });
     let mut reader = Performer::prepare(&reader, &[])?;
-    touch_memory(image.content.total_bytes() * 5 / 4)?;
-    let (producers, shards) = start_producers(image, scenario.source)?;
+    let (producers, shards) = start_producers(producers(scenario, image)?)?;
+    reserve.let_go();
     let mut streamer = match program {
         Program::Streamer => Streamer::spawn(&options.streamer, "serve", shards, work_dir)?,
         Program::Naive => {
@@ -258,6 +284,7 @@ fn run(
     reader.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let span = reader.finish();
     let finished = streamer.finish()?;
+    reserve.take()?;
     finish_producers(producers)?;
     Ok(Run {
         receive_s,
@@ -288,14 +315,19 @@ pub fn measure_extract(
     mut said: impl FnMut(&str),
 ) -> Result<ExtractFigures> {
     let bytes = options.size_bytes();
-    let content = Content::Pages { files: 4, bytes };
-    let image = Image::build(&work_dir.subdirectory("image")?, content, 1)?;
+    let scenario = Scenario {
+        name: EXTRACT.to_owned(),
+        content: Content::Pages { files: 4, bytes },
+        shards: 1,
+        source: Source::Blocks(1 << 20),
+    };
+    let mut reserve = Reserve::new(bytes)?;
     let mut extracts = vec![];
     let mut cats = vec![];
     for round in 1..=options.runs() {
         said(&format!("{EXTRACT} {round}/{}", options.runs()));
         for program in in_turn(round, [Extractor::Cat, Extractor::Streamer]) {
-            let run = time_extraction(program, &image, options, work_dir);
+            let run = time_extraction(program, &scenario, options, work_dir, &mut reserve);
             let run = run.context(EXTRACT)?;
             match program {
                 Extractor::Streamer => extracts.push(run),
@@ -332,14 +364,13 @@ struct Extraction {
 
 fn time_extraction(
     program: Extractor,
-    image: &Image,
+    scenario: &Scenario,
     options: &Options,
     work_dir: &WorkDir,
+    reserve: &mut Reserve,
 ) -> Result<Extraction> {
-    // Clears what the previous run left there.
-    work_dir.subdirectory("images")?;
-    touch_memory(image.content.total_bytes() * 5 / 4)?;
-    let (producers, mut shards) = start_producers(image, Source::Blocks(1 << 20))?;
+    let (producers, mut shards) = start_producers(producers(scenario, None)?)?;
+    reserve.let_go();
     let streamer = match program {
         Extractor::Streamer => Streamer::spawn(&options.streamer, "extract", shards, work_dir)?,
         Extractor::Cat => Streamer::spawn_as(vec![], work_dir, |images_dir, _| {
@@ -352,6 +383,9 @@ fn time_extraction(
     let started_ns = streamer.started_ns;
     let finished = streamer.finish()?;
     let seconds = seconds_between(started_ns, finished.ended_ns);
+    // Clears what the run left there.
+    work_dir.subdirectory("images")?;
+    reserve.take()?;
     finish_producers(producers)?;
     Ok(Extraction {
         seconds,

@@ -25,7 +25,6 @@ pub enum Role {
     Reader(reader::Reader),
     Naive(naive::Naive),
     Janitor(machine::Janitor),
-    Toucher(machine::Toucher),
 }
 
 /// The first argument that makes this program play a role.
@@ -50,7 +49,6 @@ impl Role {
             Self::Reader(role) => role.play(),
             Self::Naive(role) => role.play(),
             Self::Janitor(role) => role.play(),
-            Self::Toucher(role) => role.play(),
         }
     }
 
