@@ -189,7 +189,9 @@ impl<S: Store> Reception<'_, S> {
         let limit = self.shards[index].offset() + TURN;
         while !self.image.is_complete() {
             let shard = &mut self.shards[index];
-            if self.image.is_far_ahead() && shard.last_seq() > Some(self.image.next_seq()) {
+            if self.image.is_far_ahead(self.stalled)
+                && shard.last_seq() > Some(self.image.next_seq())
+            {
                 return Ok(turn.max(Turn::Ahead));
             }
             let (seq, step) = match shard.next(self.arena)? {

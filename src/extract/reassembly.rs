@@ -16,6 +16,9 @@ use crate::wire::ImageName;
 /// leaves out one must not fill the memory.
 const MOST_WAITING: usize = 1 << 20;
 
+/// Parts that may wait while the image makes progress: 1 MB or so. A shard that is further ahead can as well wait in its pipe.
+const MANY_WAITING: usize = 16 << 10;
+
 /// One step in the making of the image.
 #[derive(Debug)]
 pub enum Step {
@@ -115,9 +118,10 @@ impl<S: Store> Reassembly<S> {
         self.complete
     }
 
-    /// Whether so much waits for its turn that no more should be taken ahead of it.
-    pub fn is_far_ahead(&self) -> bool {
-        self.waiting.len() >= MOST_WAITING
+    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says that the image has made no
+    /// progress for a while, and may depend on it.
+    pub fn is_far_ahead(&self, stalled: bool) -> bool {
+        self.waiting.len() >= if stalled { MOST_WAITING } else { MANY_WAITING }
     }
 
     /// Bytes of data that wait for their turn.

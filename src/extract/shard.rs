@@ -244,21 +244,24 @@ impl Shard {
     /// Reads what the pipe holds, up to `most` bytes, and tells whether there was something. Called when what was read before
     /// is not enough to go on.
     ///
-    /// What is left of a huge page begun is filled without asking first how much there is, because the question takes the pipe's mutex
-    /// too, and has to wait for a writer that is in the middle of a block as long as the read itself.
+    /// A few bytes, or what is left of a huge page begun, are read without asking first how much there is, because the question takes
+    /// the pipe's mutex too, and has to wait for a writer that is in the middle of a block as long as the read itself.
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
     pub fn read(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
-        let begun = arena.left_of_huge_page().min(most);
-        if begun >= LARGE {
-            match self.read_block(arena, begun)? {
+        let unasked = match arena.left_of_huge_page() {
+            _ if most <= LARGE => most,
+            left => left.min(most),
+        };
+        if unasked >= LARGE.min(most) {
+            match self.read_block(arena, unasked)? {
                 0 => {
                     self.check_for_end()?;
                     return Ok(false);
                 }
-                taken if taken < begun => return Ok(true),
-                _ => return self.read_available(arena, most - begun).map(|_| true),
+                taken if taken < unasked || unasked == most => return Ok(true),
+                _ => return self.read_available(arena, most - unasked).map(|_| true),
             }
         }
         let any = self.read_available(arena, most)?;

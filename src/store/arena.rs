@@ -208,6 +208,9 @@ impl Arena {
         if region.used == rest.offset as usize + rest.len() {
             region.used = rest.offset as usize;
             self.live -= rest.len();
+            if self.small == Some(rest.region) {
+                self.in_small -= rest.len().min(self.in_small);
+            }
             for (page, bytes) in huge_pages(&rest) {
                 region.live[page] -= bytes as u32;
             }

