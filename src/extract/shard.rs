@@ -288,8 +288,12 @@ impl Shard {
 
     /// One read, of up to `most` bytes; 0 if the pipe is empty.
     fn read_block(&mut self, arena: &mut Arena, most: usize) -> Result<usize> {
-        let mut block = arena
-            .reserve(most)
+        let reserved = if self.hung_up {
+            arena.reserve_last(most)
+        } else {
+            arena.reserve(most)
+        };
+        let mut block = reserved
             .with_context(|| format!("keeping {most} bytes in memory beside {}", arena.live()))?;
         let moved = pipe::read(&self.pipe, arena.unfilled(&mut block))
             .with_context(|| format!("reading {}", self.label))?;

@@ -126,7 +126,20 @@ impl Arena {
     /// # Errors
     /// `ENOMEM`.
     pub fn reserve(&mut self, len: usize) -> io::Result<Block> {
-        let (index, most) = self.place(len)?;
+        self.hand_out(len, WORTH_A_HUGE_PAGE)
+    }
+
+    /// The same for the last bytes of something, which begin no huge page that they do not fill: behind an image there is nothing
+    /// to use up the rest.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn reserve_last(&mut self, len: usize) -> io::Result<Block> {
+        self.hand_out(len, HUGE_PAGE)
+    }
+
+    fn hand_out(&mut self, len: usize, worth_a_huge_page: usize) -> io::Result<Block> {
+        let (index, most) = self.place(len, worth_a_huge_page)?;
         let region = self.regions[index as usize]
             .as_mut()
             .expect("a cursor points to a region");
@@ -145,9 +158,9 @@ impl Arena {
     }
 
     /// The region that `len` bytes come from, and how many of them it can give at most.
-    fn place(&mut self, len: usize) -> io::Result<(u32, usize)> {
+    fn place(&mut self, len: usize, worth_a_huge_page: usize) -> io::Result<(u32, usize)> {
         let begun = self.left_of_huge_page();
-        if begun == 0 && self.in_small + len <= WORTH_A_HUGE_PAGE {
+        if begun == 0 && self.in_small + len <= worth_a_huge_page {
             self.in_small += len;
             let index = self.region_for(self.small, Pages::Small)?;
             self.small = Some(index);
@@ -156,7 +169,7 @@ impl Arena {
         self.in_small = 0;
         let index = self.region_for(self.huge, Pages::Huge)?;
         self.huge = Some(index);
-        let begins_another = len.saturating_sub(begun) >= WORTH_A_HUGE_PAGE;
+        let begins_another = len.saturating_sub(begun) >= worth_a_huge_page;
         let most = if begun > 0 && !begins_another {
             begun
         } else {
@@ -396,6 +409,23 @@ mod tests {
             filled(&mut arena, 2000, 2);
         }
         assert!(resident() - before < HUGE_PAGE / 4);
+    }
+
+    #[test]
+    fn the_last_bytes_begin_no_huge_page_that_they_do_not_fill() {
+        let _turn = TURN.lock().unwrap();
+        let mut arena = Arena::new();
+        let before = resident();
+        let mut left = HUGE_PAGE / 2;
+        while left > 0 {
+            let mut block = arena.reserve_last(left).unwrap();
+            let len = block.left();
+            arena.unfilled(&mut block).fill(1);
+            arena.filled(&mut block, len);
+            arena.seal(block);
+            left -= len;
+        }
+        assert!(resident() - before < HUGE_PAGE * 3 / 4);
     }
 
     #[test]
