@@ -169,3 +169,24 @@ impl Default for Pace {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn naps_adapt_until_pipes_are_found_full() {
+        const ROOM: u64 = 1 << 20;
+        let mut pace = Pace::new();
+        for _ in 0..10 {
+            pace.nap_until_filled(ROOM / 4, ROOM);
+        }
+        assert_eq!(pace.next, LONGEST_FILLING);
+        pace.nap_until_filled(ROOM * 3 / 4, ROOM);
+        assert_eq!(pace.next, LONGEST_FILLING);
+        for _ in 0..10 {
+            pace.nap_until_filled(ROOM, ROOM);
+        }
+        assert_eq!(pace.next, NAP);
+    }
+}

@@ -416,6 +416,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_far_ahead_is_still_taken_when_nothing_else_helps() {
+        let (mut image, mut arena) = reassembly();
+        for seq in 1..=MANY_WAITING as u64 {
+            assert!(!image.is_far_ahead(false));
+            image
+                .submit((seq, 0), HERE, Step::FileEnd, &mut arena)
+                .unwrap();
+        }
+        assert!(image.is_far_ahead(false));
+        assert!(!image.is_far_ahead(true));
+    }
+
+    #[test]
     fn every_disorder_has_its_own_error() {
         let data_first = error_of(|arena| vec![(0, data(arena, b"x"))]);
         assert!(data_first.contains("before the name"), "{data_first}");
