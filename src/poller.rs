@@ -4,8 +4,9 @@
 //! the pipe itself. Level-triggered epoll would return at once for every source that has data but may not be moved yet,
 //! and every page that arrives would cost a wake-up.
 //!
-//! While data flows, the loops do not sleep in epoll but nap for a fixed time ([`NAP`]) and then look at all busy pipes:
-//! in the meantime they fill, so that each splice moves much, and whoever fills them is not made to wake anybody.
+//! While data flows, the loops do not sleep in epoll but nap and then look at all busy pipes: in the meantime they fill, so that
+//! each call moves much, and whoever fills them is not made to wake anybody. A capture, which moves references, naps for a fixed
+//! time ([`NAP`]); receiving, which copies, for as long as pipes take to fill ([`Pace::nap_until_filled`]).
 
 use std::io;
 use std::os::fd::AsFd;
