@@ -26,7 +26,7 @@ use crate::wire::MarkerBody;
 use reassembly::{Origin, Reassembly, Step};
 use shard::{Next, Part, Shard};
 
-/// Bytes taken from one shard before others have their turn.
+/// Bytes spliced from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
 
 /// How long an image on its way to disk may make no progress before shards that are ahead are read into memory: longer than it takes
@@ -183,9 +183,12 @@ impl<S: Store> Reception<'_, S> {
         self.shards.iter().map(Shard::offset).sum()
     }
 
-    /// Takes from one shard what it has, up to a limit.
+    /// Takes from one shard what it has, up to a limit: to memory, what one read brings. Whoever reads on at once takes what the
+    /// shard's writer has written meanwhile, block by block, and meets it at the pipe's mutex for each (0.2 CPU s/GB from
+    /// writers of 64 KiB).
     fn turn(&mut self, index: usize) -> Result<Turn> {
         let mut turn = Turn::Idle;
+        let mut has_read = false;
         let limit = self.shards[index].offset() + TURN;
         while !self.image.is_complete() {
             let shard = &mut self.shards[index];
@@ -201,15 +204,20 @@ impl<S: Store> Reception<'_, S> {
                     } else {
                         shard.ahead_for_markers()
                     };
-                    let full = turn == Turn::Busy && (S::BUFFERS || shard.offset() >= limit);
+                    let full = if S::BUFFERS {
+                        has_read
+                    } else {
+                        shard.offset() >= limit
+                    };
                     if full || !shard.read(self.arena, most)? {
                         return Ok(turn);
                     }
                     turn = Turn::Busy;
+                    has_read = true;
                     continue;
                 }
                 Next::Data { seq, part } => {
-                    match self.take_data(index, (seq, part))? {
+                    match self.take_data(index, (seq, part), &mut has_read)? {
                         Turn::Busy => turn = Turn::Busy,
                         stopped => return Ok(turn.max(stopped)),
                     }
@@ -238,7 +246,12 @@ impl<S: Store> Reception<'_, S> {
     }
 
     /// Takes data of a chunk: what was read already, or else by splicing if the file takes that, or else by reading more.
-    fn take_data(&mut self, index: usize, place: reassembly::Place) -> Result<Turn> {
+    fn take_data(
+        &mut self,
+        index: usize,
+        place: reassembly::Place,
+        has_read: &mut bool,
+    ) -> Result<Turn> {
         let shard = &mut self.shards[index];
         let is_next = self.image.is_next(place);
         if !is_next && self.image.prefers_splicing() {
@@ -261,9 +274,10 @@ impl<S: Store> Reception<'_, S> {
             } else {
                 shard.left_of_chunk()
             };
-            if !shard.read(self.arena, most)? {
+            if (S::BUFFERS && *has_read) || !shard.read(self.arena, most)? {
                 return Ok(Turn::Idle);
             }
+            *has_read = true;
         }
         if let Some(Part { extent, last }) = shard.take_part() {
             let origin = self.origin(index);

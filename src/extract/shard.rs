@@ -245,7 +245,9 @@ impl Shard {
     /// is not enough to go on.
     ///
     /// A few bytes, or what is left of a huge page begun, are read without asking first how much there is, because the question takes
-    /// the pipe's mutex too, and has to wait for a writer that is in the middle of a block as long as the read itself.
+    /// the pipe's mutex too, and has to wait for a writer that is in the middle of a block as long as the read itself. For the same
+    /// reason a read ends with the huge page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill huge
+    /// pages of 2 MiB in two reads each.
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
@@ -260,7 +262,9 @@ impl Shard {
                     self.check_for_end()?;
                     return Ok(false);
                 }
-                taken if taken < unasked || unasked == most => return Ok(true),
+                taken if taken < unasked || unasked == most || unasked >= self.capacity / 2 => {
+                    return Ok(true);
+                }
                 _ => return self.read_available(arena, most - unasked).map(|_| true),
             }
         }
