@@ -6,7 +6,8 @@
 //!
 //! While data flows, the loops do not sleep in epoll but nap and then look at all busy pipes: in the meantime they fill, so that
 //! each call moves much, and whoever fills them is not made to wake anybody. A capture, which moves references, naps for a fixed
-//! time ([`NAP`]); receiving, which copies, for as long as pipes take to fill ([`Pace::nap_until_filled`]).
+//! time ([`NAP`]); receiving, which copies, for as long as pipes take to fill, and serving for as long as they take to be emptied
+//! ([`Pace::nap_until_filled`]).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -31,6 +32,9 @@ pub const LONGEST_NAP: Duration = Duration::from_millis(5);
 /// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are not full, as small spliced pieces leave
 /// them, keep a pipe from ever looking full, and then this limits the speed.
 const LONGEST_FILLING: Duration = Duration::from_micros(500);
+
+/// The longest nap for letting a pipe's reader finish: CRIU copies what is in a pipe of 4 MiB in less.
+const LONGEST_PAST_READER: Duration = Duration::from_millis(2);
 
 /// Events taken at a time.
 const BATCH: usize = 64;
@@ -142,6 +146,8 @@ impl Pace {
     /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where there is `room` for so many. Full
     /// pipes, whose writers wait, are looked at again at once.
     ///
+    /// Serving, it is what went into pipes that have so much room when they are empty: an empty pipe's reader waits.
+    ///
     /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of the write; the writer of a full
     /// pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU s/GB spent spinning with naps of 10 µs, 0.03 with these.
     pub fn nap_until_filled(&mut self, found: u64, room: u64) {
@@ -155,6 +161,15 @@ impl Pace {
             self.next = (self.next * 2).min(LONGEST_FILLING);
         }
         std::thread::sleep(self.next);
+    }
+
+    /// Naps because a call on a pipe took so long: it met the pipe's reader at work, and spun on the mutex until that was done.
+    ///
+    /// The event for what the reader did then is still to be looked at, and the reader at work again: without a nap the next call
+    /// meets it too, and so on to the end of the file. Twice the time lets the reader finish even if this call met it half way.
+    /// Measured on serving 1 GiB to a reader of 1 MiB at a time: 0.35 CPU s without this nap, 0.05 with it.
+    pub fn nap_past_reader(&mut self, taken: Duration) {
+        std::thread::sleep((2 * taken).min(LONGEST_PAST_READER));
     }
 
     /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard costs no CPU, and yet

@@ -29,7 +29,7 @@ use crate::poller::{Event, Interest, Pace, Poller};
 use crate::store::Arena;
 use crate::store::mem::{Contents, MemStore};
 use crate::wire::ImageName;
-use transfer::{Rest, Sent, Transfer};
+use transfer::{Part, Rest, Sent, Transfer};
 
 /// The largest file that can be asked for more than once, in bytes.
 pub const LARGEST_KEPT: usize = 1 << 20;
@@ -164,10 +164,14 @@ impl Server<'_> {
                 self.listener = None;
                 self.clients.dismiss();
             }
-            limit = if self.send()? {
-                pace.nap();
+            let (sent, room) = self.send()?;
+            limit = if let Some(taken) = sent.met_reader {
+                pace.nap_past_reader(taken);
                 Some(Duration::ZERO)
-            } else if heard.elapsed() < ATTENTION {
+            } else if sent.bytes > 0 {
+                pace.nap_until_filled(sent.bytes as u64, room);
+                Some(Duration::ZERO)
+            } else if self.transfers.is_empty() && heard.elapsed() < ATTENTION {
                 std::thread::yield_now();
                 Some(Duration::ZERO)
             } else {
@@ -278,9 +282,9 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Lets every transfer that may have room send, and tells whether something moved.
-    fn send(&mut self) -> Result<bool> {
-        let mut any = false;
+    /// Lets every transfer that may have room send. Tells what moved in all, and how many bytes the pipes hold that took some.
+    fn send(&mut self) -> Result<(Part, u64)> {
+        let (mut sent, mut room) = (Part::default(), 0);
         for id in std::mem::take(&mut self.busy) {
             let Some(transfer) = self.transfers.get_mut(&id) else {
                 continue;
@@ -289,11 +293,16 @@ impl Server<'_> {
                 Sent::All => {
                     self.transfers.remove(&id);
                 }
-                Sent::Some => any = true,
-                Sent::Nothing => {}
+                Sent::Part(part) => {
+                    sent.bytes += part.bytes;
+                    sent.met_reader = sent.met_reader.max(part.met_reader);
+                    if part.bytes > 0 {
+                        room += transfer.capacity() as u64;
+                    }
+                }
             }
         }
-        Ok(any)
+        Ok((sent, room))
     }
 }
 

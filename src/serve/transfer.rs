@@ -5,6 +5,7 @@
 
 use std::io::IoSlice;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -14,8 +15,8 @@ use crate::store::mem::Contents;
 use crate::store::{Arena, Extent};
 use crate::wire::ImageName;
 
-/// Extents given to the kernel at a time.
-const BATCH: usize = 16;
+/// A `vmsplice` that takes longer than this has waited: filling a pipe of 1 MiB takes 20 to 30 µs.
+const WAITED: Duration = Duration::from_micros(100);
 
 /// What is left to send of a file.
 pub enum Rest {
@@ -77,28 +78,28 @@ impl Rest {
         size > DEFAULT_SLOTS * SLOT
     }
 
-    /// The next bytes to send.
-    fn slices<'a>(&'a self, arena: &'a Arena) -> Vec<IoSlice<'a>> {
-        match self {
-            Rest::Once { front, rest } => front
-                .iter()
-                .chain(rest.as_slice())
-                .take(BATCH)
-                .map(|extent| IoSlice::new(arena.bytes(extent)))
-                .collect(),
+    /// The next bytes to send: as much as fits into a pipe of this capacity, or everything.
+    fn slices<'a>(&'a self, capacity: usize, arena: &'a Arena) -> Vec<IoSlice<'a>> {
+        let (mut skip, first, others) = match self {
+            Rest::Once { front, rest } => (0, front.as_ref(), rest.as_slice()),
             Rest::Kept {
                 contents,
                 index,
                 offset,
-            } => {
-                let mut skip = *offset;
-                contents.extents()[*index..]
-                    .iter()
-                    .take(BATCH)
-                    .map(|extent| IoSlice::new(&arena.bytes(extent)[std::mem::take(&mut skip)..]))
-                    .collect()
-            }
-        }
+            } => (*offset, None, &contents.extents()[*index..]),
+        };
+        let mut left = capacity;
+        first
+            .into_iter()
+            .chain(others)
+            .take(capacity / SLOT)
+            .map_while(|extent| {
+                let bytes = &arena.bytes(extent)[std::mem::take(&mut skip)..];
+                let fits = left > 0;
+                left = left.saturating_sub(bytes.len());
+                fits.then(|| IoSlice::new(bytes))
+            })
+            .collect()
     }
 
     /// So many bytes were sent.
@@ -138,10 +139,17 @@ impl Rest {
 pub enum Sent {
     /// To its end, or its reader wants no more.
     All,
-    /// Something moved, and then the pipe was full.
-    Some,
-    /// The pipe was full.
-    Nothing,
+    /// Some of it, and then the pipe was full.
+    Part(Part),
+}
+
+/// What one attempt to send moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Part {
+    /// Maybe none.
+    pub bytes: usize,
+    /// How long a call took that met the pipe's reader at work, and had to wait for the pipe.
+    pub met_reader: Option<Duration>,
 }
 
 /// A file on its way to CRIU.
@@ -149,7 +157,8 @@ pub struct Transfer {
     name: ImageName,
     pipe: WriteEnd,
     rest: Rest,
-    begun: bool,
+    /// Bytes that the pipe holds at most; 0 before the beginning.
+    capacity: usize,
 }
 
 impl Transfer {
@@ -158,7 +167,7 @@ impl Transfer {
             name,
             pipe,
             rest,
-            begun: false,
+            capacity: 0,
         }
     }
 
@@ -166,26 +175,43 @@ impl Transfer {
         &self.pipe
     }
 
+    /// Bytes that the pipe holds at most.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Sends as much as the pipe takes. That CRIU closes the pipe early is its good right, and ends the transfer.
+    ///
+    /// A pipe that took only a part of what it was offered is full. It is not asked again to make sure: its reader is awake by
+    /// then and copies with the pipe's mutex held, for which we would spin.
     ///
     /// # Errors
     /// Those of `vmsplice` other than a broken pipe.
     pub fn send(&mut self, arena: &mut Arena) -> Result<Sent> {
-        if !self.begun {
-            self.begun = true;
+        if self.capacity == 0 {
+            self.capacity = DEFAULT_SLOTS * SLOT;
             if self.rest.is_large() {
-                pipe::grow(&self.pipe, LARGEST)
+                let slots = pipe::grow(&self.pipe, LARGEST)
                     .with_context(|| format!("serving {}", self.name))?;
+                self.capacity = slots * SLOT;
             }
         }
-        let mut sent = Sent::Nothing;
+        let mut sent = Part::default();
         while !self.rest.is_empty() {
-            match pipe::vmsplice(&self.pipe, &self.rest.slices(arena)) {
+            let slices = self.rest.slices(self.capacity, arena);
+            let offered: usize = slices.iter().map(|slice| slice.len()).sum();
+            let start = Instant::now();
+            let moved = pipe::vmsplice(&self.pipe, &slices);
+            sent.met_reader = Some(start.elapsed()).filter(|&taken| taken > WAITED);
+            match moved {
                 Ok(Moved::Bytes(bytes)) => {
                     self.rest.advance(bytes, arena);
-                    sent = Sent::Some;
+                    sent.bytes += bytes;
+                    if bytes < offered {
+                        return Ok(Sent::Part(sent));
+                    }
                 }
-                Ok(Moved::WouldBlock | Moved::End) => return Ok(sent),
+                Ok(Moved::WouldBlock | Moved::End) => return Ok(Sent::Part(sent)),
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                     let nothing = Rest::once(Contents::Empty);
                     std::mem::replace(&mut self.rest, nothing).release(arena);
