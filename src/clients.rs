@@ -18,10 +18,6 @@ use crate::poller::{Interest, Poller};
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// System calls made for one client before others have their turn: CRIU can send small files as fast as we take them, and
-/// each holds a descriptor until it has been read.
-const TURN: usize = 16;
-
 struct Client<R> {
     connection: Connection,
     /// What it asked for and has not sent a descriptor for yet.
@@ -105,14 +101,15 @@ impl<R> Clients<R> {
         Ok(())
     }
 
-    /// Takes what a client says, and gives it to `answer`, which tells whether a file was opened by it. A client that
-    /// breaks the protocol is dropped.
+    /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which tells whether a file was opened by
+    /// it. A client that breaks the protocol is dropped.
     ///
     /// # Errors
     /// When the client broke the protocol after it had opened files: what it took part in cannot be trusted.
     pub fn hear(
         &mut self,
         id: u64,
+        turn: usize,
         mut answer: impl FnMut(&mut Connection, &mut Option<R>, Message) -> Result<bool>,
     ) -> Result<()> {
         let Some(client) = self.clients.get_mut(&id) else {
@@ -121,7 +118,7 @@ impl<R> Clients<R> {
         let mut has_spoken = client.has_spoken;
         let heard = (|| {
             let mut receipt = Receipt::Something;
-            for _ in 0..TURN {
+            for _ in 0..turn {
                 receipt = client.connection.receive()?;
                 while let Some(message) = client.connection.next_message()? {
                     has_spoken |= answer(&mut client.connection, &mut client.requested, message)?;

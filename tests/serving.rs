@@ -5,6 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -251,6 +252,85 @@ fn thousands_of_files_are_open_at_once() {
 }
 
 /// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no second time.
+/// The scheduling policy, field 41 of `/proc/PID/stat`: 0 is the usual one, 1 is `SCHED_FIFO`.
+fn policy(streamer: &Streamer) -> u32 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", streamer.pid())).unwrap();
+    let (_, after_name) = stat.rsplit_once(") ").unwrap();
+    let field = after_name.split(' ').nth(41 - 3).unwrap();
+    field.parse().unwrap()
+}
+
+fn wait_for_policy(streamer: &Streamer, expected: u32, when: &str) {
+    let end = Instant::now() + common::HANG_TIMEOUT;
+    while policy(streamer) != expected {
+        assert!(
+            Instant::now() < end,
+            "the policy is {} {when}",
+            policy(streamer)
+        );
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A small file, one that fills any pipe, and the last.
+fn small_and_large() -> Files {
+    let mut random = Random::new(9);
+    let sizes = [
+        ("core-1.img", 1000),
+        ("pages-1.img", 8 * MIB),
+        ("inventory.img", 100),
+    ];
+    let sized = sizes.map(|(name, size)| (name.to_owned(), random.bytes(size)));
+    sized.into_iter().collect()
+}
+
+#[test]
+fn small_files_are_served_at_real_time_priority_and_large_ones_are_not() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "this test needs root");
+        eprintln!("skipped: real-time priority needs root");
+        return;
+    }
+    let files = small_and_large();
+    let (mut streamer, _feeder) =
+        runs::feed(Streamer::serve(), &image::encode_files(&files, 2, MIB));
+    let criu = streamer.criu();
+    assert_eq!(
+        criu.read_file("core-1.img").unwrap(),
+        files["core-1.img"],
+        "core-1.img"
+    );
+    wait_for_policy(&streamer, 1, "after a small file");
+    let mut large = criu.open_file("pages-1.img").unwrap();
+    wait_for_policy(&streamer, 0, "while a large file waits for its reader");
+    let mut content = Vec::new();
+    large.read_to_end(&mut content).unwrap();
+    assert_same_bytes("pages-1.img", &content, &files["pages-1.img"]);
+    wait_for_policy(&streamer, 1, "after the large file");
+    drop(criu);
+    streamer.expect_success();
+}
+
+#[test]
+fn a_priority_that_was_chosen_by_the_starter_is_kept() {
+    // Of this thread, and so of what it starts.
+    let own = nix::unistd::gettid().to_string();
+    let reniced = Command::new("renice")
+        .args(["-n", "5", "-p", &own])
+        .output();
+    assert!(reniced.unwrap().status.success());
+    let files = small_and_large();
+    let (mut streamer, _feeder) =
+        runs::feed(Streamer::serve(), &image::encode_files(&files, 2, MIB));
+    let criu = streamer.criu();
+    for name in files.keys() {
+        assert_same_bytes(name, &criu.read_file(name).unwrap(), &files[name]);
+        assert_eq!(policy(&streamer), 0, "after {name}");
+    }
+    drop(criu);
+    streamer.expect_success();
+}
+
 #[test]
 fn a_page_file_asked_for_again_is_an_error_that_names_it() {
     let pages = random::bytes(1, 4 * MIB);

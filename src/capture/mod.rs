@@ -44,6 +44,10 @@ const INVENTORY: &str = "inventory.img";
 /// The file that `criu cpuinfo dump` sends alone, and `criu dump` before it freezes the application.
 const CPUINFO: &str = "cpuinfo.img";
 
+/// System calls made for one client before others have their turn: CRIU can send small files as fast as we take them, and
+/// each holds a descriptor until it has been read.
+const TURN: usize = 16;
+
 /// Chunks that one source gives before others have their turn: enough to empty its pipe, although it is filled meanwhile.
 const CHUNKS_PER_TURN: usize = 4;
 
@@ -344,6 +348,7 @@ impl Loop<'_> {
         let mut opened = Vec::new();
         let heard = self.clients.hear(
             id,
+            TURN,
             |connection: &mut Connection, requested: &mut Option<ImageName>, message| match message
             {
                 Message::Request(name) => {

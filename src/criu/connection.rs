@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
+use nix::unistd::Pid;
 use prost::Message as _;
 
 use crate::criu_proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
@@ -26,8 +27,9 @@ const LARGEST_MESSAGE: usize = 10 << 10;
 /// Bytes taken in one `recvmsg`: many times a request, which names one file.
 const READ: usize = 1 << 10;
 
-/// Bytes of the control buffer: room for a message with two descriptors, of which a second is one too many.
-const CONTROL: usize = 24;
+/// Bytes of the control buffer: room for the sender's credentials (32 bytes), and for two descriptors (24), of which a second is
+/// one too many.
+const CONTROL: usize = 32 + 24;
 
 /// What one look at the socket brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,7 @@ pub struct Connection {
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
     expects_descriptor: bool,
+    asker: Option<Pid>,
 }
 
 impl Connection {
@@ -68,12 +71,19 @@ impl Connection {
             received: Vec::new(),
             descriptors: VecDeque::new(),
             expects_descriptor: false,
+            asker: None,
         }
     }
 
     /// Who is on the other side, in words.
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// The process that sent what was received last, which need not be the one that connected; `None` where it is out of sight, in
+    /// another PID namespace.
+    pub fn asker(&self) -> Option<Pid> {
+        self.asker
     }
 
     /// Takes what waits in the socket, as far as one system call does.
@@ -99,6 +109,7 @@ impl Connection {
             return Ok(Receipt::Closed);
         }
         self.received.extend_from_slice(&buffer[..received.bytes]);
+        self.asker = received.sender;
         Ok(Receipt::Something)
     }
 
@@ -200,6 +211,7 @@ struct Received {
     bytes: usize,
     /// Descriptors were dropped by the kernel.
     truncated: bool,
+    sender: Option<Pid>,
 }
 
 /// Receives bytes, and the descriptors that came with them, close-on-exec.
@@ -229,12 +241,19 @@ fn receive(
         // SAFETY: the header points to `slice` and `control`, which outlive the call and are exclusively ours, with their sizes.
         Errno::result(unsafe { libc::recvmsg(stream.as_raw_fd(), &mut header, flags) })
     })?;
+    let mut sender = None;
     // SAFETY: the kernel filled in the header and the control buffer, which the CMSG macros walk within msg_controllen. The data
-    // of an SCM_RIGHTS message are whole ints, maybe unaligned; each is a descriptor made for us by this call, wrapped once.
+    // of an SCM_RIGHTS message are whole ints, maybe unaligned; each is a descriptor made for us by this call, wrapped once. The data
+    // of an SCM_CREDENTIALS message is one ucred.
     unsafe {
         let mut message = libc::CMSG_FIRSTHDR(&header);
         while let Some(found) = message.as_ref() {
-            if (found.cmsg_level, found.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let kind = (found.cmsg_level, found.cmsg_type);
+            if kind == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) {
+                let data = libc::CMSG_DATA(message).cast::<libc::ucred>();
+                sender = Some(data.read_unaligned().pid).filter(|&pid| pid > 0);
+            }
+            if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
                 let data = libc::CMSG_DATA(message).cast::<RawFd>();
                 let count = (found.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
                 for index in 0..count {
@@ -247,5 +266,6 @@ fn receive(
     Ok(Received {
         bytes: bytes as usize,
         truncated: header.msg_flags & libc::MSG_CTRUNC != 0,
+        sender: sender.map(Pid::from_raw),
     })
 }

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::sockopt::{PassCred, PeerCredentials};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, socket,
+    listen, setsockopt, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -80,6 +80,10 @@ impl Listener {
             None,
         )
         .context("creating CRIU's socket")?;
+        if role == Role::Serve {
+            // The connections inherit it. Who asks is good to know, and no more than that.
+            let _ = setsockopt(&socket, PassCred, &true);
+        }
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
             .context("setting the mode of CRIU's socket")?;
         let address = UnixAddr::new(&path)
