@@ -164,11 +164,8 @@ impl Server<'_> {
                 self.clients.dismiss();
             }
             let (sent, room) = self.send()?;
-            limit = if let Some(taken) = sent.met_reader {
-                pace.nap_past_reader(taken);
-                Some(Duration::ZERO)
-            } else if sent.bytes > 0 {
-                pace.nap_until_filled(sent.bytes as u64, room);
+            limit = if sent.bytes > 0 {
+                pace.nap_until_emptied(sent.bytes as u64, room, sent.waited);
                 Some(Duration::ZERO)
             } else {
                 self.clients.grace_left()
@@ -298,7 +295,7 @@ impl Server<'_> {
                 }
                 Sent::Part(part) => {
                     sent.bytes += part.bytes;
-                    sent.met_reader = sent.met_reader.max(part.met_reader);
+                    sent.waited = sent.waited.max(part.waited);
                     if part.bytes > 0 {
                         room += transfer.capacity() as u64;
                     }

@@ -149,7 +149,7 @@ pub struct Part {
     /// Maybe none.
     pub bytes: usize,
     /// How long a call took that met the pipe's reader at work, and had to wait for the pipe.
-    pub met_reader: Option<Duration>,
+    pub waited: Option<Duration>,
 }
 
 /// A file on its way to CRIU.
@@ -202,7 +202,7 @@ impl Transfer {
             let offered: usize = slices.iter().map(|slice| slice.len()).sum();
             let start = Instant::now();
             let moved = pipe::vmsplice(&self.pipe, &slices);
-            sent.met_reader = Some(start.elapsed()).filter(|&taken| taken > WAITED);
+            sent.waited = Some(start.elapsed()).filter(|&taken| taken > WAITED);
             match moved {
                 Ok(Moved::Bytes(bytes)) => {
                     self.rest.advance(bytes, arena);
