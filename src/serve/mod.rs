@@ -43,6 +43,11 @@ pub const MOST_KEPT: usize = 16 << 20;
 /// one would find nothing.
 const TURN: usize = 1;
 
+/// How long after the last event every transfer is tried again. A pipe that took a part of what it was offered is full, and its
+/// reader's next event is waited for; should it be something else for once that ended the call, the call is to fail, and not we to
+/// wait for ever.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
 /// Files whose names start like this hold the application's memory: large, and read once.
 const PAGES: &str = "pages-";
 
@@ -158,6 +163,9 @@ impl Server<'_> {
                 .wait(limit, &mut events)
                 .context("waiting for CRIU")?;
             self.handle(&events)?;
+            if events.is_empty() && limit == Some(TRY_AGAIN) {
+                self.busy.extend(self.transfers.keys());
+            }
             self.clients.check_grace()?;
             if self.clients.all_gone() {
                 self.listener = None;
@@ -167,6 +175,8 @@ impl Server<'_> {
             limit = if sent.bytes > 0 {
                 pace.nap_until_emptied(sent.bytes as u64, room, sent.waited);
                 Some(Duration::ZERO)
+            } else if !self.transfers.is_empty() {
+                Some(TRY_AGAIN)
             } else {
                 self.clients.grace_left()
             };

@@ -13,8 +13,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use criu_image_streamer::criu::{Connection, Message, Receipt};
 use criu_image_streamer::criu_proto::ImgStreamerRequestEntry;
 use nix::fcntl::OFlag;
+use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
 };
 use nix::unistd::pipe2;
 use prost::Message as _;
@@ -51,6 +52,9 @@ pub fn run(input: &[u8]) {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags).unwrap();
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    if serve {
+        setsockopt(&theirs, PassCred, &true).unwrap();
+    }
     let mut connection = Connection::new(theirs, "the fuzzer".into());
 
     let mut sent = Vec::new();
