@@ -102,6 +102,13 @@ impl Attention {
     }
 }
 
+/// What follows is done at the usual priority.
+impl Drop for Attention {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
 fn processor(stat: &str) -> Option<usize> {
     let (_, fields) = stat.rsplit_once(") ")?;
     fields.split(' ').nth(PROCESSOR)?.parse().ok()

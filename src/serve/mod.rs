@@ -96,6 +96,8 @@ impl Token {
 }
 
 struct Server<'a> {
+    /// First, and so the first to be dropped: to give back what CRIU never asked for may take seconds, and is no work for real time.
+    attention: Attention,
     poller: Poller,
     interrupts: &'a Interrupts,
     /// Until nobody is waited for any more.
@@ -110,7 +112,6 @@ struct Server<'a> {
     busy: Vec<u64>,
     next_transfer: u64,
     refused: HashSet<ImageName>,
-    attention: Attention,
 }
 
 /// Serves `files`, whose memory is in `arena`, until `criu_clients` clients have come and all are gone.
@@ -137,6 +138,7 @@ pub fn serve(
         .map(|(name, contents)| (name, File::Fresh(contents)))
         .collect();
     Server {
+        attention: Attention::new(),
         poller,
         interrupts,
         listener: Some(listener),
@@ -148,7 +150,6 @@ pub fn serve(
         busy: Vec::new(),
         next_transfer: 0,
         refused: HashSet::new(),
-        attention: Attention::new(),
     }
     .run()
 }
