@@ -74,12 +74,17 @@ impl WriteEnd {
     /// # Errors
     /// When it is not a pipe, or not open for writing; the text says which.
     pub fn new(fd: OwnedFd) -> Result<Self> {
-        check_end(
-            fd.as_fd(),
-            OFlag::O_RDONLY,
-            "the read end of a pipe, where its write end is needed",
-        )?;
-        Ok(Self(fd))
+        Self::measured(fd).map(|(end, _)| end)
+    }
+
+    /// The same, with the pipe's capacity in slots.
+    ///
+    /// # Errors
+    /// Those of [`WriteEnd::new`].
+    pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
+        let wrong_end = "the read end of a pipe, where its write end is needed";
+        let slots = check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
+        Ok((Self(fd), slots))
     }
 }
 

@@ -123,6 +123,12 @@ impl Poller {
     }
 }
 
+/// Makes the calling thread's naps exact. The kernel forgets it when the thread comes back from real-time priority.
+pub fn be_exact() {
+    // If it is refused, naps are longer, and all else is the same.
+    let _ = nix::sys::prctl::set_timerslack(SLACK);
+}
+
 /// Naps that grow while nothing moves, and start short again when something did.
 #[derive(Debug)]
 pub struct Pace {
@@ -132,8 +138,7 @@ pub struct Pace {
 impl Pace {
     /// For the calling thread, whose naps will be exact from now on.
     pub fn new() -> Self {
-        // If it is refused, naps are longer, and all else is the same.
-        let _ = nix::sys::prctl::set_timerslack(SLACK);
+        be_exact();
         Self { next: NAP }
     }
 
@@ -161,8 +166,8 @@ impl Pace {
         std::thread::sleep(self.next);
     }
 
-    /// Naps as long as pipes take to be emptied, judged by what went into them: `sent` bytes where `room` would fit into empty ones,
-    /// and `waited` if the call met a reader at work. Where events come when pipes are empty, it does not nap at all.
+    /// Naps as long as pipes take to be emptied, judged by what went into them: `sent` slots where `room` would fit into empty ones,
+    /// and how long the call `waited` if the call met a reader at work. Where events come when pipes are empty, it does not nap at all.
     ///
     /// A reader copies with the pipe's mutex held, and whoever fills the pipe meanwhile spins until that is done. A nap that ended too
     /// early by so much is that much longer the next time; without naps each call would meet the reader, because the event for

@@ -27,8 +27,8 @@ const LARGEST_MESSAGE: usize = 10 << 10;
 /// Bytes taken in one `recvmsg`: many times a request, which names one file.
 const READ: usize = 1 << 10;
 
-/// Bytes of the control buffer: room for the sender's credentials (32 bytes), and for two descriptors (24), of which a second is
-/// one too many.
+/// Bytes of the control buffer: room for the sender's credentials (32 bytes) and for two descriptors (24), of which a second is
+/// one too many. Where no credentials come it is room for ten.
 const CONTROL: usize = 32 + 24;
 
 /// What one look at the socket brought.

@@ -22,6 +22,8 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::poller::be_exact;
+
 /// How often to look where CRIU runs. Looking takes 11 µs, and the load balancer, which sees an idle processor beside one with two
 /// processes, moves CRIU away every 10 to 20 ms.
 const LOOK: Duration = Duration::from_millis(1);
@@ -70,7 +72,12 @@ impl Attention {
             libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &parameters)
         });
         match set {
-            Ok(_) => self.close = close,
+            Ok(_) => {
+                self.close = close;
+                if !close {
+                    be_exact();
+                }
+            }
             Err(_) => self.may = false,
         }
     }

@@ -39,8 +39,8 @@ pub const LARGEST_KEPT: usize = 1 << 20;
 /// What is kept in all for being asked for again, in bytes.
 pub const MOST_KEPT: usize = 16 << 20;
 
-/// System calls made for one client before events are looked at again. CRIU waits for our answer to whatever it said, so that a second
-/// one would find nothing.
+/// System calls made for one client before events are looked at again. CRIU waits for our answer to its request, and then
+/// for the file, so that a second one would find nothing.
 const TURN: usize = 1;
 
 /// How long after the last event every transfer is tried again. A pipe that took a part of what it was offered is full, and its
@@ -164,7 +164,7 @@ impl Server<'_> {
                 .wait(limit, &mut events)
                 .context("waiting for CRIU")?;
             self.handle(&events)?;
-            if events.is_empty() && limit == Some(TRY_AGAIN) {
+            if events.is_empty() && limit != Some(Duration::ZERO) {
                 self.busy.extend(self.transfers.keys());
             }
             self.clients.check_grace()?;
@@ -173,13 +173,12 @@ impl Server<'_> {
                 self.clients.dismiss();
             }
             let (sent, room) = self.send()?;
-            limit = if sent.bytes > 0 {
-                pace.nap_until_emptied(sent.bytes as u64, room, sent.waited);
+            limit = if sent.slots > 0 {
+                pace.nap_until_emptied(sent.slots as u64, room, sent.waited);
                 Some(Duration::ZERO)
-            } else if !self.transfers.is_empty() {
-                Some(TRY_AGAIN)
             } else {
-                self.clients.grace_left()
+                let again = (!self.transfers.is_empty()).then_some(TRY_AGAIN);
+                again.into_iter().chain(self.clients.grace_left()).min()
             };
             self.attention.set(self.transfers.is_empty());
         }
@@ -256,14 +255,14 @@ impl Server<'_> {
                         let Requested { name, index } = requested
                             .take()
                             .context("a descriptor came without a name")?;
-                        let pipe = WriteEnd::new(fd).with_context(|| {
+                        let (pipe, slots) = WriteEnd::measured(fd).with_context(|| {
                             format!("{} sent something wrong for {name}", connection.peer())
                         })?;
                         // Only now: a peer that leaves in between, or sends no pipe, takes nothing with it.
                         let rest = take(&mut files[index].1, &name, kept).with_context(|| {
                             format!("serving {name}: two clients asked for it at a time, and it can be sent once")
                         })?;
-                        opened.push(Transfer::new(name, pipe, rest));
+                        opened.push(Transfer::new(name, pipe, slots, rest));
                         Ok(true)
                     }
                 }
@@ -293,7 +292,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Lets every transfer that may have room send. Tells what moved in all, and how many bytes the pipes hold that took some.
+    /// Lets every transfer that may have room send. Tells what moved in all, and how many slots the pipes have that took some.
     fn send(&mut self) -> Result<(Part, u64)> {
         let (mut sent, mut room) = (Part::default(), 0);
         for id in std::mem::take(&mut self.busy) {
@@ -305,10 +304,10 @@ impl Server<'_> {
                     self.transfers.remove(&id);
                 }
                 Sent::Part(part) => {
-                    sent.bytes += part.bytes;
+                    sent.slots += part.slots;
                     sent.waited = sent.waited.max(part.waited);
-                    if part.bytes > 0 {
-                        room += transfer.capacity() as u64;
+                    if part.slots > 0 {
+                        room += transfer.slots() as u64;
                     }
                 }
             }

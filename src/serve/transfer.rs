@@ -15,8 +15,13 @@ use crate::store::mem::Contents;
 use crate::store::{Arena, Extent};
 use crate::wire::ImageName;
 
-/// A `vmsplice` that takes longer than this has waited: filling a pipe of 1 MiB takes 20 to 30 µs.
-const WAITED: Duration = Duration::from_micros(100);
+/// What a `vmsplice` that meets nobody takes at most for each MiB, and besides: 20 to 30 µs were measured for 1 MiB. What it takes beyond
+/// that it has waited.
+const WORK_FOR_MIB: Duration = Duration::from_micros(30);
+const OTHER_WORK: Duration = Duration::from_micros(70);
+
+/// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
+const MOST_PIECES: usize = 1024;
 
 /// What is left to send of a file.
 pub enum Rest {
@@ -78,8 +83,8 @@ impl Rest {
         size > DEFAULT_SLOTS * SLOT
     }
 
-    /// The next bytes to send: as much as fits into a pipe of this capacity, or everything.
-    fn slices<'a>(&'a self, capacity: usize, arena: &'a Arena) -> Vec<IoSlice<'a>> {
+    /// The next bytes to send: as much as fits into a pipe of so many slots, or everything.
+    fn slices<'a>(&'a self, slots: usize, arena: &'a Arena) -> Vec<IoSlice<'a>> {
         let (mut skip, first, others) = match self {
             Rest::Once { front, rest } => (0, front.as_ref(), rest.as_slice()),
             Rest::Kept {
@@ -88,11 +93,11 @@ impl Rest {
                 offset,
             } => (*offset, None, &contents.extents()[*index..]),
         };
-        let mut left = capacity;
+        let mut left = slots * SLOT;
         first
             .into_iter()
             .chain(others)
-            .take(capacity / SLOT)
+            .take(slots.min(MOST_PIECES))
             .map_while(|extent| {
                 let bytes = &arena.bytes(extent)[std::mem::take(&mut skip)..];
                 let fits = left > 0;
@@ -146,9 +151,9 @@ pub enum Sent {
 /// What one attempt to send moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Part {
-    /// Maybe none.
-    pub bytes: usize,
-    /// How long a call took that met the pipe's reader at work, and had to wait for the pipe.
+    /// How many of the pipe's slots it filled, maybe none.
+    pub slots: usize,
+    /// How long a call that met the pipe's reader at work waited for it.
     pub waited: Option<Duration>,
 }
 
@@ -157,17 +162,19 @@ pub struct Transfer {
     name: ImageName,
     pipe: WriteEnd,
     rest: Rest,
-    /// Bytes that the pipe holds at most; 0 before the beginning.
-    capacity: usize,
+    slots: usize,
+    begun: bool,
 }
 
 impl Transfer {
-    pub fn new(name: ImageName, pipe: WriteEnd, rest: Rest) -> Self {
+    /// Sends `rest` into a pipe of so many slots.
+    pub fn new(name: ImageName, pipe: WriteEnd, slots: usize, rest: Rest) -> Self {
         Self {
             name,
             pipe,
             rest,
-            capacity: 0,
+            slots,
+            begun: false,
         }
     }
 
@@ -175,9 +182,9 @@ impl Transfer {
         &self.pipe
     }
 
-    /// Bytes that the pipe holds at most.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    /// The pipe's capacity in slots.
+    pub fn slots(&self) -> usize {
+        self.slots
     }
 
     /// Sends as much as the pipe takes. That CRIU closes the pipe early is its good right, and ends the transfer.
@@ -188,25 +195,26 @@ impl Transfer {
     /// # Errors
     /// Those of `vmsplice` other than a broken pipe.
     pub fn send(&mut self, arena: &mut Arena) -> Result<Sent> {
-        if self.capacity == 0 {
-            self.capacity = DEFAULT_SLOTS * SLOT;
+        if !self.begun {
+            self.begun = true;
             if self.rest.is_large() {
-                let slots = pipe::grow(&self.pipe, LARGEST)
+                self.slots = pipe::grow(&self.pipe, LARGEST)
                     .with_context(|| format!("serving {}", self.name))?;
-                self.capacity = slots * SLOT;
             }
         }
         let mut sent = Part::default();
         while !self.rest.is_empty() {
-            let slices = self.rest.slices(self.capacity, arena);
+            let slices = self.rest.slices(self.slots, arena);
             let offered: usize = slices.iter().map(|slice| slice.len()).sum();
             let start = Instant::now();
             let moved = pipe::vmsplice(&self.pipe, &slices);
-            sent.waited = Some(start.elapsed()).filter(|&taken| taken > WAITED);
+            let taken = start.elapsed();
             match moved {
                 Ok(Moved::Bytes(bytes)) => {
+                    let slots = slots_for(&slices, bytes);
                     self.rest.advance(bytes, arena);
-                    sent.bytes += bytes;
+                    sent.slots += slots;
+                    sent.waited = sent.waited.max(waiting(taken, bytes));
                     if bytes < offered {
                         return Ok(Sent::Part(sent));
                     }
@@ -220,5 +228,56 @@ impl Transfer {
             }
         }
         Ok(Sent::All)
+    }
+}
+
+/// The slots that the first `bytes` of these pieces take: each page that they touch takes one.
+fn slots_for(pieces: &[IoSlice], mut bytes: usize) -> usize {
+    let mut slots = 0;
+    for piece in pieces {
+        let len = piece.len().min(bytes);
+        if len == 0 {
+            break;
+        }
+        slots += (piece.as_ptr().addr() % SLOT + len).div_ceil(SLOT);
+        bytes -= len;
+    }
+    slots
+}
+
+/// How much of the time that a call took for so many bytes it cannot have worked.
+fn waiting(taken: Duration, bytes: usize) -> Option<Duration> {
+    let work = OTHER_WORK + WORK_FOR_MIB.mul_f64(bytes as f64 / f64::from(1 << 20));
+    taken.checked_sub(work).filter(|rest| !rest.is_zero())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_that_is_touched_takes_a_slot() {
+        let memory = vec![0; 4 * SLOT];
+        let start = memory.as_ptr().align_offset(SLOT);
+        let pieces = [
+            IoSlice::new(&memory[start..start + SLOT]),
+            IoSlice::new(&memory[start + SLOT - 1..start + SLOT + 1]),
+        ];
+        assert_eq!(slots_for(&pieces, SLOT + 2), 3);
+        assert_eq!(slots_for(&pieces, SLOT + 1), 2);
+        assert_eq!(slots_for(&pieces, 1), 1);
+        assert_eq!(slots_for(&pieces, 0), 0);
+    }
+
+    #[test]
+    fn a_call_that_takes_longer_than_its_work_has_waited() {
+        let quick = Duration::from_micros(90);
+        assert_eq!(waiting(quick, 1 << 20), None);
+        assert_eq!(
+            waiting(quick, 4096),
+            Some(quick - OTHER_WORK - WORK_FOR_MIB / 256)
+        );
+        let long = Duration::from_micros(400);
+        assert_eq!(waiting(long, 1 << 20), Some(Duration::from_micros(300)));
     }
 }
