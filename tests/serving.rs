@@ -251,7 +251,6 @@ fn thousands_of_files_are_open_at_once() {
     streamer.expect_success();
 }
 
-/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no second time.
 /// The scheduling policy, field 41 of `/proc/PID/stat`: 0 is the usual one, 1 is `SCHED_FIFO`.
 fn policy(streamer: &Streamer) -> u32 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", streamer.pid())).unwrap();
@@ -331,6 +330,7 @@ fn a_priority_that_was_chosen_by_the_starter_is_kept() {
     streamer.expect_success();
 }
 
+/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no second time.
 #[test]
 fn a_page_file_asked_for_again_is_an_error_that_names_it() {
     let pages = random::bytes(1, 4 * MIB);
