@@ -54,10 +54,12 @@ pub enum Message {
 /// A peer that was let in.
 #[derive(Debug)]
 pub struct Connection {
-    stream: OwnedFd,
     peer: String,
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
+    /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the connection knows that
+    /// nothing of it is kept.
+    stream: OwnedFd,
     expects_descriptor: bool,
     asker: Option<Pid>,
 }
@@ -66,10 +68,10 @@ impl Connection {
     /// Speaks over `stream` (non-blocking) with a peer that error messages call `peer`.
     pub fn new(stream: OwnedFd, peer: String) -> Self {
         Self {
-            stream,
             peer,
             received: Vec::new(),
             descriptors: VecDeque::new(),
+            stream,
             expects_descriptor: false,
             asker: None,
         }
