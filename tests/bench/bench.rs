@@ -9,6 +9,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bare;
 mod capture;
 mod clock;
 mod image;

@@ -1,4 +1,4 @@
-//! The parts that are played around the streamer: CRIU, the sinks, the producers, the naive receiver.
+//! The parts that are played around the streamer: CRIU, the sinks, the producers, and what the streamer is compared with.
 //!
 //! Each is a process of its own, this same program started again, so that none of its CPU time or memory is counted as the
 //! streamer's. A role's one argument is its description as JSON. The roles that are timed say when they are ready, wait
@@ -7,7 +7,7 @@
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::spawn_with_fds;
-use crate::{machine, naive, producer, reader, sink, writer};
+use crate::{bare, machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -24,6 +24,7 @@ pub enum Role {
     Producer(producer::Producer),
     Reader(reader::Reader),
     Naive(naive::Naive),
+    Bare(bare::Bare),
     Janitor(machine::Janitor),
 }
 
@@ -48,6 +49,7 @@ impl Role {
             Self::Producer(role) => role.play(),
             Self::Reader(role) => role.play(),
             Self::Naive(role) => role.play(),
+            Self::Bare(role) => role.play(),
             Self::Janitor(role) => role.play(),
         }
     }
