@@ -137,6 +137,12 @@ impl Attention {
     }
 }
 
+impl Default for Attention {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// What follows is done at the usual priority.
 impl Drop for Attention {
     fn drop(&mut self) {

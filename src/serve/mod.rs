@@ -12,7 +12,7 @@
 //! few KiB for each task, mapping list and descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What
 //! was sent and not kept is gone: asking for it again is answered with "does not exist", and the program then fails naming it.
 
-mod attention;
+pub mod attention;
 mod transfer;
 
 use std::collections::{HashMap, HashSet};

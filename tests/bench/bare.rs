@@ -3,14 +3,13 @@
 //! What a file costs is mostly two exchanges between two processes, a pipe that is made and passed, and nothing that a streamer could do
 //! better: this server looks nothing up, checks nothing, and keeps CRIU on its own processor, which a real one must not, as the
 //! application would inherit it. How fast a machine does that changes by half within an hour, so it runs in turns with the others.
-#![allow(unsafe_code)] // Neither nix nor std can set a real-time priority.
 
 use crate::common::criu::{Role, frame};
 use crate::image::Content;
 use crate::naive::receive_pipe;
 use crate::role::claim_fds;
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
+use criu_image_streamer::serve::attention::Attention;
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -39,6 +38,8 @@ impl Bare {
         progress.write_all(b"socket-init\n")?;
         let (mut criu, _) = listener.accept()?;
         share_processor(&criu).context("Failed to share a processor with CRIU")?;
+        let mut attention = Attention::new();
+        attention.set(true);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&criu, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         let wait = || epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE);
@@ -62,19 +63,13 @@ impl Bare {
     }
 }
 
-/// Keeps both ends on this processor, and this one first.
+/// Keeps both ends on this processor.
 fn share_processor(criu: &UnixStream) -> Result<()> {
     let mut here = CpuSet::new();
     here.set(sched_getcpu()?)?;
     let client = Pid::from_raw(getsockopt(criu, PeerCredentials)?.pid());
     for process in [Pid::this(), client] {
         sched_setaffinity(process, &here)?;
-    }
-    let lowest = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the call reads the parameters, which live longer; 0 is the calling thread.
-    let first = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &lowest) };
-    if let Err(refused) = Errno::result(first) {
-        eprintln!("bare: no real-time priority ({refused}), as for the streamer");
     }
     Ok(())
 }

@@ -1,7 +1,6 @@
 //! The tables, the JSON, and whether the project's bounds were met.
 
 use crate::machine::Machine;
-use crate::statistics::GB;
 use crate::{capture, restore};
 use serde::Serialize;
 
@@ -158,17 +157,9 @@ impl Report {
                 );
             }
             if let Some(bare) = &row.bare {
-                let gb = row.bytes as f64 / GB;
                 println!(
-                    "{:<34} {:<9} {:>8} {:>8} {:>8.3} {:>8.2} {:>8.3} {:>8.3}",
-                    row.scenario,
-                    "bare",
-                    "-",
-                    "-",
-                    bare.serve_s,
-                    gb / bare.serve_s,
-                    bare.cpu_s / gb,
-                    bare.cpu_s
+                    "{:<34} {:<9} {:>8} {:>8} {:>8.3} {:>8} {:>8} {:>8.3}",
+                    row.scenario, "bare", "-", "-", bare.serve_s, "-", "-", bare.cpu_s
                 );
             }
         }

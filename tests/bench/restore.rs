@@ -1,4 +1,4 @@
-//! Restore scenarios: producers, the streamer or the naive receiver, and a simulated CRIU.
+//! Restore scenarios: producers, the streamer or what it is compared with, and a simulated CRIU.
 //!
 //! Receiving lasts from the start of the process, when the producers have filled their pipes already, until it listens
 //! for CRIU; serving lasts from CRIU's first request to its last byte. What the process has used up when it listens
@@ -111,7 +111,7 @@ pub struct Figures {
     pub bytes: u64,
     pub streamer: Side,
     pub naive: Side,
-    /// Of small files only.
+    /// With small files only.
     pub bare: Option<Floor>,
 }
 
