@@ -9,32 +9,16 @@
 
 pub mod capture;
 pub mod cli;
-pub mod clients;
 pub mod criu;
-pub mod endpoints;
-pub mod extract;
-pub mod help;
-pub mod interrupt;
-pub mod notice;
-pub mod out_of_memory;
-pub mod pipe;
-pub mod poller;
-pub mod progress;
-pub mod progress_bar;
+pub mod format;
+pub mod listen_ports;
+pub mod os;
+pub mod pace;
+pub mod receive;
+pub mod report;
 pub mod serve;
 pub mod store;
-pub mod tcp_listen_remap;
-pub mod wire;
-
-/// The protobuf messages of `proto/image.proto`.
-pub mod image_proto {
-    include!(concat!(env!("OUT_DIR"), "/image.rs"));
-}
-
-/// The protobuf messages of `proto/criu.proto`.
-pub mod criu_proto {
-    include!(concat!(env!("OUT_DIR"), "/criu.rs"));
-}
+pub mod supervision;
 
 use std::fs::DirBuilder;
 use std::io::Write;
@@ -49,16 +33,17 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use capture::{Capture, Drain};
 use cli::{Action, Plan, Shards};
 use criu::{Listener, Role};
-use endpoints::Endpoints;
-use interrupt::{Interrupted, Interrupts};
-use progress::{Milestone, Progress, Stats};
-use progress_bar::{Journey, ProgressBar, Tallies};
-use store::fs::FsStore;
+use format::ImageName;
+use listen_ports::Remap;
+use report::bar::{Journey, ProgressBar, Tallies};
+use report::notice;
+use report::progress::{Milestone, Progress, Stats};
+use store::disk::FsStore;
+use store::external::Overlay;
 use store::mem::MemStore;
-use store::overlay::Overlay;
 use store::{Arena, Store};
-use tcp_listen_remap::Remap;
-use wire::ImageName;
+use supervision::Endpoints;
+use supervision::signals::{self, Interrupted, Interrupts};
 
 /// Does what the command line says.
 ///
@@ -77,7 +62,7 @@ pub fn run() -> Result<()> {
 
 /// The exit status for an error: 128 and the number of the signal that ended the program, otherwise 1.
 pub fn exit_status(error: &anyhow::Error) -> ExitCode {
-    match interrupt::signal_behind(error) {
+    match signals::signal_behind(error) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,
     }
@@ -214,7 +199,7 @@ fn receive<S: Store>(
         Shards::Commands(commands) => endpoints.start_writers(commands)?,
     };
     let store = Overlay::new(store, external_files, interrupts);
-    let received = extract::receive(shards, store, arena, tallies, interrupts)
+    let received = receive::receive(shards, store, arena, tallies, interrupts)
         .and_then(|(store, stats)| Ok((store.into_below()?, stats)));
     endpoints.conclude(received, interrupts)
 }
@@ -224,12 +209,12 @@ fn remap_ports(files: &mut MemStore, arena: &mut Arena, remaps: &[Remap]) -> Res
         return Ok(());
     }
     let mut change = || {
-        let name = ImageName::new(tcp_listen_remap::FILE)?;
+        let name = ImageName::new(listen_ports::FILE)?;
         let before = files
             .read(&name, arena)
             .with_context(|| format!("the image has no {name}"))?;
         let after =
-            tcp_listen_remap::remap(&before, remaps).with_context(|| format!("changing {name}"))?;
+            listen_ports::remap(&before, remaps).with_context(|| format!("changing {name}"))?;
         files
             .write(name, &after, arena)
             .context("keeping the changed file in memory")

@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 use super::balancer::{self, Room};
 use super::shard::{Shard, Spliced};
 use super::source::{Layout, Promise, Source};
-use crate::image_proto::marker::Body;
-use crate::notice;
-use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
-use crate::progress::Stats;
+use crate::format::{Body, Marker};
+use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::report::notice;
+use crate::report::progress::Stats;
 
 /// The most slots that a chunk may pass through the staging pipe with.
 const LARGEST_STAGED: usize = 64;
@@ -139,7 +139,7 @@ impl Image {
         };
         self.start.get_or_insert_with(Instant::now);
         self.name_file(id, source, grant.shard);
-        self.mark(grant.shard, Body::FileData(size as u32));
+        self.mark(grant.shard, Body::Data(size as u32));
         source.promise = Some(Promise {
             shard: grant.shard,
             left: size,
@@ -204,7 +204,7 @@ impl Image {
     }
 
     fn mark_end(&mut self, source: &mut Source, shard: usize) {
-        self.mark(shard, Body::FileEof(true));
+        self.mark(shard, Body::FileEnd);
         self.current = None;
         source.named = false;
     }
@@ -212,14 +212,15 @@ impl Image {
     /// Makes a file the current one.
     fn name_file(&mut self, id: u64, source: &mut Source, shard: usize) {
         if self.current != Some(id) {
-            self.mark(shard, Body::Filename(source.name.as_str().to_owned()));
+            self.mark(shard, Body::File(source.name.clone()));
             self.current = Some(id);
             source.named = true;
         }
     }
 
     fn mark(&mut self, shard: usize, body: Body) {
-        self.shards[shard].mark(self.seq, body);
+        let seq = self.seq;
+        self.shards[shard].mark(Marker { seq, body });
         self.seq += 1;
     }
 
@@ -243,7 +244,7 @@ impl Image {
         let grant =
             balancer::choose(&mut self.shards, 1).context("looking for a shard with room")?;
         if let Some(grant) = grant {
-            self.mark(grant.shard, Body::ImageEof(true));
+            self.mark(grant.shard, Body::ImageEnd);
         }
         Ok(grant.is_some())
     }

@@ -1,7 +1,7 @@
 //! Captures an image: from CRIU's pipes to the shards, by moving page references.
 //!
 //! One thread runs one loop. It sleeps in epoll while nothing is going on. Once data flows it naps for some tens of microseconds
-//! between two rounds (see [`crate::poller`]); in each round it looks at every source that has something, and gives its
+//! between two rounds (see [`crate::os::poller`]); in each round it looks at every source that has something, and gives its
 //! data in chunks to the shards that have room ([`balancer`] holds the rule, and why nothing deadlocks). Nothing ever blocks on a
 //! shard.
 //!
@@ -26,14 +26,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::clients::Clients;
-use crate::criu::{Connection, Listener, Message};
-use crate::interrupt::Interrupts;
-use crate::pipe::{self, Moved, ReadEnd, WriteEnd};
-use crate::poller::{Event, Interest, Pace, Poller};
-use crate::progress::{Milestone, Progress, Stats};
-use crate::progress_bar::{Tallies, Tally};
-use crate::wire::ImageName;
+use crate::criu::{Clients, Connection, Listener, Message};
+use crate::format::ImageName;
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
+use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
+use crate::pace::Pace;
+use crate::report::bar::{Tallies, Tally};
+use crate::report::progress::{Milestone, Progress, Stats};
+use crate::supervision::signals::Interrupts;
 use image::{Image, Step};
 use shard::Shard;
 use source::{Origin, Ready, Source};
@@ -89,35 +89,23 @@ pub struct Capture<'a> {
 }
 
 /// What is watched.
-#[derive(Debug, Clone, Copy)]
-enum Token {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
     Interrupt,
     Listener,
-    Client(u64),
-    Source(u64),
-    Shard(u64),
+    Client,
+    Source,
+    Shard,
 }
 
-impl Token {
-    fn encode(self) -> u64 {
-        match self {
-            Token::Interrupt => 0,
-            Token::Listener => 1,
-            Token::Client(id) => id << 3 | 2,
-            Token::Source(id) => id << 3 | 3,
-            Token::Shard(id) => id << 3 | 4,
-        }
-    }
-
-    fn decode(token: u64) -> Self {
-        match token & 7 {
-            0 => Token::Interrupt,
-            1 => Token::Listener,
-            2 => Token::Client(token >> 3),
-            3 => Token::Source(token >> 3),
-            _ => Token::Shard(token >> 3),
-        }
-    }
+impl Kind for Watched {
+    const ALL: &'static [Self] = &[
+        Self::Interrupt,
+        Self::Listener,
+        Self::Client,
+        Self::Source,
+        Self::Shard,
+    ];
 }
 
 /// Which files arrived whole.
@@ -135,7 +123,7 @@ impl Delivered {
 }
 
 struct Loop<'a> {
-    poller: Poller,
+    poller: Poller<Watched>,
     interrupts: &'a Interrupts,
     /// Until nobody is waited for any more.
     listener: Option<Listener>,
@@ -220,14 +208,14 @@ impl Loop<'_> {
     fn watch(&self, interrupts: &Interrupts) -> Result<()> {
         let add = || {
             self.poller
-                .add(interrupts, Token::Interrupt.encode(), Interest::Readable)?;
+                .add(interrupts, Watched::Interrupt, 0, Interest::Readable)?;
             if let Some(listener) = &self.listener {
                 self.poller
-                    .add(listener, Token::Listener.encode(), Interest::Readable)?;
+                    .add(listener, Watched::Listener, 0, Interest::Readable)?;
             }
             for (index, shard) in self.image.shards().iter().enumerate() {
                 self.poller
-                    .add(shard, Token::Shard(index as u64).encode(), Interest::Gone)?;
+                    .add(shard, Watched::Shard, index as u64, Interest::Gone)?;
             }
             Ok::<_, io::Error>(())
         };
@@ -238,10 +226,10 @@ impl Loop<'_> {
     fn receive_files(&mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
-        let mut limit = None;
+        let mut wait = Wait::Forever;
         loop {
             self.poller
-                .wait(limit, &mut events)
+                .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
             let heard = self.handle(&events)?;
             self.clients.check_grace()?;
@@ -256,7 +244,7 @@ impl Loop<'_> {
                     break;
                 }
                 self.listener = None;
-                self.clients.dismiss();
+                self.clients.close_idle();
                 ensure!(
                     self.delivered.is_image() || self.criu_still_writes(),
                     self.incomplete()
@@ -265,15 +253,15 @@ impl Loop<'_> {
             if step < Step::Busy && !self.image.flush()? {
                 step = Step::NoRoom;
             }
-            limit = match step {
-                Step::Idle => self.clients.grace_left(),
+            wait = match step {
+                Step::Idle => Wait::Forever.or_until(self.clients.grace_ends()),
                 Step::NoRoom => {
                     pace.nap_longer();
-                    Some(Duration::ZERO)
+                    Wait::Now
                 }
                 Step::Busy | Step::Complete => {
                     pace.nap();
-                    Some(Duration::ZERO)
+                    Wait::Now
                 }
             };
         }
@@ -294,34 +282,34 @@ impl Loop<'_> {
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
-    fn handle(&mut self, events: &[Event]) -> Result<Step> {
+    fn handle(&mut self, events: &[Event<Watched>]) -> Result<Step> {
         let mut step = Step::Idle;
         for event in events {
-            match Token::decode(event.token) {
-                Token::Interrupt => self.interrupts.check()?,
-                Token::Listener => {
+            match event.kind {
+                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Listener => {
                     if let Some(listener) = &self.listener {
                         self.clients
-                            .admit(listener, &self.poller, |id| Token::Client(id).encode())?;
+                            .accept(listener, &self.poller, Watched::Client)?;
                     }
                 }
-                Token::Client(id) => {
+                Watched::Client => {
                     let heard = if self.sources.len() < self.most_sources || self.is_stuck() {
-                        self.hear(id)?
+                        self.hear(event.id)?
                     } else {
                         Step::NoRoom
                     };
                     step = step.max(heard);
                 }
-                Token::Source(id) => {
-                    if let Some(source) = self.sources.get_mut(&id) {
+                Watched::Source => {
+                    if let Some(source) = self.sources.get_mut(&event.id) {
                         source.ended |= event.hung_up;
-                        self.wake(id);
+                        self.wake(event.id);
                     }
                 }
-                Token::Shard(index) => {
+                Watched::Shard => {
                     if event.hung_up {
-                        return Err(self.image.shards()[index as usize].reader_gone());
+                        return Err(self.image.shards()[event.id as usize].reader_gone());
                     }
                 }
             }
@@ -346,7 +334,7 @@ impl Loop<'_> {
     fn hear(&mut self, id: u64) -> Result<Step> {
         let mut step = Step::Idle;
         let mut opened = Vec::new();
-        let heard = self.clients.hear(
+        let heard = self.clients.next_requests(
             id,
             TURN,
             |connection: &mut Connection, requested: &mut Option<ImageName>, message| match message
@@ -405,11 +393,7 @@ impl Loop<'_> {
         let id = self.next_source;
         self.next_source += 1;
         self.poller
-            .add(
-                &source.pipe,
-                Token::Source(id).encode(),
-                Interest::ReadableEdge,
-            )
+            .add(&source.pipe, Watched::Source, id, Interest::ReadableEdge)
             .with_context(|| format!("preparing to wait for {}", source.name))?;
         self.by_name.insert(source.name.clone(), id);
         self.sources.insert(id, source);
@@ -558,13 +542,13 @@ impl Loop<'_> {
     fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
         let mut events = Vec::new();
         self.poller
-            .wait(Some(Duration::ZERO), &mut events)
+            .wait(Wait::Now, &mut events)
             .context("waiting for the shards' readers")?;
         for event in events {
-            match Token::decode(event.token) {
-                Token::Interrupt => self.interrupts.check()?,
-                Token::Shard(index) if event.hung_up => {
-                    let shard = &self.image.shards()[index as usize];
+            match event.kind {
+                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Shard if event.hung_up => {
+                    let shard = &self.image.shards()[event.id as usize];
                     if !may_leave(shard) {
                         return Err(shard.reader_gone());
                     }

@@ -20,11 +20,10 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 use super::balancer::Room;
-use crate::image_proto::marker::Body;
-use crate::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
-use crate::progress::ShardStats;
-use crate::progress_bar::Tally;
-use crate::wire;
+use crate::format::Marker;
+use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::report::bar::Tally;
+use crate::report::progress::ShardStats;
 
 /// Something that was put into the pipe, and the most slots that it took there.
 #[derive(Debug)]
@@ -167,8 +166,8 @@ impl Shard {
     }
 
     /// Queues a marker. It is written with the next data, or by [`Shard::flush`].
-    pub fn mark(&mut self, seq: u64, body: Body) {
-        wire::encode(seq, body, &mut self.markers);
+    pub fn mark(&mut self, marker: Marker) {
+        marker.encode(&mut self.markers);
     }
 
     /// Keeps other chunks away until a promised one has moved.

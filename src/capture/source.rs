@@ -11,8 +11,8 @@
 
 use std::io;
 
-use crate::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
 
 /// Bytes in a pipe that show that a file is not small: half of a pipe that nobody resized.
 const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;

@@ -7,16 +7,23 @@
 //! What is received and not understood yet is bounded by the largest message plus one read.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
-use nix::unistd::Pid;
 use prost::Message as _;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+};
 
-use crate::criu_proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
-use crate::pipe::uninterrupted;
+/// The protobuf messages of `proto/criu.proto`.
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/criu.rs"));
+}
+
+use proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
 
 /// A message's length field, in bytes.
 const LENGTH: usize = 4;
@@ -27,9 +34,8 @@ const LARGEST_MESSAGE: usize = 10 << 10;
 /// Bytes taken in one `recvmsg`: many times a request, which names one file.
 const READ: usize = 1 << 10;
 
-/// Bytes of the control buffer: room for the sender's credentials (32 bytes) and for two descriptors (24), of which a second is
-/// one too many. Where no credentials come it is room for ten.
-const CONTROL: usize = 32 + 24;
+/// Bytes of the control buffer: room for two descriptors, of which the second is one too many.
+const CONTROL: usize = rustix::cmsg_space!(ScmRights(2));
 
 /// What one look at the socket brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,7 +67,6 @@ pub struct Connection {
     /// nothing of it is kept.
     stream: OwnedFd,
     expects_descriptor: bool,
-    asker: Option<Pid>,
 }
 
 impl Connection {
@@ -73,7 +78,6 @@ impl Connection {
             descriptors: VecDeque::new(),
             stream,
             expects_descriptor: false,
-            asker: None,
         }
     }
 
@@ -82,36 +86,30 @@ impl Connection {
         &self.peer
     }
 
-    /// The process that sent what was received last, which need not be the one that connected; `None` where it is out of sight, in
-    /// another PID namespace.
-    pub fn asker(&self) -> Option<Pid> {
-        self.asker
-    }
-
     /// Takes what waits in the socket, as far as one system call does.
     ///
     /// # Errors
     /// Those of `recvmsg`, and when descriptors were lost.
     pub fn receive(&mut self) -> Result<Receipt> {
         let mut buffer = [0; READ];
-        let received = match receive(self.stream.as_fd(), &mut buffer, &mut self.descriptors) {
+        let (bytes, flags) = match receive(self.stream.as_fd(), &mut buffer, &mut self.descriptors)
+        {
             Ok(received) => received,
-            Err(Errno::EAGAIN) => return Ok(Receipt::Nothing),
-            Err(Errno::ECONNRESET) => return Ok(Receipt::Closed),
+            Err(Errno::AGAIN) => return Ok(Receipt::Nothing),
+            Err(Errno::CONNRESET) => return Ok(Receipt::Closed),
             Err(error) => {
                 return Err(error).with_context(|| format!("receiving from {}", self.peer));
             }
         };
         ensure!(
-            !received.truncated,
+            !flags.contains(ReturnFlags::CTRUNC),
             "{} sent descriptors that could not be received: too many at once, or `ulimit -n` leaves none free",
             self.peer
         );
-        if received.bytes == 0 {
+        if bytes == 0 {
             return Ok(Receipt::Closed);
         }
-        self.received.extend_from_slice(&buffer[..received.bytes]);
-        self.asker = received.sender;
+        self.received.extend_from_slice(&buffer[..bytes]);
         Ok(Receipt::Something)
     }
 
@@ -189,8 +187,8 @@ impl Connection {
             .expect("a Vec takes whatever is written to it");
         let length = (message.len() - LENGTH) as u32;
         message[..LENGTH].copy_from_slice(&length.to_le_bytes());
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let sent = uninterrupted(|| send(self.stream.as_raw_fd(), &message, flags))
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = retry_on_intr(|| send(&self.stream, &message, flags))
             .with_context(|| format!("answering {}", self.peer))?;
         ensure!(
             sent == message.len(),
@@ -208,66 +206,22 @@ impl AsFd for Connection {
     }
 }
 
-/// What one `recvmsg` took.
-struct Received {
-    bytes: usize,
-    /// Descriptors were dropped by the kernel.
-    truncated: bool,
-    sender: Option<Pid>,
-}
-
-/// Receives bytes, and the descriptors that came with them, close-on-exec.
-///
-/// nix's wrapper does not serve here: after a truncation it refuses to list the descriptors that did arrive, so that they
-/// would stay open for ever.
-#[allow(unsafe_code)]
+/// Receives bytes, and the descriptors that came with them, close-on-exec. The flags tell whether
+/// the kernel dropped descriptors for which there was no room.
 fn receive(
     stream: BorrowedFd,
     buffer: &mut [u8],
     descriptors: &mut VecDeque<OwnedFd>,
-) -> nix::Result<Received> {
-    // u64s, because the control buffer must be aligned like a cmsghdr.
-    let mut control = [0u64; CONTROL / size_of::<u64>()];
-    let mut slice = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    };
-    // SAFETY: a msghdr is plain data, for which all zeroes is a valid value.
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    header.msg_iov = &mut slice;
-    header.msg_iovlen = 1;
-    header.msg_control = control.as_mut_ptr().cast();
-    header.msg_controllen = CONTROL;
-    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-    let bytes = uninterrupted(|| {
-        // SAFETY: the header points to `slice` and `control`, which outlive the call and are exclusively ours, with their sizes.
-        Errno::result(unsafe { libc::recvmsg(stream.as_raw_fd(), &mut header, flags) })
-    })?;
-    let mut sender = None;
-    // SAFETY: the kernel filled in the header and the control buffer, which the CMSG macros walk within msg_controllen. The data
-    // of an SCM_RIGHTS message are whole ints, maybe unaligned; each is a descriptor made for us by this call, wrapped once. The data
-    // of an SCM_CREDENTIALS message is one ucred.
-    unsafe {
-        let mut message = libc::CMSG_FIRSTHDR(&header);
-        while let Some(found) = message.as_ref() {
-            let kind = (found.cmsg_level, found.cmsg_type);
-            if kind == (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) {
-                let data = libc::CMSG_DATA(message).cast::<libc::ucred>();
-                sender = Some(data.read_unaligned().pid).filter(|&pid| pid > 0);
-            }
-            if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-                let data = libc::CMSG_DATA(message).cast::<RawFd>();
-                let count = (found.cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
-                for index in 0..count {
-                    descriptors.push_back(OwnedFd::from_raw_fd(data.add(index).read_unaligned()));
-                }
-            }
-            message = libc::CMSG_NXTHDR(&header, message);
+) -> rustix::io::Result<(usize, ReturnFlags)> {
+    let mut space = [MaybeUninit::uninit(); CONTROL];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let mut slices = [IoSliceMut::new(buffer)];
+    let received = retry_on_intr(|| recvmsg(stream, &mut slices, &mut control, flags))?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(arrived) = message {
+            descriptors.extend(arrived);
         }
     }
-    Ok(Received {
-        bytes: bytes as usize,
-        truncated: header.msg_flags & libc::MSG_CTRUNC != 0,
-        sender: sender.map(Pid::from_raw),
-    })
+    Ok((received.bytes, received.flags))
 }

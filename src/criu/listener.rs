@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::sys::socket::sockopt::{PassCred, PeerCredentials};
+use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, setsockopt, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
+use rustix::io::retry_on_intr;
+use rustix::net::{SocketFlags, accept_with};
 
 use super::Connection;
-use crate::notice;
-use crate::pipe::uninterrupted;
+use crate::report::notice;
 
 /// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path` (PROTOCOL.md, section 1).
 const LONGEST_PATH: usize = 107;
@@ -80,10 +80,6 @@ impl Listener {
             None,
         )
         .context("creating CRIU's socket")?;
-        if role == Role::Serve {
-            // The connections inherit it. Who asks is good to know, and no more than that.
-            let _ = setsockopt(&socket, PassCred, &true);
-        }
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
             .context("setting the mode of CRIU's socket")?;
         let address = UnixAddr::new(&path)
@@ -104,11 +100,11 @@ impl Listener {
     /// Those of `accept`, such as having no descriptor left.
     pub fn accept(&self) -> Result<Option<Connection>> {
         loop {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let stream = match uninterrupted(|| accept4(self.socket.as_raw_fd(), flags)) {
-                Ok(fd) => own(fd),
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::ECONNABORTED) => continue,
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let stream = match retry_on_intr(|| accept_with(&self.socket, flags)) {
+                Ok(stream) => stream,
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(rustix::io::Errno::CONNABORTED) => continue,
                 Err(error) => return Err(error).context("accepting CRIU's connection"),
             };
             let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
@@ -148,14 +144,6 @@ impl Drop for Listener {
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = path.symlink_metadata().ok()?;
     Some((metadata.dev(), metadata.ino()))
-}
-
-/// Takes ownership of a descriptor that `accept4` just returned.
-#[allow(unsafe_code)]
-fn own(fd: std::os::fd::RawFd) -> OwnedFd {
-    use std::os::fd::FromRawFd;
-    // SAFETY: the kernel made this descriptor for us in the accept4 call above, and nothing else knows its number.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Removes a socket that nobody listens on.

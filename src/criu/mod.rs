@@ -14,8 +14,10 @@
 //!
 //! [`Listener`] lets peers in, [`Connection`] speaks to one of them. Which files there are is not known here.
 
+mod clients;
 mod connection;
 mod listener;
 
-pub use connection::{Connection, Message, Receipt};
+pub(crate) use clients::Clients;
+pub use connection::{Connection, Message, Receipt, proto};
 pub use listener::{Listener, Role};

@@ -12,25 +12,23 @@
 //! few KiB for each task, mapping list and descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What
 //! was sent and not kept is gone: asking for it again is answered with "does not exist", and the program then fails naming it.
 
-pub mod attention;
 mod transfer;
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::clients::Clients;
-use crate::criu::{Connection, Listener, Message};
-use crate::interrupt::Interrupts;
-use crate::notice;
-use crate::pipe::WriteEnd;
-use crate::poller::{Event, Interest, Pace, Poller};
+use crate::criu::{Clients, Connection, Listener, Message};
+use crate::format::ImageName;
+use crate::os::pipe::WriteEnd;
+use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
+use crate::pace::Pace;
+use crate::report::notice;
 use crate::store::Arena;
 use crate::store::mem::{Contents, MemStore};
-use crate::wire::ImageName;
-use attention::Attention;
+use crate::supervision::signals::Interrupts;
 use transfer::{Part, Rest, Sent, Transfer};
 
 /// The largest file that can be asked for more than once, in bytes.
@@ -67,38 +65,26 @@ struct Requested {
     index: usize,
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Token {
+/// What is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
     Interrupt,
     Listener,
-    Client(u64),
-    Transfer(u64),
+    Client,
+    Transfer,
 }
 
-impl Token {
-    fn encode(self) -> u64 {
-        match self {
-            Token::Interrupt => 0,
-            Token::Listener => 1,
-            Token::Client(id) => id << 2 | 2,
-            Token::Transfer(id) => id << 2 | 3,
-        }
-    }
-
-    fn decode(token: u64) -> Self {
-        match token & 3 {
-            0 => Token::Interrupt,
-            1 => Token::Listener,
-            2 => Token::Client(token >> 2),
-            _ => Token::Transfer(token >> 2),
-        }
-    }
+impl Kind for Watched {
+    const ALL: &'static [Self] = &[
+        Self::Interrupt,
+        Self::Listener,
+        Self::Client,
+        Self::Transfer,
+    ];
 }
 
 struct Server<'a> {
-    /// First, and so the first to be dropped: to give back what CRIU never asked for may take seconds, and is no work for real time.
-    attention: Attention,
-    poller: Poller,
+    poller: Poller<Watched>,
     interrupts: &'a Interrupts,
     /// Until nobody is waited for any more.
     listener: Option<Listener>,
@@ -127,10 +113,10 @@ pub fn serve(
 ) -> Result<()> {
     let poller = Poller::new().context("preparing to wait for events")?;
     poller
-        .add(interrupts, Token::Interrupt.encode(), Interest::Readable)
+        .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
         .context("preparing to wait for signals")?;
     poller
-        .add(&listener, Token::Listener.encode(), Interest::Readable)
+        .add(&listener, Watched::Listener, 0, Interest::Readable)
         .context("preparing to wait for CRIU")?;
     let files = files
         .into_files(&mut arena)
@@ -138,7 +124,6 @@ pub fn serve(
         .map(|(name, contents)| (name, File::Fresh(contents)))
         .collect();
     Server {
-        attention: Attention::new(),
         poller,
         interrupts,
         listener: Some(listener),
@@ -158,29 +143,30 @@ impl Server<'_> {
     fn run(mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
-        let mut limit = None;
+        let mut wait = Wait::Forever;
         while !(self.clients.all_gone() && self.transfers.is_empty()) {
             self.poller
-                .wait(limit, &mut events)
+                .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
             self.handle(&events)?;
-            if events.is_empty() && limit != Some(Duration::ZERO) {
+            if events.is_empty() && wait != Wait::Now {
                 self.busy.extend(self.transfers.keys());
             }
             self.clients.check_grace()?;
             if self.clients.all_gone() {
                 self.listener = None;
-                self.clients.dismiss();
+                self.clients.close_idle();
             }
             let (sent, room) = self.send()?;
-            limit = if sent.slots > 0 {
+            wait = if sent.slots > 0 {
                 pace.nap_until_emptied(sent.slots as u64, room, sent.waited);
-                Some(Duration::ZERO)
+                Wait::Now
             } else {
-                let again = (!self.transfers.is_empty()).then_some(TRY_AGAIN);
-                again.into_iter().chain(self.clients.grace_left()).min()
+                let again = (!self.transfers.is_empty()).then(|| Instant::now() + TRY_AGAIN);
+                Wait::Forever
+                    .or_until(again)
+                    .or_until(self.clients.grace_ends())
             };
-            self.attention.set(self.transfers.is_empty());
         }
         if !self.refused.is_empty() {
             let mut names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
@@ -193,20 +179,20 @@ impl Server<'_> {
         Ok(())
     }
 
-    fn handle(&mut self, events: &[Event]) -> Result<()> {
+    fn handle(&mut self, events: &[Event<Watched>]) -> Result<()> {
         for event in events {
-            match Token::decode(event.token) {
-                Token::Interrupt => self.interrupts.check()?,
-                Token::Listener => {
+            match event.kind {
+                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Listener => {
                     if let Some(listener) = &self.listener {
                         self.clients
-                            .admit(listener, &self.poller, |id| Token::Client(id).encode())?;
+                            .accept(listener, &self.poller, Watched::Client)?;
                     }
                 }
-                Token::Client(id) => self.hear(id)?,
-                Token::Transfer(id) => {
-                    if !self.busy.contains(&id) {
-                        self.busy.push(id);
+                Watched::Client => self.hear(event.id)?,
+                Watched::Transfer => {
+                    if !self.busy.contains(&event.id) {
+                        self.busy.push(event.id);
                     }
                 }
             }
@@ -220,11 +206,10 @@ impl Server<'_> {
             files,
             kept,
             refused,
-            attention,
             ..
         } = self;
         let mut opened = Vec::new();
-        let heard = clients.hear(
+        let heard = clients.next_requests(
             id,
             TURN,
             |connection: &mut Connection, requested: &mut Option<Requested>, message| {
@@ -242,11 +227,7 @@ impl Server<'_> {
                             }
                             Some(Requested { name, index })
                         });
-                        let elsewhere = attention.look(connection.asker());
                         connection.reply(found.is_some())?;
-                        if let Some(processor) = elsewhere {
-                            attention.follow(processor);
-                        }
                         *requested = found;
                         // A peer that then sends something else than a pipe is not CRIU, and harms nobody.
                         Ok(requested.is_none())
@@ -284,7 +265,8 @@ impl Server<'_> {
         self.poller
             .add(
                 transfer.pipe(),
-                Token::Transfer(id).encode(),
+                Watched::Transfer,
+                id,
                 Interest::WritableEdge,
             )
             .context("preparing to wait for a file's reader")?;

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-use crate::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
+use crate::format::ImageName;
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
 use crate::store::mem::Contents;
 use crate::store::{Arena, Extent};
-use crate::wire::ImageName;
 
 /// What a `vmsplice` that meets nobody takes at most for each MiB, and besides: 20 to 30 µs were measured for 1 MiB. What it takes beyond
 /// that it has waited.

@@ -8,8 +8,8 @@ use std::io;
 use anyhow::Result;
 
 use super::{Arena, Extent, Store};
-use crate::pipe::{Moved, ReadEnd};
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::os::pipe::{Moved, ReadEnd};
 
 /// The contents of a file, front to back.
 #[derive(Debug, Default)]

@@ -4,9 +4,9 @@
 //! how they came and in which order is not its business.
 
 mod arena;
-pub mod fs;
+pub mod disk;
+pub mod external;
 pub mod mem;
-pub mod overlay;
 
 pub use arena::{Arena, Block, Extent};
 
@@ -14,8 +14,8 @@ use std::io;
 
 use anyhow::Result;
 
-use crate::pipe::{Moved, ReadEnd};
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::os::pipe::{Moved, ReadEnd};
 
 /// A place for files.
 pub trait Store {

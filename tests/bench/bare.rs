@@ -9,7 +9,6 @@ use crate::image::Content;
 use crate::naive::receive_pipe;
 use crate::role::claim_fds;
 use anyhow::{Context, Result, ensure};
-use criu_image_streamer::serve::attention::Attention;
 use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -38,8 +37,6 @@ impl Bare {
         progress.write_all(b"socket-init\n")?;
         let (mut criu, _) = listener.accept()?;
         share_processor(&criu).context("Failed to share a processor with CRIU")?;
-        let mut attention = Attention::new();
-        attention.set(true);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&criu, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         let wait = || epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE);

@@ -10,8 +10,8 @@
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use criu_image_streamer::criu::proto::ImgStreamerRequestEntry;
 use criu_image_streamer::criu::{Connection, Message, Receipt};
-use criu_image_streamer::criu_proto::ImgStreamerRequestEntry;
 use nix::fcntl::OFlag;
 use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{

@@ -5,7 +5,7 @@
 //! input: | old port (u16 LE) | new port (u16 LE) | files.img |
 //! ```
 
-use criu_image_streamer::tcp_listen_remap::{Remap, remap};
+use criu_image_streamer::listen_ports::{Remap, remap};
 
 /// An input for this `files.img`.
 pub fn input(old: u16, new: u16, files_img: &[u8]) -> Vec<u8> {

@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use criu_image_streamer::extract;
-use criu_image_streamer::image_proto::{Marker, marker::Body};
-use criu_image_streamer::interrupt::Interrupts;
-use criu_image_streamer::pipe::{self, Moved, ReadEnd};
-use criu_image_streamer::progress_bar::Tallies;
-use criu_image_streamer::store::fs::FsStore;
+use criu_image_streamer::format::proto::{Marker, marker::Body};
+use criu_image_streamer::os::pipe::{self, Moved, ReadEnd};
+use criu_image_streamer::receive;
+use criu_image_streamer::report::bar::Tallies;
+use criu_image_streamer::store::disk::FsStore;
 use criu_image_streamer::store::mem::{Contents, MemStore};
 use criu_image_streamer::store::{Arena, Store};
+use criu_image_streamer::supervision::signals::Interrupts;
 use prost::Message;
 
 /// Fits into a pipe that nobody resized, so that no thread is needed to write while the program reads.
@@ -141,7 +141,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::R
         .iter()
         .enumerate()
         .map(|(i, bytes)| (filled(bytes), format!("shard {i}")));
-    extract::receive(
+    receive::receive(
         pipes.collect(),
         store,
         arena,

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::criu::{Connection, Listener, Message, Receipt};
-use crate::notice;
-use crate::poller::{Interest, Poller};
+use super::{Connection, Listener, Message, Receipt};
+use crate::os::poller::{Interest, Kind, Poller};
+use crate::report::notice;
 
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
@@ -48,20 +48,20 @@ impl<R> Clients<R> {
         }
     }
 
-    /// Lets in whoever waits at the listener, and watches each under the token that `token` makes of its id.
+    /// Lets in whoever waits at the listener, and watches each as `kind`, under its id.
     ///
     /// # Errors
     /// Those of accepting and of watching a connection.
-    pub fn admit(
+    pub fn accept<K: Kind>(
         &mut self,
         listener: &Listener,
-        poller: &Poller,
-        token: impl Fn(u64) -> u64,
+        poller: &Poller<K>,
+        kind: K,
     ) -> Result<()> {
         while let Some(connection) = listener.accept()? {
             self.next_id += 1;
             poller
-                .add(&connection, token(self.next_id), Interest::Readable)
+                .add(&connection, kind, self.next_id, Interest::Readable)
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {
@@ -79,21 +79,20 @@ impl<R> Clients<R> {
         self.spoken >= self.expected && self.speaking == 0
     }
 
-    /// Sends away whoever has not asked for a file, once nobody is waited for any more.
-    pub fn dismiss(&mut self) {
+    /// Closes the connections that have asked for no file.
+    pub fn close_idle(&mut self) {
         self.clients.retain(|_, client| client.has_spoken);
     }
 
-    /// The time left until the wait for another client is over, if one has left without a word.
-    pub fn grace_left(&self) -> Option<Duration> {
+    /// When the wait for another client is over, if one has left without a word.
+    pub fn grace_ends(&self) -> Option<Instant> {
         self.give_up
-            .map(|end| end.saturating_duration_since(Instant::now()))
     }
 
     /// # Errors
     /// When the wait for another client is over.
     pub fn check_grace(&self) -> Result<()> {
-        if self.grace_left() == Some(Duration::ZERO) {
+        if self.give_up.is_some_and(|end| end <= Instant::now()) {
             bail!(
                 "waiting for CRIU: it connected and went away without asking for any file; see CRIU's log"
             );
@@ -106,7 +105,7 @@ impl<R> Clients<R> {
     ///
     /// # Errors
     /// When the client broke the protocol after it had opened files: what it took part in cannot be trusted.
-    pub fn hear(
+    pub fn next_requests(
         &mut self,
         id: u64,
         turn: usize,

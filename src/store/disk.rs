@@ -24,10 +24,10 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 
 use super::{Arena, Extent, Store};
-use crate::interrupt::Interrupts;
-use crate::notice;
-use crate::pipe::{self, Moved, ReadEnd, WriteEnd};
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
+use crate::report::notice;
+use crate::supervision::signals::Interrupts;
 
 /// CRIU reads this file first, and restores nothing without it.
 const INVENTORY: &str = "inventory.img";

@@ -8,8 +8,6 @@
 //! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12 bytes costs as much
 //! room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much can be taken out, but not how much fits in.
 
-#![allow(unsafe_code)]
-
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -160,11 +158,7 @@ fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize
 /// # Errors
 /// Those of `FIONREAD`; none for an open pipe.
 pub fn available(pipe: impl AsFd) -> io::Result<usize> {
-    nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
-    let mut bytes = 0;
-    // SAFETY: FIONREAD writes one int through the pointer, which is a live, exclusive reference for the whole call.
-    unsafe { fionread(pipe.as_fd().as_raw_fd(), &mut bytes) }?;
-    Ok(usize::try_from(bytes).unwrap_or(0))
+    Ok(rustix::io::ioctl_fionread(pipe)? as usize)
 }
 
 /// The capacity of a pipe in slots.

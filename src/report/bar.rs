@@ -12,8 +12,8 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::notice::{write_line, write_text};
-use crate::progress::Stats;
+use crate::report::notice::{write_line, write_text};
+use crate::report::progress::Stats;
 
 /// Between two drawings on a terminal.
 const REDRAW: Duration = Duration::from_millis(200);
@@ -239,7 +239,7 @@ fn speed(bytes: u64, duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::progress::ShardStats;
+    use crate::report::progress::ShardStats;
 
     #[test]
     fn a_summary_has_a_readable_line_for_each_shard() {

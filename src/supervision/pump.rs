@@ -20,8 +20,8 @@ use nix::errno::Errno;
 use nix::fcntl::SpliceFFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::interrupt::Interrupts;
-use crate::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
+use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
+use crate::supervision::signals::Interrupts;
 
 /// Bytes of a pump's stack: it calls nothing deep, and 32 shards must not cost memory.
 const STACK: usize = 64 << 10;

@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+mod help;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -18,12 +20,11 @@ use nix::sys::socket::{self, getsockopt};
 use structopt::StructOpt;
 use structopt::clap::AppSettings;
 
-use crate::endpoints::ShardCommand;
-use crate::help;
-use crate::pipe;
-use crate::progress::Progress;
-use crate::tcp_listen_remap::Remap;
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::listen_ports::Remap;
+use crate::os::pipe;
+use crate::report::progress::Progress;
+use crate::supervision::ShardCommand;
 
 /// Shards that commands can be started for. More have never made anything faster: each is a pipe of 1 MiB and a pipeline of processes.
 const MOST_COMMANDS: usize = 32;

@@ -9,8 +9,8 @@ use std::collections::{BinaryHeap, HashMap};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
+use crate::format::ImageName;
 use crate::store::{Arena, Extent, Store};
-use crate::wire::ImageName;
 
 /// Parts that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A stream of nothing but markers that
 /// leaves out one must not fill the memory.

@@ -11,6 +11,7 @@
 
 mod command;
 mod pump;
+pub mod signals;
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
@@ -18,8 +19,8 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 
-use crate::interrupt::{self, Interrupts};
-use crate::pipe::{self, ReadEnd, WriteEnd};
+use crate::os::pipe::{self, ReadEnd, WriteEnd};
+use signals::Interrupts;
 
 use command::Commands;
 pub use command::ShardCommand;
@@ -127,7 +128,7 @@ impl Endpoints {
 
 /// The reason behind an error: a pipe that broke did so because of what was at its far end.
 fn explain(error: anyhow::Error, pumps: &[Pump], commands: Option<&mut Commands>) -> anyhow::Error {
-    if interrupt::signal_behind(&error).is_some() {
+    if signals::signal_behind(&error).is_some() {
         return error;
     }
     if let Some(reason) = pumps.iter().find_map(|pump| pump.check().err()) {

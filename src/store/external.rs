@@ -13,9 +13,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 
 use super::{Arena, Extent, Store};
-use crate::interrupt::{Interrupted, Interrupts};
-use crate::pipe::{self, Moved, ReadEnd, WriteEnd, uninterrupted};
-use crate::wire::ImageName;
+use crate::format::ImageName;
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, uninterrupted};
+use crate::supervision::signals::{Interrupted, Interrupts};
 
 /// A file of the overlay: an external one, or one of the store below.
 pub enum File<F> {

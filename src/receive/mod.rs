@@ -8,23 +8,24 @@
 //! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker that is behind the last one of every
 //! shard will not come.
 
-mod reassembly;
-mod shard;
+mod assembly;
+mod reader;
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::interrupt::Interrupts;
-use crate::pipe::ReadEnd;
-use crate::poller::{Interest, Pace, Poller};
-use crate::progress::Stats;
-use crate::progress_bar::{Tallies, Tally};
+use crate::format::Body;
+use crate::os::pipe::ReadEnd;
+use crate::os::poller::{Interest, Kind, Poller, Wait};
+use crate::pace::Pace;
+use crate::report::bar::{Tallies, Tally};
+use crate::report::progress::Stats;
 use crate::store::{Arena, Store};
-use crate::wire::MarkerBody;
-use reassembly::{Origin, Reassembly, Step};
-use shard::{Next, Part, Shard};
+use crate::supervision::signals::Interrupts;
+use assembly::{Origin, Reassembly, Step};
+use reader::{Next, Part, Shard};
 
 /// Bytes spliced from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
@@ -40,7 +41,16 @@ const MOST_AHEAD: usize = 256 << 20;
 /// already when the shards come from other programs' output; a supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
-const INTERRUPT: u64 = u64::MAX;
+/// What is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Interrupt,
+    Shard,
+}
+
+impl Kind for Watched {
+    const ALL: &'static [Self] = &[Self::Interrupt, Self::Shard];
+}
 
 /// How far a shard got in one turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,7 +64,7 @@ enum Turn {
 }
 
 struct Reception<'a, S: Store> {
-    poller: Poller,
+    poller: Poller<Watched>,
     interrupts: &'a Interrupts,
     shards: Vec<Shard>,
     image: Reassembly<S>,
@@ -111,20 +121,20 @@ impl<S: Store> Reception<'_, S> {
         let mut busy = vec![true; self.shards.len()];
         let mut pace = Pace::new();
         let mut events = Vec::new();
-        let mut limit = Some(Duration::ZERO);
+        let mut wait = Wait::Now;
         let mut progress = Instant::now();
         while !self.image.is_complete() {
             self.poller
-                .wait(limit, &mut events)
+                .wait(wait, &mut events)
                 .context("waiting for the shards")?;
             self.start.get_or_insert_with(Instant::now);
             for event in &events {
-                match event.token {
-                    INTERRUPT => self.interrupts.check()?,
-                    index => {
-                        busy[index as usize] = true;
+                match event.kind {
+                    Watched::Interrupt => self.interrupts.check()?,
+                    Watched::Shard => {
+                        busy[event.id as usize] = true;
                         if event.hung_up {
-                            self.shards[index as usize].hang_up();
+                            self.shards[event.id as usize].hang_up();
                         }
                     }
                 }
@@ -148,20 +158,20 @@ impl<S: Store> Reception<'_, S> {
                 progress = Instant::now();
                 self.stalled = false;
             }
-            limit = match overall {
-                _ if self.image.is_complete() => Some(Duration::ZERO),
+            wait = match overall {
+                _ if self.image.is_complete() => Wait::Now,
                 Turn::Busy => {
                     pace.nap_until_filled(self.taken() - taken_before, room);
-                    Some(Duration::ZERO)
+                    Wait::Now
                 }
                 Turn::Ahead => {
                     self.check_supply()?;
                     self.stalled = progress.elapsed() >= STALL;
-                    Some(STALL)
+                    Wait::Until(Instant::now() + STALL)
                 }
                 Turn::Idle => {
                     self.check_supply()?;
-                    None
+                    Wait::Forever
                 }
             };
         }
@@ -170,10 +180,14 @@ impl<S: Store> Reception<'_, S> {
 
     fn watch(&self) -> io::Result<()> {
         self.poller
-            .add(self.interrupts, INTERRUPT, Interest::Readable)?;
+            .add(self.interrupts, Watched::Interrupt, 0, Interest::Readable)?;
         for (index, shard) in self.shards.iter().enumerate() {
-            self.poller
-                .add(shard.pipe(), index as u64, Interest::ReadableEdge)?;
+            self.poller.add(
+                shard.pipe(),
+                Watched::Shard,
+                index as u64,
+                Interest::ReadableEdge,
+            )?;
         }
         Ok(())
     }
@@ -223,13 +237,13 @@ impl<S: Store> Reception<'_, S> {
                     }
                     continue;
                 }
-                Next::Marker(seq, MarkerBody::File(name)) => (seq, Step::File(name)),
-                Next::Marker(seq, MarkerBody::Data(_)) => (seq, Step::NoData),
-                Next::Marker(seq, MarkerBody::FileEnd) => {
+                Next::Marker(seq, Body::File(name)) => (seq, Step::File(name)),
+                Next::Marker(seq, Body::Data(_)) => (seq, Step::NoData),
+                Next::Marker(seq, Body::FileEnd) => {
                     self.files.add(1);
                     (seq, Step::FileEnd)
                 }
-                Next::Marker(seq, MarkerBody::ImageEnd) => (seq, Step::ImageEnd),
+                Next::Marker(seq, Body::ImageEnd) => (seq, Step::ImageEnd),
             };
             let origin = self.origin(index);
             self.image.submit((seq, 0), origin, step, self.arena)?;
@@ -249,7 +263,7 @@ impl<S: Store> Reception<'_, S> {
     fn take_data(
         &mut self,
         index: usize,
-        place: reassembly::Place,
+        place: assembly::Place,
         has_read: &mut bool,
     ) -> Result<Turn> {
         let shard = &mut self.shards[index];
@@ -330,18 +344,17 @@ impl<S: Store> Reception<'_, S> {
                 }
                 all_ended &= shard.has_ended();
             }
-            let left = end.saturating_duration_since(Instant::now());
-            if all_ended || left.is_zero() {
+            if all_ended || Instant::now() >= end {
                 return Ok(());
             }
             self.poller
-                .wait(Some(left), &mut events)
+                .wait(Wait::Until(end), &mut events)
                 .context("waiting for the end of the shards")?;
             for event in &events {
-                match event.token {
-                    INTERRUPT => self.interrupts.check()?,
-                    index if event.hung_up => self.shards[index as usize].hang_up(),
-                    _ => {}
+                match event.kind {
+                    Watched::Interrupt => self.interrupts.check()?,
+                    Watched::Shard if event.hung_up => self.shards[event.id as usize].hang_up(),
+                    Watched::Shard => {}
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
-use crate::notice;
+use crate::report::notice;
 
 /// A moment that supervisors wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

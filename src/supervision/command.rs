@@ -26,8 +26,8 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, killpg, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
-use crate::interrupt::Interrupts;
-use crate::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
+use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
+use crate::supervision::signals::Interrupts;
 
 /// How long a command may take to clean up after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);

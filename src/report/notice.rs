@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::pipe::uninterrupted;
+use crate::os::pipe::uninterrupted;
 
 /// How long a pipe that nobody empties may hold up the transfer, in milliseconds, for each piece of a line.
 const PATIENCE: u16 = 1000;
@@ -60,7 +60,7 @@ pub fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipe;
+    use crate::os::pipe;
 
     #[test]
     fn a_full_pipe_that_nobody_empties_is_given_up() {

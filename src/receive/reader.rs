@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::pipe::{self, Moved, ReadEnd};
-use crate::progress::ShardStats;
-use crate::progress_bar::Tally;
+use crate::format::marker::{self, BadMarker, Body, Marker};
+use crate::os::pipe::{self, Moved, ReadEnd};
+use crate::report::bar::Tally;
+use crate::report::progress::ShardStats;
 use crate::store::{Arena, Extent};
-use crate::wire::{self, Marker, MarkerBody};
 
 /// Bytes read ahead among small files, when data should rather be spliced.
 const AHEAD: usize = 16 << 10;
@@ -32,7 +32,7 @@ const LARGE: usize = AHEAD;
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
     /// A marker that no data follows.
-    Marker(u64, MarkerBody),
+    Marker(u64, Body),
     /// Data of a chunk, of which so many parts were taken before.
     Data { seq: u64, part: u32 },
     /// Nothing before more is read.
@@ -173,22 +173,22 @@ impl Shard {
         }
     }
 
-    fn decode(&self, arena: &Arena) -> Result<Option<(Marker, usize)>, wire::BadMarker> {
+    fn decode(&self, arena: &Arena) -> Result<Option<(Marker, usize)>, BadMarker> {
         let Some(front) = self.ahead.front() else {
             return Ok(None);
         };
-        let decoded = wire::decode(arena.bytes(front))?;
+        let decoded = Marker::decode(arena.bytes(front))?;
         if decoded.is_some() || self.ahead.len() == 1 {
             return Ok(decoded);
         }
         // The marker continues in what was read next.
         let mut joined = Vec::new();
         for extent in &self.ahead {
-            let missing = wire::LENGTH + wire::LARGEST_FRAME - joined.len();
+            let missing = marker::LENGTH + marker::LARGEST_FRAME - joined.len();
             let bytes = arena.bytes(extent);
             joined.extend_from_slice(&bytes[..bytes.len().min(missing)]);
         }
-        wire::decode(&joined)
+        Marker::decode(&joined)
     }
 
     fn enter(&mut self, Marker { seq, body }: Marker) -> Result<Next> {
@@ -201,7 +201,7 @@ impl Shard {
         }
         self.last_seq = Some(seq);
         match body {
-            MarkerBody::Data(left) if left > 0 => {
+            Body::Data(left) if left > 0 => {
                 let left = left as usize;
                 self.last_was_large = left >= LARGE;
                 self.chunk = Some(Chunk { seq, left, part: 0 });

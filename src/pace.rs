@@ -1,22 +1,11 @@
-//! epoll, and the naps between two looks at busy pipes.
+//! When to look at busy pipes again.
 //!
-//! Pipes are watched edge-triggered: an event says that something changed, and how much there is to do is then read off
-//! the pipe itself. Level-triggered epoll would return at once for every source that has data but may not be moved yet,
-//! and every page that arrives would cost a wake-up.
-//!
-//! While data flows, the loops do not sleep in epoll but nap and then look at all busy pipes: in the meantime they fill, so that
-//! each call moves much, and whoever fills them is not made to wake anybody. A capture, which moves references, naps for a fixed
-//! time ([`NAP`]); receiving, which copies, for as long as pipes take to fill, and serving for as long as they take to be emptied
-//! ([`Pace::nap_until_emptied`]).
+//! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In the
+//! meantime the pipes fill, so that each call moves much, and their writers are not made to wake
+//! anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving, which
+//! copies, naps for as long as pipes take to fill; serving, for as long as they take to be emptied.
 
-use std::io;
-use std::os::fd::AsFd;
 use std::time::Duration;
-
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-
-use crate::pipe::uninterrupted;
 
 /// How long a loop leaves busy pipes alone. With the time that waking up takes, a pipe of 1 MiB is half full by then. Measured on a
 /// capture by 4 shards: 5 to 6 GB/s with naps of 100 µs, 8 with 50, 14 to 21 with 10, at 0.03 to 0.04 CPU s/GB each; with 1 µs
@@ -36,95 +25,8 @@ const LONGEST_FILLING: Duration = Duration::from_micros(500);
 /// The longest nap while pipes are emptied: CRIU copies what is in a pipe of 4 MiB in 2 to 3 ms.
 const LONGEST_EMPTYING: Duration = Duration::from_millis(2);
 
-/// Events taken at a time.
-const BATCH: usize = 64;
-
-/// What to be told of.
-#[derive(Debug, Clone, Copy)]
-pub enum Interest {
-    /// Each change of something readable, and its end.
-    ReadableEdge,
-    /// Each change of something writable, and its reader's end.
-    WritableEdge,
-    /// Something to read, for as long as there is.
-    Readable,
-    /// Only that the other side is gone.
-    Gone,
-}
-
-/// One event: the token given at registration, and whether the other side is gone.
-#[derive(Debug, Clone, Copy)]
-pub struct Event {
-    pub token: u64,
-    pub hung_up: bool,
-}
-
-/// An epoll instance. Descriptors leave it by being closed, or by [`Poller::remove`] where somebody else holds them too.
-pub struct Poller {
-    epoll: Epoll,
-    events: Vec<EpollEvent>,
-}
-
-impl Poller {
-    /// # Errors
-    /// When the kernel has no more descriptors for us.
-    pub fn new() -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self {
-            epoll,
-            events: vec![EpollEvent::empty(); BATCH],
-        })
-    }
-
-    /// Watches a descriptor.
-    ///
-    /// # Errors
-    /// `EPERM` for descriptors that cannot be waited for, such as regular files.
-    pub fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        let flags = match interest {
-            Interest::ReadableEdge => EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
-            Interest::WritableEdge => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
-            Interest::Readable => EpollFlags::EPOLLIN,
-            Interest::Gone => EpollFlags::EPOLLET,
-        };
-        Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
-    }
-
-    /// Watches it no longer.
-    ///
-    /// # Errors
-    /// `ENOENT` if it was not watched.
-    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
-        Ok(self.epoll.delete(fd)?)
-    }
-
-    /// Waits for events: `None` without limit, otherwise up to so long (rounded up to milliseconds; zero looks only). The
-    /// events are in `found`, which is empty when the time is over.
-    ///
-    /// # Errors
-    /// Those of `epoll_wait` but for interruptions.
-    pub fn wait(&mut self, limit: Option<Duration>, found: &mut Vec<Event>) -> io::Result<()> {
-        let timeout = match limit {
-            None => EpollTimeout::NONE,
-            Some(limit) => EpollTimeout::try_from(limit.as_nanos().div_ceil(1_000_000) as i32)
-                .map_err(|_| io::Error::from(Errno::EINVAL))?,
-        };
-        found.clear();
-        let count = uninterrupted(|| self.epoll.wait(&mut self.events, timeout))?;
-        found.extend(self.events[..count].iter().map(|event| {
-            Event {
-                token: event.data(),
-                hung_up: event
-                    .events()
-                    .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
-            }
-        }));
-        Ok(())
-    }
-}
-
-/// Makes the calling thread's naps exact. The kernel forgets it when the thread comes back from real-time priority.
-pub fn be_exact() {
+/// Makes the calling thread's naps exact.
+fn be_exact() {
     // If it is refused, naps are longer, and all else is the same.
     let _ = nix::sys::prctl::set_timerslack(SLACK);
 }

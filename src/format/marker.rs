@@ -1,0 +1,218 @@
+//! Markers: the frames that tell what the bytes on a shard are.
+//!
+//! `proto/image.proto` draws the layout of a shard; docs/protocol.md, section 2, is its specification.
+
+use std::fmt;
+
+use prost::Message;
+
+use super::{BadName, ImageName};
+
+/// The protobuf messages of `proto/image.proto`.
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/image.rs"));
+}
+
+/// A frame's length field, in bytes.
+pub const LENGTH: usize = 4;
+
+/// The largest frame that can be a marker, in bytes (docs/protocol.md, section 2).
+pub const LARGEST_FRAME: usize = 10 << 10;
+
+/// One marker: its place in the image, and what it says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marker {
+    pub seq: u64,
+    pub body: Body,
+}
+
+/// What a marker says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Body {
+    /// The following markers are about this file.
+    File(ImageName),
+    /// This number of bytes of the current file follows in the same shard.
+    Data(u32),
+    /// The current file is complete.
+    FileEnd,
+    /// The image is complete.
+    ImageEnd,
+}
+
+/// Why bytes are not a marker.
+#[derive(Debug)]
+pub enum BadMarker {
+    TooLarge(usize),
+    NotProtobuf(prost::DecodeError),
+    NoBody,
+    NotTrue(&'static str),
+    Name(String, BadName),
+}
+
+impl fmt::Display for BadMarker {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            BadMarker::TooLarge(size) => write!(
+                f,
+                "a frame of {size} bytes is no marker (the largest has {LARGEST_FRAME}): \
+                 is this a shard of an image, decompressed and decrypted?"
+            ),
+            BadMarker::NotProtobuf(error) => write!(f, "a frame that is no marker: {error}"),
+            BadMarker::NoBody => f.write_str("a marker that says nothing"),
+            BadMarker::NotTrue(field) => write!(f, "a marker whose {field} is not true"),
+            BadMarker::Name(name, why) => write!(
+                f,
+                "an image file cannot be named {:?}: {why}",
+                shortened(name)
+            ),
+        }
+    }
+}
+
+impl std::error::Error for BadMarker {}
+
+/// The start of a name, so that a hostile one does not fill the terminal.
+fn shortened(name: &str) -> String {
+    name.chars().take(64).collect()
+}
+
+impl Marker {
+    /// Takes one marker off the front of `bytes`, with the number of bytes that it and its length
+    /// field take; `None` while more bytes are needed.
+    ///
+    /// # Errors
+    /// When the bytes are not a marker.
+    pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, BadMarker> {
+        let Some(field) = bytes.first_chunk::<LENGTH>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*field) as usize;
+        if length > LARGEST_FRAME {
+            return Err(BadMarker::TooLarge(length));
+        }
+        let Some(frame) = bytes.get(LENGTH..LENGTH + length) else {
+            return Ok(None);
+        };
+        let proto::Marker { seq, body } =
+            proto::Marker::decode(frame).map_err(BadMarker::NotProtobuf)?;
+        let body = match body.ok_or(BadMarker::NoBody)? {
+            proto::marker::Body::Filename(name) => match ImageName::new(&name) {
+                Ok(name) => Body::File(name),
+                Err(why) => return Err(BadMarker::Name(name, why)),
+            },
+            proto::marker::Body::FileData(size) => Body::Data(size),
+            proto::marker::Body::FileEof(true) => Body::FileEnd,
+            proto::marker::Body::ImageEof(true) => Body::ImageEnd,
+            proto::marker::Body::FileEof(false) => return Err(BadMarker::NotTrue("file_eof")),
+            proto::marker::Body::ImageEof(false) => return Err(BadMarker::NotTrue("image_eof")),
+        };
+        Ok(Some((Self { seq, body }, LENGTH + length)))
+    }
+
+    /// Appends the marker, framed, to `buffer`.
+    pub fn encode(self, buffer: &mut Vec<u8>) {
+        let body = match self.body {
+            Body::File(name) => proto::marker::Body::Filename(name.into()),
+            Body::Data(size) => proto::marker::Body::FileData(size),
+            Body::FileEnd => proto::marker::Body::FileEof(true),
+            Body::ImageEnd => proto::marker::Body::ImageEof(true),
+        };
+        let marker = proto::Marker {
+            seq: self.seq,
+            body: Some(body),
+        };
+        // A marker holds at most one name of 255 bytes: its length fits in a u32.
+        let length = marker.encoded_len() as u32;
+        buffer.extend_from_slice(&length.to_le_bytes());
+        marker
+            .encode(buffer)
+            .expect("a Vec takes all that is written to it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn framed(seq: u64, body: Body) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Marker { seq, body }.encode(&mut bytes);
+        bytes
+    }
+
+    fn framed_proto(body: proto::marker::Body) -> Vec<u8> {
+        let marker = proto::Marker {
+            seq: 0,
+            body: Some(body),
+        };
+        let frame = marker.encode_to_vec();
+        [&(frame.len() as u32).to_le_bytes(), frame.as_slice()].concat()
+    }
+
+    #[test]
+    fn a_marker_comes_back_as_it_was_written() {
+        let name = ImageName::new("pages-1.img").unwrap();
+        for body in [
+            Body::File(name),
+            Body::Data(70_000),
+            Body::FileEnd,
+            Body::ImageEnd,
+        ] {
+            let bytes = framed(7, body.clone());
+            let (marker, size) = Marker::decode(&bytes).unwrap().unwrap();
+            assert_eq!(marker, Marker { seq: 7, body });
+            assert_eq!(size, bytes.len());
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_marker_is_not_decoded_yet() {
+        let bytes = framed(300, Body::File(ImageName::new("pages-1.img").unwrap()));
+        for cut in 0..bytes.len() {
+            assert!(
+                Marker::decode(&bytes[..cut]).unwrap().is_none(),
+                "cut at {cut}"
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored() {
+        let mut bytes = framed(1, Body::FileEnd);
+        bytes.extend_from_slice(&[0x9a, 0x06, 2, b'h', b'i']); // field 99, two bytes
+        let length = (bytes.len() - LENGTH) as u32;
+        bytes[..LENGTH].copy_from_slice(&length.to_le_bytes());
+        let (marker, _) = Marker::decode(&bytes).unwrap().unwrap();
+        assert_eq!(marker.body, Body::FileEnd);
+    }
+
+    #[test]
+    fn every_defect_has_its_own_error() {
+        let too_large = (LARGEST_FRAME as u32 + 1).to_le_bytes();
+        assert!(matches!(
+            Marker::decode(&too_large),
+            Err(BadMarker::TooLarge(_))
+        ));
+        assert!(matches!(
+            Marker::decode(&[2, 0, 0, 0, 0xff, 0xff]),
+            Err(BadMarker::NotProtobuf(_))
+        ));
+        assert!(matches!(
+            Marker::decode(&[0, 0, 0, 0]),
+            Err(BadMarker::NoBody)
+        ));
+        for body in [
+            proto::marker::Body::FileEof(false),
+            proto::marker::Body::ImageEof(false),
+        ] {
+            assert!(matches!(
+                Marker::decode(&framed_proto(body)),
+                Err(BadMarker::NotTrue(_))
+            ));
+        }
+        assert!(matches!(
+            Marker::decode(&framed_proto(proto::marker::Body::Filename("../x".into()))),
+            Err(BadMarker::Name(_, BadName::Slash))
+        ));
+    }
+}

@@ -1,0 +1,209 @@
+//! epoll, in the one way in which all loops of this program use it.
+//!
+//! Pipes are watched edge-triggered: an event says that something changed, and how much there is to
+//! do is then read off the pipe itself. Level-triggered epoll would return at once for every source
+//! that has data but may not be moved yet, and every page that arrives would cost a wake-up.
+//!
+//! An event carries a kind, which the loop's own enum lists, and a number, such as a shard's index.
+//! The poller keeps no objects: shards stand in a slice for the balancer, files are found by name,
+//! and a descriptor leaves epoll when its owner closes it.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+/// Events taken at a time.
+const BATCH: usize = 64;
+
+/// The bits of a token that hold the kind; the number has the others.
+const KIND_BITS: u32 = 3;
+
+/// The kinds of things that a loop watches, up to eight.
+pub(crate) trait Kind: Copy + PartialEq + 'static {
+    const ALL: &'static [Self];
+}
+
+/// What to be told of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Interest {
+    /// Each change of something readable, and its end.
+    ReadableEdge,
+    /// Each change of something writable, and its reader's end.
+    WritableEdge,
+    /// Something to read, for as long as there is.
+    Readable,
+    /// Only that the other side is gone.
+    Gone,
+}
+
+/// How long to wait for events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Only look.
+    Now,
+    Until(Instant),
+    Forever,
+}
+
+impl Wait {
+    /// The earlier of this and `end`, if there is one.
+    pub(crate) fn or_until(self, end: Option<Instant>) -> Self {
+        match (self, end) {
+            (wait, None) => wait,
+            (Wait::Forever, Some(end)) => Wait::Until(end),
+            (Wait::Until(earlier), Some(end)) => Wait::Until(earlier.min(end)),
+            (Wait::Now, Some(_)) => Wait::Now,
+        }
+    }
+
+    /// In milliseconds, rounded up so that a wait never ends before its time.
+    fn timeout(self) -> EpollTimeout {
+        match self {
+            Wait::Now => EpollTimeout::ZERO,
+            Wait::Forever => EpollTimeout::NONE,
+            Wait::Until(end) => {
+                let left = end.saturating_duration_since(Instant::now());
+                let millis = left.as_nanos().div_ceil(1_000_000);
+                EpollTimeout::try_from(Duration::from_millis(millis as u64))
+                    .unwrap_or(EpollTimeout::MAX)
+            }
+        }
+    }
+}
+
+/// One event: what was registered, and whether the other side is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Event<K> {
+    pub(crate) kind: K,
+    pub(crate) id: u64,
+    pub(crate) hung_up: bool,
+}
+
+/// An epoll instance for things of the kinds `K`. Descriptors leave it by being closed.
+pub(crate) struct Poller<K> {
+    epoll: Epoll,
+    events: Vec<EpollEvent>,
+    kinds: PhantomData<K>,
+}
+
+impl<K: Kind> Poller<K> {
+    /// # Errors
+    /// When the kernel has no more descriptors for us.
+    pub(crate) fn new() -> io::Result<Self> {
+        const { assert!(K::ALL.len() <= 1 << KIND_BITS) };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self {
+            epoll,
+            events: vec![EpollEvent::empty(); BATCH],
+            kinds: PhantomData,
+        })
+    }
+
+    /// Watches a descriptor. Its events carry `kind` and `id`.
+    ///
+    /// # Errors
+    /// `EPERM` for descriptors that cannot be waited for, such as regular files.
+    pub(crate) fn add(
+        &self,
+        fd: impl AsFd,
+        kind: K,
+        id: u64,
+        interest: Interest,
+    ) -> io::Result<()> {
+        let flags = match interest {
+            Interest::ReadableEdge => EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
+            Interest::WritableEdge => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
+            Interest::Readable => EpollFlags::EPOLLIN,
+            Interest::Gone => EpollFlags::EPOLLET,
+        };
+        let index = K::ALL.iter().position(|&listed| listed == kind);
+        let index = index.expect("every kind is listed") as u64;
+        Ok(self
+            .epoll
+            .add(fd, EpollEvent::new(flags, id << KIND_BITS | index))?)
+    }
+
+    /// Waits for events. They are in `found`, which is empty when the time is over.
+    ///
+    /// # Errors
+    /// Those of `epoll_wait` but for interruptions.
+    pub(crate) fn wait(&mut self, wait: Wait, found: &mut Vec<Event<K>>) -> io::Result<()> {
+        found.clear();
+        let count = loop {
+            match self.epoll.wait(&mut self.events, wait.timeout()) {
+                // The time that is left is looked at anew.
+                Err(Errno::EINTR) => {}
+                result => break result?,
+            }
+        };
+        found.extend(self.events[..count].iter().map(|event| {
+            Event {
+                kind: K::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
+                id: event.data() >> KIND_BITS,
+                hung_up: event
+                    .events()
+                    .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
+            }
+        }));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::os::pipe;
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Watched {
+        Reader,
+        Writer,
+    }
+
+    impl Kind for Watched {
+        const ALL: &'static [Self] = &[Self::Reader, Self::Writer];
+    }
+
+    #[test]
+    fn events_carry_what_was_registered() {
+        let mut poller = Poller::new().unwrap();
+        let mut events = Vec::new();
+        let (read, write) = pipe::new().unwrap();
+        poller
+            .add(&read, Watched::Reader, 7, Interest::Readable)
+            .unwrap();
+        poller
+            .add(
+                &write,
+                Watched::Writer,
+                u64::MAX >> KIND_BITS,
+                Interest::Gone,
+            )
+            .unwrap();
+        let end = Instant::now() + Duration::from_millis(2);
+        poller.wait(Wait::Until(end), &mut events).unwrap();
+        assert!(events.is_empty() && Instant::now() >= end);
+        drop(read);
+        poller.wait(Wait::Forever, &mut events).unwrap();
+        let gone = Event {
+            kind: Watched::Writer,
+            id: u64::MAX >> KIND_BITS,
+            hung_up: true,
+        };
+        assert_eq!(events, [gone]);
+    }
+
+    #[test]
+    fn the_earlier_of_two_ends_counts() {
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1);
+        assert_eq!(Wait::Forever.or_until(None), Wait::Forever);
+        assert_eq!(Wait::Forever.or_until(Some(now)), Wait::Until(now));
+        assert_eq!(Wait::Until(later).or_until(Some(now)), Wait::Until(now));
+        assert_eq!(Wait::Now.or_until(Some(later)), Wait::Now);
+    }
+}
