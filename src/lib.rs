@@ -35,7 +35,8 @@ use cli::{Action, Plan, Shards};
 use criu::{Listener, Role};
 use format::ImageName;
 use listen_ports::Remap;
-use report::bar::{Journey, ProgressBar, Tallies};
+use report::bar::{Journey, ProgressBar};
+use report::meter::Counters;
 use report::notice;
 use report::progress::{Milestone, Progress, Stats};
 use store::disk::FsStore;
@@ -78,12 +79,11 @@ fn execute(plan: Plan) -> Result<()> {
         Action::Capture => Journey::Captured,
         Action::Extract | Action::Serve(_) => Journey::Received,
     };
+    let labels = plan.shards.labels();
+    let counters = Counters::new(labels.len());
     let bar = plan
         .progress_bar
-        .then(|| ProgressBar::start(journey, plan.shards.labels()));
-    let tallies = bar
-        .as_ref()
-        .map_or_else(Tallies::default, ProgressBar::tallies);
+        .then(|| ProgressBar::start(journey, labels, counters.clone()));
     let report = |progress: &mut Progress, stats: &Stats| {
         progress.stats(stats);
         if let Some(bar) = bar {
@@ -116,7 +116,7 @@ fn execute(plan: Plan) -> Result<()> {
                 } else {
                     Drain::Briefly
                 },
-                tallies,
+                counters,
             }
             .run(&interrupts);
             let stats = endpoints.conclude(captured, &interrupts)?;
@@ -130,7 +130,7 @@ fn execute(plan: Plan) -> Result<()> {
                 plan.external_files,
                 store,
                 &mut Arena::new(),
-                &tallies,
+                &counters,
                 endpoints,
                 &interrupts,
             );
@@ -147,7 +147,7 @@ fn execute(plan: Plan) -> Result<()> {
                 plan.external_files,
                 MemStore::new(),
                 &mut arena,
-                &tallies,
+                &counters,
                 endpoints,
                 &interrupts,
             );
@@ -179,7 +179,7 @@ fn receive<S: Store>(
     external_files: Vec<(ImageName, OwnedFd)>,
     store: S,
     arena: &mut Arena,
-    tallies: &Tallies,
+    counters: &Counters,
     endpoints: Endpoints,
     interrupts: &Interrupts,
 ) -> Result<(S, Stats)> {
@@ -199,7 +199,7 @@ fn receive<S: Store>(
         Shards::Commands(commands) => endpoints.start_writers(commands)?,
     };
     let store = Overlay::new(store, external_files, interrupts);
-    let received = receive::receive(shards, store, arena, tallies, interrupts)
+    let received = receive::receive(shards, store, arena, counters, interrupts)
         .and_then(|(store, stats)| Ok((store.into_below()?, stats)));
     endpoints.conclude(received, interrupts)
 }

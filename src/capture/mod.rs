@@ -31,7 +31,7 @@ use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
-use crate::report::bar::{Tallies, Tally};
+use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::signals::Interrupts;
 use image::{Image, Step};
@@ -85,7 +85,7 @@ pub struct Capture<'a> {
     /// How many CRIU processes must have come and gone.
     pub criu_clients: usize,
     pub drain: Drain,
-    pub tallies: Tallies,
+    pub counters: Counters,
 }
 
 /// What is watched.
@@ -142,7 +142,7 @@ struct Loop<'a> {
     frozen: bool,
     progress: &'a mut Progress,
     drain: Drain,
-    files: Tally,
+    files: Counter,
     discard: Option<File>,
 }
 
@@ -155,8 +155,8 @@ impl Capture<'_> {
         let poller = Poller::new().context("preparing to wait for events")?;
         let mut taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
         let mut shards = Vec::new();
-        for (index, (pipe, label)) in self.shards.into_iter().enumerate() {
-            shards.push(Shard::new(pipe, label, self.tallies.shard(index))?);
+        for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
+            shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
         }
         let limit = descriptor_limit();
         if limit >= MANY_DESCRIPTORS {
@@ -181,7 +181,7 @@ impl Capture<'_> {
             frozen: false,
             progress: self.progress,
             drain: self.drain,
-            files: self.tallies.files,
+            files: self.counters.files,
             discard: None,
         };
         capture.watch(interrupts)?;

@@ -22,7 +22,7 @@ use nix::errno::Errno;
 use super::balancer::Room;
 use crate::format::Marker;
 use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
-use crate::report::bar::Tally;
+use crate::report::meter::Meter;
 use crate::report::progress::ShardStats;
 
 /// Something that was put into the pipe, and the most slots that it took there.
@@ -116,9 +116,7 @@ pub struct Shard {
     markers: Vec<u8>,
     /// Small files that were not moved yet, with their markers: before the queued ones. None if small files do not gather.
     batch: Option<Batch>,
-    written: u64,
-    tally: Tally,
-    last_write: Option<Instant>,
+    meter: Meter,
     promised: bool,
 }
 
@@ -127,7 +125,7 @@ impl Shard {
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking or measured.
-    pub fn new(pipe: WriteEnd, label: String, tally: Tally) -> Result<Self> {
+    pub fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
         let prepare = || {
             let pipe = pipe.nonblocking()?;
             let capacity = pipe::grow(&pipe, pipe::LARGEST)?;
@@ -148,9 +146,7 @@ impl Shard {
             free: capacity - capacity.min(others),
             markers: Vec::new(),
             batch: None,
-            written: 0,
-            tally,
-            last_write: None,
+            meter,
             promised: false,
         })
     }
@@ -287,22 +283,13 @@ impl Shard {
 
     /// What passed through, counted from the transfer's start.
     pub fn stats(&self, start: Option<Instant>) -> ShardStats {
-        let duration = match (start, self.last_write) {
-            (Some(start), Some(end)) => end.duration_since(start),
-            _ => std::time::Duration::ZERO,
-        };
-        ShardStats {
-            size: self.written,
-            transfer_duration_millis: duration.as_millis() as u64,
-        }
+        self.meter.stats(start)
     }
 
     fn moved(&mut self, bytes: usize, slots: usize) {
-        self.written += bytes as u64;
-        self.tally.add(bytes as u64);
+        self.meter.add(bytes);
         self.free = self.free.saturating_sub(slots);
         self.portions.push_back(Portion { bytes, slots });
-        self.last_write = Some(Instant::now());
     }
 
     fn broken(&self, error: io::Error) -> anyhow::Error {

@@ -20,7 +20,7 @@ use crate::format::Body;
 use crate::os::pipe::ReadEnd;
 use crate::os::poller::{Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
-use crate::report::bar::{Tallies, Tally};
+use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
 use crate::store::{Arena, Store};
 use crate::supervision::signals::Interrupts;
@@ -72,7 +72,7 @@ struct Reception<'a, S: Store> {
     /// The image has made no progress for a while.
     stalled: bool,
     start: Option<Instant>,
-    files: Tally,
+    files: Counter,
 }
 
 /// Receives a whole image into a store, and tells what passed through each shard.
@@ -83,14 +83,14 @@ pub fn receive<S: Store>(
     shards: Vec<(ReadEnd, String)>,
     store: S,
     arena: &mut Arena,
-    tallies: &Tallies,
+    counters: &Counters,
     interrupts: &Interrupts,
 ) -> Result<(S, Stats)> {
     let labels = shards.iter().map(|(_, label)| label.clone()).collect();
     let shards = shards
         .into_iter()
-        .enumerate()
-        .map(|(index, (pipe, label))| Shard::new(pipe, label, tallies.shard(index)))
+        .zip(&counters.shards)
+        .map(|((pipe, label), bytes)| Shard::new(pipe, label, Meter::new(bytes.clone())))
         .collect::<Result<Vec<_>>>()?;
     let poller = Poller::new().context("preparing to wait for events")?;
     let image = Reassembly::new(store, labels);
@@ -101,7 +101,7 @@ pub fn receive<S: Store>(
         image,
         arena,
         stalled: false,
-        files: tallies.files.clone(),
+        files: counters.files.clone(),
         start: None,
     };
     reception.run()?;

@@ -9,13 +9,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::format::marker::{self, BadMarker, Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd};
-use crate::report::bar::Tally;
+use crate::report::meter::Meter;
 use crate::report::progress::ShardStats;
 use crate::store::{Arena, Extent};
 
@@ -69,10 +69,8 @@ pub struct Shard {
     hung_up: bool,
     ended: bool,
     last_seq: Option<u64>,
-    received: u64,
-    tally: Tally,
+    meter: Meter,
     taken: u64,
-    last_read: Option<Instant>,
 }
 
 impl Shard {
@@ -80,7 +78,7 @@ impl Shard {
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking.
-    pub fn new(pipe: ReadEnd, label: String, tally: Tally) -> Result<Self> {
+    pub fn new(pipe: ReadEnd, label: String, meter: Meter) -> Result<Self> {
         let pipe = pipe
             .nonblocking()
             .with_context(|| format!("preparing {label}"))?;
@@ -96,10 +94,8 @@ impl Shard {
             hung_up: false,
             ended: false,
             last_seq: None,
-            received: 0,
-            tally,
+            meter,
             taken: 0,
-            last_read: None,
         })
     }
 
@@ -137,14 +133,7 @@ impl Shard {
     }
 
     pub fn stats(&self, start: Option<Instant>) -> ShardStats {
-        let duration = match (start, self.last_read) {
-            (Some(start), Some(end)) => end.duration_since(start),
-            _ => Duration::ZERO,
-        };
-        ShardStats {
-            size: self.received,
-            transfer_duration_millis: duration.as_millis() as u64,
-        }
+        self.meter.stats(start)
     }
 
     /// An error at the current place of this shard.
@@ -319,9 +308,7 @@ impl Shard {
     }
 
     fn arrived(&mut self, bytes: usize) {
-        self.received += bytes as u64;
-        self.tally.add(bytes as u64);
-        self.last_read = Some(Instant::now());
+        self.meter.add(bytes);
     }
 
     /// Takes the data of the current chunk that was read, as far as it lies together.

@@ -1,17 +1,16 @@
 //! What a person sees while an image is on its way: `--progress-bar`.
 //!
-//! The transfer only counts ([`Tally`]), which costs nothing where nobody watches; a thread of its own draws, so that drawing to a
+//! The transfer only counts; a thread of its own draws, so that drawing to a
 //! slow terminal holds up nothing, and a transfer that stands still is seen to stand still. It goes to standard error, and never to
 //! a descriptor that carries progress lines: programs read those.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, stderr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::report::meter::{Counter, Counters};
 use crate::report::notice::{write_line, write_text};
 use crate::report::progress::Stats;
 
@@ -28,44 +27,6 @@ const STACK: usize = 64 << 10;
 const REWIND: &str = "\r\x1b[K\x1b[?7l";
 const UNWIND: &str = "\x1b[?7h";
 
-/// A count of what passes somewhere, if anybody wants to know.
-#[derive(Debug, Clone, Default)]
-pub struct Tally(Option<Arc<AtomicU64>>);
-
-impl Tally {
-    fn counting() -> Self {
-        Self(Some(Arc::default()))
-    }
-
-    /// Counts.
-    pub fn add(&self, more: u64) {
-        if let Some(count) = &self.0 {
-            count.fetch_add(more, Ordering::Relaxed);
-        }
-    }
-
-    fn get(&self) -> u64 {
-        self.0
-            .as_ref()
-            .map_or(0, |count| count.load(Ordering::Relaxed))
-    }
-}
-
-/// What is counted in one transfer.
-#[derive(Debug, Clone, Default)]
-pub struct Tallies {
-    /// Files that are complete.
-    pub files: Tally,
-    shards: Vec<Tally>,
-}
-
-impl Tallies {
-    /// The bytes of one shard.
-    pub fn shard(&self, index: usize) -> Tally {
-        self.shards.get(index).cloned().unwrap_or_default()
-    }
-}
-
 /// Which way an image goes, for the words to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Journey {
@@ -75,7 +36,7 @@ pub enum Journey {
 
 /// The display. Dropped, it leaves an empty line for what comes next, such as an error.
 pub struct ProgressBar {
-    tallies: Tallies,
+    counters: Counters,
     journey: Journey,
     labels: Vec<String>,
     stop: Option<Sender<()>>,
@@ -84,14 +45,10 @@ pub struct ProgressBar {
 
 impl ProgressBar {
     /// Starts drawing. `labels` names the shards. A thread that cannot be had costs the display only.
-    pub fn start(journey: Journey, labels: Vec<String>) -> Self {
-        let tallies = Tallies {
-            files: Tally::counting(),
-            shards: labels.iter().map(|_| Tally::counting()).collect(),
-        };
+    pub fn start(journey: Journey, labels: Vec<String>, counters: Counters) -> Self {
         let (stop, stopped) = mpsc::channel();
         let mut display = Display {
-            tallies: tallies.clone(),
+            counters: counters.clone(),
             journey,
             before: (Instant::now(), 0),
         };
@@ -117,7 +74,7 @@ impl ProgressBar {
             .spawn(draw)
             .ok();
         Self {
-            tallies,
+            counters,
             journey,
             labels,
             stop: Some(stop),
@@ -125,15 +82,10 @@ impl ProgressBar {
         }
     }
 
-    /// The counts to keep.
-    pub fn tallies(&self) -> Tallies {
-        self.tallies.clone()
-    }
-
     /// Ends the display with a line for the image and one for each shard.
     pub fn conclude(mut self, stats: &Stats) {
         self.stop();
-        let files = self.tallies.files.get();
+        let files = self.counters.files.get();
         let _ = write_text(stderr(), &summary(self.journey, files, &self.labels, stats));
     }
 
@@ -153,14 +105,14 @@ impl Drop for ProgressBar {
 }
 
 struct Display {
-    tallies: Tallies,
+    counters: Counters,
     journey: Journey,
     before: (Instant, u64),
 }
 
 impl Display {
     fn line(&mut self) -> String {
-        let shards: Vec<_> = self.tallies.shards.iter().map(Tally::get).collect();
+        let shards: Vec<_> = self.counters.shards.iter().map(Counter::get).collect();
         let bytes: u64 = shards.iter().sum();
         let (before, bytes_before) = std::mem::replace(&mut self.before, (Instant::now(), bytes));
         if bytes == 0 {
@@ -171,7 +123,7 @@ impl Display {
         }
         let mut line = format!(
             "{} files, {}, {}",
-            self.tallies.files.get(),
+            self.counters.files.get(),
             size(bytes),
             speed(bytes - bytes_before, before.elapsed()),
         );
@@ -277,13 +229,5 @@ mod tests {
             sizes,
             ["999 bytes", "1.0 kB", "999.9 kB", "1.0 MB", "2.50 GB"]
         );
-    }
-
-    #[test]
-    fn what_nobody_watches_is_not_counted() {
-        let tallies = Tallies::default();
-        tallies.files.add(1);
-        tallies.shard(7).add(1);
-        assert_eq!(tallies.files.get(), 0);
     }
 }

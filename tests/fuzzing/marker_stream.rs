@@ -13,7 +13,7 @@ use std::path::Path;
 use criu_image_streamer::format::proto::{Marker, marker::Body};
 use criu_image_streamer::os::pipe::{self, Moved, ReadEnd};
 use criu_image_streamer::receive;
-use criu_image_streamer::report::bar::Tallies;
+use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::disk::FsStore;
 use criu_image_streamer::store::mem::{Contents, MemStore};
 use criu_image_streamer::store::{Arena, Store};
@@ -145,7 +145,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::R
         pipes.collect(),
         store,
         arena,
-        &Tallies::default(),
+        &Counters::new(shards.len()),
         interrupts(),
     )
     .map(|(store, _)| store)

@@ -1,0 +1,74 @@
+//! Counts what passes, once: for the statistics at the end, and for the bar meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::progress::ShardStats;
+
+/// A count that the bar may read while the transfer adds to it.
+#[derive(Debug, Clone, Default)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counts of one transfer.
+#[derive(Debug, Clone, Default)]
+pub struct Counters {
+    /// Files that are complete.
+    pub files: Counter,
+    /// Bytes of each shard, markers and data.
+    pub shards: Vec<Counter>,
+}
+
+impl Counters {
+    /// Zeroes, for a transfer through this number of shards.
+    pub fn new(shards: usize) -> Self {
+        Self {
+            files: Counter::default(),
+            shards: vec![(); shards]
+                .into_iter()
+                .map(|()| Counter::default())
+                .collect(),
+        }
+    }
+}
+
+/// Counts the bytes of one shard, and notes when the last of them passed.
+#[derive(Debug, Default)]
+pub struct Meter {
+    bytes: Counter,
+    last: Option<Instant>,
+}
+
+impl Meter {
+    /// Counts in `bytes`.
+    pub fn new(bytes: Counter) -> Self {
+        Self { bytes, last: None }
+    }
+
+    pub fn add(&mut self, bytes: usize) {
+        self.bytes.add(bytes as u64);
+        self.last = Some(Instant::now());
+    }
+
+    /// What passed, and how long it took from `start`, the beginning of the image's transfer.
+    pub fn stats(&self, start: Option<Instant>) -> ShardStats {
+        let duration = match (start, self.last) {
+            (Some(start), Some(last)) => last.duration_since(start),
+            _ => Duration::ZERO,
+        };
+        ShardStats {
+            size: self.bytes.get(),
+            transfer_duration_millis: duration.as_millis() as u64,
+        }
+    }
+}
