@@ -1,18 +1,16 @@
 //! What `capture` promises to CRIU and to whoever stores the shards.
 
-mod common;
-
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::thread;
 
-use common::PAGE;
-use common::criu::Criu;
-use common::image::{self, Body, Files};
-use common::random::{self, Random};
-use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
-use common::shards::{self, Collector, pipe};
-use common::streamer::Streamer;
+use crate::common::PAGE;
+use crate::common::criu::Criu;
+use crate::common::image::{self, Body, Files};
+use crate::common::random::{self, Random};
+use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use crate::common::shards::{self, Collector, pipe};
+use crate::common::streamer::Streamer;
 use nix::fcntl::{SpliceFFlags, vmsplice};
 
 fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
@@ -24,9 +22,7 @@ fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
 
 /// Runs a capture of what `criu` does, and returns the shards.
 fn capture(shard_count: usize, criu: impl FnOnce(&Criu)) -> Vec<Vec<u8>> {
-    let (readers, writers) = shards::pipes(shard_count, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), shard_count);
     let connection = streamer.criu();
     criu(&connection);
     drop(connection);
@@ -121,9 +117,7 @@ fn files_stay_open_as_long_as_criu_likes() {
 
 #[test]
 fn files_go_on_after_criu_has_closed_its_connection() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let criu = streamer.criu();
     let mut pages = criu.create_file("pages-1.img");
     criu.write_file("inventory.img", b"inventory");
@@ -396,7 +390,7 @@ fn every_shard_takes_part() {
         for shard in &waiting {
             use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
             use std::os::fd::AsFd;
-            let timeout = PollTimeout::try_from(common::HANG_TIMEOUT).unwrap();
+            let timeout = PollTimeout::try_from(crate::common::HANG_TIMEOUT).unwrap();
             let ready = poll(
                 &mut [PollFd::new(shard.as_fd(), PollFlags::POLLIN)],
                 timeout,
@@ -417,9 +411,7 @@ fn every_shard_takes_part() {
 
 #[test]
 fn a_dump_that_failed_gives_no_image() {
-    let (readers, writers) = shards::pipes(2, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
     let criu = streamer.criu();
     criu.write_file("pages-1.img", &[1; PAGE]);
     criu.write_file("cpuinfo.img", b"cpuinfo");
@@ -430,9 +422,7 @@ fn a_dump_that_failed_gives_no_image() {
 
 #[test]
 fn cpuinfo_alone_is_an_image() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let criu = streamer.criu();
     criu.write_file("cpuinfo.img", b"cpuinfo");
     drop(criu);

@@ -1,17 +1,15 @@
 //! What the command line accepts, and how it refuses the rest: before anything else happens, naming the argument.
 
-mod common;
-
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::image;
-use common::runs;
-use common::shards::{self, pipe};
-use common::streamer::{Launch, Streamer};
+use crate::common::image;
+use crate::common::runs;
+use crate::common::shards::{self, pipe};
+use crate::common::streamer::{Launch, Streamer};
 use tempfile::TempDir;
 
 const SUBCOMMANDS: [fn() -> Launch; 4] = [
@@ -102,7 +100,7 @@ fn usage_errors_have_an_exit_status_of_their_own_kind() {
 
 #[test]
 fn options_stand_before_or_after_the_subcommand() {
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     for before in [true, false] {
         let dir = TempDir::new().unwrap();
         let file = dir.path().join("image");
@@ -301,7 +299,7 @@ fn an_images_dir_too_long_for_a_socket_is_refused() {
         assert_eq!(exit.progress, [""; 0]);
     }
     // No socket, no limit.
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(&long), &image);
     streamer.expect_success();
     assert_eq!(fs::read(long.join("inventory.img")).unwrap(), b"inventory");
@@ -316,12 +314,7 @@ fn the_longest_images_dir_that_criu_can_use_is_accepted() {
     let long = dir.path().join("d".repeat(room - path_len(dir.path()) - 1));
     assert_eq!(path_len(&long), room);
     fs::create_dir(&long).unwrap();
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .images_dir(&long)
-        .start();
-    let collector = shards::Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture().images_dir(&long), 1);
     let criu = streamer.criu();
     criu.write_file("inventory.img", b"inventory");
     drop(criu);
@@ -344,7 +337,7 @@ fn path_len(path: &Path) -> usize {
 fn an_images_dir_that_is_not_there_is_made_for_the_user_alone() {
     let dir = TempDir::new().unwrap();
     let new = dir.path().join("new/images");
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(&new), &image);
     streamer.expect_success();
     assert_eq!(fs::read(new.join("inventory.img")).unwrap(), b"inventory");

@@ -1,7 +1,5 @@
 //! What `extract` promises to those who restore from disk.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,13 +7,13 @@ use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::Duration;
 
-use common::PAGE;
-use common::child;
-use common::image::{self, Files};
-use common::random;
-use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
-use common::shards::{Collector, Feeder, pipe, pipes};
-use common::streamer::Streamer;
+use crate::common::PAGE;
+use crate::common::child;
+use crate::common::image::{self, Files};
+use crate::common::random;
+use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use crate::common::shards::{Collector, Feeder, pipe, pipes};
+use crate::common::streamer::Streamer;
 use tempfile::TempDir;
 
 /// An image of three small files in as few bytes as possible, for the tests that try every byte.

@@ -1,11 +1,9 @@
 //! Live migration between two hosts: namespaces with a network cable between them, and an SSH server on the one where the
 //! process goes to. Over there it runs on, with its memory as it was.
 
-mod criu;
-
 use std::process::Command;
 
-use criu::Machine;
+use crate::criu::Machine;
 
 /// Two machines that can reach each other, the second by SSH under the name `there`.
 struct Hosts {

@@ -1,21 +1,19 @@
 //! `--progress-bar`: what people see on standard error, which is never among the lines that programs read.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 
-use common::image;
-use common::runs::{self, inventory_last, sample_files};
-use common::shards::{self, Collector};
-use common::streamer::{Launch, Streamer};
+use crate::common::image;
+use crate::common::runs::{self, inventory_last, sample_files};
+use crate::common::shards::{self, Collector};
+use crate::common::streamer::{Launch, Streamer};
 use tempfile::TempDir;
 
 const BAR: [&str; 1] = ["--progress-bar"];
 
 /// Captures an image into two shards, which are returned, and standard error with them.
-fn capture(launch: Launch) -> (Vec<Vec<u8>>, common::streamer::Exit) {
+fn capture(launch: Launch) -> (Vec<Vec<u8>>, crate::common::streamer::Exit) {
     let (readers, writers) = shards::pipes(2, None);
     let collector = Collector::start(readers);
     let mut streamer = launch.shards(writers).start();

@@ -4,12 +4,10 @@
 //! where this block and those after it run one after another; it must live on afterwards, with its memory as it was.
 //! Blocks in `sh` are for the reader's shell, in the checkout.
 
-mod criu;
-
 use std::path::Path;
 use std::process::Command;
 
-use criu::Machine;
+use crate::criu::Machine;
 
 const README: &str = include_str!("../README.md");
 

@@ -1,9 +1,6 @@
 //! The README's object store recipe, with the real AWS command line and a real S3 server (moto's, on loopback): four shards,
 //! compressed and encrypted. An upload or download that breaks off half way is a failure with a reason.
 
-mod common;
-mod criu;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -14,11 +11,9 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::HANG_TIMEOUT;
-use common::image::Files;
-use common::random;
-use common::runs::{assert_same_bytes, inventory_last};
-use common::streamer::{Launch, Streamer};
+use crate::common::image::Files;
+use crate::common::streamer::{Launch, Streamer};
+use crate::common::{HANG_TIMEOUT, random, runs, skip};
 use tempfile::TempDir;
 
 /// The recipe: the command for each shard, up and down. `compress` is lz4 or zstd.
@@ -47,7 +42,7 @@ fn tools() -> Option<String> {
     match brought {
         Ok(tools) => Some(tools),
         Err(why) => {
-            criu::skip(&why);
+            skip(&why);
             None
         }
     }
@@ -153,7 +148,7 @@ impl Drop for Store {
     }
 }
 
-/// A way to the store that breaks after so many bytes in one direction, and for good.
+/// A way to the store that breaks for good when one direction has carried its bytes.
 struct Line {
     port: u16,
 }
@@ -212,23 +207,11 @@ fn files() -> Files {
     ])
 }
 
-fn send(streamer: &Streamer, files: &Files) {
-    let criu = streamer.criu();
-    for (name, content) in inventory_last(files) {
-        let Ok(mut file) = criu.try_create_file(name, None) else {
-            return;
-        };
-        if file.write_all(content).is_err() {
-            return;
-        }
-    }
-}
-
 fn upload(store: &Store, files: &Files, compress: &str) {
     let mut streamer = store
         .launch(Streamer::capture(), store.port, UPLOAD, compress)
         .start();
-    send(&streamer, files);
+    runs::send(&streamer, files);
     streamer.expect_success();
 }
 
@@ -244,12 +227,7 @@ fn through_the_store(compress: &str) {
 
     let launch = store.launch(Streamer::serve(), store.port, DOWNLOAD, compress);
     let mut streamer = launch.start();
-    let criu = streamer.criu();
-    for (name, content) in &files {
-        assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
-    }
-    drop(criu);
-    streamer.expect_success();
+    runs::assert_served(&mut streamer, &files);
 }
 
 #[test]
@@ -269,7 +247,7 @@ fn an_upload_that_fails_half_way_fails_the_capture() {
     let mut streamer = store
         .launch(Streamer::capture(), line.port, UPLOAD, "lz4")
         .start();
-    send(&streamer, &files());
+    runs::send(&streamer, &files());
     let exit = streamer.expect_failure(&["shard command", "aws s3 cp"]);
     assert!(
         exit.progress.iter().all(|line| !line.starts_with('{')),
@@ -305,7 +283,7 @@ fn an_object_that_is_not_there_is_named_by_its_command() {
 /// The README's blocks, as they stand there, with a real CRIU.
 #[test]
 fn a_process_goes_to_an_object_store_and_back_as_the_readme_says() {
-    let Some(machine) = criu::Machine::new() else {
+    let Some(machine) = crate::criu::Machine::new() else {
         return;
     };
     let Some(tools) = tools() else { return };

@@ -1,19 +1,17 @@
 //! What `serve` promises to CRIU.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::child;
-use common::image::{self, Files};
-use common::random;
-use common::runs::{self, assert_same_bytes};
-use common::shards::{self, Collector, Feeder, pipe};
-use common::streamer::Streamer;
-use common::{HANG_TIMEOUT, PAGE};
+use crate::common::child;
+use crate::common::image::{self, Files};
+use crate::common::random;
+use crate::common::runs::{self, assert_same_bytes};
+use crate::common::shards::{self, Collector, Feeder, pipe};
+use crate::common::streamer::Streamer;
+use crate::common::{HANG_TIMEOUT, PAGE};
 
 const MIB: usize = 1 << 20;
 
@@ -28,7 +26,7 @@ fn files_are_served_in_any_order_by_both_names_of_the_command() {
         let (mut streamer, _feeder) = runs::feed(launch, &image::encode_files(&files, 3, 70_000));
         let criu = streamer.criu();
         for (name, content) in files.iter().rev() {
-            assert_same_bytes(name, &criu.read_file(name).expect(name), content);
+            criu.expect_file(name, content);
         }
         drop(criu);
         streamer.expect_success();
@@ -50,10 +48,7 @@ fn a_file_that_does_not_exist_is_a_normal_answer() {
     for i in 0..1000 {
         assert_eq!(criu.read_file(&format!("file-{i}.img")), None);
     }
-    assert_eq!(
-        criu.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    criu.expect_file("inventory.img", b"inventory");
     assert_eq!(criu.read_file("../inventory.img"), None);
     drop(criu);
     streamer.expect_success();
@@ -133,10 +128,7 @@ fn a_later_file_can_be_read_before_an_earlier_one() {
     let criu = streamer.criu();
     let mut first = criu.open_file("pages-1.img").unwrap();
     let mut second = criu.open_file("pages-2.img").unwrap();
-    assert_eq!(
-        criu.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    criu.expect_file("inventory.img", b"inventory");
     for (name, file) in [("pages-2.img", &mut second), ("pages-1.img", &mut first)] {
         let mut content = Vec::new();
         file.read_to_end(&mut content).unwrap();
@@ -171,11 +163,7 @@ fn of_a_file_that_was_sent_twice_the_last_one_is_served() {
         ]);
         let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
         let criu = streamer.criu();
-        assert_same_bytes(
-            "fdinfo.img",
-            &criu.read_file("fdinfo.img").unwrap(),
-            &last_version,
-        );
+        criu.expect_file("fdinfo.img", &last_version);
         assert_eq!(criu.read_file("other.img").as_deref(), Some(&b"other"[..]));
         drop(criu);
         streamer.expect_success();

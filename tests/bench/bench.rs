@@ -6,6 +6,10 @@
 //! sinks without a streamer, each restore beside a naive receiver, in turns, because figures of a machine only mean
 //! something beside others of the same minute.
 
+#[allow(
+    dead_code,
+    reason = "the tests use all of it, and the benchmark a part"
+)]
 #[path = "../common/mod.rs"]
 mod common;
 

@@ -125,6 +125,14 @@ impl Criu {
         Some(content)
     }
 
+    /// Serve: the whole file, which must hold this.
+    #[track_caller]
+    pub fn expect_file(&self, name: &str, content: &[u8]) {
+        let found = self.read_file(name);
+        let found = found.unwrap_or_else(|| panic!("{name} is not in the image"));
+        super::runs::assert_same_bytes(name, &found, content);
+    }
+
     /// The connection itself, for those who do not keep to the protocol.
     pub fn turn(&self) -> MutexGuard<'_, UnixStream> {
         self.connection.lock().unwrap()

@@ -14,7 +14,7 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     Filename(String),
-    /// So many bytes follow.
+    /// The number of bytes that follow.
     FileData(u32),
     FileEof,
     ImageEof,
@@ -293,6 +293,11 @@ pub fn encode<'a>(
     }
     put(&|shard, seq| shard.image_eof(seq));
     shards.into_iter().map(|shard| shard.bytes).collect()
+}
+
+/// The smallest image, in one shard: `inventory.img`, which holds `inventory`.
+pub fn inventory() -> Vec<Vec<u8>> {
+    encode([("inventory.img", &b"inventory"[..])], 1, 100)
 }
 
 /// [`encode`] for a map of files.

@@ -11,11 +11,6 @@
 //! Nothing here waits for time to pass: everything waits for an event, and a streamer that hangs is killed by
 //! its watchdog, which turns the hang into a broken pipe and the broken pipe into a failed test.
 
-#![allow(
-    dead_code,
-    reason = "each test binary compiles all of this and uses a part of it"
-)]
-
 pub mod child;
 pub mod criu;
 pub mod image;
@@ -27,10 +22,41 @@ pub mod streamer;
 
 use std::fmt::Display;
 use std::io::Write;
+use std::thread;
 use std::time::Duration;
 
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Says why a test is not done, which is a failure where `CI` is `true`.
+pub fn skip(why: &str) {
+    let test = thread::current().name().unwrap_or("a test").to_owned();
+    assert_ne!(
+        std::env::var("CI").as_deref(),
+        Ok("true"),
+        "{test} cannot be done: {why}"
+    );
+    // Past the test harness, which shows what a test printed only if it failed.
+    writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("write to standard error");
+}
+
+/// Skips a test that starts processes as other users, unless root runs it.
+pub fn is_root() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        skip("needs root, to become another user");
+    }
+    is_root
+}
+
+/// A number that an environment variable may set.
+pub fn setting(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |value| {
+        value
+            .parse()
+            .unwrap_or_else(|_| panic!("{variable} is no number: {value}"))
+    })
+}
 
 /// Tells what a campaign counted, also where the output of tests that pass is not shown.
 pub fn report(counts: impl Display) {

@@ -13,7 +13,7 @@
 //!
 //! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated onto a number
 //! that something else may be using. The watchdog kills a streamer that is still there after [`HANG_TIMEOUT`]:
-//! whoever waits for it then sees a broken pipe.
+//! what waits for it then sees a broken pipe.
 
 use std::ffi::OsString;
 use std::fs;
@@ -30,7 +30,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use super::HANG_TIMEOUT;
-use super::child::{self, Child, Limit, Usage};
+use super::child::{self, Child, Limit};
 use super::criu::{Criu, Role};
 use super::lines::Lines;
 use super::shards::pipe;
@@ -51,7 +51,6 @@ pub struct Launch {
     stdout: Stdio,
     user: Option<u32>,
     limits: Vec<Limit>,
-    hang_timeout: Duration,
 }
 
 #[derive(PartialEq, Eq)]
@@ -78,7 +77,6 @@ impl Launch {
             stdout: Stdio::null(),
             user: None,
             limits: Vec::new(),
-            hang_timeout: HANG_TIMEOUT,
         }
     }
 
@@ -152,11 +150,6 @@ impl Launch {
 
     pub fn limit(mut self, limit: Limit) -> Self {
         self.limits.push(limit);
-        self
-    }
-
-    pub fn hang_timeout(mut self, timeout: Duration) -> Self {
-        self.hang_timeout = timeout;
         self
     }
 
@@ -235,11 +228,11 @@ impl Launch {
             Progress::Stderr => stderr.clone(),
             _ => progress.map_or_else(Lines::ended, Lines::collect),
         };
-        let hung = watch(&child, self.hang_timeout);
+        let hung = watch(&child);
         Streamer {
             role: self.role,
             images_dir,
-            own_dir,
+            _own_dir: own_dir,
             argv,
             child,
             stderr,
@@ -259,12 +252,12 @@ fn list(items: impl Iterator<Item = String>) -> String {
     items.collect::<Vec<_>>().join(",")
 }
 
-fn watch(child: &Child, timeout: Duration) -> Arc<AtomicBool> {
+fn watch(child: &Child) -> Arc<AtomicBool> {
     let pidfd = child.pidfd().expect("duplicate a pidfd");
     let hung = Arc::new(AtomicBool::new(false));
     let report = Arc::clone(&hung);
     thread::spawn(move || {
-        if !child::wait_for_end(&pidfd, timeout) {
+        if !child::wait_for_end(&pidfd, HANG_TIMEOUT) {
             report.store(true, Ordering::SeqCst);
             let _ended_just_now = child::send_signal(&pidfd, Signal::SIGKILL);
         }
@@ -276,7 +269,7 @@ fn watch(child: &Child, timeout: Duration) -> Arc<AtomicBool> {
 pub struct Streamer {
     role: Role,
     images_dir: PathBuf,
-    own_dir: Option<TempDir>,
+    _own_dir: Option<TempDir>,
     argv: String,
     child: Child,
     stderr: Lines,
@@ -289,7 +282,6 @@ pub struct Streamer {
 #[derive(Debug, Clone)]
 pub struct Exit {
     pub status: ExitStatus,
-    pub usage: Usage,
     pub progress: Vec<String>,
     pub stderr: String,
 }
@@ -316,7 +308,7 @@ impl Streamer {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.pid
+        self.child.pid()
     }
 
     /// Waits until it listens, and connects.
@@ -410,12 +402,11 @@ impl Streamer {
         if let Some(exit) = &self.exit {
             return exit.clone();
         }
-        let usage = self.child.reap().expect("wait for the streamer");
+        let status = self.child.reap().expect("wait for the streamer");
         self.stderr.wait_for_end(HANG_TIMEOUT);
         self.progress.wait_for_end(HANG_TIMEOUT);
         let exit = Exit {
-            status: usage.status,
-            usage,
+            status,
             progress: self.progress_lines(),
             stderr: self.stderr(),
         };

@@ -6,17 +6,12 @@
 //!
 //! What a test does there it does in bash, as the README shows it: see [`Machine::run`].
 
-#![allow(
-    dead_code,
-    reason = "each test binary compiles all of this and uses a part of it"
-)]
-
 pub mod recipes;
 
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{Read, Write as _};
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -25,6 +20,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+
+use crate::common::skip;
 
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
@@ -77,7 +74,7 @@ fn programs() -> &'static Result<Programs, String> {
 fn compile(source: &Path, program: &Path) {
     let home = program.parent().expect("a directory");
     std::fs::create_dir_all(home).expect("make a directory");
-    // Another test binary may be doing the same, and a program that is replaced while it runs is a file that CRIU misses.
+    // Another run of the tests may be doing the same, and a program that is replaced while it runs is a file that CRIU misses.
     let lock = File::create(home.join("application.lock")).expect("a lock");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, why)| why)
@@ -101,18 +98,6 @@ fn compile(source: &Path, program: &Path) {
         source.display()
     );
     std::fs::rename(&unfinished, program).expect("rename the application");
-}
-
-/// Says why a test is not done, which is a failure where `CI` is `true`.
-pub fn skip(why: &str) {
-    let test = thread::current().name().unwrap_or("a test").to_owned();
-    assert_ne!(
-        std::env::var("CI").as_deref(),
-        Ok("true"),
-        "{test} cannot be done: {why}"
-    );
-    // Past the test harness, which shows what a test printed only if it failed.
-    writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("standard error");
 }
 
 /// A machine, with a directory of its own that is its scripts' working directory.

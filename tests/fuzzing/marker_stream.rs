@@ -20,7 +20,7 @@ use criu_image_streamer::store::mem::{Contents, MemStore};
 use criu_image_streamer::store::{Arena, Store};
 use prost::Message;
 
-/// Fits into a pipe that nobody resized, so that no thread is needed to write while the program reads.
+/// Fits into a pipe of the default size, so that no thread is needed to write while the program reads.
 const LARGEST: usize = 60 << 10;
 
 const DISK: u8 = 0x80;
