@@ -13,7 +13,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod bare;
 mod capture;
 mod clock;
 mod image;

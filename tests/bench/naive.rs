@@ -142,7 +142,7 @@ fn read_request(criu: &mut UnixStream) -> Result<Option<String>> {
 }
 
 /// The descriptor that CRIU sends next.
-pub fn receive_pipe(criu: &UnixStream) -> Result<File> {
+fn receive_pipe(criu: &UnixStream) -> Result<File> {
     let mut byte = [0];
     let mut data = [IoSliceMut::new(&mut byte)];
     let mut space = cmsg_space!([i32; 1]);

@@ -7,7 +7,7 @@
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::spawn_with_fds;
-use crate::{bare, machine, naive, producer, reader, sink, writer};
+use crate::{machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -24,7 +24,6 @@ pub enum Role {
     Producer(producer::Producer),
     Reader(reader::Reader),
     Naive(naive::Naive),
-    Bare(bare::Bare),
     Janitor(machine::Janitor),
 }
 
@@ -49,7 +48,6 @@ impl Role {
             Self::Producer(role) => role.play(),
             Self::Reader(role) => role.play(),
             Self::Naive(role) => role.play(),
-            Self::Bare(role) => role.play(),
             Self::Janitor(role) => role.play(),
         }
     }
