@@ -1,5 +1,6 @@
-//! Whatever a shard or an external file is redirected to works: files, sockets, FIFOs, devices; not only pipes. A success means that all of
-//! it was written, a failure names the descriptor and the reason, and pipes cost nothing for it.
+//! Whatever a shard or an external file is redirected to works: files, sockets, FIFOs, devices; not
+//! only pipes. A success means that all of it was written, a failure names the descriptor and the
+//! reason, and pipes cost nothing for it.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -76,9 +77,15 @@ fn standard_output_and_input_are_redirected_to_a_file() {
     streamer.expect_success();
     let mut streamer = Streamer::serve().stdin(File::open(&path).unwrap()).start();
     runs::assert_served(&mut streamer, &files);
+    let mut streamer = Streamer::extract()
+        .stdin(File::open(&path).unwrap())
+        .start();
+    streamer.expect_success();
+    assert_same_files(&read_dir(streamer.images_dir()), &files);
 }
 
-/// What the file holds stays, and the image comes behind it. Files opened this way cannot be spliced to.
+/// What the file holds stays, and the image comes behind it. Files opened this way cannot be
+/// spliced to.
 #[test]
 fn a_file_opened_for_appending_is_appended_to() {
     let dir = TempDir::new().unwrap();

@@ -1,9 +1,10 @@
-//! A campaign of faults: each party of a capture, an extract and a serve is killed or leaves at a random moment, hundreds of
-//! times, and each time the exit status must tell the truth and no wreck may look like an image.
+//! A campaign of faults: each party of a capture, an extract and a serve is killed or leaves at a
+//! random moment, hundreds of times, and each time the exit status must tell the truth and no wreck
+//! may look like an image.
 //!
-//! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and `CAMPAIGN_FIRST_SEED=<seed>
-//! CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and files, not in time; only what the kernel does between two
-//! processes is left to chance.
+//! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and
+//! `CAMPAIGN_FIRST_SEED=<seed> CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and
+//! files, not in time; only what the kernel does between two processes is left to chance.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -74,7 +75,8 @@ fn random_files(random: &mut Random) -> Files {
     files
 }
 
-/// Nothing is left in the images directory but what was there before: no socket, no temporary, no half of an image.
+/// Nothing is left in the images directory but what was there before: no socket, no temporary, no
+/// half of an image.
 #[track_caller]
 fn assert_nothing_new(dir: &Path, before: &Files) {
     for entry in fs::read_dir(dir).unwrap() {
@@ -142,8 +144,8 @@ impl CaptureFault {
     }
 }
 
-/// CRIU writes everything, and does something when `moment` bytes are written. If that says so, or when the streamer is gone, it
-/// ends then and there.
+/// CRIU writes everything, and does something when `moment` bytes are written. If that says so, or
+/// when the streamer is gone, it ends then and there.
 fn dump(criu: &Criu, files: &Files, moment: usize, at_moment: impl FnOnce() -> Then) {
     let mut at_moment = Some(at_moment);
     let mut written = 0;
@@ -249,7 +251,8 @@ fn captures() {
         if let Ok(decoded) = &decoded {
             assert!(*decoded == files, "{fault:?}: a broken image looks whole");
         }
-        // A reader that left last of all took what was in its pipe with it: no exit status can tell.
+        // A reader that left last of all took what was in its pipe with it: no exit status can
+        // tell.
         if succeeded && fault != CaptureFault::ShardReaderLeaves {
             assert!(
                 decoded.is_ok(),
@@ -410,7 +413,8 @@ fn extracts() {
         let succeeded = exit.status.success();
 
         if fault == RestoreFault::Killed {
-            // SIGKILL leaves things behind, but what looks like an image must be one: the old one or the new one.
+            // SIGKILL leaves things behind, but what looks like an image must be one: the old one
+            // or the new one.
             let found = regular_files(dir.path());
             if found.contains_key("inventory.img") {
                 let found: Files = found

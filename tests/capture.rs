@@ -1,4 +1,5 @@
-//! What `capture` promises to CRIU and to whoever stores the shards.
+//! What `capture` promises to CRIU and to those who store the shards: every file arrives byte for
+//! byte, and a shard that is slow or stands still stops neither CRIU nor the other shards.
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
@@ -37,19 +38,6 @@ fn files_of_every_size_arrive_byte_for_byte() {
         &image::decode(&runs::capture(&files, 3, None)).unwrap(),
         &files,
     );
-}
-
-#[test]
-fn without_shard_fds_the_image_goes_to_standard_output() {
-    let (reader, writer) = pipe();
-    let mut streamer = Streamer::capture().stdout(writer).start();
-    let collector = Collector::start(vec![reader]);
-    let criu = streamer.criu();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    let expected = files([("inventory.img", b"inventory".to_vec())]);
-    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
 }
 
 #[test]
@@ -157,7 +145,7 @@ fn two_files_of_one_name_open_at_once_do_not_mix() {
             let mut last = criu.create_file("fdinfo.img");
             for _ in 0..20 {
                 last.write_all(&[2; 10]).unwrap();
-                // Nobody needs the first version any more: the streamer may have closed its pipe already.
+                // The first version is not needed any more: the streamer may have closed its pipe.
                 if let Err(error) = first.write_all(&[1; 10]) {
                     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
                 }
@@ -263,8 +251,9 @@ fn a_stalled_shard_does_not_stop_criu() {
     }
 }
 
-/// A page of which only a part is used takes a slot of its own, so bytes do not tell whether data fits into a shard. If a chunk
-/// were begun in the stalled shard and did not fit, its file would wait for ever.
+/// A page of which only a part is used takes a slot of its own, so bytes do not tell whether data
+/// fits into a shard. If a chunk were begun in the stalled shard and did not fit, its file would
+/// wait for ever.
 #[test]
 fn a_stalled_shard_does_not_stop_criu_whatever_pages_hold() {
     for pipe_size in [None, Some(256 * PAGE)] {
@@ -374,7 +363,7 @@ fn every_shard_takes_part() {
     let (readers, writers) = shards::pipes(4, None);
     let mut streamer = Streamer::capture().shards(writers).start();
     let criu = streamer.criu();
-    // Nobody reads yet, so that only the room in the shards decides.
+    // No shard is read yet, so that only the room in them decides.
     let mut pages = criu.create_file("pages-1.img");
     thread::scope(|scope| {
         scope.spawn(|| {

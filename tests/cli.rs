@@ -1,4 +1,5 @@
-//! What the command line accepts, and how it refuses the rest: before anything else happens, naming the argument.
+//! What the command line accepts, and how it refuses the rest: before anything else happens, naming
+//! the argument.
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -26,7 +27,8 @@ fn run(args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// Refused: exit status 1, one error that contains `words`, no progress, and nothing made in the images directory.
+/// Refused: exit status 1, one error that contains `words`, no progress, and nothing made in the
+/// images directory.
 #[track_caller]
 fn assert_refused(launch: Launch, words: &[&str]) {
     let dir = TempDir::new().unwrap();
@@ -358,7 +360,7 @@ fn with_shard(launch: Launch) -> Launch {
     launch.shards([end])
 }
 
-/// The streamer's end of a pipe whose other end nobody needs, as the run ends before it is used.
+/// The streamer's end of a pipe that is not used, as the run ends before.
 fn free_pipe(subcommand: fn() -> Launch) -> OwnedFd {
     let ends = pipe();
     if subcommand().writes_shards() {

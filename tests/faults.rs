@@ -1,5 +1,5 @@
-//! What goes wrong around the streamer, one thing at a time: who is half done, killed, stopped or replaced. `campaign.rs` does such
-//! things at random.
+//! What goes wrong around the streamer, one thing at a time: who is half done, killed, stopped or
+//! replaced. `campaign.rs` does such things at random.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -235,7 +235,8 @@ fn two_extracts_into_one_directory_do_not_mix() {
     assert_eq!(entries(dir.path()), ["earlier.img", "inventory.img"]);
 }
 
-/// SIGKILL at any time leaves the earlier image or none, and the next run sweeps up and goes through.
+/// SIGKILL at any time leaves the earlier image or none, and the next run sweeps up and goes
+/// through.
 #[test]
 fn after_a_killed_extract_the_next_one_works_and_leaves_nothing_else() {
     let mut killed = 0;

@@ -1,5 +1,5 @@
-//! Images that the original criu-image-streamer captured from a real CRIU dump (with an external file `fs.tar`), and
-//! the SHA-256 of every file in them.
+//! Images that the original criu-image-streamer captured from a real CRIU dump (with an external
+//! file `fs.tar`), and the SHA-256 of every file in them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -60,7 +60,8 @@ fn extract_writes_the_original_streamers_images_to_disk() {
     }
 }
 
-/// `fs.tar` is an external file of these images: it goes to its own descriptor, and CRIU never sees it.
+/// `fs.tar` is an external file of these images: it goes to its own descriptor, and CRIU never sees
+/// it.
 #[test]
 fn serve_gives_the_original_streamers_images_to_criu() {
     for name in ["one-shard", "three-shards"] {

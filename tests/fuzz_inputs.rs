@@ -1,8 +1,9 @@
-//! The fuzz targets on inputs that are the same each time: the seeds in `fuzz/seeds/`, what ends too early of each, and
-//! mutations of them. `make fuzz` goes on from the same seeds.
+//! The fuzz targets on inputs that are the same each time: the seeds in `fuzz/seeds/`, what ends
+//! too early of each, and mutations of them. `make fuzz` goes on from the same seeds.
 //!
-//! `FUZZ_MUTATIONS` sets how many mutations of each target are tried. A failing one is written to a file whose name is
-//! printed, for `cargo +nightly fuzz run <target> <file>`. `FUZZ_WRITE_SEEDS=1` writes the seeds anew.
+//! `FUZZ_MUTATIONS` sets how many mutations of each target are tried. A failing one is written to a
+//! file whose name is printed, for `cargo +nightly fuzz run <target> <file>`. `FUZZ_WRITE_SEEDS=1`
+//! writes the seeds anew.
 
 use std::fs;
 use std::panic::{self, AssertUnwindSafe};

@@ -1,5 +1,5 @@
-//! Whatever stands on a shard: an error that says where, or a right image. Never a panic, a hang, a file elsewhere or a
-//! broken image that looks whole.
+//! Whatever stands on a shard: an error that says where, or a right image. Never a panic, a hang, a
+//! file elsewhere or a broken image that looks whole.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -17,8 +17,9 @@ use crate::common::{report, setting};
 
 const LAUNCHES: [fn() -> Launch; 2] = [Streamer::extract, Streamer::serve];
 
-/// Refused by `extract` and by `serve`: exit status 1, an error with all of `words` that names the shard and a place between
-/// `from` and the shard's end, no file, and no progress line tells of an image.
+/// Refused by `extract` and by `serve`: exit status 1, an error with all of `words` that names the
+/// shard and a place between `from` and the shard's end, no file, and no progress line tells of an
+/// image.
 #[track_caller]
 fn assert_refused_from(from: usize, what: &str, shards: &[Vec<u8>], words: &[&str]) {
     for launch in LAUNCHES {
@@ -294,7 +295,8 @@ fn announced_bytes_cost_nothing_until_they_are_there() {
     assert_little_memory(16, &shard, &["shard"]);
 }
 
-/// Markers that are not next have to wait in memory until it is clear that the next one will not come.
+/// Markers that are not next have to wait in memory until it is clear that the next one will not
+/// come.
 #[test]
 fn an_endless_run_of_markers_that_are_never_next_is_refused_in_little_memory() {
     let waiting = (1..300_000).fold(Shard::new(), Shard::file_eof);
@@ -327,8 +329,8 @@ fn an_empty_stream_is_no_image() {
     );
 }
 
-/// A good image with something changed: bits, cuts, pieces put elsewhere. Only what the reference decoder takes may be taken, and
-/// then it must be the same image. `HOSTILE_SEEDS` sets how many.
+/// A good image with something changed: bits, cuts, pieces put elsewhere. Only what the reference
+/// decoder takes may be taken, and then it must be the same image. `HOSTILE_SEEDS` sets how many.
 #[test]
 fn damaged_images_are_refused_or_read_as_they_stand() {
     let seeds = setting("HOSTILE_SEEDS", 1000);
@@ -377,7 +379,8 @@ fn assert_truth(seed: u64, shards: &[Vec<u8>], dir: &Path, exit: &Exit) {
     }
 }
 
-/// Half of the time an image of our own, with few bytes that are not markers; else the original streamer's.
+/// Half of the time an image of our own, with few bytes that are not markers; else the original
+/// streamer's.
 fn start_of_damage(random: &mut Random) -> Vec<Vec<u8>> {
     if random.one_in(2) {
         let files = [

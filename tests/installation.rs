@@ -1,7 +1,9 @@
-//! What `make install` and `make deb` install: a program that runs, a manual page that tells what `--help` tells, completions that
-//! their shell can read; and that `make uninstall` takes all of it away.
+//! What `make install` and `make deb` install: a program that runs, a manual page that tells what
+//! `--help` tells, completions that their shell can read; and that `make uninstall` takes all of it
+//! away.
 //!
-//! They run on the build that the tests use, as an optimized one takes minutes. CARGO_TARGET_DIR is the same for both.
+//! They run on the build that the tests use, as an optimized one takes minutes. CARGO_TARGET_DIR is
+//! the same for both.
 
 use std::collections::BTreeSet;
 use std::fs;

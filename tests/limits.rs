@@ -92,7 +92,8 @@ fn extracted_files_belong_to_the_user_who_extracts() {
     assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (NOBODY, 0o600));
 }
 
-/// Fills the account that a user has for pipes, so that no further pipe can be made larger without privileges.
+/// Fills the account that a user has for pipes, so that no further pipe can be made larger without
+/// privileges.
 fn exhaust_pipe_pages() -> Vec<OwnedFd> {
     let soft = fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").unwrap();
     let soft: usize = soft.trim().parse().unwrap();
@@ -114,7 +115,8 @@ fn exhaust_pipe_pages() -> Vec<OwnedFd> {
     pipes
 }
 
-/// Pipes of one, two or three slots which stay so: a marker and its data never fit together into the first.
+/// Pipes of one, two or three slots which stay so: a marker and its data never fit together into
+/// the first.
 #[test]
 fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
     if !is_root() {

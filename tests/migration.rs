@@ -1,5 +1,5 @@
-//! Live migration between two hosts: namespaces with a network cable between them, and an SSH server on the one where the
-//! process goes to. Over there it runs on, with its memory as it was.
+//! Live migration between two hosts: namespaces with a network cable between them, and an SSH
+//! server on the one where the process goes to. Over there it runs on, with its memory as it was.
 
 use std::process::Command;
 
@@ -35,7 +35,8 @@ impl Hosts {
                 ))
                 .success();
         }
-        // The account's home is a directory of each machine's own. One that may ask for nothing on a terminal.
+        // The account's home is a directory of each machine's own. One that may ask for nothing on
+        // a terminal.
         hosts
             .here
             .run(

@@ -1,5 +1,5 @@
-//! Progress lines are parsed by supervisors: exactly these, whole, in this order, and never a reason to fail.
-//! (Those of `extract` and `serve` stand in their own tests.)
+//! Progress lines are parsed by supervisors: exactly these, whole, in this order, and never a
+//! reason to fail. (Those of `extract` and `serve` stand in their own tests.)
 
 use std::fs::File;
 use std::io::Read;
@@ -50,7 +50,8 @@ fn capture_tells_of_its_socket_the_freeze_and_the_shards() {
     }
 }
 
-/// CRIU sends `cpuinfo.img` before it freezes the application, so supervisors must not start `tar` yet.
+/// CRIU sends `cpuinfo.img` before it freezes the application, so supervisors must not start `tar`
+/// yet.
 #[test]
 fn the_checkpoint_starts_with_the_first_file_other_than_cpuinfo() {
     let (mut readers, writers) = shards::pipes(1, None);

@@ -1,4 +1,5 @@
-//! `--progress-bar`: what people see on standard error, which is never among the lines that programs read.
+//! `--progress-bar`: what people see on standard error, which is never among the lines that
+//! programs read.
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -6,7 +7,7 @@ use std::process::Command;
 
 use crate::common::image;
 use crate::common::runs::{self, inventory_last, sample_files};
-use crate::common::shards::{self, Collector};
+use crate::common::shards;
 use crate::common::streamer::{Launch, Streamer};
 use tempfile::TempDir;
 
@@ -14,9 +15,7 @@ const BAR: [&str; 1] = ["--progress-bar"];
 
 /// Captures an image into two shards, which are returned, and standard error with them.
 fn capture(launch: Launch) -> (Vec<Vec<u8>>, crate::common::streamer::Exit) {
-    let (readers, writers) = shards::pipes(2, None);
-    let collector = Collector::start(readers);
-    let mut streamer = launch.shards(writers).start();
+    let (mut streamer, collector) = runs::collect(launch, 2);
     let criu = streamer.criu_when_socket_is_there();
     for (name, content) in inventory_last(&sample_files(1)) {
         criu.write_file(name, content);
@@ -137,22 +136,34 @@ fn on_a_terminal_one_line_is_drawn_again_and_again() {
         .expect("script (Debian: bsdutils)");
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{shown}");
-    let drawn: Vec<_> = shown
-        .split("\r\x1b[K")
-        .map(|line| line.replace("\x1b[?7l", "").replace("\x1b[?7h", ""))
-        .collect();
-    assert!(drawn.len() > 3, "{shown:?}");
-    assert!(
-        drawn.iter().any(|line| line == "waiting for the image"),
-        "{drawn:?}"
-    );
-    assert!(
-        drawn.iter().any(|line| line.contains("B/s, shards ")),
-        "{drawn:?}"
-    );
-    let rest = drawn.last().unwrap();
-    assert!(rest.starts_with("received 9 files, 3.3 MB in "), "{rest:?}");
-    assert!(rest.contains("  shard command 2: "), "{rest:?}");
+    let shown = without_control_sequences(&shown);
+    // Nothing but the summary ends a line: all before it is one line, drawn again and again.
+    let (bar, summary) = shown
+        .split_once("received 9 files, 3.3 MB in ")
+        .unwrap_or_else(|| panic!("no summary in {shown:?}"));
+    assert!(!bar.contains('\n'), "{shown:?}");
+    let drawn: Vec<_> = bar.split('\r').collect();
+    assert!(drawn.len() > 3, "{drawn:?}");
+    for state in ["waiting for the image", "B/s"] {
+        assert!(
+            drawn.iter().any(|line| line.contains(state)),
+            "no {state:?} in {drawn:?}"
+        );
+    }
+    assert!(summary.contains("  shard command 2: "), "{summary:?}");
+}
+
+/// Text without what tells a terminal to clear a line, hide its cursor, or the like.
+fn without_control_sequences(text: &str) -> String {
+    let mut pieces = text.split("\x1b[");
+    let mut plain = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        plain += piece
+            .trim_start_matches(|c: char| !c.is_ascii_alphabetic())
+            .get(1..)
+            .unwrap_or_default();
+    }
+    plain
 }
 
 /// The error stands on a line of its own.

@@ -1,8 +1,10 @@
-//! Every command in the README does what the README says: the blocks are read from it and run as they stand.
+//! Every command in the README does what the README says: the blocks are read from it and run as
+//! they stand.
 //!
-//! A comment before a block says what it needs: `application: …` starts that application, as `$PID`, on a machine of its own,
-//! where this block and those after it run one after another; it must live on afterwards, with its memory as it was.
-//! Blocks in `sh` are for the reader's shell, in the checkout.
+//! A comment before a block says what it needs: `application: …` starts that application, as
+//! `$PID`, on a machine of its own, where this block and those after it run one after another; it
+//! must live on afterwards, with its memory as it was. Blocks in `sh` are for the reader's shell,
+//! in the checkout.
 
 use std::path::Path;
 use std::process::Command;
@@ -107,8 +109,8 @@ fn every_recipe_is_of_a_kind_that_some_test_runs() {
     }
 }
 
-/// What a reader types into a shell in the checkout. Commands that run for minutes, or that run these very tests (as .ci/run
-/// does, which takes them from here), are only looked up by make.
+/// What a reader types into a shell in the checkout. Commands that run for minutes, or that run
+/// these very tests (as .ci/run does, which takes them from here), are only looked up by make.
 #[test]
 fn every_command_for_the_checkout_works() {
     if Machine::new().is_none() {

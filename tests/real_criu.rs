@@ -1,23 +1,26 @@
-//! Whatever CRIU restores without the streamer it restores with it: processes in namespaces of their own, with network
-//! rules, file systems and files that are in the image, and trees of processes.
+//! Whatever CRIU restores without the streamer it restores with it: processes in namespaces of
+//! their own, with network rules, file systems and files that are in the image, and trees of
+//! processes.
 //!
-//! CRIU treats its images as files there: it opens several at once, hands some to `iptables-restore` or `tar`, and
-//! closes others unread. Each application goes through a plain dump and restore first, which shows that this CRIU can do
-//! it on this machine, and then through the streamer, again and again. They need root; see tests/criu/mod.rs.
+//! CRIU treats its images as files there: it opens several at once, hands some to
+//! `iptables-restore` or `tar`, and closes others unread. Each application goes through a plain
+//! dump and restore first, which shows that this CRIU can do it on this machine, and then through
+//! the streamer, again and again. They need root; see tests/criu/mod.rs.
 
 use crate::common::skip;
 use crate::criu::recipes::{CAPTURE, RESTORE};
 use crate::criu::{Application, Machine};
 
-/// How often an application goes through the streamer: what goes wrong here depends on who is faster.
+/// How often an application goes through the streamer: what goes wrong here depends on who is
+/// faster.
 const ROUNDS: usize = 4;
 
 const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir images --tree $PID";
 
 const PLAIN_RESTORE: &str = "criu restore --images-dir images --restore-detached $RESTORE_OPTIONS";
 
-/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them. In the mounts of the host CRIU
-/// gets lost.
+/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them.
+/// In the mounts of the host CRIU gets lost.
 const IN_ITS_ROOT: &str = r#"
 mkdir root
 mount --bind / root
@@ -43,7 +46,8 @@ struct Case {
     parts: &'static str,
     /// A script to run in its network namespace once it has started.
     network: &'static str,
-    /// A script that prints what must be the same after a restore, run in the application's namespaces.
+    /// A script that prints what must be the same after a restore, run in the application's
+    /// namespaces.
     observe: &'static str,
     /// It runs in its own root file system.
     own_root: bool,
@@ -151,8 +155,9 @@ fn a_process_in_its_own_network_namespace() {
     .goes_through();
 }
 
-// The rules themselves are lost: CRIU asks fstat for the size of nftables' image, which for a pipe is 0, and restores an empty
-// ruleset. Rules of iptables-legacy go through a child process, and are restored.
+// The rules themselves are lost: CRIU asks fstat for the size of nftables' image, which for a pipe
+// is 0, and restores an empty ruleset. Rules of iptables-legacy go through a child process, and are
+// restored.
 #[test]
 fn a_process_behind_nftables_rules() {
     Case {

@@ -1,11 +1,12 @@
-//! When something dies during a checkpoint or a restore, with a real CRIU: the application runs on, or there is a whole
-//! image of it, whatever died, and whenever. They need root; see tests/criu/mod.rs.
+//! When something dies during a checkpoint or a restore, with a real CRIU: the application runs on,
+//! or there is a whole image of it, whatever died, and whenever. They need root; see
+//! tests/criu/mod.rs.
 
 use crate::criu::recipes::{CAPTURE, RESTORE};
 use crate::criu::{Application, Machine};
 
-/// How far the image has come when something happens, in bytes of an image of some 40 MB: from nothing but the first marker to
-/// shortly before the end.
+/// How far the image has come when something happens, in bytes of an image of some 40 MB: from
+/// nothing but the first marker to shortly before the end.
 const MOMENTS: [usize; 8] = [0, 1, 100, 5_000, 200_000, 3_000_000, 20_000_000, 40_000_000];
 
 /// A later moment may find the whole rest of the image in pipes, and the application killed.
@@ -47,7 +48,8 @@ fi
     )
 }
 
-/// After a failed checkpoint: the application goes on, and what there is of an image passes for none.
+/// After a failed checkpoint: the application goes on, and what there is of an image passes for
+/// none.
 fn nothing_has_happened(application: &Application<'_>) {
     application.goes_on();
     application
@@ -95,7 +97,8 @@ fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
     let application = machine.start("memory=20 tree=1x1 threads=1");
     for signal in ["KILL", "TERM"] {
         for bytes in MOMENTS {
-            // A reader that takes nothing at first would stop the streamer before there is anything to interrupt.
+            // A reader that takes nothing at first would stop the streamer before there is anything
+            // to interrupt.
             let bytes = bytes.max(1);
             application
                 .run(&capture(

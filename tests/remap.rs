@@ -20,7 +20,8 @@ fn bytes_field(message: &mut Vec<u8>, field: u64, bytes: &[u8]) {
     message.extend_from_slice(bytes);
 }
 
-/// A `file_entry` of an internet socket, with fields around the port that this streamer knows nothing of.
+/// A `file_entry` of an internet socket, with fields around the port that this streamer knows
+/// nothing of.
 fn socket(id: u64, proto: u64, state: u64, port: u64) -> Vec<u8> {
     let mut isk = Vec::new();
     varint_field(&mut isk, 1, id);
@@ -32,7 +33,8 @@ fn socket(id: u64, proto: u64, state: u64, port: u64) -> Vec<u8> {
     bytes_field(&mut isk, 1000, b"a field of a newer CRIU");
     isk.extend_from_slice(&[15 << 3 | 5, 1, 2, 3, 4]);
     isk.extend_from_slice(&[14 << 3 | 1, 1, 2, 3, 4, 5, 6, 7, 8]);
-    // A number with a byte that it does not need: whoever decodes and encodes it again loses that byte.
+    // A number with a byte that it does not need: a program that decodes and encodes it again loses
+    // that byte.
     isk.extend_from_slice(&[13 << 3, 0x81, 0x80, 0x00]);
 
     let mut entry = Vec::new();
@@ -123,7 +125,7 @@ fn several_ports_change_at_once_even_places() {
 }
 
 #[test]
-fn a_port_that_nobody_listens_on_is_an_error_that_lists_those_found() {
+fn a_port_without_a_listener_is_an_error_that_lists_those_found() {
     let files = files_img(&[
         socket(1, TCP, LISTEN, 8080),
         socket(2, TCP, LISTEN, 8443),

@@ -1,5 +1,5 @@
-//! What went in comes out: capture and serve, and capture and extract, with the image kept in between or handed straight
-//! from one streamer to the other.
+//! What went in comes out: capture and serve, and capture and extract, with the image kept in
+//! between or handed straight from one streamer to the other.
 
 use std::io::Write;
 use std::thread;
@@ -97,7 +97,8 @@ fn thousands_of_small_files() {
     assert_same_files(&runs::read_dir(dir.path()), &files);
 }
 
-/// CRIU writes a page at a time into several files at once; the other side reads them all at once too.
+/// CRIU writes a page at a time into several files at once; the other side reads them all at once
+/// too.
 #[test]
 fn many_writers_and_many_readers_at_once() {
     let mut files = Files::new();

@@ -1,5 +1,6 @@
-//! The README's object store recipe, with the real AWS command line and a real S3 server (moto's, on loopback): four shards,
-//! compressed and encrypted. An upload or download that breaks off half way is a failure with a reason.
+//! The README's object store recipe, with the real AWS command line and a real S3 server (moto's,
+//! on loopback): four shards, compressed and encrypted. An upload or download that breaks off half
+//! way is a failure with a reason.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -48,7 +49,8 @@ fn tools() -> Option<String> {
     }
 }
 
-/// An S3 server with the bucket `checkpoints`, and a directory with the key in which the commands run.
+/// An S3 server with the bucket `checkpoints`, and a directory with the key in which the commands
+/// run.
 struct Store {
     tools: String,
     server: Child,

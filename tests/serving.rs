@@ -1,4 +1,5 @@
-//! Serving like a file system: any number of files open at once, read, left and asked for again in any order.
+//! Serving like a file system: any number of files open at once, read, left and asked for again in
+//! any order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +16,8 @@ use crate::common::{PAGE, setting};
 
 const MIB: usize = 1 << 20;
 
-/// Files up to this size, unless they hold pages, can be asked for as often as CRIU likes; others are given away as they are sent.
+/// Files up to this size, unless they hold pages, can be asked for as often as CRIU likes; others
+/// are given away as they are sent.
 const KEPT: usize = MIB;
 
 /// A file that a reader has open, and how far it is.
@@ -192,7 +194,8 @@ fn ten_thousand_requests_leave_the_streamer_as_it_was() {
     streamer.expect_success();
 }
 
-/// A pipe that CRIU just closed is noticed a moment later: the least of what is seen until it stays the same for long.
+/// A pipe that CRIU just closed is noticed a moment later: the least of what is seen until it stays
+/// the same for long.
 fn settled(streamer: &Streamer, look: impl Fn(&Streamer) -> usize) -> usize {
     let mut least = look(streamer);
     let mut since = Instant::now();
@@ -227,7 +230,8 @@ fn thousands_of_files_are_open_at_once() {
     streamer.expect_success();
 }
 
-/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no second time.
+/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no
+/// second time.
 #[test]
 fn a_page_file_asked_for_again_is_an_error_that_names_it() {
     let pages = random::bytes(1, 4 * MIB);

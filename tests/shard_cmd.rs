@@ -1,5 +1,5 @@
-//! `--shard-cmd`: one exit status for the whole pipeline. The transfer has succeeded only if every command has; otherwise the error says which
-//! failed and how, and the others are ended.
+//! `--shard-cmd`: one exit status for the whole pipeline. The transfer has succeeded only if every
+//! command has; otherwise the error says which failed and how, and the others are ended.
 
 use std::fs;
 use std::io::Write;
@@ -318,7 +318,8 @@ fn a_download_that_fails_ends_the_others_at_once() {
     wait_until_nothing_runs(&marker);
 }
 
-/// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors open.
+/// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors
+/// open.
 #[test]
 fn a_command_starts_like_one_that_a_shell_started() {
     let dir = TempDir::new().unwrap();
@@ -418,7 +419,8 @@ fn commands_are_not_started_for_bad_usage() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
-/// It is not in the terminal's foreground, where it could be answered. `script` gives it a terminal.
+/// It is not in the terminal's foreground, where it could be answered. `script` gives it a
+/// terminal.
 #[test]
 fn a_command_that_wants_a_password_from_the_terminal_is_told_off() {
     let dir = TempDir::new().unwrap();

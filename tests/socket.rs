@@ -1,4 +1,5 @@
-//! The socket in the images directory: who gets in, what a stranger can do there (nothing), and what stays behind (nothing).
+//! The socket in the images directory: who gets in, what a stranger can do there (nothing), and
+//! what stays behind (nothing).
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -1,4 +1,5 @@
-//! A probe for kernels whose splice loses, repeats or mixes up data when pages are partly filled: `cargo test splice`.
+//! A probe for kernels whose splice loses, repeats or mixes up data when pages are partly filled:
+//! `cargo test splice`.
 
 use std::io::Write;
 use std::thread;
@@ -9,7 +10,8 @@ use crate::common::runs;
 use crate::common::shards;
 use crate::common::streamer::Streamer;
 
-/// Every 10 bytes end a write, so that pipe buffers hold anything from 10 bytes to what the kernel merged.
+/// Every 10 bytes end a write, so that pipe buffers hold anything from 10 bytes to what the kernel
+/// merged.
 #[test]
 fn splice_keeps_tiny_pieces_in_order() {
     const FILES: u64 = 200;

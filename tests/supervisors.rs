@@ -1,6 +1,7 @@
-//! The way in which supervisors such as FastFreeze drive the streamer: their own pipes as shards, progress lines that they read one by one and
-//! act on, an external file from and to `tar`, separate processes for each step, and an exit status that is waited for from each.
-//! And examples/checkpoint-safely.sh, which does it for those who have no supervisor.
+//! The way in which supervisors such as FastFreeze drive the streamer: their own pipes as shards,
+//! progress lines that they read one by one and act on, an external file from and to `tar`,
+//! separate processes for each step, and an exit status that is waited for from each. And
+//! examples/checkpoint-safely.sh, which does it for those who have no supervisor.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -259,7 +260,8 @@ fn a_streamer_under_nohup_survives_a_hangup() {
     ends_well(streamer);
 }
 
-/// Python's subprocess.DEVNULL, for one, is open for reading and writing: like what stands in for a closed descriptor.
+/// Python's subprocess.DEVNULL, for one, is open for reading and writing: like what stands in for a
+/// closed descriptor.
 #[test]
 fn a_supervisor_may_have_no_interest_in_standard_error() {
     let images = TempDir::new().unwrap();

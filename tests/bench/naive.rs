@@ -1,8 +1,8 @@
 //! The yardstick of restores: what a straightforward program does.
 //!
-//! It makes its pipes as large as it may, reads the markers in order, each chunk into fresh memory of 4 KiB pages, and then
-//! answers CRIU's requests one after another: pages by vmsplice, small files by write. All of it correct, none of it
-//! clever.
+//! It makes its pipes as large as it may, reads the markers in order, each chunk into fresh memory
+//! of 4 KiB pages, and then answers CRIU's requests one after another: pages by vmsplice, small
+//! files by write. All of it correct, none of it clever.
 
 use crate::common::criu::{Role, frame};
 use crate::memory::{PageMemory, Pages};

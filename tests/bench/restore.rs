@@ -1,8 +1,8 @@
 //! Restore scenarios: producers, the streamer or what it is compared with, and a simulated CRIU.
 //!
-//! Receiving lasts from the start of the process, when the producers have filled their pipes already, until it listens
-//! for CRIU; serving lasts from CRIU's first request to its last byte. What the process has used up when it listens
-//! was for receiving, the rest for serving.
+//! Receiving lasts from the start of the process, when the producers have filled their pipes
+//! already, until it listens for CRIU; serving lasts from CRIU's first request to its last byte.
+//! What the process has used up when it listens was for receiving, the rest for serving.
 
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};

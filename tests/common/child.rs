@@ -1,7 +1,7 @@
 //! A child process that inherits chosen descriptors and is watched through a pidfd.
 //!
-//! The standard library has no safe form of these few system calls; each has one small function here, and they are
-//! the only unsafe code of the tests.
+//! The standard library has no safe form of these few system calls; each has one small function
+//! here, and they are the only unsafe code of the tests.
 
 #![allow(
     unsafe_code,
@@ -34,8 +34,8 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts `command` with `inherited` open under the numbers they have in this process, and nothing else but
-    /// the standard streams: all other descriptors of the tests are close-on-exec.
+    /// Starts `command` with `inherited` open under the numbers they have in this process, and
+    /// nothing else but the standard streams: all other descriptors of the tests are close-on-exec.
     pub fn spawn(
         command: &mut Command,
         inherited: &[OwnedFd],
@@ -107,8 +107,8 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// Does something with another user's rights. They belong to a thread of its own, and end with it: the C library
-/// changes a whole process, the system call only the thread that makes it.
+/// Does something with another user's rights. They belong to a thread of its own, and end with it:
+/// the C library changes a whole process, the system call only the thread that makes it.
 pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
@@ -128,7 +128,8 @@ pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
 fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
     let prepare = move || {
         for &fd in &fds {
-            // SAFETY: changes a flag in the new process's own descriptor table; no memory is involved.
+            // SAFETY: changes a flag in the new process's own descriptor table; no memory is
+            // involved.
             if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -152,7 +153,8 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are async-signal-safe, and allocates nothing: the vectors were built before the fork.
+    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are
+    // async-signal-safe, and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
 }
 

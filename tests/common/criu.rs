@@ -9,8 +9,9 @@
 //!            1 byte + write end  ──────▶           fills the pipe, and closes it   (only if it exists)
 //! ```
 //!
-//! The messages are put together by hand, without the program's protobuf definitions. Every descriptor is
-//! close-on-exec, as a pipe's end in an unrelated process would keep the pipe from ending.
+//! The messages are put together by hand, without the program's protobuf definitions. Every
+//! descriptor is close-on-exec, as a pipe's end in an unrelated process would keep the pipe from
+//! ending.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
@@ -39,7 +40,8 @@ impl Role {
     }
 }
 
-/// One connection. All processes of a CRIU share theirs and take turns, so it can be shared by threads.
+/// One connection. All processes of a CRIU share theirs and take turns, so it can be shared by
+/// threads.
 pub struct Criu {
     connection: Mutex<UnixStream>,
 }

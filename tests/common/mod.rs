@@ -1,15 +1,18 @@
-//! What every integration test and the benchmark stand on: the parties around the streamer, simulated.
+//! What every integration test and the benchmark stand on: the parties around the streamer,
+//! simulated.
 //!
 //! * [`criu`]: CRIU's side of the image socket;
-//! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and resource usage;
+//! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and
+//!   resource usage;
 //! * [`shards`]: pipes that are collected into or fed from memory;
-//! * [`image`]: the image format, written down a second time. It shares no code with the program, so that an error
-//!   in the program's encoder cannot hide behind the same error in its decoder;
+//! * [`image`]: the image format, written down a second time. It shares no code with the program,
+//!   so that an error in the program's encoder cannot hide behind the same error in its decoder;
 //! * [`random`]: reproducible bytes and decisions;
 //! * [`runs`]: whole captures and restores in one call.
 //!
-//! Nothing here waits for time to pass: everything waits for an event, and a streamer that hangs is killed by
-//! its watchdog, which turns the hang into a broken pipe and the broken pipe into a failed test.
+//! Nothing here waits for time to pass: everything waits for an event, and a streamer that hangs is
+//! killed by its watchdog, which turns the hang into a broken pipe and the broken pipe into a
+//! failed test.
 
 pub mod child;
 pub mod criu;

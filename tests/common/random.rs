@@ -44,7 +44,8 @@ impl Random {
         }
     }
 
-    /// A stretch of a pool that is made once, as making megabytes anew for each file would take longer than moving them.
+    /// A stretch of a pool that is made once, as making megabytes anew for each file would take
+    /// longer than moving them.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
         let pool = POOL.get_or_init(Self::pool);
         let from = self.below(pool.len());

@@ -72,8 +72,8 @@ pub fn capture(files: &Files, shard_count: usize, pipe_size: Option<usize>) -> V
     collector.finish()
 }
 
-/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this: its exit
-/// status tells.
+/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this: its
+/// exit status tells.
 pub fn send(streamer: &Streamer, files: &Files) {
     streamer.wait_for_line("socket-init");
     let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Capture) else {
@@ -100,7 +100,8 @@ pub fn assert_served(streamer: &mut Streamer, files: &Files) {
     streamer.expect_success();
 }
 
-/// Waits until the grace that a client without a request leaves behind is over, wherever one left before.
+/// Waits until the grace that a client without a request leaves behind is over, wherever one left
+/// before.
 pub fn outlast_grace() {
     let (mut deserted, _collector) = collect(Streamer::capture(), 1);
     drop(deserted.criu());

@@ -1,7 +1,8 @@
-//! Shards on the tests' side: the other ends of the streamer's pipes, read into memory or fed from memory.
+//! Shards on the tests' side: the other ends of the streamer's pipes, read into memory or fed from
+//! memory.
 //!
-//! One thread for each shard, as one shard that is left alone may stop the others: where a test wants that, it
-//! leaves the pipe alone and says so.
+//! One thread for each shard, as one shard that is left alone may stop the others: where a test
+//! wants that, it leaves the pipe alone and says so.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -79,7 +80,8 @@ impl Feeder {
         }
     }
 
-    /// Whether each shard was taken to its end, when all writers are done. A streamer that gave up breaks the pipe.
+    /// Whether each shard was taken to its end, when all writers are done. A streamer that gave up
+    /// breaks the pipe.
     pub fn finish(self) -> Vec<io::Result<()>> {
         self.threads
             .into_iter()

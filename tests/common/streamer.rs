@@ -11,9 +11,9 @@
 //! image::decode(&collector.finish())
 //! ```
 //!
-//! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated onto a number
-//! that something else may be using. The watchdog kills a streamer that is still there after [`HANG_TIMEOUT`]:
-//! what waits for it then sees a broken pipe.
+//! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated
+//! onto a number that something else may be using. The watchdog kills a streamer that is still
+//! there after [`HANG_TIMEOUT`]: what waits for it then sees a broken pipe.
 
 use std::ffi::OsString;
 use std::fs;
@@ -265,7 +265,8 @@ fn watch(child: &Child) -> Arc<AtomicBool> {
     hung
 }
 
-/// A started streamer. Dropped while running, it is killed; dropped by a failing test, it tells all it knows.
+/// A started streamer. Dropped while running, it is killed; dropped by a failing test, it tells all
+/// it knows.
 pub struct Streamer {
     role: Role,
     images_dir: PathBuf,

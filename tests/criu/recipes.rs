@@ -1,5 +1,5 @@
-//! Recipes that more than one test follows, much like the README's. They know the application's PID as
-//! `$PID`.
+//! Recipes that more than one test follows, much like the README's. They know the application's PID
+//! as `$PID`.
 
 /// Checkpoint to a compressed file. The pipeline is in braces so that `wait` gets to know when any
 /// part of it failed.

@@ -1,10 +1,10 @@
-//! Any bytes and descriptors on CRIU's socket: the requests that come out are those that a dumb reference reads from the same bytes, up to
-//! the first error, and no descriptor stays open.
+//! Any bytes and descriptors on CRIU's socket: the requests that come out are those that a dumb
+//! reference reads from the same bytes, up to the first error, and no descriptor stays open.
 //!
 //! ```text
 //! input: | role | step | step | …
 //! role:  even: capture, odd: serve, which answers; a file exists if the length of its name is even
-//! step:  | how many descriptors, 0 to 7 (bits 0 to 2) | length (u8) | bytes, sent in one message with the descriptors |
+//! step:  | how many descriptors, 0 to 7 (bits 0 to 2) | length (u8) | bytes |, sent in one message
 //! ```
 
 use std::io::IoSlice;
@@ -88,8 +88,8 @@ pub fn run(input: &[u8]) {
     }
 
     drop((connection, ours, write));
-    // The pipe ends when its write end is closed everywhere: also in a process that another thread is
-    // about to start, which has it until it executes its program.
+    // The pipe ends when its write end is closed everywhere: also in a process that another thread
+    // is about to start, which has it until it executes its program.
     let mut end = [PollFd::new(read.as_fd(), PollFlags::POLLIN)];
     let patience = PollTimeout::from(10_000_u16);
     assert_eq!(poll(&mut end, patience), Ok(1), "a descriptor stays open");
