@@ -288,7 +288,7 @@ fn rounds() -> u64 {
     setting("FAULT_ROUNDS", 50)
 }
 
-/// Who stands still for a while.
+/// The party that stands still for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Party {
     Streamer,
@@ -345,7 +345,7 @@ fn files_for_stalls(random: &mut Random) -> (Files, Vec<u8>) {
 }
 
 #[test]
-fn a_capture_takes_no_harm_from_anyone_who_stands_still() {
+fn a_capture_takes_no_harm_when_a_party_stands_still() {
     for seed in 0..rounds() {
         let mut random = Random::new(seed);
         let (mut files, tar) = files_for_stalls(&mut random);
@@ -399,7 +399,7 @@ fn a_capture_takes_no_harm_from_anyone_who_stands_still() {
 }
 
 #[test]
-fn a_restore_takes_no_harm_from_anyone_who_stands_still() {
+fn a_restore_takes_no_harm_when_a_party_stands_still() {
     for seed in 0..rounds() {
         let mut random = Random::new(seed);
         let (files, tar) = files_for_stalls(&mut random);

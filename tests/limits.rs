@@ -11,7 +11,7 @@ use crate::common::random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::{Launch, Streamer};
-use crate::common::{PAGE, is_root};
+use crate::common::{PAGE, root_or_skip};
 use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
 
@@ -48,12 +48,7 @@ fn round_trip(
 
     let (mut serve, _feeder) =
         runs::feed(configure(Streamer::serve().images_dir(dir.path())), &image);
-    let criu = serve.criu();
-    for (name, content) in files {
-        criu.expect_file(name, content);
-    }
-    drop(criu);
-    serve.expect_success();
+    runs::assert_served(&mut serve, files);
 
     let (mut extract, _feeder) = runs::feed(
         configure(Streamer::extract().images_dir(dir.path())),
@@ -65,7 +60,7 @@ fn round_trip(
 
 #[test]
 fn an_ordinary_user_captures_and_restores() {
-    if !is_root() {
+    if !root_or_skip() {
         return;
     }
     round_trip(
@@ -78,7 +73,7 @@ fn an_ordinary_user_captures_and_restores() {
 
 #[test]
 fn extracted_files_belong_to_the_user_who_extracts() {
-    if !is_root() {
+    if !root_or_skip() {
         return;
     }
     let dir = open_dir();
@@ -119,7 +114,7 @@ fn exhaust_pipe_pages() -> Vec<OwnedFd> {
 /// the first.
 #[test]
 fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
-    if !is_root() {
+    if !root_or_skip() {
         return;
     }
     let _held = exhaust_pipe_pages();
@@ -144,7 +139,7 @@ fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
 
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
-    if !is_root() {
+    if !root_or_skip() {
         return;
     }
     let _held = exhaust_pipe_pages();

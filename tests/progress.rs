@@ -88,7 +88,7 @@ fn without_progress_fd_the_lines_go_to_standard_error() {
 }
 
 #[test]
-fn a_capture_goes_on_without_anyone_to_tell() {
+fn a_capture_goes_on_when_no_program_reads_its_progress() {
     let (mut streamer, collector) = runs::collect(Streamer::capture().progress_reader_gone(), 1);
     let criu = streamer.criu_when_socket_is_there();
     write_image(&criu);
@@ -98,7 +98,7 @@ fn a_capture_goes_on_without_anyone_to_tell() {
 }
 
 #[test]
-fn a_restore_goes_on_without_anyone_to_tell() {
+fn a_restore_goes_on_when_no_program_reads_its_progress() {
     let image = image::encode([("inventory.img", &b"inventory"[..])], 2, 100);
     let (mut extract, _feeder) = runs::feed(Streamer::extract().progress_reader_gone(), &image);
     extract.expect_success();

@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::common::image;
 use crate::common::runs::{self, inventory_last, sample_files};
 use crate::common::shards;
-use crate::common::streamer::{Launch, Streamer};
+use crate::common::streamer::{Launch, Streamer, binary};
 use tempfile::TempDir;
 
 const BAR: [&str; 1] = ["--progress-bar"];
@@ -93,7 +93,7 @@ fn standard_error_cannot_be_the_bars_and_the_progress_lines_place() {
     let path = dir.path().join("log");
     let script = format!(
         "{} -D '{}' --progress-bar -p 3 serve </dev/null 2>'{}' 3>&2",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         dir.path().display(),
         path.display()
     );
@@ -127,7 +127,7 @@ fn on_a_terminal_one_line_is_drawn_again_and_again() {
     let bring = "sleep 0.5; head -c 100000 s{}; sleep 0.5; tail -c +100001 s{}";
     let command = format!(
         "cd '{path}' && {} -D images --progress-bar --num-shards 2 --shard-cmd '{bring}' extract",
-        env!("CARGO_BIN_EXE_criu-image-streamer")
+        binary().display()
     );
     let output = Command::new("script")
         .args(["--quiet", "--return", "--command", &command, "/dev/null"])

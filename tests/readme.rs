@@ -52,7 +52,7 @@ fn blocks() -> Vec<Block<'static>> {
 }
 
 /// The recipes of one kind: the argument of their comment, and the blocks that belong together.
-fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
+pub fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
     let mut recipes: Vec<(&str, &str, Vec<String>)> = Vec::new();
     for block in blocks()
         .into_iter()

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use crate::common::image::Files;
 use crate::common::streamer::{Launch, Streamer};
 use crate::common::{HANG_TIMEOUT, random, runs, skip};
+use crate::criu::Machine;
+use crate::readme::recipes;
 use tempfile::TempDir;
 
 /// The recipe: the command for each shard, up and down. `compress` is lz4 or zstd.
@@ -285,7 +287,7 @@ fn an_object_that_is_not_there_is_named_by_its_command() {
 /// The README's blocks, as they stand there, with a real CRIU.
 #[test]
 fn a_process_goes_to_an_object_store_and_back_as_the_readme_says() {
-    let Some(machine) = crate::criu::Machine::new() else {
+    let Some(machine) = Machine::new() else {
         return;
     };
     let Some(tools) = tools() else { return };
@@ -306,20 +308,12 @@ moto_server --host 127.0.0.1 --port 5000 &>moto.log &
 until aws s3 mb s3://$BUCKET; do sleep 0.2; done"#
         ))
         .success();
-    let [capture, restore] = recipe();
+    let (_, blocks) = recipes("s3").remove(0);
+    let [capture, restore] = &blocks[..] else {
+        panic!("two blocks expected: {blocks:?}")
+    };
     application.run(&format!("{account}{capture}")).success();
     application.is_gone();
     application.run(&format!("{account}{restore}")).success();
     application.goes_on_from(before);
-}
-
-/// The two blocks under the comment `s3`.
-fn recipe() -> [&'static str; 2] {
-    let readme = include_str!("../README.md");
-    let recipe = readme.split_once("<!-- s3 -->").expect("the recipe").1;
-    let mut blocks = recipe
-        .split("```bash\n")
-        .skip(1)
-        .map(|block| block.split_once("```").expect("the block's end").0);
-    [(); 2].map(|()| blocks.next().expect("two blocks"))
 }

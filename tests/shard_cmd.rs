@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
-use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::common::streamer::{Exit, Launch, Streamer, binary};
 use crate::common::{HANG_TIMEOUT, random};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -426,7 +426,7 @@ fn a_command_that_wants_a_password_from_the_terminal_is_told_off() {
     let dir = TempDir::new().unwrap();
     let command = format!(
         "{} -D '{}' --shard-cmd 'read -r password </dev/tty; cat' serve",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         dir.path().display()
     );
     let output = std::process::Command::new("script")

@@ -16,6 +16,7 @@ use crate::common::image::Files;
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes};
 use crate::common::shards::pipe;
+use crate::common::streamer::binary;
 use crate::criu::Machine;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -30,7 +31,7 @@ impl Supervised {
     fn start(images_dir: &Path, shards: Vec<OwnedFd>, archive: OwnedFd, subcommand: &str) -> Self {
         let (progress, progress_end) = pipe();
         let fds: Vec<_> = shards.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        let mut command = Command::new(binary());
         command
             .arg("--images-dir")
             .arg(images_dir)
@@ -244,7 +245,7 @@ fn a_streamer_under_nohup_survives_a_hangup() {
     let images = TempDir::new().unwrap();
     let script = format!(
         "trap '' HUP; exec {} -D '{}' -p 1 --shard-cmd 'cat >/dev/null' capture",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         images.path().display()
     );
     let mut streamer = process("sh", &["-c", &script], Stdio::null(), Stdio::piped());
@@ -270,7 +271,7 @@ fn a_supervisor_may_have_no_interest_in_standard_error() {
         .write(true)
         .open("/dev/null")
         .unwrap();
-    let streamer = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"))
+    let streamer = Command::new(binary())
         .arg("-D")
         .arg(images.path())
         .args(["--shard-cmd", "cat >/dev/null", "capture"])

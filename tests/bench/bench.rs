@@ -1,6 +1,6 @@
 //! `make bench`: what the streamer costs, measured from outside.
 //!
-//! The streamer runs as a process of its own, and so does everybody that it deals with: CRIU, the
+//! The streamer runs as a process of its own, and so does everything that it deals with: CRIU, the
 //! sinks, the producers. All but the streamer are simulated by this same program (see `role`), so
 //! that the figures are the streamer's alone and the same on every machine with the same kernel.
 //! Each capture is measured beside the same writer feeding the same sinks without a streamer, each

@@ -4,7 +4,7 @@
 //! application's, mostly of 4 KiB, already there when the dump starts. So the simulated CRIU needs
 //! memory that has been touched before the clock starts, and the naive receiver needs the contrary:
 //! 4 KiB pages that fault when they are first written, also on a machine where transparent huge
-//! pages are on for everybody.
+//! pages are on for every program.
 #![allow(unsafe_code)] // mmap and madvise have no safe form.
 
 use anyhow::{Context, Result};

@@ -43,8 +43,8 @@ pub fn skip(why: &str) {
     writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("write to standard error");
 }
 
-/// Skips a test that starts processes as other users, unless root runs it.
-pub fn is_root() -> bool {
+/// Whether root runs the test; if not, it is skipped.
+pub fn root_or_skip() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
         skip("needs root, to become another user");

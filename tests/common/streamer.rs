@@ -21,8 +21,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,28 @@ use super::child::{self, Child, Limit};
 use super::criu::{Criu, Role};
 use super::lines::Lines;
 use super::shards::pipe;
+
+/// The program that is tested: a link to what cargo built, as `make install`, which some test runs,
+/// puts another build in its place.
+pub fn binary() -> &'static Path {
+    static LINK: OnceLock<PathBuf> = OnceLock::new();
+    LINK.get_or_init(|| {
+        let name = "criu-image-streamer";
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bin");
+        fs::create_dir_all(&dir).expect("make a directory");
+        // Made aside and then moved, so that another run of the tests does not find it missing.
+        let aside = TempDir::new_in(&dir).expect("make a directory");
+        let link = aside.path().join(name);
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while let Err(why) = fs::hard_link(env!("CARGO_BIN_EXE_criu-image-streamer"), &link) {
+            // It is not there for a moment when it is replaced.
+            assert!(Instant::now() < deadline, "link the streamer: {why}");
+            thread::yield_now();
+        }
+        fs::rename(&link, dir.join(name)).expect("move the link");
+        dir.join(name)
+    })
+}
 
 /// How the streamer is to be started.
 pub struct Launch {
@@ -168,11 +190,10 @@ impl Launch {
             .unwrap_or_else(|| own_dir.as_ref().unwrap().path().to_owned());
 
         // Another user may not be able to walk to the binary, so it is named by a descriptor.
-        let binary = fs::File::open(env!("CARGO_BIN_EXE_criu-image-streamer"))
-            .expect("open the streamer's binary");
+        let named = fs::File::open(binary()).expect("open the streamer's binary");
         let mut command = match self.user {
-            None => Command::new(env!("CARGO_BIN_EXE_criu-image-streamer")),
-            Some(_) => Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd())),
+            None => Command::new(binary()),
+            Some(_) => Command::new(format!("/proc/self/fd/{}", named.as_raw_fd())),
         };
         command.arg("--images-dir").arg(&images_dir);
         let mut inherited = self.inherited;

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::common::skip;
+use crate::common::streamer::binary;
 
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
@@ -130,7 +131,7 @@ impl Machine {
             .expect("make a directory");
         // To standard error, where it comes in order with what the streamer says.
         std::fs::write(directory.path().join("criu.conf"), "verbosity 4\n").expect("criu.conf");
-        let streamer = Path::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        let streamer = binary();
         let host_path = std::env::var_os("PATH").unwrap_or_default();
         let first = [streamer, &programs.criu, &programs.application];
         let first = first.map(|program| program.parent().expect("a directory").to_owned());
