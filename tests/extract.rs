@@ -1,4 +1,5 @@
-//! What `extract` promises to those who restore from disk.
+//! What `extract` promises to those who restore from disk: a whole image, readable by its owner
+//! alone, or nothing new in the directory.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -1,5 +1,5 @@
-//! What goes wrong around the streamer, one thing at a time: who is half done, killed, stopped or
-//! replaced. `campaign.rs` does such things at random.
+//! What goes wrong around the streamer, one thing at a time: a party is half done, killed,
+//! stopped or replaced. `campaign.rs` does the same at random moments.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

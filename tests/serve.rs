@@ -1,4 +1,5 @@
-//! What `serve` promises to CRIU.
+//! What `serve` promises to CRIU: the image is complete before CRIU may connect, nothing of it is
+//! ever on disk, and the memory of a file is given back while it is sent.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -1,4 +1,4 @@
-//! All integration tests, as one program: each module is about one promise, and names it first.
+//! All integration tests, as one program: each module names the promise that it tests.
 //!
 //! `cargo test splice` and `cargo test campaign` run a module alone. The tests run side by side as
 //! threads of this process, so none may change what belongs to the process: its directory,
