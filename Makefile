@@ -29,7 +29,7 @@ documents:
 	$(CARGO) run $(BUILD) --locked --quiet --example documents -- $(DOCUMENTS)
 
 demo:
-	tests/criu/demo
+	examples/demo
 
 test:
 	tests/criu/install-packages

@@ -1,13 +1,16 @@
 #!/bin/bash
-# Checkpoints a process so that it is never lost: it is only stopped until the image is known to be whole.
+# Checkpoints a process so that it is never lost: it is only stopped until the image is known to be
+# whole.
 #
 #     checkpoint-safely.sh <pid> <images-dir> <shards> '<shard command with {}>'
 #     checkpoint-safely.sh 1234 images 4 'lz4 | aws s3 cp - s3://checkpoints/app/{}.lz4'
 #
-# The process, which CRIU takes with all its descendants, is ended when everything has succeeded: CRIU, the streamer, and every part
-# of every shard command. If anything failed, or this script is interrupted, it goes on as if nothing had happened.
+# The process, which CRIU takes with all its descendants, is ended when everything has succeeded:
+# CRIU, the streamer, and every part of every shard command. If anything failed, or this script is
+# interrupted, it goes on as if nothing had happened.
 #
-# CRIU's log is <images-dir>/dump.log. CRIU_OPTIONS is passed on to `criu dump`, such as '--tcp-established'.
+# CRIU's log is <images-dir>/dump.log. CRIU_OPTIONS is passed on to `criu dump`, such as
+# '--tcp-established'.
 
 set -euo pipefail
 
@@ -75,7 +78,7 @@ processes=$(tree "$pid")
 wait "$streamer" || fail "the image could not be written: process $pid goes on"
 streamer=
 
-# Only now is the image safe. Nobody can run between these signals: all are stopped.
+# Only now is the image safe. None can run between these signals: all are stopped.
 for process in $processes; do
     kill -KILL "$process"
 done

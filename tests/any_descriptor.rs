@@ -1,41 +1,27 @@
-//! Whatever a shard or an external file is redirected to works: files, sockets, FIFOs, devices; not only pipes. A success means that all of
-//! it was written, a failure names the descriptor and the reason, and pipes cost nothing for it.
-
-mod common;
+//! Whatever a shard or an external file is redirected to works: files, sockets, FIFOs, devices; not
+//! only pipes. A success means that all of it was written, a failure names the descriptor and the
+//! reason, and pipes cost nothing for it.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 
-use common::child::Limit;
-use common::image::{self, Files};
-use common::runs::{self, assert_same_files, inventory_last, read_dir, sample_files};
-use common::shards::{self, Collector, Feeder, pipe};
-use common::streamer::{Exit, Launch, Streamer};
+use crate::common::PAGE;
+use crate::common::child::Limit;
+use crate::common::image::{self, Files};
+use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
+use crate::common::shards::{Collector, Feeder, pipe};
+use crate::common::streamer::{Exit, Launch, Streamer};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this.
-fn send(streamer: &Streamer, files: &Files) {
-    let criu = streamer.criu();
-    for (name, content) in inventory_last(files) {
-        let Ok(mut file) = criu.try_create_file(name, None) else {
-            return;
-        };
-        if std::io::Write::write_all(&mut file, content).is_err() {
-            return;
-        }
-    }
-}
-
 fn capture_to(ends: Vec<OwnedFd>, files: &Files) -> Exit {
     let mut streamer = Streamer::capture().shards(ends).start();
-    send(&streamer, files);
+    runs::send(&streamer, files);
     streamer.wait()
 }
 
@@ -46,19 +32,6 @@ fn extract_from(ends: Vec<OwnedFd>) -> (TempDir, Exit) {
         .shards(ends)
         .run();
     (dir, exit)
-}
-
-/// Has the streamer serve from these shards, and asks for every file.
-fn serve_from(ends: Vec<OwnedFd>, names: &Files) -> Files {
-    let mut streamer = Streamer::serve().shards(ends).start();
-    let criu = streamer.criu();
-    let files = names
-        .keys()
-        .map(|name| (name.clone(), criu.read_file(name).unwrap()))
-        .collect();
-    drop(criu);
-    streamer.expect_success();
-    files
 }
 
 fn paths(dir: &Path, count: usize) -> Vec<PathBuf> {
@@ -88,7 +61,7 @@ fn an_image_goes_to_regular_files_and_comes_back_from_them() {
         let (extracted, exit) = extract_from(open(&paths));
         assert!(exit.status.success(), "{}", exit.stderr);
         assert_same_files(&read_dir(extracted.path()), &files);
-        assert_same_files(&serve_from(open(&paths), &files), &files);
+        runs::assert_served(&mut Streamer::serve().shards(open(&paths)).start(), &files);
     }
 }
 
@@ -100,18 +73,19 @@ fn standard_output_and_input_are_redirected_to_a_file() {
     let mut streamer = Streamer::capture()
         .stdout(File::create(&path).unwrap())
         .start();
-    send(&streamer, &files);
+    runs::send(&streamer, &files);
     streamer.expect_success();
     let mut streamer = Streamer::serve().stdin(File::open(&path).unwrap()).start();
-    let criu = streamer.criu();
-    for (name, content) in &files {
-        runs::assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
-    }
-    drop(criu);
+    runs::assert_served(&mut streamer, &files);
+    let mut streamer = Streamer::extract()
+        .stdin(File::open(&path).unwrap())
+        .start();
     streamer.expect_success();
+    assert_same_files(&read_dir(streamer.images_dir()), &files);
 }
 
-/// What the file holds stays, and the image comes behind it. Files opened this way cannot be spliced to.
+/// What the file holds stays, and the image comes behind it. Files opened this way cannot be
+/// spliced to.
 #[test]
 fn a_file_opened_for_appending_is_appended_to() {
     let dir = TempDir::new().unwrap();
@@ -131,9 +105,9 @@ fn a_file_opened_for_appending_is_appended_to() {
 fn a_file_is_read_from_its_current_position() {
     let files = sample_files(4);
     let mut file = tempfile::tempfile().unwrap();
-    std::io::Write::write_all(&mut file, b"before").unwrap();
+    file.write_all(b"before").unwrap();
     let shard = &image::encode_files(&files, 1, 4096)[0];
-    std::io::Write::write_all(&mut file, shard).unwrap();
+    file.write_all(shard).unwrap();
     file.seek(SeekFrom::Start(6)).unwrap();
     let (dir, exit) = extract_from(vec![file.into()]);
     assert!(exit.status.success(), "{}", exit.stderr);
@@ -182,7 +156,7 @@ fn an_image_goes_through_sockets_in_both_directions() {
     }
 }
 
-/// Whoever feeds a socket may keep it open; the image says itself where it ends.
+/// The feeder of a socket may keep it open: the image itself says where it ends.
 #[test]
 fn a_socket_that_stays_open_does_not_hold_up_the_end() {
     let files = sample_files(6);
@@ -203,10 +177,8 @@ fn a_fifo_works_like_any_pipe() {
     let path = dir.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let files = sample_files(7);
-    let reader = {
-        let path = path.clone();
-        thread::spawn(move || fs::read(path).unwrap())
-    };
+    let fifo = path.clone();
+    let reader = thread::spawn(move || fs::read(fifo).unwrap());
     let end = File::options().write(true).open(&path).unwrap();
     let exit = capture_to(vec![end.into()], &files);
     assert!(exit.status.success(), "{}", exit.stderr);
@@ -274,17 +246,20 @@ fn a_limit_reached_by_the_last_bytes_fails_the_capture_too() {
             .shards([end])
             .limit(Limit::FileSize(size - short))
             .start();
-        send(&streamer, &files);
+        runs::send(&streamer, &files);
         streamer.expect_failure(&[&format!("shard fd {fd}"), "File too large"]);
     }
 }
 
-/// A descriptor that gives some data and then EIO: our own memory, from a page of ours up to where nothing is mapped.
+/// A descriptor that gives a page of data and then EIO: our own memory, from the end of the main
+/// thread's stack, behind which nothing can be read.
 fn failing() -> File {
-    let page = vec![7_u8; 1 << 16];
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let stack = maps.lines().find(|line| line.ends_with("[stack]"));
+    let end = stack.and_then(|line| line.split(['-', ' ']).nth(1));
+    let end = u64::from_str_radix(end.expect("a stack"), 16).unwrap();
     let mut memory = File::open("/proc/self/mem").unwrap();
-    memory.seek(SeekFrom::Start(page.as_ptr() as u64)).unwrap();
-    std::mem::forget(page);
+    memory.seek(SeekFrom::Start(end - PAGE as u64)).unwrap();
     memory
 }
 
@@ -299,13 +274,9 @@ fn an_input_that_cannot_be_read_is_not_taken_for_its_end() {
 
 #[test]
 fn an_external_file_that_cannot_be_read_to_its_end_fails_the_capture() {
-    let (readers, writers) = shards::pipes(1, None);
-    let collector = Collector::start(readers);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .ext_file("fs.tar", failing().into())
-        .start();
-    send(&streamer, &sample_files(10));
+    let launch = Streamer::capture().ext_file("fs.tar", failing().into());
+    let (mut streamer, collector) = runs::collect(launch, 1);
+    runs::send(&streamer, &sample_files(10));
     streamer.expect_failure(&["fs.tar", "Input/output error"]);
     assert!(image::decode(&collector.finish()).is_err());
 }
@@ -314,16 +285,12 @@ fn an_external_file_that_cannot_be_read_to_its_end_fails_the_capture() {
 fn external_files_come_from_files_and_go_to_files() {
     let dir = TempDir::new().unwrap();
     let (tar, copy) = (dir.path().join("fs.tar"), dir.path().join("copy"));
-    let content = common::random::bytes(11, runs::PAGES);
+    let content = crate::common::random::bytes(11, runs::PAGES);
     fs::write(&tar, &content).unwrap();
     let files = sample_files(11);
-    let (readers, writers) = shards::pipes(2, None);
-    let collector = Collector::start(readers);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .ext_file("fs.tar", File::open(&tar).unwrap().into())
-        .start();
-    send(&streamer, &files);
+    let launch = Streamer::capture().ext_file("fs.tar", File::open(&tar).unwrap().into());
+    let (mut streamer, collector) = runs::collect(launch, 2);
+    runs::send(&streamer, &files);
     streamer.expect_success();
     let shards = collector.finish();
     for launch in [Streamer::extract, Streamer::serve] {
@@ -412,7 +379,7 @@ fn files_and_sockets_take_next_to_no_memory() {
     let criu = streamer.criu();
     let mut pages = criu.create_file("pages-1.img");
     for _ in 0..64 {
-        std::io::Write::write_all(&mut pages, &vec![7; 1 << 20]).unwrap();
+        pages.write_all(&vec![7; 1 << 20]).unwrap();
     }
     let anonymous = streamer.memory_kib("RssAnon");
     assert!(anonymous < 1024, "{anonymous} KiB");
@@ -425,9 +392,7 @@ fn files_and_sockets_take_next_to_no_memory() {
 /// A file's pump is a thread; a pipe has none.
 #[test]
 fn pipes_are_used_as_they_are() {
-    let (readers, writers) = shards::pipes(4, None);
-    let collector = Collector::start(readers);
-    let mut streamer = Streamer::capture().shards(writers).start();
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 4);
     let criu = streamer.criu();
     assert_eq!(streamer.threads(), 1);
     criu.write_file("inventory.img", b"inventory");
@@ -438,12 +403,12 @@ fn pipes_are_used_as_they_are() {
 
 #[test]
 fn a_signal_ends_a_capture_whose_descriptor_takes_nothing_more() {
-    let (ours, _nobody_reads) = unix_pair();
+    let (ours, _unread) = unix_pair();
     let mut streamer = Streamer::capture().shards([ours]).start();
     let criu = streamer.criu();
     let sender = thread::spawn(move || {
         let mut file = criu.create_file("pages-1.img");
-        let _broken_at_the_end = std::io::Write::write_all(&mut file, &vec![0; 32 << 20]);
+        let _broken_at_the_end = file.write_all(&vec![0; 32 << 20]);
     });
     streamer.wait_for_line("checkpoint-start");
     streamer.signal(Signal::SIGTERM);
@@ -454,10 +419,10 @@ fn a_signal_ends_a_capture_whose_descriptor_takes_nothing_more() {
 /// The same when CRIU is done and only the descriptor is behind.
 #[test]
 fn a_signal_ends_the_wait_for_the_last_bytes() {
-    let (ours, _nobody_reads) = unix_pair();
+    let (ours, _unread) = unix_pair();
     let mut streamer = Streamer::capture().shards([ours]).start();
     let content = vec![0; 400_000];
-    send(
+    runs::send(
         &streamer,
         &Files::from([("inventory.img".to_owned(), content)]),
     );
@@ -490,21 +455,4 @@ fn a_mix_of_all_kinds_makes_one_image() {
     let mut shards = collector.finish();
     shards.insert(1, fs::read(&path).unwrap());
     assert_same_files(&image::decode(&shards).unwrap(), &files);
-}
-
-/// In a shell, as people type it.
-#[test]
-fn a_shell_redirects_captures_and_restores() {
-    let dir = TempDir::new().unwrap();
-    let shards = image::encode_files(&sample_files(14), 1, 4096);
-    fs::write(dir.path().join("app.img"), &shards[0]).unwrap();
-    fs::create_dir(dir.path().join("images")).unwrap();
-    let script = format!(
-        "cd '{}' && {} -D images extract <app.img",
-        dir.path().display(),
-        env!("CARGO_BIN_EXE_criu-image-streamer")
-    );
-    let status = Command::new("sh").args(["-c", &script]).status().unwrap();
-    assert!(status.success());
-    assert_same_files(&read_dir(&dir.path().join("images")), &sample_files(14));
 }

@@ -1,37 +1,28 @@
-//! A campaign of faults: each party of a capture, an extract and a serve is killed or leaves at a random moment, hundreds of
-//! times, and each time the exit status must tell the truth and no wreck may look like an image.
+//! A campaign of faults: each party of a capture, an extract and a serve is killed or leaves at a
+//! random moment, hundreds of times, and each time the exit status must tell the truth and no wreck
+//! may look like an image.
 //!
-//! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and `CAMPAIGN_FIRST_SEED=<seed>
-//! CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and files, not in time; only what the kernel does between two
-//! processes is left to chance.
-
-mod common;
+//! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and
+//! `CAMPAIGN_FIRST_SEED=<seed> CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and
+//! files, not in time; only what the kernel does between two processes is left to chance.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::thread;
 
-use common::PAGE;
-use common::criu::{Criu, Role};
-use common::image::{self, Files};
-use common::random::Random;
-use common::runs;
-use common::shards::{self, pipe};
-use common::streamer::{Exit, Launch, Streamer};
+use crate::common::criu::{Criu, Role};
+use crate::common::image::{self, Files};
+use crate::common::random::{Random, for_each_seed};
+use crate::common::runs;
+use crate::common::shards::{self, pipe};
+use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::common::{PAGE, setting};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
-
-fn seeds() -> Range<u64> {
-    let number =
-        |name: &str, default| std::env::var(name).map_or(default, |value| value.parse().unwrap());
-    let first = number("CAMPAIGN_FIRST_SEED", 0);
-    first..first + number("CAMPAIGN_ROUNDS", 300)
-}
 
 /// What is counted, and printed at the end.
 #[derive(Default)]
@@ -62,21 +53,13 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Runs all rounds of one kind, says what was done, and names the seed of a round that fails.
+/// Runs all rounds of one kind, and says what was done.
 fn campaign(kind: &str, round: impl Fn(&mut Random, &mut Tally)) {
-    struct Shout(u64);
-    impl Drop for Shout {
-        fn drop(&mut self) {
-            eprintln!("the round with seed {} failed", self.0);
-        }
-    }
     let mut tally = Tally::default();
-    for seed in seeds() {
-        let on_failure = Shout(seed);
-        round(&mut Random::new(seed), &mut tally);
-        std::mem::forget(on_failure);
-    }
-    common::report(format_args!("{kind}: {tally}"));
+    let first = setting("CAMPAIGN_FIRST_SEED", 0);
+    let seeds = first..first + setting("CAMPAIGN_ROUNDS", 300);
+    for_each_seed(seeds, |seed| round(&mut Random::new(seed), &mut tally));
+    crate::common::report(format_args!("{kind}: {tally}"));
 }
 
 const INVENTORY_SIZE: usize = 60;
@@ -92,7 +75,8 @@ fn random_files(random: &mut Random) -> Files {
     files
 }
 
-/// Nothing is left in the images directory but what was there before: no socket, no temporary, no half of an image.
+/// Nothing is left in the images directory but what was there before: no socket, no temporary, no
+/// half of an image.
 #[track_caller]
 fn assert_nothing_new(dir: &Path, before: &Files) {
     for entry in fs::read_dir(dir).unwrap() {
@@ -160,8 +144,8 @@ impl CaptureFault {
     }
 }
 
-/// CRIU writes everything, and does something when `moment` bytes are written. If that says so, or when the streamer is gone, it
-/// ends then and there.
+/// CRIU writes everything, and does something when `moment` bytes are written. If that says so, or
+/// when the streamer is gone, it ends then and there.
 fn dump(criu: &Criu, files: &Files, moment: usize, at_moment: impl FnOnce() -> Then) {
     let mut at_moment = Some(at_moment);
     let mut written = 0;
@@ -195,7 +179,7 @@ enum Then {
     Dies,
 }
 
-/// Reads a shard to its end, or leaves after so many bytes.
+/// Reads a shard to its end, or leaves after some bytes.
 fn read_shard(shard: OwnedFd, leave_after: Option<usize>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let limit = leave_after.map_or(u64::MAX, |bytes| bytes as u64);
@@ -267,7 +251,8 @@ fn captures() {
         if let Ok(decoded) = &decoded {
             assert!(*decoded == files, "{fault:?}: a broken image looks whole");
         }
-        // A reader that left last of all took what was in its pipe with it: nobody can know.
+        // A reader that left last of all took what was in its pipe with it: no exit status can
+        // tell.
         if succeeded && fault != CaptureFault::ShardReaderLeaves {
             assert!(
                 decoded.is_ok(),
@@ -369,7 +354,7 @@ impl Restore {
                         return;
                     }
                     if let Some(signal) = signal {
-                        let _ended = common::child::send_signal(&pidfd, signal);
+                        let _ended = crate::common::child::send_signal(&pidfd, signal);
                     }
                 }
                 let _gone = shard.write_all(after);
@@ -428,7 +413,8 @@ fn extracts() {
         let succeeded = exit.status.success();
 
         if fault == RestoreFault::Killed {
-            // Nobody cleans up after SIGKILL, but what looks like an image must be one: the old one or the new one.
+            // SIGKILL leaves things behind, but what looks like an image must be one: the old one
+            // or the new one.
             let found = regular_files(dir.path());
             if found.contains_key("inventory.img") {
                 let found: Files = found

@@ -1,18 +1,17 @@
-//! What `capture` promises to CRIU and to whoever stores the shards.
-
-mod common;
+//! What `capture` promises to CRIU and to those who store the shards: every file arrives byte for
+//! byte, and a shard that is slow or stands still stops neither CRIU nor the other shards.
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::thread;
 
-use common::PAGE;
-use common::criu::Criu;
-use common::image::{self, Body, Files};
-use common::random::{self, Random};
-use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
-use common::shards::{self, Collector, pipe};
-use common::streamer::Streamer;
+use crate::common::PAGE;
+use crate::common::criu::Criu;
+use crate::common::image::{self, Body, Files};
+use crate::common::random::{self, Random};
+use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use crate::common::shards::{self, Collector, pipe};
+use crate::common::streamer::Streamer;
 use nix::fcntl::{SpliceFFlags, vmsplice};
 
 fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
@@ -24,9 +23,7 @@ fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
 
 /// Runs a capture of what `criu` does, and returns the shards.
 fn capture(shard_count: usize, criu: impl FnOnce(&Criu)) -> Vec<Vec<u8>> {
-    let (readers, writers) = shards::pipes(shard_count, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), shard_count);
     let connection = streamer.criu();
     criu(&connection);
     drop(connection);
@@ -41,19 +38,6 @@ fn files_of_every_size_arrive_byte_for_byte() {
         &image::decode(&runs::capture(&files, 3, None)).unwrap(),
         &files,
     );
-}
-
-#[test]
-fn without_shard_fds_the_image_goes_to_standard_output() {
-    let (reader, writer) = pipe();
-    let mut streamer = Streamer::capture().stdout(writer).start();
-    let collector = Collector::start(vec![reader]);
-    let criu = streamer.criu();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    let expected = files([("inventory.img", b"inventory".to_vec())]);
-    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
 }
 
 #[test]
@@ -121,9 +105,7 @@ fn files_stay_open_as_long_as_criu_likes() {
 
 #[test]
 fn files_go_on_after_criu_has_closed_its_connection() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let criu = streamer.criu();
     let mut pages = criu.create_file("pages-1.img");
     criu.write_file("inventory.img", b"inventory");
@@ -163,7 +145,7 @@ fn two_files_of_one_name_open_at_once_do_not_mix() {
             let mut last = criu.create_file("fdinfo.img");
             for _ in 0..20 {
                 last.write_all(&[2; 10]).unwrap();
-                // Nobody needs the first version any more: the streamer may have closed its pipe already.
+                // The first version is not needed any more: the streamer may have closed its pipe.
                 if let Err(error) = first.write_all(&[1; 10]) {
                     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
                 }
@@ -269,8 +251,9 @@ fn a_stalled_shard_does_not_stop_criu() {
     }
 }
 
-/// A page of which only a part is used takes a slot of its own, so bytes do not tell whether data fits into a shard. If a chunk
-/// were begun in the stalled shard and did not fit, its file would wait for ever.
+/// A page of which only a part is used takes a slot of its own, so bytes do not tell whether data
+/// fits into a shard. If a chunk were begun in the stalled shard and did not fit, its file would
+/// wait for ever.
 #[test]
 fn a_stalled_shard_does_not_stop_criu_whatever_pages_hold() {
     for pipe_size in [None, Some(256 * PAGE)] {
@@ -380,7 +363,7 @@ fn every_shard_takes_part() {
     let (readers, writers) = shards::pipes(4, None);
     let mut streamer = Streamer::capture().shards(writers).start();
     let criu = streamer.criu();
-    // Nobody reads yet, so that only the room in the shards decides.
+    // No shard is read yet, so that only the room in them decides.
     let mut pages = criu.create_file("pages-1.img");
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -396,7 +379,7 @@ fn every_shard_takes_part() {
         for shard in &waiting {
             use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
             use std::os::fd::AsFd;
-            let timeout = PollTimeout::try_from(common::HANG_TIMEOUT).unwrap();
+            let timeout = PollTimeout::try_from(crate::common::HANG_TIMEOUT).unwrap();
             let ready = poll(
                 &mut [PollFd::new(shard.as_fd(), PollFlags::POLLIN)],
                 timeout,
@@ -417,9 +400,7 @@ fn every_shard_takes_part() {
 
 #[test]
 fn a_dump_that_failed_gives_no_image() {
-    let (readers, writers) = shards::pipes(2, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
     let criu = streamer.criu();
     criu.write_file("pages-1.img", &[1; PAGE]);
     criu.write_file("cpuinfo.img", b"cpuinfo");
@@ -430,9 +411,7 @@ fn a_dump_that_failed_gives_no_image() {
 
 #[test]
 fn cpuinfo_alone_is_an_image() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let criu = streamer.criu();
     criu.write_file("cpuinfo.img", b"cpuinfo");
     drop(criu);

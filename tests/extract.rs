@@ -1,6 +1,5 @@
-//! What `extract` promises to those who restore from disk.
-
-mod common;
+//! What `extract` promises to those who restore from disk: a whole image, readable by its owner
+//! alone, or nothing new in the directory.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,13 +8,13 @@ use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::Duration;
 
-use common::PAGE;
-use common::child;
-use common::image::{self, Files};
-use common::random;
-use common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
-use common::shards::{Collector, Feeder, pipe, pipes};
-use common::streamer::Streamer;
+use crate::common::PAGE;
+use crate::common::child;
+use crate::common::image::{self, Files};
+use crate::common::random;
+use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use crate::common::shards::{Collector, pipe, pipes};
+use crate::common::streamer::Streamer;
 use tempfile::TempDir;
 
 /// An image of three small files in as few bytes as possible, for the tests that try every byte.
@@ -41,16 +40,6 @@ fn files_are_written_for_their_owner_alone() {
             .mode();
         assert_eq!(mode & 0o7777, 0o600, "{name}");
     }
-}
-
-#[test]
-fn without_shard_fds_the_image_comes_from_standard_input() {
-    let (reader, writer) = pipe();
-    let mut streamer = Streamer::extract().stdin(reader).start();
-    let feeder = Feeder::start(vec![writer], &tiny_image(1));
-    streamer.expect_success();
-    feeder.finish();
-    assert_eq!(runs::read_dir(streamer.images_dir())["a.img"], b"first");
 }
 
 #[test]
@@ -186,12 +175,11 @@ fn external_files_go_to_their_descriptors_and_not_to_disk() {
 
 #[test]
 fn an_external_file_that_the_image_does_not_have_is_an_error() {
-    let (_reader, writer) = pipe();
-    let (mut streamer, _feeder) = runs::feed(
-        Streamer::extract().ext_file("fs.tar", writer),
-        &tiny_image(1),
-    );
-    streamer.expect_failure(&["fs.tar"]);
+    for launch in [Streamer::extract(), Streamer::serve()] {
+        let (_reader, writer) = pipe();
+        let (mut streamer, _feeder) = runs::feed(launch.ext_file("fs.tar", writer), &tiny_image(1));
+        streamer.expect_failure(&["fs.tar"]);
+    }
 }
 
 #[test]
@@ -209,7 +197,7 @@ fn an_external_file_ends_before_the_rest_of_the_image_has_arrived() {
 
         let (tar_reader, tar_writer) = pipe();
         let (mut readers, mut writers) = pipes(1, None);
-        let _streamer = launch
+        let streamer = launch
             .ext_file("fs.tar", tar_writer)
             .shards(readers.pop())
             .start();
@@ -218,12 +206,12 @@ fn an_external_file_ends_before_the_rest_of_the_image_has_arrived() {
         shard.write_all(&image[..rest_at]).unwrap();
         // This returns only when the streamer has closed its end, while the shard is still open.
         assert_eq!(tar.finish(), [b"tar"]);
-        assert!(_streamer.is_running());
+        assert!(streamer.is_running());
     }
 }
 
-/// The external file's pipe is full at the very moment at which the shard ends early: nothing may be waited for that has
-/// happened already.
+/// The external file's pipe is full at the very moment at which the shard ends early: nothing may
+/// be waited for that has happened already.
 #[test]
 fn a_shard_that_is_cut_while_the_external_files_reader_is_busy_is_an_error() {
     for size in (14 * PAGE..18 * PAGE).step_by(PAGE / 4) {
@@ -290,7 +278,7 @@ fn a_failed_extract_leaves_an_earlier_image_as_it_was() {
     assert_same_files(&runs::read_dir(dir.path()), &before);
 }
 
-/// Whoever can write to the images directory must not make root write elsewhere.
+/// A user who can write to the images directory must not make root write elsewhere.
 #[test]
 fn a_planted_symlink_is_not_followed() {
     let outside = TempDir::new().unwrap();

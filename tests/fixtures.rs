@@ -1,16 +1,14 @@
-//! Images that the original criu-image-streamer captured from a real CRIU dump (with an external file `fs.tar`), and
-//! the SHA-256 of every file in them.
-
-mod common;
+//! Images that the original criu-image-streamer captured from a real CRIU dump (with an external
+//! file `fs.tar`), and the SHA-256 of every file in them.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::image::{self, Files};
-use common::runs;
-use common::shards::{Collector, pipe};
-use common::streamer::Streamer;
+use crate::common::image::{self, Files};
+use crate::common::runs;
+use crate::common::shards::{Collector, pipe};
+use crate::common::streamer::Streamer;
 use sha2::{Digest, Sha256};
 
 fn fixture(name: &str) -> PathBuf {
@@ -62,7 +60,8 @@ fn extract_writes_the_original_streamers_images_to_disk() {
     }
 }
 
-/// `fs.tar` is an external file of these images: it goes to its own descriptor, and CRIU never sees it.
+/// `fs.tar` is an external file of these images: it goes to its own descriptor, and CRIU never sees
+/// it.
 #[test]
 fn serve_gives_the_original_streamers_images_to_criu() {
     for name in ["one-shard", "three-shards"] {

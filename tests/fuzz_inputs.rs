@@ -1,20 +1,18 @@
-//! The fuzz targets on inputs that are the same each time: the seeds in `fuzz/seeds/`, what ends too early of each, and
-//! mutations of them. `make fuzz` goes on from the same seeds.
+//! The fuzz targets on inputs that are the same each time: the seeds in `fuzz/seeds/`, what ends
+//! too early of each, and mutations of them. `make fuzz` goes on from the same seeds.
 //!
-//! `FUZZ_MUTATIONS` sets how many mutations of each target are tried. A failing one is written to a file whose name is
-//! printed, for `cargo +nightly fuzz run <target> <file>`. `FUZZ_WRITE_SEEDS=1` writes the seeds anew.
-
-mod common;
-mod fuzzing;
+//! `FUZZ_MUTATIONS` sets how many mutations of each target are tried. A failing one is written to a
+//! file whose name is printed, for `cargo +nightly fuzz run <target> <file>`. `FUZZ_WRITE_SEEDS=1`
+//! writes the seeds anew.
 
 use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use common::image::{self, Body, Files, Shard};
-use common::random::Random;
-use common::{PAGE, criu};
-use fuzzing::{TARGETS, Target, criu_messages, files_img, marker_stream};
+use crate::common::image::{self, Body, Files, Shard};
+use crate::common::random::Random;
+use crate::common::{PAGE, criu, setting};
+use crate::fuzzing::{TARGETS, Target, criu_messages, files_img, marker_stream};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -165,7 +163,7 @@ fn criu_messages() -> Seeds {
     .into()
 }
 
-/// A listening socket's `inet_sk_entry`, with fields that nobody knows, in a `file_entry`.
+/// A listening socket's `inet_sk_entry`, with fields that no CRIU has, in a `file_entry`.
 fn listening(port: u16, protocol: u8, state: u8) -> Vec<u8> {
     let mut socket = vec![1 << 3, 1, 5 << 3, protocol, 6 << 3, state, 7 << 3];
     image::put_varint(&mut socket, u64::from(port));
@@ -259,10 +257,6 @@ fn try_input((target, run): Target, input: &[u8], what: &str) {
     }
 }
 
-fn mutations() -> u64 {
-    std::env::var("FUZZ_MUTATIONS").map_or(3000, |count| count.parse().expect("a number"))
-}
-
 fn run_target(target: Target) {
     let seeds = seeds(target);
     let mut runs = 0;
@@ -275,7 +269,7 @@ fn run_target(target: Target) {
             runs += 1;
         }
     }
-    for seed in 0..mutations() {
+    for seed in 0..setting("FUZZ_MUTATIONS", 3000) {
         let mut random = Random::new(seed);
         let (name, input) = random.pick(&seeds);
         let mut input = input.clone();
@@ -285,7 +279,7 @@ fn run_target(target: Target) {
         try_input(target, &input, &format!("mutation {seed}, of {name}"));
         runs += 1;
     }
-    common::report(format_args!(
+    crate::common::report(format_args!(
         "{}: {} seeds and {runs} inputs made of them",
         target.0,
         seeds.len()

@@ -1,7 +1,5 @@
-//! Whatever stands on a shard: an error that says where, or a right image. Never a panic, a hang, a file elsewhere or a
-//! broken image that looks whole.
-
-mod common;
+//! Whatever stands on a shard: an error that says where, or a right image. Never a panic, a hang, a
+//! file elsewhere or a broken image that looks whole.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,17 +7,19 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use common::child;
-use common::image::{self, Files, Shard};
-use common::random::Random;
-use common::runs;
-use common::shards;
-use common::streamer::{Exit, Launch, Streamer};
+use crate::common::child;
+use crate::common::image::{self, Files, Shard};
+use crate::common::random::{Random, for_each_seed};
+use crate::common::runs;
+use crate::common::shards;
+use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::common::{report, setting};
 
 const LAUNCHES: [fn() -> Launch; 2] = [Streamer::extract, Streamer::serve];
 
-/// Refused by `extract` and by `serve`: exit status 1, an error with all of `words` that names the shard and a place between
-/// `from` and the shard's end, no file, and nobody is told that there is an image.
+/// Refused by `extract` and by `serve`: exit status 1, an error with all of `words` that names the
+/// shard and a place between `from` and the shard's end, no file, and no progress line tells of an
+/// image.
 #[track_caller]
 fn assert_refused_from(from: usize, what: &str, shards: &[Vec<u8>], words: &[&str]) {
     for launch in LAUNCHES {
@@ -152,12 +152,12 @@ fn frames_that_are_no_markers() {
     );
     assert_defect(
         "no protobuf",
-        |shard| shard.raw(&common::criu::frame(&[0xff; 30])),
+        |shard| shard.raw(&crate::common::criu::frame(&[0xff; 30])),
         &[],
     );
     assert_defect(
         "an empty marker",
-        |shard| shard.raw(&common::criu::frame(&[])),
+        |shard| shard.raw(&crate::common::criu::frame(&[])),
         &[],
     );
     assert_defect(
@@ -295,7 +295,8 @@ fn announced_bytes_cost_nothing_until_they_are_there() {
     assert_little_memory(16, &shard, &["shard"]);
 }
 
-/// Markers that are not next have to wait in memory until it is clear that the next one will not come.
+/// Markers that are not next have to wait in memory until it is clear that the next one will not
+/// come.
 #[test]
 fn an_endless_run_of_markers_that_are_never_next_is_refused_in_little_memory() {
     let waiting = (1..300_000).fold(Shard::new(), Shard::file_eof);
@@ -328,13 +329,13 @@ fn an_empty_stream_is_no_image() {
     );
 }
 
-/// A good image with something changed: bits, cuts, pieces put elsewhere. Only what the reference decoder takes may be taken, and
-/// then it must be the same image. `HOSTILE_SEEDS` sets how many.
+/// A good image with something changed: bits, cuts, pieces put elsewhere. Only what the reference
+/// decoder takes may be taken, and then it must be the same image. `HOSTILE_SEEDS` sets how many.
 #[test]
 fn damaged_images_are_refused_or_read_as_they_stand() {
-    let seeds = std::env::var("HOSTILE_SEEDS").map_or(1000, |count| count.parse().unwrap());
+    let seeds = setting("HOSTILE_SEEDS", 1000);
     let (mut accepted, mut refused) = (0, 0);
-    for seed in 0..seeds {
+    for_each_seed(0..seeds, |seed| {
         let mut random = Random::new(seed);
         let mut shards = start_of_damage(&mut random);
         for _ in 0..1 + random.below(3) {
@@ -347,8 +348,10 @@ fn damaged_images_are_refused_or_read_as_they_stand() {
         } else {
             refused += 1
         }
-    }
-    println!("{seeds} damaged images: {refused} refused, {accepted} accepted and right");
+    });
+    report(format_args!(
+        "{seeds} damaged images: {refused} refused, {accepted} accepted and right"
+    ));
     assert!(
         accepted > 0 && refused > 0,
         "the damage must be neither too little nor too much to tell"
@@ -376,7 +379,8 @@ fn assert_truth(seed: u64, shards: &[Vec<u8>], dir: &Path, exit: &Exit) {
     }
 }
 
-/// Half of the time an image of our own, with few bytes that are not markers; else the original streamer's.
+/// Half of the time an image of our own, with few bytes that are not markers; else the original
+/// streamer's.
 fn start_of_damage(random: &mut Random) -> Vec<Vec<u8>> {
     if random.one_in(2) {
         let files = [

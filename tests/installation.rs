@@ -1,13 +1,17 @@
-//! What `make install` and `make deb` install: a program that runs, a manual page that tells what `--help` tells, completions that
-//! their shell can read; and that `make uninstall` takes all of it away.
+//! What `make install` and `make deb` install: a program that runs, a manual page that tells what
+//! `--help` tells, completions that their shell can read; and that `make uninstall` takes all of it
+//! away.
 //!
-//! They run on the build that the tests use, as an optimized one takes minutes. CARGO_TARGET_DIR is the same for both.
+//! They run on the build that the tests use, as an optimized one takes minutes. CARGO_TARGET_DIR is
+//! the same for both.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use crate::common::skip;
+use crate::common::streamer::binary;
 use tempfile::TempDir;
 
 /// The directory of the binary that is tested.
@@ -74,7 +78,7 @@ fn paths(names: &[&str]) -> BTreeSet<PathBuf> {
 /// Both a newcomer's way to find an option: none is left out.
 #[track_caller]
 fn assert_tells_what_help_tells(text: &str) {
-    let help = run(env!("CARGO_BIN_EXE_criu-image-streamer"), &["--help"]);
+    let help = run(binary().to_str().unwrap(), &["--help"]);
     let options: BTreeSet<_> = help
         .split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '-')
         .filter(|word| word.starts_with("--") && word.len() > 2 && *word != "--stream")
@@ -153,13 +157,7 @@ fn bash_completes_options_and_subcommands() {
 #[test]
 fn the_manual_page_is_well_formed() {
     if Command::new("groff").arg("--version").output().is_err() {
-        assert_ne!(
-            std::env::var("CI").as_deref(),
-            Ok("true"),
-            "groff is missing"
-        );
-        eprintln!("SKIPPED: groff is missing");
-        return;
+        return skip("groff is missing");
     }
     let dir = TempDir::new().unwrap();
     let documents = format!("DOCUMENTS={}", dir.path().display());
@@ -188,10 +186,7 @@ fn the_manual_page_is_well_formed() {
 #[test]
 fn every_subcommand_shows_an_example() {
     for subcommand in ["capture", "extract", "serve"] {
-        let help = run(
-            env!("CARGO_BIN_EXE_criu-image-streamer"),
-            &[subcommand, "--help"],
-        );
+        let help = run(binary().to_str().unwrap(), &[subcommand, "--help"]);
         let examples = help.split_once("EXAMPLES:").expect("examples").1;
         let own = examples.lines().any(|line| {
             line.contains("criu-image-streamer --images-dir") && line.ends_with(subcommand)

@@ -1,36 +1,21 @@
 //! Ordinary users, exhausted limits: slower or a clear error, never a hang, never a wrong byte.
 
-mod common;
-
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use common::PAGE;
-use common::child::Limit;
-use common::image::{self, Files};
-use common::random;
-use common::runs::{self, assert_same_bytes, assert_same_files};
-use common::shards::{self, Collector, pipe};
-use common::streamer::{Launch, Streamer};
+use crate::common::child::Limit;
+use crate::common::image::{self, Files, Shard};
+use crate::common::random;
+use crate::common::runs::{self, assert_same_files};
+use crate::common::shards::{self, Collector, pipe};
+use crate::common::streamer::{Launch, Streamer};
+use crate::common::{PAGE, root_or_skip};
 use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
 
 const NOBODY: u32 = 65_534;
-
-/// True: the test cannot be done here, and that is no reason to fail.
-fn not_root() -> bool {
-    if nix::unistd::geteuid().is_root() {
-        return false;
-    }
-    assert!(
-        std::env::var_os("CI").is_none(),
-        "this test needs root, to start the streamer as another user"
-    );
-    eprintln!("skipped: starting the streamer as another user needs root");
-    true
-}
 
 fn open_dir() -> TempDir {
     let dir = TempDir::with_prefix("images-").unwrap();
@@ -63,12 +48,7 @@ fn round_trip(
 
     let (mut serve, _feeder) =
         runs::feed(configure(Streamer::serve().images_dir(dir.path())), &image);
-    let criu = serve.criu();
-    for (name, content) in files {
-        assert_same_bytes(name, &criu.read_file(name).expect(name), content);
-    }
-    drop(criu);
-    serve.expect_success();
+    runs::assert_served(&mut serve, files);
 
     let (mut extract, _feeder) = runs::feed(
         configure(Streamer::extract().images_dir(dir.path())),
@@ -80,7 +60,7 @@ fn round_trip(
 
 #[test]
 fn an_ordinary_user_captures_and_restores() {
-    if not_root() {
+    if !root_or_skip() {
         return;
     }
     round_trip(
@@ -93,11 +73,11 @@ fn an_ordinary_user_captures_and_restores() {
 
 #[test]
 fn extracted_files_belong_to_the_user_who_extracts() {
-    if not_root() {
+    if !root_or_skip() {
         return;
     }
     let dir = open_dir();
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) = runs::feed(
         Streamer::extract().user(NOBODY).images_dir(dir.path()),
         &image,
@@ -107,7 +87,8 @@ fn extracted_files_belong_to_the_user_who_extracts() {
     assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (NOBODY, 0o600));
 }
 
-/// Fills the account that a user has for pipes, so that no further pipe can be made larger without privileges.
+/// Fills the account that a user has for pipes, so that no further pipe can be made larger without
+/// privileges.
 fn exhaust_pipe_pages() -> Vec<OwnedFd> {
     let soft = fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").unwrap();
     let soft: usize = soft.trim().parse().unwrap();
@@ -129,10 +110,11 @@ fn exhaust_pipe_pages() -> Vec<OwnedFd> {
     pipes
 }
 
-/// Pipes of one, two or three slots which stay so: a marker and its data never fit together into the first.
+/// Pipes of one, two or three slots which stay so: a marker and its data never fit together into
+/// the first.
 #[test]
 fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
-    if not_root() {
+    if !root_or_skip() {
         return;
     }
     let _held = exhaust_pipe_pages();
@@ -157,18 +139,13 @@ fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
 
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
-    if not_root() {
+    if !root_or_skip() {
         return;
     }
     let _held = exhaust_pipe_pages();
     let dir = open_dir();
-    let (readers, writers) = shards::pipes(3, None);
-    let mut streamer = Streamer::capture()
-        .user(NOBODY)
-        .images_dir(dir.path())
-        .shards(writers)
-        .start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) =
+        runs::collect(Streamer::capture().user(NOBODY).images_dir(dir.path()), 3);
     let criu = streamer.criu();
     criu.write_file("pages-1.img", &vec![1; 4 << 20]);
     criu.write_file("inventory.img", b"inventory");
@@ -192,12 +169,8 @@ fn few_descriptors_are_enough_for_files_one_after_another() {
 
 #[test]
 fn too_few_descriptors_are_an_error_and_no_hang() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut capture = Streamer::capture()
-        .limit(Limit::OpenFiles(64))
-        .shards(writers)
-        .start();
-    let collector = Collector::start(readers);
+    let (mut capture, collector) =
+        runs::collect(Streamer::capture().limit(Limit::OpenFiles(64)), 1);
     let criu = capture.criu();
     let open: Vec<_> = (0..200)
         .map_while(|i| criu.try_create_file(&format!("file-{i}.img"), None).ok())
@@ -207,9 +180,9 @@ fn too_few_descriptors_are_an_error_and_no_hang() {
     assert!(image::decode(&collector.finish()).is_err());
 }
 
-/// CRIU waits for each answer, so a streamer that has no descriptor left may let it wait until one is free, or fail.
+/// A small file goes into its pipe at once, and its descriptor is free again.
 #[test]
-fn a_restore_with_few_descriptors_ends_one_way_or_the_other() {
+fn few_descriptors_are_enough_for_any_number_of_small_files_open_at_once() {
     let files: Files = (0..200)
         .map(|i| (format!("file-{i}.img"), random::bytes(i, 100)))
         .collect();
@@ -218,29 +191,52 @@ fn a_restore_with_few_descriptors_ends_one_way_or_the_other() {
     let criu = serve.criu();
     let open: Vec<_> = files
         .keys()
-        .map_while(|name| criu.try_open_file(name, None).ok().flatten())
+        .map(|name| criu.open_file(name).expect(name))
         .collect();
     drop((open, criu));
-    if !serve.wait().status.success() {
-        serve.expect_failure(&["descriptors"]);
-    }
+    serve.expect_success();
 }
 
+/// A file that is larger than its pipe takes a descriptor for as long as it is read.
+#[test]
+fn a_restore_with_more_large_files_open_than_descriptors_is_a_clear_error() {
+    let files: Files = (0..64)
+        .map(|i| (format!("file-{i}.img"), random::bytes(i, 1_500_000)))
+        .collect();
+    let image = image::encode_files(&files, 1, 100_000);
+    let (mut serve, _feeder) = runs::feed(Streamer::serve().limit(Limit::OpenFiles(64)), &image);
+    let criu = serve.criu();
+    let open: Vec<_> = files
+        .keys()
+        .map_while(|name| criu.try_open_file(name, None).ok().flatten())
+        .collect();
+    serve.expect_failure(&["descriptors", "ulimit -n"]);
+    assert!(open.len() < 64, "all of them are open");
+}
+
+/// In limits in which a small image is restored.
 #[test]
 fn an_image_larger_than_the_memory_is_a_clear_error() {
-    let content = vec![1; 64 << 20];
-    let image = image::encode(
-        [
-            ("pages-1.img", &content[..]),
-            ("inventory.img", b"inventory"),
-        ],
-        2,
-        1 << 20,
-    );
-    let (mut streamer, _feeder) = runs::feed(
-        Streamer::serve().limit(Limit::AddressSpace(40 << 20)),
-        &image,
-    );
+    const MIB: u64 = 1 << 20;
+    let launch = || Streamer::serve().limit(Limit::AddressSpace(192 * MIB));
+    let files = runs::sample_files(2);
+    let (mut streamer, _feeder) = runs::feed(launch(), &image::encode_files(&files, 1, 100_000));
+    runs::assert_served(&mut streamer, &files);
+
+    let (readers, mut writers) = shards::pipes(1, None);
+    let mut streamer = launch().shards(readers).start();
+    let mut shard = File::from(writers.remove(0));
+    let begin = Shard::new().filename(0, "pages-1.img").bytes;
+    shard.write_all(&begin).unwrap();
+    let content = vec![1; MIB as usize];
+    let taken = (1..=192)
+        .take_while(|&seq| {
+            shard
+                .write_all(&Shard::new().data(seq, &content).bytes)
+                .is_ok()
+        })
+        .count();
+    assert!(taken < 192, "an image as large as all memory is taken");
     let exit = streamer.expect_failure(&["memory"]);
     assert_eq!(exit.progress, [""; 0]);
 }

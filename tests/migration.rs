@@ -1,11 +1,10 @@
-//! Live migration between two hosts: namespaces with a network cable between them, and an SSH server on the one where the
-//! process goes to. Over there it runs on, with its memory as it was.
-
-mod criu;
+//! Live migration between two hosts: namespaces with a network cable between them, and an SSH
+//! server on the one where the process goes to. Over there it runs on, with its memory as it was.
 
 use std::process::Command;
 
-use criu::Machine;
+use crate::criu::Machine;
+use crate::readme::recipes;
 
 /// Two machines that can reach each other, the second by SSH under the name `there`.
 struct Hosts {
@@ -37,7 +36,8 @@ impl Hosts {
                 ))
                 .success();
         }
-        // The account's home is a directory of each machine's own. One that may ask for nothing on a terminal.
+        // The account's home is a directory of each machine's own. One that may ask for nothing on
+        // a terminal.
         hosts
             .here
             .run(
@@ -88,22 +88,13 @@ dropbear -E -s -p 192.0.2.2:2222 -r host-key -P dropbear.pid 2>dropbear.log
     }
 }
 
-/// The recipe of the README, as it stands there.
-fn recipe() -> &'static str {
-    let readme = include_str!("../README.md");
-    readme
-        .split_once("<!-- migration -->\n```bash\n")
-        .and_then(|(_, rest)| rest.split_once("```"))
-        .expect("a block under the comment `migration`")
-        .0
-}
-
 #[test]
 fn a_process_migrates_to_another_host_as_the_readme_says() {
     let Some(hosts) = Hosts::new() else { return };
     let application = hosts.here.start("memory=64 threads=2 tree=1x2");
     let before = application.goes_on();
-    application.run(recipe()).success();
+    let (_, blocks) = recipes("migration").remove(0);
+    application.run(&blocks[0]).success();
     application.is_gone();
     application.goes_on_from(before);
     runs_there(&hosts, &application.pid);

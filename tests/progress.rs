@@ -1,16 +1,14 @@
-//! Progress lines are parsed by supervisors: exactly these, whole, in this order, and never a reason to fail.
-//! (Those of `extract` and `serve` stand in their own tests.)
-
-mod common;
+//! Progress lines are parsed by supervisors: exactly these, whole, in this order, and never a
+//! reason to fail. (Those of `extract` and `serve` stand in their own tests.)
 
 use std::fs::File;
 use std::io::Read;
 
-use common::criu::Criu;
-use common::image;
-use common::runs;
-use common::shards::{self, Collector};
-use common::streamer::Streamer;
+use crate::common::criu::Criu;
+use crate::common::image;
+use crate::common::runs;
+use crate::common::shards;
+use crate::common::streamer::Streamer;
 
 fn write_image(criu: &Criu) {
     criu.write_file("pages-1.img", &[1; 100_000]);
@@ -19,9 +17,7 @@ fn write_image(criu: &Criu) {
 
 #[test]
 fn capture_tells_of_its_socket_the_freeze_and_the_shards() {
-    let (readers, writers) = shards::pipes(3, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 3);
     let criu = streamer.criu();
     assert_eq!(streamer.progress_lines(), ["socket-init"]);
     write_image(&criu);
@@ -54,7 +50,8 @@ fn capture_tells_of_its_socket_the_freeze_and_the_shards() {
     }
 }
 
-/// CRIU sends `cpuinfo.img` before it freezes the application, so supervisors must not start `tar` yet.
+/// CRIU sends `cpuinfo.img` before it freezes the application, so supervisors must not start `tar`
+/// yet.
 #[test]
 fn the_checkpoint_starts_with_the_first_file_other_than_cpuinfo() {
     let (mut readers, writers) = shards::pipes(1, None);
@@ -81,12 +78,7 @@ fn the_checkpoint_starts_with_the_first_file_other_than_cpuinfo() {
 
 #[test]
 fn without_progress_fd_the_lines_go_to_standard_error() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .progress_on_stderr()
-        .start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture().progress_on_stderr(), 1);
     let criu = streamer.criu();
     write_image(&criu);
     drop(criu);
@@ -96,13 +88,8 @@ fn without_progress_fd_the_lines_go_to_standard_error() {
 }
 
 #[test]
-fn a_capture_goes_on_without_anyone_to_tell() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .progress_reader_gone()
-        .start();
-    let collector = Collector::start(readers);
+fn a_capture_goes_on_when_no_program_reads_its_progress() {
+    let (mut streamer, collector) = runs::collect(Streamer::capture().progress_reader_gone(), 1);
     let criu = streamer.criu_when_socket_is_there();
     write_image(&criu);
     drop(criu);
@@ -111,25 +98,20 @@ fn a_capture_goes_on_without_anyone_to_tell() {
 }
 
 #[test]
-fn a_restore_goes_on_without_anyone_to_tell() {
+fn a_restore_goes_on_when_no_program_reads_its_progress() {
     let image = image::encode([("inventory.img", &b"inventory"[..])], 2, 100);
     let (mut extract, _feeder) = runs::feed(Streamer::extract().progress_reader_gone(), &image);
     extract.expect_success();
     let (mut serve, _feeder) = runs::feed(Streamer::serve().progress_reader_gone(), &image);
     let criu = serve.criu_when_socket_is_there();
-    assert_eq!(
-        criu.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    criu.expect_file("inventory.img", b"inventory");
     drop(criu);
     serve.expect_success();
 }
 
 #[test]
 fn nothing_else_is_said_to_a_progress_pipe_when_it_fails() {
-    let (readers, writers) = shards::pipes(1, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let collector = Collector::start(readers);
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let criu = streamer.criu();
     criu.write_file("pages-1.img", &[1; 100]);
     drop(criu);

@@ -1,24 +1,21 @@
-//! `--progress-bar`: what people see on standard error, which is never among the lines that programs read.
-
-mod common;
+//! `--progress-bar`: what people see on standard error, which is never among the lines that
+//! programs read.
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 
-use common::image;
-use common::runs::{self, inventory_last, sample_files};
-use common::shards::{self, Collector};
-use common::streamer::{Launch, Streamer};
+use crate::common::image;
+use crate::common::runs::{self, inventory_last, sample_files};
+use crate::common::shards;
+use crate::common::streamer::{Launch, Streamer, binary};
 use tempfile::TempDir;
 
 const BAR: [&str; 1] = ["--progress-bar"];
 
 /// Captures an image into two shards, which are returned, and standard error with them.
-fn capture(launch: Launch) -> (Vec<Vec<u8>>, common::streamer::Exit) {
-    let (readers, writers) = shards::pipes(2, None);
-    let collector = Collector::start(readers);
-    let mut streamer = launch.shards(writers).start();
+fn capture(launch: Launch) -> (Vec<Vec<u8>>, crate::common::streamer::Exit) {
+    let (mut streamer, collector) = runs::collect(launch, 2);
     let criu = streamer.criu_when_socket_is_there();
     for (name, content) in inventory_last(&sample_files(1)) {
         criu.write_file(name, content);
@@ -96,7 +93,7 @@ fn standard_error_cannot_be_the_bars_and_the_progress_lines_place() {
     let path = dir.path().join("log");
     let script = format!(
         "{} -D '{}' --progress-bar -p 3 serve </dev/null 2>'{}' 3>&2",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         dir.path().display(),
         path.display()
     );
@@ -130,7 +127,7 @@ fn on_a_terminal_one_line_is_drawn_again_and_again() {
     let bring = "sleep 0.5; head -c 100000 s{}; sleep 0.5; tail -c +100001 s{}";
     let command = format!(
         "cd '{path}' && {} -D images --progress-bar --num-shards 2 --shard-cmd '{bring}' extract",
-        env!("CARGO_BIN_EXE_criu-image-streamer")
+        binary().display()
     );
     let output = Command::new("script")
         .args(["--quiet", "--return", "--command", &command, "/dev/null"])
@@ -139,22 +136,34 @@ fn on_a_terminal_one_line_is_drawn_again_and_again() {
         .expect("script (Debian: bsdutils)");
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{shown}");
-    let drawn: Vec<_> = shown
-        .split("\r\x1b[K")
-        .map(|line| line.replace("\x1b[?7l", "").replace("\x1b[?7h", ""))
-        .collect();
-    assert!(drawn.len() > 3, "{shown:?}");
-    assert!(
-        drawn.iter().any(|line| line == "waiting for the image"),
-        "{drawn:?}"
-    );
-    assert!(
-        drawn.iter().any(|line| line.contains("B/s, shards ")),
-        "{drawn:?}"
-    );
-    let rest = drawn.last().unwrap();
-    assert!(rest.starts_with("received 9 files, 3.3 MB in "), "{rest:?}");
-    assert!(rest.contains("  shard command 2: "), "{rest:?}");
+    let shown = without_control_sequences(&shown);
+    // Nothing but the summary ends a line: all before it is one line, drawn again and again.
+    let (bar, summary) = shown
+        .split_once("received 9 files, 3.3 MB in ")
+        .unwrap_or_else(|| panic!("no summary in {shown:?}"));
+    assert!(!bar.contains('\n'), "{shown:?}");
+    let drawn: Vec<_> = bar.split('\r').collect();
+    assert!(drawn.len() > 3, "{drawn:?}");
+    for state in ["waiting for the image", "B/s"] {
+        assert!(
+            drawn.iter().any(|line| line.contains(state)),
+            "no {state:?} in {drawn:?}"
+        );
+    }
+    assert!(summary.contains("  shard command 2: "), "{summary:?}");
+}
+
+/// Text without what tells a terminal to clear a line, hide its cursor, or the like.
+fn without_control_sequences(text: &str) -> String {
+    let mut pieces = text.split("\x1b[");
+    let mut plain = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        plain += piece
+            .trim_start_matches(|c: char| !c.is_ascii_alphabetic())
+            .get(1..)
+            .unwrap_or_default();
+    }
+    plain
 }
 
 /// The error stands on a line of its own.

@@ -1,15 +1,15 @@
-//! Every command in the README does what the README says: the blocks are read from it and run as they stand.
+//! Every command in the README does what the README says: the blocks are read from it and run as
+//! they stand.
 //!
-//! A comment before a block says what it needs: `application: …` starts that application, as `$PID`, on a machine of its own,
-//! where this block and those after it run one after another; it must live on afterwards, with its memory as it was.
-//! Blocks in `sh` are for the reader's shell, in the checkout.
-
-mod criu;
+//! A comment before a block says what it needs: `application: …` starts that application, as
+//! `$PID`, on a machine of its own, where this block and those after it run one after another; it
+//! must live on afterwards, with its memory as it was. Blocks in `sh` are for the reader's shell,
+//! in the checkout.
 
 use std::path::Path;
 use std::process::Command;
 
-use criu::Machine;
+use crate::criu::Machine;
 
 const README: &str = include_str!("../README.md");
 
@@ -52,7 +52,7 @@ fn blocks() -> Vec<Block<'static>> {
 }
 
 /// The recipes of one kind: the argument of their comment, and the blocks that belong together.
-fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
+pub fn recipes(kind: &str) -> Vec<(&'static str, Vec<String>)> {
     let mut recipes: Vec<(&str, &str, Vec<String>)> = Vec::new();
     for block in blocks()
         .into_iter()
@@ -109,8 +109,8 @@ fn every_recipe_is_of_a_kind_that_some_test_runs() {
     }
 }
 
-/// What a reader types into a shell in the checkout. Commands that run for minutes, or that run these very tests (as .ci/run
-/// does, which takes them from here), are only looked up by make.
+/// What a reader types into a shell in the checkout. Commands that run for minutes, or that run
+/// these very tests (as .ci/run does, which takes them from here), are only looked up by make.
 #[test]
 fn every_command_for_the_checkout_works() {
     if Machine::new().is_none() {

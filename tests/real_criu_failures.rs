@@ -1,34 +1,55 @@
-//! When something dies during a checkpoint or a restore, with a real CRIU: the application runs on, or there is a whole
-//! image of it, whatever died, and whenever. They need root; see tests/criu/mod.rs.
+//! When something dies during a checkpoint or a restore, with a real CRIU: the application runs on,
+//! or there is a whole image of it, whatever died, and whenever. They need root; see
+//! tests/criu/mod.rs.
 
-mod criu;
+use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::{Application, Machine};
 
-use criu::recipes::{RESTORE, capture_safely};
-use criu::{Application, Machine};
-
-/// How far the image has come when something happens, in bytes of an image of some 40 MB: from nothing but the first marker to
-/// shortly before the end.
+/// How far the image has come when something happens, in bytes of an image of some 40 MB: from
+/// nothing but the first marker to shortly before the end.
 const MOMENTS: [usize; 8] = [0, 1, 100, 5_000, 200_000, 3_000_000, 20_000_000, 40_000_000];
 
-/// The safe way, uncompressed: `read` is the shard's reader, and knows the streamer's PID as `$(cat streamer.pid)`.
-fn capture(read: &str) -> String {
+/// A later moment may find the whole rest of the image in pipes, and the application killed.
+const MOMENTS_FOR_PLAIN_DUMPS: usize = 20_000_000;
+
+/// How CRIU is told to dump.
+enum Dump {
+    /// It kills the application as soon as it has sent everything.
+    Plain,
+    /// The application is only stopped until the image is known to be whole.
+    Safe,
+}
+
+/// An uncompressed checkpoint: `read` is the shard's reader, and knows the streamer's PID as
+/// `$(cat streamer.pid)`.
+fn capture(dump: Dump, read: &str) -> String {
+    let (option, killed, resumed) = match dump {
+        Dump::Plain => ("", ":", ":"),
+        Dump::Safe => (
+            "--leave-stopped",
+            "kill -KILL -- -$PID",
+            "kill -CONT -- -$PID",
+        ),
+    };
     format!(
         r#"
 rm -rf images ready; mkdir images; mkfifo ready
 {{ bash -c 'echo $$ >streamer.pid; exec criu-image-streamer --images-dir images --progress-fd 3 capture' 3>ready |
     {read} >app.image; }} & pipeline=$!
 grep -q -m1 socket-init ready
-if criu dump --stream --images-dir images --tree $PID --leave-stopped && wait $pipeline; then
-    kill -KILL -- -$PID
+if criu dump --stream --images-dir images --tree $PID {option} && wait $pipeline; then
+    {killed}
 else
-    kill -CONT -- -$PID
+    {resumed}
+    wait $pipeline || true
     exit 1
 fi
 "#
     )
 }
 
-/// After a failed checkpoint: the application goes on, and what there is of an image passes for none.
+/// After a failed checkpoint: the application goes on, and what there is of an image passes for
+/// none.
 fn nothing_has_happened(application: &Application<'_>) {
     application.goes_on();
     application
@@ -41,8 +62,7 @@ fn nothing_has_happened(application: &Application<'_>) {
 /// Whatever happened to it, it can still be checkpointed and restored.
 fn is_unharmed(application: &Application<'_>) {
     let before = application.goes_on();
-    application.run("rm -rf images ready").success();
-    application.run(&capture_safely("lz4")).success();
+    application.run(CAPTURE).success();
     application.is_gone();
     application.run(RESTORE).success();
     application.goes_on_from(before);
@@ -54,12 +74,18 @@ fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
         return;
     };
     let application = machine.start("memory=20 tree=1x1 threads=1");
-    for bytes in MOMENTS {
-        application
-            .run(&capture(&format!("head -c {bytes}")))
-            .failure();
+    let dies_half_way = |dump, read: &str| {
+        let said = application.run(&capture(dump, read)).failure().stderr();
+        assert!(said.contains("criu-image-streamer Error: "), "{said}");
         nothing_has_happened(&application);
+    };
+    for bytes in MOMENTS {
+        dies_half_way(Dump::Safe, &format!("head -c {bytes}"));
+        if bytes <= MOMENTS_FOR_PLAIN_DUMPS {
+            dies_half_way(Dump::Plain, &format!("head -c {bytes}"));
+        }
     }
+    dies_half_way(Dump::Plain, "(head -c 5000000; sleep 0.3)");
     is_unharmed(&application);
 }
 
@@ -71,12 +97,14 @@ fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
     let application = machine.start("memory=20 tree=1x1 threads=1");
     for signal in ["KILL", "TERM"] {
         for bytes in MOMENTS {
-            // A reader that takes nothing at first would stop the streamer before there is anything to interrupt.
+            // A reader that takes nothing at first would stop the streamer before there is anything
+            // to interrupt.
             let bytes = bytes.max(1);
             application
-                .run(&capture(&format!(
-                    "(head -c {bytes}; kill -{signal} $(cat streamer.pid); cat)"
-                )))
+                .run(&capture(
+                    Dump::Safe,
+                    &format!("(head -c {bytes}; kill -{signal} $(cat streamer.pid); cat)"),
+                ))
                 .failure();
             nothing_has_happened(&application);
             if signal == "TERM" {
@@ -94,7 +122,7 @@ fn a_restore_that_lost_its_streamer_can_be_done_again() {
     };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
-    application.run(&capture_safely("lz4")).success();
+    application.run(CAPTURE).success();
     application.is_gone();
     for milliseconds in [0, 10, 20, 30, 40, 60, 80, 120] {
         let script = format!(
@@ -115,7 +143,6 @@ criu restore --stream --images-dir images --restore-detached
         // Of a restore that failed nothing must be left either.
         application.is_gone();
     }
-    application.run("rm -rf images ready").success();
     application.run(RESTORE).success();
     application.goes_on_from(before);
 }

@@ -1,10 +1,8 @@
 //! `--tcp-listen-remap`: listening TCP ports change, and not one other byte of `files.img`.
 
-mod common;
-
-use common::image::{self, put_varint};
-use common::runs;
-use common::streamer::{Launch, Streamer};
+use crate::common::image::{self, put_varint};
+use crate::common::runs;
+use crate::common::streamer::{Launch, Streamer};
 
 const TCP: u64 = 6;
 const UDP: u64 = 17;
@@ -22,7 +20,8 @@ fn bytes_field(message: &mut Vec<u8>, field: u64, bytes: &[u8]) {
     message.extend_from_slice(bytes);
 }
 
-/// A `file_entry` of an internet socket, with fields around the port that this streamer knows nothing of.
+/// A `file_entry` of an internet socket, with fields around the port that this streamer knows
+/// nothing of.
 fn socket(id: u64, proto: u64, state: u64, port: u64) -> Vec<u8> {
     let mut isk = Vec::new();
     varint_field(&mut isk, 1, id);
@@ -34,7 +33,8 @@ fn socket(id: u64, proto: u64, state: u64, port: u64) -> Vec<u8> {
     bytes_field(&mut isk, 1000, b"a field of a newer CRIU");
     isk.extend_from_slice(&[15 << 3 | 5, 1, 2, 3, 4]);
     isk.extend_from_slice(&[14 << 3 | 1, 1, 2, 3, 4, 5, 6, 7, 8]);
-    // A number with a byte that it does not need: whoever decodes and encodes it again loses that byte.
+    // A number with a byte that it does not need: a program that decodes and encodes it again loses
+    // that byte.
     isk.extend_from_slice(&[13 << 3, 0x81, 0x80, 0x00]);
 
     let mut entry = Vec::new();
@@ -58,7 +58,7 @@ fn files_img(entries: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = [0x5456_4319_u32.to_le_bytes(), 0x5630_3138_u32.to_le_bytes()].concat();
     entries
         .iter()
-        .for_each(|entry| bytes.extend(common::criu::frame(entry)));
+        .for_each(|entry| bytes.extend(crate::common::criu::frame(entry)));
     bytes
 }
 
@@ -83,10 +83,7 @@ fn assert_remapped(remap: &str, before: &[Vec<u8>], after: &[Vec<u8>]) {
         files_img(after),
         "{remap}"
     );
-    assert_eq!(
-        criu.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    criu.expect_file("inventory.img", b"inventory");
     drop(criu);
     streamer.expect_success();
 }
@@ -128,7 +125,7 @@ fn several_ports_change_at_once_even_places() {
 }
 
 #[test]
-fn a_port_that_nobody_listens_on_is_an_error_that_lists_those_found() {
+fn a_port_without_a_listener_is_an_error_that_lists_those_found() {
     let files = files_img(&[
         socket(1, TCP, LISTEN, 8080),
         socket(2, TCP, LISTEN, 8443),
@@ -141,7 +138,7 @@ fn a_port_that_nobody_listens_on_is_an_error_that_lists_those_found() {
 
 #[test]
 fn an_image_without_files_img_has_no_port_to_change() {
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) = runs::feed(serve("80:81"), &image);
     streamer.expect_failure(&["--tcp-listen-remap", "files.img"]);
 }
@@ -151,7 +148,7 @@ fn a_files_img_that_is_not_one_is_an_error() {
     let good = files_img(&[socket(1, TCP, LISTEN, 80)]);
     let wrong_magic = [&[0; 8][..], &good[8..]].concat();
     let frame_of_4_gib = [&good[..8], &[0xff; 4]].concat();
-    let not_protobuf = [&good[..8], &common::criu::frame(&[0xff; 20])].concat();
+    let not_protobuf = [&good[..8], &crate::common::criu::frame(&[0xff; 20])].concat();
     for bad in [
         &wrong_magic,
         &frame_of_4_gib,

@@ -1,17 +1,15 @@
-//! What went in comes out: capture and serve, and capture and extract, with the image kept in between or handed straight
-//! from one streamer to the other.
-
-mod common;
+//! What went in comes out: capture and serve, and capture and extract, with the image kept in
+//! between or handed straight from one streamer to the other.
 
 use std::io::Write;
 use std::thread;
 
-use common::PAGE;
-use common::image::{self, Files};
-use common::random::Random;
-use common::runs::{self, assert_same_bytes, assert_same_files};
-use common::shards;
-use common::streamer::Streamer;
+use crate::common::PAGE;
+use crate::common::image::{self, Files};
+use crate::common::random::Random;
+use crate::common::runs::{self, assert_same_files};
+use crate::common::shards;
+use crate::common::streamer::Streamer;
 
 /// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
 fn random_files(seed: u64) -> Files {
@@ -39,12 +37,7 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
         assert_same_files(&runs::read_dir(dir.path()), &files);
 
         let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
-        let criu = streamer.criu();
-        for (name, content) in &files {
-            assert_same_bytes(name, &criu.read_file(name).expect(name), content);
-        }
-        drop(criu);
-        streamer.expect_success();
+        runs::assert_served(&mut streamer, &files);
         feeder.finish().into_iter().for_each(Result::unwrap);
     }
 }
@@ -69,12 +62,7 @@ fn capture_connected_straight_to_serve() {
         drop(dumping);
         capture.expect_success();
 
-        let restoring = serve.criu();
-        for (name, content) in &files {
-            assert_same_bytes(name, &restoring.read_file(name).expect(name), content);
-        }
-        drop(restoring);
-        serve.expect_success();
+        runs::assert_served(&mut serve, &files);
     }
 }
 
@@ -101,12 +89,7 @@ fn thousands_of_small_files() {
     let files = runs::small_files(5000, 3000, 1);
     let shards = runs::capture(&files, 4, None);
     let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
-    let criu = streamer.criu();
-    for (name, content) in &files {
-        assert_same_bytes(name, &criu.read_file(name).expect(name), content);
-    }
-    drop(criu);
-    streamer.expect_success();
+    runs::assert_served(&mut streamer, &files);
     feeder.finish().into_iter().for_each(Result::unwrap);
 
     let (dir, exit) = runs::extract(&shards);
@@ -114,14 +97,15 @@ fn thousands_of_small_files() {
     assert_same_files(&runs::read_dir(dir.path()), &files);
 }
 
-/// CRIU writes a page at a time into several files at once; the other side reads them all at once too.
+/// CRIU writes a page at a time into several files at once; the other side reads them all at once
+/// too.
 #[test]
 fn many_writers_and_many_readers_at_once() {
     let mut files = Files::new();
     for i in 0..6 {
         files.insert(
             format!("pages-{i}.img"),
-            common::random::bytes(i, 300 * PAGE + i as usize),
+            crate::common::random::bytes(i, 300 * PAGE + i as usize),
         );
     }
     let (readers, writers) = shards::pipes(3, None);
@@ -143,16 +127,11 @@ fn many_writers_and_many_readers_at_once() {
     capture.expect_success();
 
     let restoring = serve.criu();
-    assert_eq!(
-        restoring.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    restoring.expect_file("inventory.img", b"inventory");
     thread::scope(|scope| {
         for (name, content) in &files {
             let restoring = &restoring;
-            scope.spawn(move || {
-                assert_same_bytes(name, &restoring.read_file(name).expect(name), content)
-            });
+            scope.spawn(move || restoring.expect_file(name, content));
         }
     });
     drop(restoring);

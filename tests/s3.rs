@@ -1,8 +1,6 @@
-//! The README's object store recipe, with the real AWS command line and a real S3 server (moto's, on loopback): four shards,
-//! compressed and encrypted. An upload or download that breaks off half way is a failure with a reason.
-
-mod common;
-mod criu;
+//! The README's object store recipe, with the real AWS command line and a real S3 server (moto's,
+//! on loopback): four shards, compressed and encrypted. An upload or download that breaks off half
+//! way is a failure with a reason.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,11 +12,11 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::HANG_TIMEOUT;
-use common::image::Files;
-use common::random;
-use common::runs::{assert_same_bytes, inventory_last};
-use common::streamer::{Launch, Streamer};
+use crate::common::image::Files;
+use crate::common::streamer::{Launch, Streamer};
+use crate::common::{HANG_TIMEOUT, random, runs, skip};
+use crate::criu::Machine;
+use crate::readme::recipes;
 use tempfile::TempDir;
 
 /// The recipe: the command for each shard, up and down. `compress` is lz4 or zstd.
@@ -47,13 +45,14 @@ fn tools() -> Option<String> {
     match brought {
         Ok(tools) => Some(tools),
         Err(why) => {
-            criu::skip(&why);
+            skip(&why);
             None
         }
     }
 }
 
-/// An S3 server with the bucket `checkpoints`, and a directory with the key in which the commands run.
+/// An S3 server with the bucket `checkpoints`, and a directory with the key in which the commands
+/// run.
 struct Store {
     tools: String,
     server: Child,
@@ -153,7 +152,7 @@ impl Drop for Store {
     }
 }
 
-/// A way to the store that breaks after so many bytes in one direction, and for good.
+/// A way to the store that breaks for good when one direction has carried its bytes.
 struct Line {
     port: u16,
 }
@@ -212,23 +211,11 @@ fn files() -> Files {
     ])
 }
 
-fn send(streamer: &Streamer, files: &Files) {
-    let criu = streamer.criu();
-    for (name, content) in inventory_last(files) {
-        let Ok(mut file) = criu.try_create_file(name, None) else {
-            return;
-        };
-        if file.write_all(content).is_err() {
-            return;
-        }
-    }
-}
-
 fn upload(store: &Store, files: &Files, compress: &str) {
     let mut streamer = store
         .launch(Streamer::capture(), store.port, UPLOAD, compress)
         .start();
-    send(&streamer, files);
+    runs::send(&streamer, files);
     streamer.expect_success();
 }
 
@@ -244,12 +231,7 @@ fn through_the_store(compress: &str) {
 
     let launch = store.launch(Streamer::serve(), store.port, DOWNLOAD, compress);
     let mut streamer = launch.start();
-    let criu = streamer.criu();
-    for (name, content) in &files {
-        assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
-    }
-    drop(criu);
-    streamer.expect_success();
+    runs::assert_served(&mut streamer, &files);
 }
 
 #[test]
@@ -269,7 +251,7 @@ fn an_upload_that_fails_half_way_fails_the_capture() {
     let mut streamer = store
         .launch(Streamer::capture(), line.port, UPLOAD, "lz4")
         .start();
-    send(&streamer, &files());
+    runs::send(&streamer, &files());
     let exit = streamer.expect_failure(&["shard command", "aws s3 cp"]);
     assert!(
         exit.progress.iter().all(|line| !line.starts_with('{')),
@@ -305,7 +287,7 @@ fn an_object_that_is_not_there_is_named_by_its_command() {
 /// The README's blocks, as they stand there, with a real CRIU.
 #[test]
 fn a_process_goes_to_an_object_store_and_back_as_the_readme_says() {
-    let Some(machine) = criu::Machine::new() else {
+    let Some(machine) = Machine::new() else {
         return;
     };
     let Some(tools) = tools() else { return };
@@ -326,20 +308,12 @@ moto_server --host 127.0.0.1 --port 5000 &>moto.log &
 until aws s3 mb s3://$BUCKET; do sleep 0.2; done"#
         ))
         .success();
-    let [capture, restore] = recipe();
+    let (_, blocks) = recipes("s3").remove(0);
+    let [capture, restore] = &blocks[..] else {
+        panic!("two blocks expected: {blocks:?}")
+    };
     application.run(&format!("{account}{capture}")).success();
     application.is_gone();
     application.run(&format!("{account}{restore}")).success();
     application.goes_on_from(before);
-}
-
-/// The two blocks under the comment `s3`.
-fn recipe() -> [&'static str; 2] {
-    let readme = include_str!("../README.md");
-    let recipe = readme.split_once("<!-- s3 -->").expect("the recipe").1;
-    let mut blocks = recipe
-        .split("```bash\n")
-        .skip(1)
-        .map(|block| block.split_once("```").expect("the block's end").0);
-    [(); 2].map(|()| blocks.next().expect("two blocks"))
 }

@@ -1,24 +1,23 @@
-//! Serving like a file system: any number of files open at once, read, left and asked for again in any order.
-
-mod common;
+//! Serving like a file system: any number of files open at once, read, left and asked for again in
+//! any order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::PAGE;
-use common::criu::{Criu, Role};
-use common::image::{self, Files};
-use common::random::{self, Random};
-use common::runs::{self, assert_same_bytes};
-use common::streamer::Streamer;
+use crate::common::criu::{Criu, Role};
+use crate::common::image::{self, Files};
+use crate::common::random::{self, Random, for_each_seed};
+use crate::common::runs::{self, assert_same_bytes};
+use crate::common::streamer::Streamer;
+use crate::common::{PAGE, setting};
 
 const MIB: usize = 1 << 20;
 
-/// Files up to this size, unless they hold pages, can be asked for as often as CRIU likes; others are given away as they are sent.
+/// Files up to this size, unless they hold pages, can be asked for as often as CRIU likes; others
+/// are given away as they are sent.
 const KEPT: usize = MIB;
 
 /// A file that a reader has open, and how far it is.
@@ -123,32 +122,13 @@ fn read_at_random(seed: u64) {
 /// A failing seed is printed; run it alone with `SERVING_FIRST_SEED=<seed> SERVING_SEEDS=1`.
 #[test]
 fn readers_that_open_read_and_leave_at_random_get_right_bytes_and_an_end() {
-    let number =
-        |name: &str, default| std::env::var(name).map_or(default, |value| value.parse().unwrap());
-    let (first, count): (u64, u64) = (
-        number("SERVING_FIRST_SEED", 0),
-        number("SERVING_SEEDS", 2000),
-    );
-    let run = |seeds: std::ops::Range<u64>| {
-        for seed in seeds {
-            let on_failure = Shout(seed);
-            read_at_random(seed);
-            std::mem::forget(on_failure);
-        }
-    };
+    let first = setting("SERVING_FIRST_SEED", 0);
+    let end = first + setting("SERVING_SEEDS", 2000);
+    let middle = first.midpoint(end);
     thread::scope(|scope| {
-        scope.spawn(|| run(first..first + count / 2));
-        run(first + count / 2..first + count);
+        scope.spawn(|| for_each_seed(first..middle, read_at_random));
+        for_each_seed(middle..end, read_at_random);
     });
-}
-
-/// Names the seed when the test panics.
-struct Shout(u64);
-
-impl Drop for Shout {
-    fn drop(&mut self) {
-        eprintln!("failed with seed {}", self.0);
-    }
 }
 
 #[test]
@@ -168,16 +148,14 @@ fn processes_of_one_criu_read_at_the_same_time() {
                     .collect();
                 for _ in 0..100 {
                     let (name, content) = random.pick(&kept);
-                    assert_same_bytes(name, &criu.read_file(name).expect(name), content);
+                    criu.expect_file(name, content);
                 }
             });
         }
         for i in 0..3 {
             let (criu, name) = (&criu, format!("pages-{i}.img"));
             let content = &files[&name];
-            scope.spawn(move || {
-                assert_same_bytes(&name, &criu.read_file(&name).expect(&name), content)
-            });
+            scope.spawn(move || criu.expect_file(&name, content));
         }
     });
     drop(criu);
@@ -216,7 +194,8 @@ fn ten_thousand_requests_leave_the_streamer_as_it_was() {
     streamer.expect_success();
 }
 
-/// A pipe that CRIU just closed is noticed a moment later: the least of what is seen until it stays the same for long.
+/// A pipe that CRIU just closed is noticed a moment later: the least of what is seen until it stays
+/// the same for long.
 fn settled(streamer: &Streamer, look: impl Fn(&Streamer) -> usize) -> usize {
     let mut least = look(streamer);
     let mut since = Instant::now();
@@ -251,86 +230,8 @@ fn thousands_of_files_are_open_at_once() {
     streamer.expect_success();
 }
 
-/// The scheduling policy, field 41 of `/proc/PID/stat`: 0 is the usual one, 1 is `SCHED_FIFO`.
-fn policy(streamer: &Streamer) -> u32 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", streamer.pid())).unwrap();
-    let (_, after_name) = stat.rsplit_once(") ").unwrap();
-    let field = after_name.split(' ').nth(41 - 3).unwrap();
-    field.parse().unwrap()
-}
-
-fn wait_for_policy(streamer: &Streamer, expected: u32, when: &str) {
-    let end = Instant::now() + common::HANG_TIMEOUT;
-    while policy(streamer) != expected {
-        assert!(
-            Instant::now() < end,
-            "the policy is {} {when}",
-            policy(streamer)
-        );
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A small file, one that fills any pipe, and the last.
-fn small_and_large() -> Files {
-    let mut random = Random::new(9);
-    let sizes = [
-        ("core-1.img", 1000),
-        ("pages-1.img", 8 * MIB),
-        ("inventory.img", 100),
-    ];
-    let sized = sizes.map(|(name, size)| (name.to_owned(), random.bytes(size)));
-    sized.into_iter().collect()
-}
-
-#[test]
-fn small_files_are_served_at_real_time_priority_and_large_ones_are_not() {
-    if !nix::unistd::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "this test needs root");
-        eprintln!("skipped: real-time priority needs root");
-        return;
-    }
-    let files = small_and_large();
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::serve(), &image::encode_files(&files, 2, MIB));
-    let criu = streamer.criu();
-    assert_eq!(
-        criu.read_file("core-1.img").unwrap(),
-        files["core-1.img"],
-        "core-1.img"
-    );
-    wait_for_policy(&streamer, 1, "after a small file");
-    let mut large = criu.open_file("pages-1.img").unwrap();
-    wait_for_policy(&streamer, 0, "while a large file waits for its reader");
-    let mut content = Vec::new();
-    large.read_to_end(&mut content).unwrap();
-    assert_same_bytes("pages-1.img", &content, &files["pages-1.img"]);
-    wait_for_policy(&streamer, 1, "after the large file");
-    drop(criu);
-    streamer.expect_success();
-}
-
-#[test]
-fn a_priority_that_was_chosen_by_the_starter_is_kept() {
-    // Of this thread, and so of what it starts.
-    let own = nix::unistd::gettid().to_string();
-    let reniced = Command::new("renice")
-        .args(["-n", "5", "-p", &own])
-        .output();
-    assert!(reniced.unwrap().status.success());
-    let files = small_and_large();
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::serve(), &image::encode_files(&files, 2, MIB));
-    let criu = streamer.criu();
-    for name in files.keys() {
-        assert_same_bytes(name, &criu.read_file(name).unwrap(), &files[name]);
-        assert_eq!(policy(&streamer), 0, "after {name}");
-    }
-    drop(criu);
-    streamer.expect_success();
-}
-
-/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no second time.
+/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no
+/// second time.
 #[test]
 fn a_page_file_asked_for_again_is_an_error_that_names_it() {
     let pages = random::bytes(1, 4 * MIB);
@@ -341,11 +242,7 @@ fn a_page_file_asked_for_again_is_an_error_that_names_it() {
     );
     let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
     let criu = streamer.criu();
-    assert_same_bytes(
-        "pages-1.img",
-        &criu.read_file("pages-1.img").unwrap(),
-        &pages,
-    );
+    criu.expect_file("pages-1.img", &pages);
     if let Ok(Some(mut again)) = criu.try_open_file("pages-1.img", None) {
         let mut content = Vec::new();
         match again.read_to_end(&mut content) {
@@ -364,11 +261,7 @@ fn every_other_file_up_to_a_bound_may_be_asked_for_again() {
     let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
     let criu = streamer.criu();
     for _ in 0..3 {
-        assert_same_bytes(
-            "pagemap-1.img",
-            &criu.read_file("pagemap-1.img").unwrap(),
-            &content,
-        );
+        criu.expect_file("pagemap-1.img", &content);
     }
     drop(criu);
     streamer.expect_success();
@@ -376,21 +269,15 @@ fn every_other_file_up_to_a_bound_may_be_asked_for_again() {
 
 #[test]
 fn connections_after_the_first_are_served_and_the_last_one_ends_it() {
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
     let restore = streamer.criu();
     restore.read_file("inventory.img").unwrap();
     let lazy_pages = Criu::connect(streamer.images_dir(), Role::Serve);
-    assert_eq!(
-        lazy_pages.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    lazy_pages.expect_file("inventory.img", b"inventory");
     drop(restore);
     for _ in 0..100 {
-        assert_eq!(
-            lazy_pages.read_file("inventory.img").as_deref(),
-            Some(&b"inventory"[..])
-        );
+        lazy_pages.expect_file("inventory.img", b"inventory");
     }
     drop(lazy_pages);
     streamer.expect_success();
@@ -398,28 +285,25 @@ fn connections_after_the_first_are_served_and_the_last_one_ends_it() {
 
 #[test]
 fn criu_clients_are_waited_for() {
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+    let image = image::inventory();
     let (mut streamer, _feeder) =
         runs::feed(Streamer::serve().args(["--criu-clients", "3"]), &image);
-    for _ in 0..3 {
+    for client in 0..3 {
+        if client == 1 {
+            // There may be a long time between two of them.
+            runs::outlast_grace();
+        }
         assert!(streamer.is_running());
         let criu = streamer.criu();
-        assert_eq!(
-            criu.read_file("inventory.img").as_deref(),
-            Some(&b"inventory"[..])
-        );
+        criu.expect_file("inventory.img", b"inventory");
     }
     streamer.expect_success();
 }
 
 #[test]
 fn a_capture_takes_files_from_several_connections() {
-    let (readers, writers) = common::shards::pipes(2, None);
-    let mut streamer = Streamer::capture()
-        .shards(writers)
-        .args(["--criu-clients", "2"])
-        .start();
-    let collector = common::shards::Collector::start(readers);
+    let (mut streamer, collector) =
+        runs::collect(Streamer::capture().args(["--criu-clients", "2"]), 2);
     let first = streamer.criu();
     first.write_file("a.img", b"first");
     drop(first);

@@ -1,18 +1,15 @@
-//! `--shard-cmd`: one exit status for the whole pipeline. The transfer has succeeded only if every command has; otherwise the error says which
-//! failed and how, and the others are ended.
-
-mod common;
+//! `--shard-cmd`: one exit status for the whole pipeline. The transfer has succeeded only if every
+//! command has; otherwise the error says which failed and how, and the others are ended.
 
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::criu::{Criu, Role};
-use common::image::{self, Files};
-use common::runs::{assert_same_bytes, assert_same_files, inventory_last, read_dir, sample_files};
-use common::streamer::{Exit, Launch, Streamer};
-use common::{HANG_TIMEOUT, random};
+use crate::common::image::{self, Files};
+use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
+use crate::common::streamer::{Exit, Launch, Streamer, binary};
+use crate::common::{HANG_TIMEOUT, random};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -22,25 +19,9 @@ fn with(launch: Launch, shards: usize, command: &str) -> Launch {
         .args(["--shard-cmd", command])
 }
 
-/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this.
-fn send(streamer: &Streamer, files: &Files) {
-    streamer.wait_for_line("socket-init");
-    let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Capture) else {
-        return;
-    };
-    for (name, content) in inventory_last(files) {
-        let Ok(mut file) = criu.try_create_file(name, None) else {
-            return;
-        };
-        if file.write_all(content).is_err() {
-            return;
-        }
-    }
-}
-
 fn capture(shards: usize, command: &str, files: &Files) -> Exit {
     let mut streamer = with(Streamer::capture(), shards, command).start();
-    send(&streamer, files);
+    runs::send(&streamer, files);
     streamer.wait()
 }
 
@@ -116,12 +97,7 @@ fn an_image_goes_out_and_comes_back_through_commands() {
 
         for launch in [Streamer::serve, Streamer::extract_serve] {
             let mut streamer = with(launch(), count, &bring).start();
-            let criu = streamer.criu();
-            for (name, content) in &files {
-                assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
-            }
-            drop(criu);
-            streamer.expect_success();
+            runs::assert_served(&mut streamer, &files);
         }
     }
 }
@@ -131,7 +107,7 @@ fn there_is_one_shard_unless_told_otherwise() {
     let dir = TempDir::new().unwrap();
     let command = format!("cat >'{}'/{{}}-of-{{}}", dir.path().display());
     let mut streamer = Streamer::capture().args(["--shard-cmd", &command]).start();
-    send(&streamer, &small_files());
+    runs::send(&streamer, &small_files());
     streamer.expect_success();
     let shard = fs::read(dir.path().join("1-of-1")).unwrap();
     assert_same_files(&image::decode(&[shard]).unwrap(), &small_files());
@@ -204,7 +180,7 @@ fn statistics_come_when_every_command_has_ended() {
     nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let command = format!("cat >/dev/null; cd '{path}'; echo {{}} >read-{{}}; read -r _ <gate");
     let mut streamer = with(Streamer::capture(), 1, &command).start();
-    send(&streamer, &small_files());
+    runs::send(&streamer, &small_files());
     wait_for_file(&dir.path().join("read-1"));
     assert!(streamer.is_running());
     assert_eq!(
@@ -342,7 +318,8 @@ fn a_download_that_fails_ends_the_others_at_once() {
     wait_until_nothing_runs(&marker);
 }
 
-/// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors open.
+/// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors
+/// open.
 #[test]
 fn a_command_starts_like_one_that_a_shell_started() {
     let dir = TempDir::new().unwrap();
@@ -351,18 +328,18 @@ fn a_command_starts_like_one_that_a_shell_started() {
         "grep Sig /proc/self/status >'{path}'/signals; echo /proc/self/fd/* >'{path}'/fds; \
          ps -o pgid= -p $$ >'{path}'/group; echo $$ >>'{path}'/group; cat >/dev/null"
     );
-    let (_reader, leaked) = common::shards::pipe();
+    let (_reader, leaked) = crate::common::shards::pipe();
     let mut streamer = with(Streamer::capture(), 1, &command)
         .inherit(leaked)
         .start();
-    send(&streamer, &small_files());
+    runs::send(&streamer, &small_files());
     streamer.expect_success();
 
     let signals = fs::read_to_string(dir.path().join("signals")).unwrap();
     for mask in ["SigBlk", "SigIgn"] {
         let line = signals.lines().find(|line| line.starts_with(mask)).unwrap();
         let signals = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
-        // Real-time signals are the C library's business, or that of whoever started this test.
+        // Real-time signals are the C library's business, or of the starter of this test.
         let standard = signals & ((1 << 31) - 1);
         assert_eq!(standard, 0, "{line}");
     }
@@ -395,7 +372,7 @@ fn sh_takes_the_place_of_a_bash_that_is_not_there() {
     let command = format!("cat >'{}'/s{{}}", dir.path().display());
     let launch = with(Streamer::capture(), 2, &command).env("PATH", path.to_str().unwrap());
     let mut streamer = launch.start();
-    send(&streamer, &small_files());
+    runs::send(&streamer, &small_files());
     streamer.expect_success();
     assert_same_files(
         &image::decode(&read_shards(dir.path(), 2)).unwrap(),
@@ -414,7 +391,7 @@ fn sh_takes_the_place_of_a_bash_that_is_not_there() {
 fn commands_are_not_started_for_bad_usage() {
     let dir = TempDir::new().unwrap();
     let touch = format!("touch '{}'/started", dir.path().display());
-    let (_reader, end) = common::shards::pipe();
+    let (_reader, end) = crate::common::shards::pipe();
     let refused = [
         (
             Streamer::capture()
@@ -442,13 +419,14 @@ fn commands_are_not_started_for_bad_usage() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
-/// It is not in the terminal's foreground, where it could be answered. `script` gives it a terminal.
+/// It is not in the terminal's foreground, where it could be answered. `script` gives it a
+/// terminal.
 #[test]
 fn a_command_that_wants_a_password_from_the_terminal_is_told_off() {
     let dir = TempDir::new().unwrap();
     let command = format!(
         "{} -D '{}' --shard-cmd 'read -r password </dev/tty; cat' serve",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         dir.path().display()
     );
     let output = std::process::Command::new("script")

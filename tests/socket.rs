@@ -1,6 +1,5 @@
-//! The socket in the images directory: who gets in, what a stranger can do there (nothing), and what stays behind (nothing).
-
-mod common;
+//! The socket in the images directory: who gets in, what a stranger can do there (nothing), and
+//! what stays behind (nothing).
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -10,13 +9,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use common::PAGE;
-use common::child;
-use common::criu::{self, Role, read_reply, send_fds};
-use common::image;
-use common::runs;
-use common::shards::{self, Collector, Feeder, pipe, pipes};
-use common::streamer::{Launch, Streamer};
+use crate::common::child;
+use crate::common::criu::{self, Role, read_reply, send_fds};
+use crate::common::image;
+use crate::common::runs;
+use crate::common::shards::{self, Collector, Feeder, pipe, pipes};
+use crate::common::streamer::{Launch, Streamer};
+use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -54,7 +53,7 @@ impl Listening {
                 }
             }
             Role::Serve => {
-                let image = image::encode([("inventory.img", &b"inventory"[..])], 1, 100);
+                let image = image::inventory();
                 let (streamer, feeder) = runs::feed(configure(Streamer::serve()), &image);
                 Self {
                     streamer,
@@ -79,10 +78,7 @@ impl Listening {
         let criu = self.streamer.criu();
         match self.role {
             Role::Capture => criu.write_file("inventory.img", b"inventory"),
-            Role::Serve => assert_eq!(
-                criu.read_file("inventory.img").as_deref(),
-                Some(&b"inventory"[..])
-            ),
+            Role::Serve => criu.expect_file("inventory.img", b"inventory"),
         }
         drop(criu);
         let exit = self.streamer.expect_success();
@@ -108,13 +104,11 @@ fn only_the_owner_may_connect() {
     }
 }
 
-/// Someone may have loosened the mode: the peer's user counts as well.
+/// The mode may have been loosened: the peer's user counts as well.
 #[test]
 fn another_user_is_refused_and_the_wait_for_criu_goes_on() {
     const NOBODY: u32 = 65_534;
-    if !nix::unistd::geteuid().is_root() {
-        assert!(std::env::var_os("CI").is_none(), "this test needs root");
-        eprintln!("skipped: becoming another user needs root");
+    if !root_or_skip() {
         return;
     }
     for role in ROLES {
@@ -124,9 +118,7 @@ fn another_user_is_refused_and_the_wait_for_criu_goes_on() {
         fs::set_permissions(listening.socket(), fs::Permissions::from_mode(0o666)).unwrap();
         let mut stranger =
             child::as_user(NOBODY, || UnixStream::connect(listening.socket())).unwrap();
-        stranger
-            .set_read_timeout(Some(common::HANG_TIMEOUT))
-            .unwrap();
+        stranger.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
         let _refused_already = stranger.write_all(&criu::request("inventory.img"));
         assert!(
             !read_reply(&mut stranger).unwrap_or(false),
@@ -176,16 +168,17 @@ fn anything_else_of_that_name_is_left_alone() {
 
 #[test]
 fn a_second_streamer_is_refused_and_the_first_one_does_not_notice() {
-    for role in ROLES {
+    let firsts = ROLES.map(|role| {
         let dir = TempDir::new().unwrap();
         let first = Listening::start_with(role, |launch| launch.images_dir(dir.path()));
         let mut second = Listening::launch(role, |launch| launch.images_dir(dir.path()));
-        second
-            .streamer
-            .expect_failure(&[first.socket().to_str().unwrap()]);
-        drop(second);
-        // Longer than the grace that a client without a request leaves behind: the second streamer was no client.
-        std::thread::sleep(Duration::from_millis(2500));
+        let socket = first.socket();
+        second.streamer.expect_failure(&[socket.to_str().unwrap()]);
+        (first, dir)
+    });
+    // The second streamer was no client that leaves a grace behind.
+    runs::outlast_grace();
+    for (first, _dir) in firsts {
         first.expect_unharmed();
     }
 }
@@ -324,9 +317,7 @@ fn a_message_that_is_none_is_an_error_that_names_the_peer() {
             let mut stranger = listening.stranger();
             stranger.write_all(message).unwrap();
             // The streamer hangs up, or at least answers nothing.
-            stranger
-                .set_read_timeout(Some(common::HANG_TIMEOUT))
-                .unwrap();
+            stranger.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
             assert!(!matches!(stranger.read(&mut [0; 6]), Ok(1..)), "{what}");
             let stderr = listening.expect_unharmed();
             assert!(
@@ -365,9 +356,7 @@ fn anything_but_one_pipe_harms_nothing_and_is_not_kept() {
             let listening = Listening::start(role);
             let send_it = || {
                 let mut stranger = listening.stranger();
-                stranger
-                    .set_read_timeout(Some(common::HANG_TIMEOUT))
-                    .unwrap();
+                stranger.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
                 stranger.write_all(&criu::request("inventory.img")).unwrap();
                 if role == Role::Serve {
                     assert!(read_reply(&mut stranger).unwrap());
@@ -376,8 +365,8 @@ fn anything_but_one_pipe_harms_nothing_and_is_not_kept() {
                 let answer = stranger.read(&mut [0; 6]);
                 assert!(!matches!(answer, Ok(1..)), "{what}: no answer to that");
             };
-            // The first one is answered when the streamer has all it needs open; whoever sees the end of its connection
-            // can be sure that nothing of it is kept.
+            // The first one is answered when the streamer has all it needs open; when a connection
+            // has ended, nothing of it is kept.
             send_it();
             let before = listening.streamer.open_fds();
             for _ in 0..TIMES {
@@ -397,10 +386,7 @@ fn a_pipe_that_is_closed_on_the_other_side_is_a_file_that_criu_does_not_read() {
     for _ in 0..10 {
         drop(criu.open_file("inventory.img").unwrap());
     }
-    assert_eq!(
-        criu.read_file("inventory.img").as_deref(),
-        Some(&b"inventory"[..])
-    );
+    criu.expect_file("inventory.img", b"inventory");
     drop(criu);
     listening.streamer.expect_success();
 }

@@ -1,17 +1,17 @@
-//! A probe for kernels whose splice loses, repeats or mixes up data when pages are partly filled: `cargo test splice`.
-
-mod common;
+//! A probe for kernels whose splice loses, repeats or mixes up data when pages are partly filled:
+//! `cargo test splice`.
 
 use std::io::Write;
 use std::thread;
 
-use common::image::Files;
-use common::random;
-use common::runs::assert_same_bytes;
-use common::shards;
-use common::streamer::Streamer;
+use crate::common::image::Files;
+use crate::common::random;
+use crate::common::runs;
+use crate::common::shards;
+use crate::common::streamer::Streamer;
 
-/// Every 10 bytes end a write, so that pipe buffers hold anything from 10 bytes to what the kernel merged.
+/// Every 10 bytes end a write, so that pipe buffers hold anything from 10 bytes to what the kernel
+/// merged.
 #[test]
 fn splice_keeps_tiny_pieces_in_order() {
     const FILES: u64 = 200;
@@ -46,10 +46,5 @@ fn splice_keeps_tiny_pieces_in_order() {
     drop(dumping);
     capture.expect_success();
 
-    let restoring = serve.criu();
-    for (name, content) in &files {
-        assert_same_bytes(name, &restoring.read_file(name).expect(name), content);
-    }
-    drop(restoring);
-    serve.expect_success();
+    runs::assert_served(&mut serve, &files);
 }

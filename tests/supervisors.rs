@@ -1,24 +1,23 @@
-//! The way in which supervisors such as FastFreeze drive the streamer: their own pipes as shards, progress lines that they read one by one and
-//! act on, an external file from and to `tar`, separate processes for each step, and an exit status that is waited for from each.
-//! And examples/checkpoint-safely.sh, which does it for those who have no supervisor.
-
-mod common;
-mod criu;
+//! The way in which supervisors such as FastFreeze drive the streamer: their own pipes as shards,
+//! progress lines that they read one by one and act on, an external file from and to `tar`,
+//! separate processes for each step, and an exit status that is waited for from each. And
+//! examples/checkpoint-safely.sh, which does it for those who have no supervisor.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use common::HANG_TIMEOUT;
-use common::child::{Child as Inheriting, send_signal, wait_for_end};
-use common::criu::{Criu, Role};
-use common::image::{self, Files};
-use common::random;
-use common::runs::{self, assert_same_bytes, inventory_last};
-use common::shards::pipe;
-use common::streamer::Streamer;
+use crate::common::HANG_TIMEOUT;
+use crate::common::child::{Child as Inheriting, send_signal, wait_for_end};
+use crate::common::criu::{Criu, Role};
+use crate::common::image::Files;
+use crate::common::random;
+use crate::common::runs::{self, assert_same_bytes};
+use crate::common::shards::pipe;
+use crate::common::streamer::binary;
+use crate::criu::Machine;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -32,7 +31,7 @@ impl Supervised {
     fn start(images_dir: &Path, shards: Vec<OwnedFd>, archive: OwnedFd, subcommand: &str) -> Self {
         let (progress, progress_end) = pipe();
         let fds: Vec<_> = shards.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        let mut command = Command::new(binary());
         command
             .arg("--images-dir")
             .arg(images_dir)
@@ -80,10 +79,10 @@ impl Supervised {
             .collect()
     }
 
-    fn ends_well(self) {
+    fn ends_well(mut self) {
         let mut after = self.progress;
-        let usage = self.process.reap().unwrap();
-        assert!(usage.status.success(), "{}", usage.status);
+        let status = self.process.reap().unwrap();
+        assert!(status.success(), "{status}");
         let mut rest = String::new();
         after.read_line(&mut rest).unwrap();
         assert_eq!(rest, "", "nothing follows the last line");
@@ -154,7 +153,7 @@ fn capture(dir: &Path, source: &Path, shards: usize) {
         Stdio::null(),
         archive_end.into(),
     );
-    for (name, content) in inventory_last(&files).filter(|(name, _)| *name != "core-1.img") {
+    for (name, content) in runs::inventory_last(&files).filter(|(name, _)| *name != "core-1.img") {
         criu.write_file(name, content);
     }
     drop(criu);
@@ -216,7 +215,7 @@ fn a_supervisor_checkpoints_and_restores_with_a_file_system() {
     assert_same_tree(&source, &target);
     let criu = Criu::connect(&images, Role::Serve);
     for (name, content) in &files() {
-        assert_same_bytes(name, &criu.read_file(name).unwrap(), content);
+        criu.expect_file(name, content);
     }
     assert!(criu.read_file("fs.tar").is_none(), "it was never CRIU's");
     drop(criu);
@@ -240,69 +239,13 @@ fn a_supervisor_extracts_with_a_file_system() {
     runs::assert_same_files(&runs::read_dir(&images), &expected);
 }
 
-/// It waits for `tar` before it lets the rest of the download go on.
-#[test]
-fn an_external_file_is_complete_before_the_image_is() {
-    let (dir, source, target) = place();
-    let archived = Command::new("tar")
-        .args(["-C", source.to_str().unwrap(), "-cf", "-", "."])
-        .output()
-        .unwrap();
-    let inventory = random::bytes(5, 100);
-    let shard = &image::encode(
-        [
-            ("fs.tar", archived.stdout.as_slice()),
-            ("inventory.img", &inventory),
-        ],
-        1,
-        4096,
-    )[0];
-    let (archive_end, archive) = pipe();
-    let tar = process(
-        "tar",
-        &["-C", target.to_str().unwrap(), "-xf", "-"],
-        archive_end.into(),
-        Stdio::null(),
-    );
-    let (reader, writer) = pipe();
-    let images = dir.path().join("images");
-    let mut streamer = Supervised::start(&images, vec![reader], archive, "serve");
-    // The end of inventory.img, and of the image.
-    let (most, rest) = shard.split_at(shard.len() - 50);
-    let mut shard = File::from(writer);
-    shard.write_all(most).unwrap();
-    ends_well(tar);
-    assert_same_tree(&source, &target);
-    shard.write_all(rest).unwrap();
-    drop(shard);
-    assert_eq!(streamer.stats().len(), 1);
-    assert_eq!(streamer.line(), "socket-init");
-    drop(Criu::connect(&images, Role::Serve).read_file("inventory.img"));
-    streamer.ends_well();
-}
-
-/// Supervisors close their end of the progress pipe when they have seen enough.
-#[test]
-fn a_supervisor_may_stop_listening() {
-    let dir = TempDir::new().unwrap();
-    let mut streamer = Streamer::capture()
-        .progress_reader_gone()
-        .args(["--shard-cmd", "cat >/dev/null"])
-        .images_dir(dir.path())
-        .start();
-    let criu = streamer.criu_when_socket_is_there();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-}
-
 /// The terminal that it was started from may be closed.
 #[test]
 fn a_streamer_under_nohup_survives_a_hangup() {
     let images = TempDir::new().unwrap();
     let script = format!(
         "trap '' HUP; exec {} -D '{}' -p 1 --shard-cmd 'cat >/dev/null' capture",
-        env!("CARGO_BIN_EXE_criu-image-streamer"),
+        binary().display(),
         images.path().display()
     );
     let mut streamer = process("sh", &["-c", &script], Stdio::null(), Stdio::piped());
@@ -318,7 +261,8 @@ fn a_streamer_under_nohup_survives_a_hangup() {
     ends_well(streamer);
 }
 
-/// Python's subprocess.DEVNULL, for one, is open for reading and writing: like what stands in for a closed descriptor.
+/// Python's subprocess.DEVNULL, for one, is open for reading and writing: like what stands in for a
+/// closed descriptor.
 #[test]
 fn a_supervisor_may_have_no_interest_in_standard_error() {
     let images = TempDir::new().unwrap();
@@ -327,7 +271,7 @@ fn a_supervisor_may_have_no_interest_in_standard_error() {
         .write(true)
         .open("/dev/null")
         .unwrap();
-    let streamer = Command::new(env!("CARGO_BIN_EXE_criu-image-streamer"))
+    let streamer = Command::new(binary())
         .arg("-D")
         .arg(images.path())
         .args(["--shard-cmd", "cat >/dev/null", "capture"])
@@ -363,7 +307,7 @@ fn safely(command: &str) -> String {
 
 #[test]
 fn the_example_ends_the_application_when_everything_has_succeeded() {
-    let Some(machine) = criu::Machine::new() else {
+    let Some(machine) = Machine::new() else {
         return;
     };
     let application = machine.start("memory=40 tree=2x2");
@@ -389,7 +333,7 @@ wait $streamer
 /// Early, so that CRIU sees a broken pipe, and so late that CRIU has succeeded.
 #[test]
 fn the_example_lets_the_application_go_on_when_something_failed() {
-    let Some(machine) = criu::Machine::new() else {
+    let Some(machine) = Machine::new() else {
         return;
     };
     let application = machine.start("memory=40 tree=2x2");
@@ -411,7 +355,7 @@ fn the_example_lets_the_application_go_on_when_something_failed() {
 
 #[test]
 fn the_example_lets_the_application_go_on_when_it_is_interrupted() {
-    let Some(machine) = criu::Machine::new() else {
+    let Some(machine) = Machine::new() else {
         return;
     };
     let application = machine.start("memory=40 tree=1x2");

@@ -1,15 +1,19 @@
 //! `make bench`: what the streamer costs, measured from outside.
 //!
-//! The streamer runs as a process of its own, and so does everybody that it deals with: CRIU, the sinks, the producers. All
-//! but the streamer are simulated by this same program (see `role`), so that the figures are the streamer's alone and
-//! the same on every machine with the same kernel. Each capture is measured beside the same writer feeding the same
-//! sinks without a streamer, each restore beside a naive receiver, in turns, because figures of a machine only mean
-//! something beside others of the same minute.
+//! The streamer runs as a process of its own, and so does everything that it deals with: CRIU, the
+//! sinks, the producers. All but the streamer are simulated by this same program (see `role`), so
+//! that the figures are the streamer's alone and the same on every machine with the same kernel.
+//! Each capture is measured beside the same writer feeding the same sinks without a streamer, each
+//! restore beside a naive receiver, in turns, because figures of a machine only mean something
+//! beside others of the same minute.
 
+#[allow(
+    dead_code,
+    reason = "the tests use all of it, and the benchmark a part"
+)]
 #[path = "../common/mod.rs"]
 mod common;
 
-mod bare;
 mod capture;
 mod clock;
 mod image;
@@ -155,8 +159,8 @@ fn measure(options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Ends the benchmark when a step takes so long that something must hang. The streamer dies with its tracer, and the others
-/// with their pipes.
+/// Ends the benchmark when a step takes so long that something must hang. The streamer dies with
+/// its tracer, and the others with their pipes.
 fn start_watchdog() -> Sender<String> {
     const HANG: Duration = Duration::from_secs(180);
     let (sender, steps) = channel();

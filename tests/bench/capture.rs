@@ -34,7 +34,8 @@ const LARGEST_PIPE: usize = 4 << 20;
 pub const STALL_BYTES: u64 = 256 << 20;
 
 pub fn scenarios(options: &Options) -> Vec<Scenario> {
-    // Captures are fast: the same memory is sent several times, for the start of the process not to count.
+    // Captures are fast: the same memory is sent several times, for the start of the process not to
+    // count.
     let bytes = 4 * options.size_bytes();
     let pages = |writers, bytes| Files::Pages { writers, bytes };
     let small = Files::Small {
@@ -117,8 +118,8 @@ pub struct Figures {
     pub criu_s: f64,
 }
 
-/// All scenarios in turn, and all again, so that a busy minute of the machine hits them all. A scenario that this machine
-/// does not permit has no figures.
+/// All scenarios in turn, and all again, so that a busy minute of the machine hits them all. A
+/// scenario that this machine does not permit has no figures.
 pub fn measure(
     scenarios: &[Scenario],
     options: &Options,
@@ -260,7 +261,8 @@ fn run_streamer(scenario: &Scenario, options: &Options, work_dir: &WorkDir) -> R
     let (sinks, shards) = Sinks::start(&scenario.sinks)?;
     let mut streamer = Streamer::spawn(&options.streamer, "capture", shards, work_dir)?;
     streamer.wait_for_socket()?;
-    // The sinks have started by then: without a streamer it is the writer's memory that they have time for.
+    // The sinks have started by then: without a streamer it is the writer's memory that they have
+    // time for.
     thread::sleep(Duration::from_millis(50));
     writer.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let span = writer.finish();

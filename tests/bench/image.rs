@@ -15,7 +15,7 @@ const CHUNK: u64 = 512 << 10;
 
 #[derive(Serialize, Deserialize, Clone, Copy)]
 pub enum Content {
-    /// Page files of equal size, so many bytes in all.
+    /// Page files of equal size, `bytes` in all.
     Pages {
         files: usize,
         bytes: u64,
@@ -50,7 +50,7 @@ impl Content {
 pub enum Piece {
     /// Markers, and the data of small files between them.
     Bytes(Vec<u8>),
-    /// So much of a large chunk's data, which is the same for every chunk.
+    /// The beginning of a large chunk's data, which is the same for every chunk.
     Data(usize),
 }
 
@@ -59,7 +59,8 @@ pub fn chunk_data() -> Result<PageMemory> {
     PageMemory::filled(CHUNK as usize, Pages::Small)
 }
 
-/// The streams of all shards. The data goes to the shards in turn, and a file's markers to where its data is.
+/// The streams of all shards. The data goes to the shards in turn, and a file's markers to where
+/// its data is.
 pub fn streams(content: Content, shards: usize) -> Result<Vec<Vec<Piece>>> {
     let data = chunk_data()?;
     let mut streams: Vec<Vec<Piece>> = (0..shards).map(|_| vec![]).collect();

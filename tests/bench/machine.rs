@@ -1,4 +1,5 @@
-//! The machine that is measured, its pipe limits, and what the benchmark must leave behind: nothing.
+//! The machine that is measured, its pipe limits, and what the benchmark must leave behind:
+//! nothing.
 #![allow(unsafe_code)] // prctl has no safe form here.
 
 use crate::memory::{PageMemory, Pages};
@@ -70,8 +71,8 @@ pub fn pipe_max_size() -> Result<usize> {
 /// With CAP_SYS_RESOURCE no limit would be a limit: no process that we start shall have it.
 pub fn drop_resource_capability() {
     const CAP_SYS_RESOURCE: libc::c_ulong = 24;
-    // SAFETY: this prctl takes two numbers. Without the right to do so it fails, and then (as good as always) the
-    // capability is not there either.
+    // SAFETY: this prctl takes two numbers. Without the right to do so it fails, and then (as good
+    // as always) the capability is not there either.
     unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0) };
 }
 
@@ -106,10 +107,11 @@ impl Drop for RaisedLimit {
 
 /// Memory for the runs, which is in use between them too.
 ///
-/// A virtual machine gives free memory back to its host, and pays the host's page faults when it touches it again: up to
-/// 2.5 CPU s/GB, which hides all that programs do better or worse (with memory that was in use until then, huge pages take
-/// 0.06). The kernel looks for memory to give back every two seconds while there is some. So this holds what a run will
-/// need until it is left in peace, lets go of it just before the run, and takes it again right after.
+/// A virtual machine gives free memory back to its host, and pays the host's page faults when it
+/// touches it again: up to 2.5 CPU s/GB, which hides all that programs do better or worse (with
+/// memory that was in use until then, huge pages take 0.06). The kernel looks for memory to give
+/// back every two seconds while there is some. So this holds what a run will need until it is left
+/// in peace, lets go of it just before the run, and takes it again right after.
 pub struct Reserve {
     bytes: usize,
     held: Option<([PageMemory; 2], Instant)>,
@@ -137,7 +139,8 @@ impl Reserve {
             }
             Ok(memory)
         };
-        // The kernel takes small pages out of the rests between the huge ones as long as there are some.
+        // The kernel takes small pages out of the rests between the huge ones as long as there are
+        // some.
         let held = [touched(Pages::Small)?, touched(Pages::Huge)?];
         self.held = Some((held, Instant::now()));
         Ok(())
@@ -150,8 +153,8 @@ impl Reserve {
     }
 }
 
-/// Clears up when the benchmark has ended, however it ended. It runs in a process group of its own, out of reach of
-/// a Ctrl-C, and sees its input end.
+/// Clears up when the benchmark has ended, however it ended. It runs in a process group of its own,
+/// out of reach of a Ctrl-C, and sees its input end.
 #[derive(Serialize, Deserialize)]
 pub struct Janitor {
     work_dir: PathBuf,
@@ -164,7 +167,7 @@ impl Janitor {
         if pipe_max_size()? == RAISED_PIPE_MAX_SIZE && self.pipe_max_size != RAISED_PIPE_MAX_SIZE {
             fs::write(PIPE_MAX_SIZE, self.pipe_max_size.to_string())?;
         }
-        // Whoever was measured may still be on its way out, and put files there meanwhile.
+        // What was measured may still be on its way out, and put files there meanwhile.
         for _ in 0..50 {
             if fs::remove_dir_all(&self.work_dir).is_ok() || !self.work_dir.exists() {
                 return Ok(());

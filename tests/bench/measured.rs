@@ -1,9 +1,10 @@
 //! A process whose CPU time and memory are measured from its first instruction to its last.
 //!
-//! The CPU time comes from wait4. The peak of resident memory cannot come from there: `ru_maxrss` of a child starts with
-//! what its parent had when it forked. `VmHWM` in /proc counts the program alone, but is gone once the process has
-//! ended. So the process is seized with ptrace, with no other wish than to be stopped at the door when it exits, its
-//! memory still in place. A process traced like this runs at full speed.
+//! The CPU time comes from wait4. The peak of resident memory cannot come from there: `ru_maxrss`
+//! of a child starts with what its parent had when it forked. `VmHWM` in /proc counts the program
+//! alone, but is gone once the process has ended. So the process is seized with ptrace, with no
+//! other wish than to be stopped at the door when it exits, its memory still in place. A process
+//! traced like this runs at full speed.
 #![allow(unsafe_code)] // ptrace and wait4 have no safe form here.
 
 use crate::clock::now_ns;
@@ -23,7 +24,8 @@ use std::{
 
 /// Starts a process that keeps `inherited` open, under the same numbers.
 ///
-/// The descriptors lose their close-on-exec flag for that moment: no other thread may start a process meanwhile.
+/// The descriptors lose their close-on-exec flag for that moment: no other thread may start a
+/// process meanwhile.
 pub fn spawn_with_fds(command: &mut Command, inherited: &[BorrowedFd]) -> Result<Child> {
     for fd in inherited {
         fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -156,7 +158,8 @@ fn watch(pid: i32, seized: bool) -> Result<Finished> {
     }
 }
 
-/// The threads' exact times, or what the kernel's coarser clock counted where threads have ended meanwhile.
+/// The threads' exact times, or what the kernel's coarser clock counted where threads have ended
+/// meanwhile.
 fn cpu_s(pid: i32) -> Result<f64> {
     let mut running_ns = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {

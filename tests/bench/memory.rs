@@ -1,9 +1,10 @@
 //! Page memory of a known kind.
 //!
-//! What a streamer costs depends on the pages that its data sits in: CRIU's pages are the application's, mostly of
-//! 4 KiB, already there when the dump starts. So the simulated CRIU needs memory that has been touched before the
-//! clock starts, and the naive receiver needs the contrary: 4 KiB pages that fault when they are first written, also on
-//! a machine where transparent huge pages are on for everybody.
+//! What a streamer costs depends on the pages that its data sits in: CRIU's pages are the
+//! application's, mostly of 4 KiB, already there when the dump starts. So the simulated CRIU needs
+//! memory that has been touched before the clock starts, and the naive receiver needs the contrary:
+//! 4 KiB pages that fault when they are first written, also on a machine where transparent huge
+//! pages are on for every program.
 #![allow(unsafe_code)] // mmap and madvise have no safe form.
 
 use anyhow::{Context, Result};
@@ -40,8 +41,8 @@ impl PageMemory {
         Ok(memory)
     }
 
-    /// Memory filled with what a page of an application may look like: one half of each page cannot be compressed,
-    /// the other is all the same.
+    /// Memory filled with what a page of an application may look like: one half of each page cannot
+    /// be compressed, the other is all the same.
     pub fn filled(len: usize, pages: Pages) -> Result<Self> {
         let mut memory = Self::fresh(len, pages)?;
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -59,7 +60,8 @@ impl PageMemory {
     }
 
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: start..start+len is our own writable mapping, and the borrow of self keeps it and keeps others away.
+        // SAFETY: start..start+len is our own writable mapping, and the borrow of self keeps it and
+        // keeps others away.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len.get()) }
     }
 }

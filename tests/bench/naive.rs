@@ -1,8 +1,8 @@
 //! The yardstick of restores: what a straightforward program does.
 //!
-//! It makes its pipes as large as it may, reads the markers in order, each chunk into fresh memory of 4 KiB pages, and then
-//! answers CRIU's requests one after another: pages by vmsplice, small files by write. All of it correct, none of it
-//! clever.
+//! It makes its pipes as large as it may, reads the markers in order, each chunk into fresh memory
+//! of 4 KiB pages, and then answers CRIU's requests one after another: pages by vmsplice, small
+//! files by write. All of it correct, none of it clever.
 
 use crate::common::criu::{Role, frame};
 use crate::memory::{PageMemory, Pages};
@@ -142,7 +142,7 @@ fn read_request(criu: &mut UnixStream) -> Result<Option<String>> {
 }
 
 /// The descriptor that CRIU sends next.
-pub fn receive_pipe(criu: &UnixStream) -> Result<File> {
+fn receive_pipe(criu: &UnixStream) -> Result<File> {
     let mut byte = [0];
     let mut data = [IoSliceMut::new(&mut byte)];
     let mut space = cmsg_space!([i32; 1]);

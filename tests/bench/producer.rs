@@ -1,8 +1,10 @@
-//! What stands at the other end of a shard on restore: the shard's stream, written into the pipe block by block.
+//! What stands at the other end of a shard on restore: the shard's stream, written into the pipe
+//! block by block.
 //!
-//! The data comes out of a buffer that is in the processor's cache, like that of a decompressor. From a file of the shard's size
-//! every byte would come from memory, and on two cores the producers, not the receivers, would be what is measured: at 0.4 CPU
-//! s/GB they cost more than the streamer.
+//! The data comes out of a buffer that is in the processor's cache, like that of a decompressor.
+//! From a file of the shard's size every byte would come from memory, and on two cores the
+//! producers, not the receivers, would be what is measured: at 0.4 CPU s/GB they cost more than the
+//! streamer.
 
 use crate::image::{Content, Piece, chunk_data, streams};
 use anyhow::Result;

@@ -156,16 +156,8 @@ impl Report {
                     side.peak_rss_over_image_mb
                 );
             }
-            if let Some(bare) = &row.bare {
-                println!(
-                    "{:<34} {:<9} {:>8} {:>8} {:>8.3} {:>8} {:>8} {:>8.3}",
-                    row.scenario, "bare", "-", "-", bare.serve_s, "-", "-", bare.cpu_s
-                );
-            }
         }
-        println!(
-            "RSS: the peak while receiving, and at all. bare: two exchanges for each file, without an image."
-        );
+        println!("RSS: the peak while receiving, and at all.");
     }
 
     fn print_bounds(&self) {
@@ -255,13 +247,6 @@ fn restore_bounds(row: &restore::Figures) -> Vec<Bound> {
     if row.scenario.starts_with("restore/small-files") {
         bounds.push(Bound::at_most(of("s to serve"), 1.5, ours.serve_s));
         bounds.push(Bound::at_most(of("CPU s in all"), 1.0, ours.cpu_s));
-        if let Some(bare) = &row.bare {
-            bounds.push(Bound::at_most(
-                of("s to serve, times bare"),
-                1.3,
-                ours.serve_s / bare.serve_s,
-            ));
-        }
         let overhead = (ours.receive_peak_rss_over_image_mb - OVER_IMAGE_MB) * 1e6;
         bounds.push(Bound::at_most(
             of("bytes of overhead for a file, beyond 4 MB"),

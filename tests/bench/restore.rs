@@ -1,11 +1,10 @@
 //! Restore scenarios: producers, the streamer or what it is compared with, and a simulated CRIU.
 //!
-//! Receiving lasts from the start of the process, when the producers have filled their pipes already, until it listens
-//! for CRIU; serving lasts from CRIU's first request to its last byte. What the process has used up when it listens
-//! was for receiving, the rest for serving.
+//! Receiving lasts from the start of the process, when the producers have filled their pipes
+//! already, until it listens for CRIU; serving lasts from CRIU's first request to its last byte.
+//! What the process has used up when it listens was for receiving, the rest for serving.
 
 use crate::Options;
-use crate::bare::Bare;
 use crate::clock::{now_ns, seconds_between};
 use crate::image::{Content, Image};
 use crate::machine::{Reserve, WorkDir, pipe_max_size};
@@ -28,7 +27,7 @@ use std::{
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Source {
-    /// Writes so many bytes at a time.
+    /// Writes this many bytes at a time.
     Blocks(usize),
     /// `lz4 -d`.
     Lz4,
@@ -111,22 +110,12 @@ pub struct Figures {
     pub bytes: u64,
     pub streamer: Side,
     pub naive: Side,
-    /// With small files only.
-    pub bare: Option<Floor>,
-}
-
-/// What serving takes at least.
-#[derive(Serialize)]
-pub struct Floor {
-    pub serve_s: f64,
-    pub cpu_s: f64,
 }
 
 #[derive(Clone, Copy)]
 enum Program {
     Streamer,
     Naive,
-    Bare,
 }
 
 pub fn measure(
@@ -142,14 +131,9 @@ pub fn measure(
     let mut reserve = Reserve::new(scenario.content.total_bytes())?;
     let mut streamer = vec![];
     let mut naive = vec![];
-    let mut bare = vec![];
     for round in 1..=options.runs() {
         said(&format!("{} {round}/{}", scenario.name, options.runs()));
-        let mut programs = in_turn(round, [Program::Naive, Program::Streamer]).to_vec();
-        if matches!(scenario.content, Content::Small { .. }) {
-            programs.push(Program::Bare);
-        }
-        for program in programs {
+        for program in in_turn(round, [Program::Naive, Program::Streamer]) {
             let run = run(
                 program,
                 scenario,
@@ -162,7 +146,6 @@ pub fn measure(
             match program {
                 Program::Streamer => streamer.push(run),
                 Program::Naive => naive.push(run),
-                Program::Bare => bare.push(run),
             }
         }
     }
@@ -173,10 +156,6 @@ pub fn measure(
         bytes,
         streamer: Side::of(&streamer, bytes),
         naive: Side::of(&naive, bytes),
-        bare: (!bare.is_empty()).then(|| Floor {
-            serve_s: median_of(bare.iter().map(|run| run.serve_s)),
-            cpu_s: median_of(bare.iter().map(|run| run.serve_cpu_s)),
-        }),
     })
 }
 
@@ -281,10 +260,7 @@ fn run(
         content: scenario.content,
     });
     let mut reader = Performer::prepare(&reader, &[])?;
-    let (producers, shards) = match program {
-        Program::Bare => (vec![], vec![]),
-        _ => start_producers(producers(scenario, image)?)?,
-    };
+    let (producers, shards) = start_producers(producers(scenario, image)?)?;
     reserve.let_go();
     let mut streamer = match program {
         Program::Streamer => Streamer::spawn(&options.streamer, "serve", shards, work_dir)?,
@@ -300,14 +276,6 @@ fn run(
                 role.command()
             })?
         }
-        Program::Bare => Streamer::spawn_as(vec![], work_dir, |images_dir, progress| {
-            let role = Role::Bare(Bare {
-                images_dir: images_dir.to_owned(),
-                progress,
-                content: scenario.content,
-            });
-            role.command()
-        })?,
     };
     streamer.wait_for_socket()?;
     let receive_s = seconds_between(streamer.started_ns, now_ns());

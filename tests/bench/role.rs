@@ -1,13 +1,15 @@
-//! The parts that are played around the streamer: CRIU, the sinks, the producers, and what the streamer is compared with.
+//! The parts that are played around the streamer: CRIU, the sinks, the producers, and what the
+//! streamer is compared with.
 //!
-//! Each is a process of its own, this same program started again, so that none of its CPU time or memory is counted as the
-//! streamer's. A role's one argument is its description as JSON. The roles that are timed say when they are ready, wait
-//! for a line that starts them, and report when they started and ended.
+//! Each is a process of its own, this same program started again, so that none of its CPU time or
+//! memory is counted as the streamer's. A role's one argument is its description as JSON. The roles
+//! that are timed say when they are ready, wait for a line that starts them, and report when they
+//! started and ended.
 #![allow(unsafe_code)] // Claiming inherited descriptors has no safe form.
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::spawn_with_fds;
-use crate::{bare, machine, naive, producer, reader, sink, writer};
+use crate::{machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -24,7 +26,6 @@ pub enum Role {
     Producer(producer::Producer),
     Reader(reader::Reader),
     Naive(naive::Naive),
-    Bare(bare::Bare),
     Janitor(machine::Janitor),
 }
 
@@ -49,7 +50,6 @@ impl Role {
             Self::Producer(role) => role.play(),
             Self::Reader(role) => role.play(),
             Self::Naive(role) => role.play(),
-            Self::Bare(role) => role.play(),
             Self::Janitor(role) => role.play(),
         }
     }
@@ -64,7 +64,8 @@ impl Role {
 /// Takes over the descriptors that a role was started with, or was sent.
 pub fn claim_fds(numbers: &[RawFd]) -> Vec<OwnedFd> {
     let claim = |&number: &RawFd| {
-        // SAFETY: the one who named the descriptor opened it for us, and nothing else here uses its number.
+        // SAFETY: the one who named the descriptor opened it for us, and nothing else here uses its
+        // number.
         unsafe { OwnedFd::from_raw_fd(number) }
     };
     numbers.iter().map(claim).collect()

@@ -52,7 +52,8 @@ impl Streamer {
         })
     }
 
-    /// The same with a command line that `command` makes from the images directory and the progress descriptor.
+    /// The same with a command line that `command` makes from the images directory and the progress
+    /// descriptor.
     pub fn spawn_as(
         mut inherited: Vec<OwnedFd>,
         work_dir: &WorkDir,

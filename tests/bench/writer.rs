@@ -1,8 +1,8 @@
 //! The simulated CRIU of a dump, and the same writer without a streamer.
 //!
-//! Like CRIU's, its big files are made of pages that already exist and that are spliced into the pipe, one 4 KiB slot
-//! each; its small files are written. Without a streamer it feeds the same pages straight to the sinks: what it then
-//! reaches is the most that any streamer could.
+//! Like CRIU's, its big files are made of pages that already exist and that are spliced into the
+//! pipe, one 4 KiB slot each; its small files are written. Without a streamer it feeds the same
+//! pages straight to the sinks: what it then reaches is the most that any streamer could.
 
 use crate::common::criu::{Criu, Role};
 use crate::memory::{PageMemory, Pages};
@@ -22,7 +22,7 @@ use std::{
 
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 pub enum Files {
-    /// So many files at once, so many bytes in all.
+    /// `writers` files at once, `bytes` in all.
     Pages { writers: usize, bytes: u64 },
     /// One after another.
     Small { count: usize, bytes: usize },

@@ -1,17 +1,17 @@
-//! A child process that inherits chosen descriptors, is watched through a pidfd, and tells what it consumed.
+//! A child process that inherits chosen descriptors and is watched through a pidfd.
 //!
-//! The standard library has no safe form of these few system calls; each has one small function here, and they are
-//! the only unsafe code of the tests.
+//! The standard library has no safe form of these few system calls; each has one small function
+//! here, and they are the only unsafe code of the tests.
 
 #![allow(
     unsafe_code,
-    reason = "pre_exec, pidfd_open, pidfd_send_signal, wait4, a thread's user and FIONREAD have no safe form"
+    reason = "pre_exec, pidfd_open, pidfd_send_signal, a thread's user and FIONREAD have no safe form"
 )]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitStatus};
+use std::os::unix::process::CommandExt;
+use std::process::{self, Command, ExitStatus};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -27,30 +27,15 @@ pub enum Limit {
     FileSize(u64),
 }
 
-/// What the kernel accounted for a child when it ended. Not its peak memory, which counts what its parent had when it forked.
-#[derive(Debug, Clone, Copy)]
-pub struct Usage {
-    pub status: ExitStatus,
-    pub user: Duration,
-    pub system: Duration,
-    pub context_switches: u64,
-}
-
-impl Usage {
-    pub fn cpu(&self) -> Duration {
-        self.user + self.system
-    }
-}
-
 /// A running child. It is reaped by [`Child::reap`] only, so its pid stays its own until then.
 pub struct Child {
-    pub pid: u32,
+    process: process::Child,
     pidfd: OwnedFd,
 }
 
 impl Child {
-    /// Starts `command` with `inherited` open under the numbers they have in this process, and nothing else but
-    /// the standard streams: all other descriptors of the tests are close-on-exec.
+    /// Starts `command` with `inherited` open under the numbers they have in this process, and
+    /// nothing else but the standard streams: all other descriptors of the tests are close-on-exec.
     pub fn spawn(
         command: &mut Command,
         inherited: &[OwnedFd],
@@ -61,11 +46,13 @@ impl Child {
             inherited.iter().map(AsRawFd::as_raw_fd).collect(),
             limits,
         );
-        let pid = command.spawn()?.id();
-        Ok(Self {
-            pid,
-            pidfd: open_pidfd(pid)?,
-        })
+        let process = command.spawn()?;
+        let pidfd = open_pidfd(process.id())?;
+        Ok(Self { process, pidfd })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// A second handle for a watchdog: a signal sent through it never hits another process.
@@ -83,22 +70,8 @@ impl Child {
     }
 
     /// Waits for the end, however long it takes.
-    pub fn reap(&self) -> io::Result<Usage> {
-        let (mut status, mut usage) = (0, zeroed_rusage());
-        // SAFETY: both pointers are to local variables of the right type that outlive the call.
-        while unsafe { libc::wait4(self.pid.cast_signed(), &mut status, 0, &mut usage) } < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
-        }
-        let duration = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
-        Ok(Usage {
-            status: ExitStatus::from_raw(status),
-            user: duration(usage.ru_utime),
-            system: duration(usage.ru_stime),
-            context_switches: (usage.ru_nvcsw + usage.ru_nivcsw) as u64,
-        })
+    pub fn reap(&mut self) -> io::Result<ExitStatus> {
+        self.process.wait()
     }
 }
 
@@ -134,8 +107,8 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// Does something with another user's rights. They belong to a thread of its own, and end with it: the C library
-/// changes a whole process, the system call only the thread that makes it.
+/// Does something with another user's rights. They belong to a thread of its own, and end with it:
+/// the C library changes a whole process, the system call only the thread that makes it.
 pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
@@ -155,7 +128,8 @@ pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
 fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
     let prepare = move || {
         for &fd in &fds {
-            // SAFETY: changes a flag in the new process's own descriptor table; no memory is involved.
+            // SAFETY: changes a flag in the new process's own descriptor table; no memory is
+            // involved.
             if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -179,7 +153,8 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are async-signal-safe, and allocates nothing: the vectors were built before the fork.
+    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are
+    // async-signal-safe, and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
 }
 
@@ -189,13 +164,8 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel just made this descriptor for us, and nobody else knows its number.
+    // SAFETY: the kernel just made this descriptor for us, and nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
-}
-
-fn zeroed_rusage() -> libc::rusage {
-    // SAFETY: rusage is made of integers only, for all of which zero is a value.
-    unsafe { std::mem::zeroed() }
 }
 
 /// Bytes that wait in a pipe.

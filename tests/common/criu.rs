@@ -9,8 +9,9 @@
 //!            1 byte + write end  ──────▶           fills the pipe, and closes it   (only if it exists)
 //! ```
 //!
-//! The messages are put together by hand, without the program's protobuf definitions. Every descriptor is
-//! close-on-exec, as a pipe's end in an unrelated process would keep the pipe from ending.
+//! The messages are put together by hand, without the program's protobuf definitions. Every
+//! descriptor is close-on-exec, as a pipe's end in an unrelated process would keep the pipe from
+//! ending.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
@@ -39,7 +40,8 @@ impl Role {
     }
 }
 
-/// One connection. All processes of a CRIU share theirs and take turns, so it can be shared by threads.
+/// One connection. All processes of a CRIU share theirs and take turns, so it can be shared by
+/// threads.
 pub struct Criu {
     connection: Mutex<UnixStream>,
 }
@@ -123,6 +125,14 @@ impl Criu {
         file.read_to_end(&mut content)
             .unwrap_or_else(|e| panic!("read file {name}: {e}"));
         Some(content)
+    }
+
+    /// Serve: the whole file, which must hold this.
+    #[track_caller]
+    pub fn expect_file(&self, name: &str, content: &[u8]) {
+        let found = self.read_file(name);
+        let found = found.unwrap_or_else(|| panic!("{name} is not in the image"));
+        super::runs::assert_same_bytes(name, &found, content);
     }
 
     /// The connection itself, for those who do not keep to the protocol.

@@ -1,7 +1,8 @@
 //! The image format (PROTOCOL.md, section 2), written down a second time, as simply as possible.
 //!
-//! A file that is named again after its end is a new version and replaces the first. One that is named again
-//! before its end goes on. Everything else that is not exactly the format is an error that says where.
+//! A file that is named again after its end is a new version and replaces the first. One that is
+//! named again before its end goes on. Everything else that is not exactly the format is an error
+//! that says where.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +15,7 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     Filename(String),
-    /// So many bytes follow.
+    /// The number of bytes that follow.
     FileData(u32),
     FileEof,
     ImageEof,
@@ -73,7 +74,8 @@ pub fn split(shard: usize, bytes: &[u8]) -> Result<Vec<Entry>, String> {
     rest.map_or(Ok(entries), Err)
 }
 
-/// The same for a shard that may be cut: all markers that are complete, and what is wrong behind them.
+/// The same for a shard that may be cut: all markers that are complete, and what is wrong behind
+/// them.
 pub fn split_complete(shard: usize, bytes: &[u8]) -> (Vec<Entry>, Option<String>) {
     let mut entries = Vec::new();
     let mut offset = 0;
@@ -253,7 +255,8 @@ impl Shard {
         self.marker(seq, &[5 << 3, 1])
     }
 
-    /// A frame with that `seq` and those bytes of protobuf. As protobuf has it, a `seq` of 0 is left out.
+    /// A frame with that `seq` and those bytes of protobuf. As protobuf has it, a `seq` of 0 is
+    /// left out.
     pub fn marker(self, seq: u64, body: &[u8]) -> Self {
         let mut message = Vec::new();
         if seq != 0 {
@@ -270,8 +273,8 @@ impl Shard {
     }
 }
 
-/// An image of `files` in `count` shards: each file in data markers of at most `chunk` bytes, each marker in the next
-/// shard in turn.
+/// An image of `files` in `count` shards: each file in data markers of at most `chunk` bytes, each
+/// marker in the next shard in turn.
 pub fn encode<'a>(
     files: impl IntoIterator<Item = (&'a str, &'a [u8])>,
     count: usize,
@@ -293,6 +296,11 @@ pub fn encode<'a>(
     }
     put(&|shard, seq| shard.image_eof(seq));
     shards.into_iter().map(|shard| shard.bytes).collect()
+}
+
+/// The smallest image, in one shard: `inventory.img`, which holds `inventory`.
+pub fn inventory() -> Vec<Vec<u8>> {
+    encode([("inventory.img", &b"inventory"[..])], 1, 100)
 }
 
 /// [`encode`] for a map of files.

@@ -1,4 +1,5 @@
-//! Text that another process writes line by line, collected by a thread so that the writer never waits for us.
+//! Text that another process writes line by line, collected by a thread so that the writer never
+//! waits for us.
 
 use std::fs::File;
 use std::io::Read;

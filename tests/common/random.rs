@@ -1,6 +1,8 @@
 //! Reproducible randomness: a failing seed printed by a test is all that is needed to run it again.
 
+use std::ops::Range;
 use std::sync::OnceLock;
+use std::thread;
 
 static POOL: OnceLock<Vec<u8>> = OnceLock::new();
 
@@ -42,7 +44,8 @@ impl Random {
         }
     }
 
-    /// A stretch of a pool that is made once, as making megabytes anew for each file would take longer than moving them.
+    /// A stretch of a pool that is made once, as making megabytes anew for each file would take
+    /// longer than moving them.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
         let pool = POOL.get_or_init(Self::pool);
         let from = self.below(pool.len());
@@ -63,6 +66,22 @@ impl Random {
         (0..NUMBERS)
             .flat_map(|_| random.next().to_le_bytes())
             .collect()
+    }
+}
+
+/// Runs a round with each seed, and names the seed of a round that fails.
+pub fn for_each_seed(seeds: Range<u64>, mut round: impl FnMut(u64)) {
+    struct Round(u64);
+    impl Drop for Round {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                eprintln!("the round with seed {} failed", self.0);
+            }
+        }
+    }
+    for seed in seeds {
+        let _named_if_it_fails = Round(seed);
+        round(seed);
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use tempfile::TempDir;
 
 use super::PAGE;
+use super::criu::{Criu, Role};
 use super::image::Files;
 use super::random::{self, Random};
 use super::shards::{self, Collector, Feeder};
@@ -37,7 +39,7 @@ pub fn sample_files(seed: u64) -> Files {
     sizes.iter().enumerate().map(content).collect()
 }
 
-/// So many files of a size of their own, up to `max_size`, and `inventory.img`.
+/// `count` files of random sizes up to `max_size`, and `inventory.img`.
 pub fn small_files(count: usize, max_size: usize, seed: u64) -> Files {
     let mut random = Random::new(seed);
     let mut files: Files = (0..count)
@@ -65,13 +67,52 @@ pub fn capture(files: &Files, shard_count: usize, pipe_size: Option<usize>) -> V
     let (readers, writers) = shards::pipes(shard_count, pipe_size);
     let mut streamer = Streamer::capture().shards(writers).start();
     let collector = Collector::start(readers);
-    let criu = streamer.criu();
+    send(&streamer, files);
+    streamer.expect_success();
+    collector.finish()
+}
+
+/// Sends a whole image as CRIU does. A streamer that gives up meanwhile is no failure of this: its
+/// exit status tells.
+pub fn send(streamer: &Streamer, files: &Files) {
+    streamer.wait_for_line("socket-init");
+    let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Capture) else {
+        return;
+    };
     for (name, content) in inventory_last(files) {
-        criu.write_file(name, content);
+        let Ok(mut file) = criu.try_create_file(name, None) else {
+            return;
+        };
+        if file.write_all(content).is_err() {
+            return;
+        }
+    }
+}
+
+/// Asks for every file as CRIU does, each of which must be as here, and for a success at the end.
+#[track_caller]
+pub fn assert_served(streamer: &mut Streamer, files: &Files) {
+    let criu = streamer.criu();
+    for (name, content) in files {
+        criu.expect_file(name, content);
     }
     drop(criu);
     streamer.expect_success();
-    collector.finish()
+}
+
+/// Waits until the grace that a client without a request leaves behind is over, wherever one left
+/// before.
+pub fn outlast_grace() {
+    let (mut deserted, _collector) = collect(Streamer::capture(), 1);
+    drop(deserted.criu());
+    deserted.expect_failure(&["waiting for CRIU"]);
+}
+
+/// Starts a streamer whose shards are collected.
+pub fn collect(launch: Launch, shard_count: usize) -> (Streamer, Collector) {
+    let (readers, writers) = shards::pipes(shard_count, None);
+    let streamer = launch.shards(writers).start();
+    (streamer, Collector::start(readers))
 }
 
 /// Starts a streamer that is fed these shards, all at once.

@@ -1,7 +1,8 @@
-//! Shards on the tests' side: the other ends of the streamer's pipes, read into memory or fed from memory.
+//! Shards on the tests' side: the other ends of the streamer's pipes, read into memory or fed from
+//! memory.
 //!
-//! One thread for each shard, as one shard that nobody serves may stop the others: where a test wants that, it
-//! leaves the pipe alone and says so.
+//! One thread for each shard, as one shard that is left alone may stop the others: where a test
+//! wants that, it leaves the pipe alone and says so.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -32,10 +33,6 @@ pub fn set_pipe_size(end: impl AsFd, size: usize) {
     let asked = i32::try_from(size).expect("a capacity under 2 GiB");
     let got = fcntl(end.as_fd(), FcntlArg::F_SETPIPE_SZ(asked)).expect("set a pipe's capacity");
     assert!(got >= asked, "asked for a pipe of {asked} bytes, got {got}");
-}
-
-pub fn pipe_size(end: impl AsFd) -> usize {
-    fcntl(end.as_fd(), FcntlArg::F_GETPIPE_SZ).expect("get a pipe's capacity") as usize
 }
 
 /// Reads shards to their ends.
@@ -83,7 +80,8 @@ impl Feeder {
         }
     }
 
-    /// Whether each shard was taken to its end, when all writers are done. A streamer that gave up breaks the pipe.
+    /// Whether each shard was taken to its end, when all writers are done. A streamer that gave up
+    /// breaks the pipe.
     pub fn finish(self) -> Vec<io::Result<()>> {
         self.threads
             .into_iter()

@@ -11,9 +11,9 @@
 //! image::decode(&collector.finish())
 //! ```
 //!
-//! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated onto a number
-//! that something else may be using. The watchdog kills a streamer that is still there after [`HANG_TIMEOUT`]:
-//! whoever waits for it then sees a broken pipe.
+//! A descriptor is handed over under the number that it has here, so nothing needs to be duplicated
+//! onto a number that something else may be using. The watchdog kills a streamer that is still
+//! there after [`HANG_TIMEOUT`]: what waits for it then sees a broken pipe.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,8 +21,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,10 +30,32 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use super::HANG_TIMEOUT;
-use super::child::{self, Child, Limit, Usage};
+use super::child::{self, Child, Limit};
 use super::criu::{Criu, Role};
 use super::lines::Lines;
 use super::shards::pipe;
+
+/// The program that is tested: a link to what cargo built, as `make install`, which some test runs,
+/// puts another build in its place.
+pub fn binary() -> &'static Path {
+    static LINK: OnceLock<PathBuf> = OnceLock::new();
+    LINK.get_or_init(|| {
+        let name = "criu-image-streamer";
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bin");
+        fs::create_dir_all(&dir).expect("make a directory");
+        // Made aside and then moved, so that another run of the tests does not find it missing.
+        let aside = TempDir::new_in(&dir).expect("make a directory");
+        let link = aside.path().join(name);
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while let Err(why) = fs::hard_link(env!("CARGO_BIN_EXE_criu-image-streamer"), &link) {
+            // It is not there for a moment when it is replaced.
+            assert!(Instant::now() < deadline, "link the streamer: {why}");
+            thread::yield_now();
+        }
+        fs::rename(&link, dir.join(name)).expect("move the link");
+        dir.join(name)
+    })
+}
 
 /// How the streamer is to be started.
 pub struct Launch {
@@ -51,7 +73,6 @@ pub struct Launch {
     stdout: Stdio,
     user: Option<u32>,
     limits: Vec<Limit>,
-    hang_timeout: Duration,
 }
 
 #[derive(PartialEq, Eq)]
@@ -78,7 +99,6 @@ impl Launch {
             stdout: Stdio::null(),
             user: None,
             limits: Vec::new(),
-            hang_timeout: HANG_TIMEOUT,
         }
     }
 
@@ -155,11 +175,6 @@ impl Launch {
         self
     }
 
-    pub fn hang_timeout(mut self, timeout: Duration) -> Self {
-        self.hang_timeout = timeout;
-        self
-    }
-
     /// Whether the streamer's ends of the shards are write ends.
     pub fn writes_shards(&self) -> bool {
         self.role == Role::Capture
@@ -175,11 +190,10 @@ impl Launch {
             .unwrap_or_else(|| own_dir.as_ref().unwrap().path().to_owned());
 
         // Another user may not be able to walk to the binary, so it is named by a descriptor.
-        let binary = fs::File::open(env!("CARGO_BIN_EXE_criu-image-streamer"))
-            .expect("open the streamer's binary");
+        let named = fs::File::open(binary()).expect("open the streamer's binary");
         let mut command = match self.user {
-            None => Command::new(env!("CARGO_BIN_EXE_criu-image-streamer")),
-            Some(_) => Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd())),
+            None => Command::new(binary()),
+            Some(_) => Command::new(format!("/proc/self/fd/{}", named.as_raw_fd())),
         };
         command.arg("--images-dir").arg(&images_dir);
         let mut inherited = self.inherited;
@@ -235,11 +249,11 @@ impl Launch {
             Progress::Stderr => stderr.clone(),
             _ => progress.map_or_else(Lines::ended, Lines::collect),
         };
-        let hung = watch(&child, self.hang_timeout);
+        let hung = watch(&child);
         Streamer {
             role: self.role,
             images_dir,
-            own_dir,
+            _own_dir: own_dir,
             argv,
             child,
             stderr,
@@ -259,12 +273,12 @@ fn list(items: impl Iterator<Item = String>) -> String {
     items.collect::<Vec<_>>().join(",")
 }
 
-fn watch(child: &Child, timeout: Duration) -> Arc<AtomicBool> {
+fn watch(child: &Child) -> Arc<AtomicBool> {
     let pidfd = child.pidfd().expect("duplicate a pidfd");
     let hung = Arc::new(AtomicBool::new(false));
     let report = Arc::clone(&hung);
     thread::spawn(move || {
-        if !child::wait_for_end(&pidfd, timeout) {
+        if !child::wait_for_end(&pidfd, HANG_TIMEOUT) {
             report.store(true, Ordering::SeqCst);
             let _ended_just_now = child::send_signal(&pidfd, Signal::SIGKILL);
         }
@@ -272,11 +286,12 @@ fn watch(child: &Child, timeout: Duration) -> Arc<AtomicBool> {
     hung
 }
 
-/// A started streamer. Dropped while running, it is killed; dropped by a failing test, it tells all it knows.
+/// A started streamer. Dropped while running, it is killed; dropped by a failing test, it tells all
+/// it knows.
 pub struct Streamer {
     role: Role,
     images_dir: PathBuf,
-    own_dir: Option<TempDir>,
+    _own_dir: Option<TempDir>,
     argv: String,
     child: Child,
     stderr: Lines,
@@ -289,7 +304,6 @@ pub struct Streamer {
 #[derive(Debug, Clone)]
 pub struct Exit {
     pub status: ExitStatus,
-    pub usage: Usage,
     pub progress: Vec<String>,
     pub stderr: String,
 }
@@ -316,7 +330,7 @@ impl Streamer {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.pid
+        self.child.pid()
     }
 
     /// Waits until it listens, and connects.
@@ -410,12 +424,11 @@ impl Streamer {
         if let Some(exit) = &self.exit {
             return exit.clone();
         }
-        let usage = self.child.reap().expect("wait for the streamer");
+        let status = self.child.reap().expect("wait for the streamer");
         self.stderr.wait_for_end(HANG_TIMEOUT);
         self.progress.wait_for_end(HANG_TIMEOUT);
         let exit = Exit {
-            status: usage.status,
-            usage,
+            status,
             progress: self.progress_lines(),
             stderr: self.stderr(),
         };

@@ -1,17 +1,20 @@
-//! The application that the tests checkpoint. It has state in every place that an image must carry over, and goes over all
-//! of it again and again, so that a restored one proves by itself that nothing was lost.
+//! The application that the tests checkpoint. It has state in every place that an image must carry
+//! over, and goes over all of it again and again, so that a restored one proves by itself that
+//! nothing was lost.
 //!
 //!     application <state-file> [part…]
 //!
-//! Every few milliseconds it rewrites the state file, a single line `<nonce> <rounds> <sweeps>`: a number drawn when it
-//! started (a restored process still has it, a restarted one has not), the rounds so far, and how many times they have
-//! gone over all of its memory. What it finds damaged it reports there instead, `damaged: …`, and exits. Parts:
+//! Every few milliseconds it rewrites the state file, a single line `<nonce> <rounds> <sweeps>`: a
+//! number drawn when it started (a restored process still has it, a restarted one has not), the
+//! rounds so far, and how many times they have gone over all of its memory. What it finds damaged
+//! it reports there instead, `damaged: …`, and exits. Parts:
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
 //!     hugetlb=<MiB>     shared memory on huge pages
 //!     threads=<n>       threads besides the main one, that count in memory
-//!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token goes to each child
-//!                       and back through pipes, and everyone counts in a shared memory segment
+//!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token
+//!                       goes to each child and back through pipes, and every process counts in a
+//!                       shared memory segment
 //!     ghost=<file>      a file that was deleted while open
 //!     file=<file>       an open file
 //!     listen=<port>     answers every TCP connection with `<nonce> <rounds>`
@@ -40,7 +43,8 @@ unsafe extern "C" {
 fn map(len: usize, flags: i32) -> &'static mut [u8] {
     const PROT_READ_WRITE: i32 = 3;
     const MAP_ANONYMOUS: i32 = 0x20;
-    // SAFETY: a fresh anonymous mapping of `len` bytes, which nobody else knows and which is never unmapped.
+    // SAFETY: a fresh anonymous mapping of `len` bytes, which nothing else knows and which is never
+    // unmapped.
     unsafe {
         let at = mmap(
             std::ptr::null_mut(),
@@ -77,7 +81,8 @@ fn pipe() -> (File, File) {
     }
 }
 
-/// The pattern's word at an index: different in every word, page and process, so that a page in the wrong place shows.
+/// The pattern's word at an index: different in every word, page and process, so that a page in the
+/// wrong place shows.
 fn word(nonce: u64, index: usize) -> u64 {
     let mixed = (nonce ^ index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ (mixed >> 29)
@@ -187,7 +192,8 @@ impl Part for OpenFile {
     }
 }
 
-/// Threads that count; each check wants every one of them to have moved on since the last time it was asked.
+/// Threads that count; each check wants every one of them to have moved on since the last time it
+/// was asked.
 struct Threads {
     counts: Arc<Vec<AtomicU64>>,
     seen: Vec<u64>,
@@ -283,8 +289,8 @@ fn processes_below(depth: usize, width: usize) -> usize {
         .sum()
 }
 
-/// Forks the whole tree of processes, and returns in each: its number, counted from the root down, its parent, and its
-/// children. No process may have threads yet.
+/// Forks the whole tree of processes, and returns in each: its number, counted from the root down,
+/// its parent, and its children. No process may have threads yet.
 fn grow(depth: usize, width: usize) -> (usize, Option<Child>, Vec<Child>) {
     let mut up = None;
     let mut me = 0;
@@ -388,7 +394,8 @@ fn main() {
     let check =
         |checked: &mut Vec<Box<dyn Part>>| checked.iter_mut().try_for_each(|part| part.check());
 
-    // A process in the tree works when its parent's token comes; the end of its pipe is the end of its parent.
+    // A process in the tree works when its parent's token comes; the end of its pipe is the end of
+    // its parent.
     if let Some(mut up) = up {
         let mut bytes = [0; 8];
         while up.from.read_exact(&mut bytes).is_ok() {

@@ -1,22 +1,18 @@
-//! A small machine for each test that uses a real CRIU: namespaces for processes, network and mounts.
+//! A small machine for each test that uses a real CRIU: namespaces for processes, network and
+//! mounts.
 //!
-//! CRIU restores a process with the PID that it had. Inside, PIDs are few and nobody else takes one, so tests run side
-//! by side and beside whatever the host does. Ports are free too, and when the machine is dropped, or the test dies, the
-//! kernel ends every process in it.
+//! CRIU restores a process with the PID that it had. Inside, PIDs are few and no other process
+//! takes one, so tests run side by side and beside whatever the host does. Ports are free too, and
+//! when the machine is dropped, or the test dies, the kernel ends every process in it.
 //!
 //! What a test does there it does in bash, as the README shows it: see [`Machine::run`].
-
-#![allow(
-    dead_code,
-    reason = "each test binary compiles all of this and uses a part of it"
-)]
 
 pub mod recipes;
 
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{Read, Write as _};
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -26,14 +22,17 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::common::skip;
+use crate::common::streamer::binary;
+
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 const HANG_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How often a condition is looked at while waiting for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What comes before each script: descriptors inherited from whoever runs these tests would become part of an
-/// application's image, and nsenter leaves us in the root directory.
+/// What comes before each script: descriptors inherited from the starter of these tests would
+/// become part of an application's image, and nsenter leaves us in the root directory.
 const SCRIPT_HEAD: &str = r#"
 for fd in $(ls /proc/self/fd); do [ $fd -le 2 ] || eval "exec $fd>&-"; done
 cd "$MACHINE"
@@ -77,7 +76,8 @@ fn programs() -> &'static Result<Programs, String> {
 fn compile(source: &Path, program: &Path) {
     let home = program.parent().expect("a directory");
     std::fs::create_dir_all(home).expect("make a directory");
-    // Another test binary may be doing the same, and a program that is replaced while it runs is a file that CRIU misses.
+    // Another run of the tests may be doing the same, and a program that is replaced while it runs
+    // is a file that CRIU misses.
     let lock = File::create(home.join("application.lock")).expect("a lock");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, why)| why)
@@ -101,18 +101,6 @@ fn compile(source: &Path, program: &Path) {
         source.display()
     );
     std::fs::rename(&unfinished, program).expect("rename the application");
-}
-
-/// Says why a test is not done, which is a failure where `CI` is `true`.
-pub fn skip(why: &str) {
-    let test = thread::current().name().unwrap_or("a test").to_owned();
-    assert_ne!(
-        std::env::var("CI").as_deref(),
-        Ok("true"),
-        "{test} cannot be done: {why}"
-    );
-    // Past the test harness, which shows what a test printed only if it failed.
-    writeln!(std::io::stderr(), "SKIPPED {test}: {why}").expect("standard error");
 }
 
 /// A machine, with a directory of its own that is its scripts' working directory.
@@ -143,7 +131,7 @@ impl Machine {
             .expect("make a directory");
         // To standard error, where it comes in order with what the streamer says.
         std::fs::write(directory.path().join("criu.conf"), "verbosity 4\n").expect("criu.conf");
-        let streamer = Path::new(env!("CARGO_BIN_EXE_criu-image-streamer"));
+        let streamer = binary();
         let host_path = std::env::var_os("PATH").unwrap_or_default();
         let first = [streamer, &programs.criu, &programs.application];
         let first = first.map(|program| program.parent().expect("a directory").to_owned());
@@ -154,7 +142,8 @@ impl Machine {
             .chain(system);
         let path = std::env::join_paths(all).expect("a PATH");
 
-        // The first process: reaps what is left to it, and ends, and all with it, when its standard input does.
+        // The first process: reaps what is left to it, and ends, and all with it, when its standard
+        // input does.
         let mut unshare = Command::new("unshare")
             .args(["--pid", "--fork", "--mount-proc", "--net", "bash", "-c"])
             .arg("ip link set lo up && : >booted && while read -r; do :; done")
@@ -200,7 +189,8 @@ impl Machine {
             .unwrap_or_else(|why| panic!("read {name}: {why}\n{}", self.describe()))
     }
 
-    /// Runs a script with bash, in which the first failure of a command or pipeline is the script's.
+    /// Runs a script with bash, in which the first failure of a command or pipeline is the
+    /// script's.
     pub fn run(&self, script: &str) -> Ran<'_> {
         self.run_with(&[], script)
     }
@@ -246,15 +236,16 @@ impl Machine {
         self.start_in("", parts)
     }
 
-    /// Starts the application through a command like `unshare`, which runs the program that its arguments name.
+    /// Starts the application through a command like `unshare`, which runs the program that its
+    /// arguments name.
     pub fn start_in(&self, command: &str, parts: &str) -> Application<'_> {
         let mut application = Application {
             machine: self,
             pid: String::new(),
             state: self.path("application.state"),
         };
-        // A session of its own and no terminal, or CRIU would have to be told about the shell's. Its files are opened
-        // in its own mount namespace.
+        // A session of its own and no terminal, or CRIU would have to be told about the shell's.
+        // Its files are opened in its own mount namespace.
         let script = r#"
 rm -f application.state
 COMMAND \
@@ -277,7 +268,8 @@ echo $pid
         application
     }
 
-    /// Everything that may explain a failure: the processes, what the scripts said, and every log's last lines.
+    /// Everything that may explain a failure: the processes, what the scripts said, and every log's
+    /// last lines.
     pub fn describe(&self) -> String {
         let mut text = String::new();
         let processes = Command::new("nsenter")
@@ -451,7 +443,8 @@ impl Application<'_> {
         }
     }
 
-    /// Waits until the application has gone over all of its state once more, and found it undamaged.
+    /// Waits until the application has gone over all of its state once more, and found it
+    /// undamaged.
     #[track_caller]
     pub fn goes_on(&self) -> State {
         let from = self.state();
@@ -470,7 +463,8 @@ impl Application<'_> {
         assert!(after.rounds > before.rounds, "{after:?} after {before:?}");
     }
 
-    /// Waits until no process of the application's is left: a killed one takes a moment to go, and has its PID until then.
+    /// Waits until no process of the application's is left: a killed one takes a moment to go, and
+    /// has its PID until then.
     #[track_caller]
     pub fn is_gone(&self) {
         if !wait_until(|| !self.run("kill -0 -- -$PID").succeeded()) {

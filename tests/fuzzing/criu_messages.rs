@@ -1,18 +1,19 @@
-//! Any bytes and descriptors on CRIU's socket: the requests that come out are those that a dumb reference reads from the same bytes, up to
-//! the first error, and no descriptor stays open.
+//! Any bytes and descriptors on CRIU's socket: the requests that come out are those that a dumb
+//! reference reads from the same bytes, up to the first error, and no descriptor stays open.
 //!
 //! ```text
 //! input: | role | step | step | …
 //! role:  even: capture, odd: serve, which answers; a file exists if the length of its name is even
-//! step:  | how many descriptors, 0 to 7 (bits 0 to 2) | length (u8) | bytes, sent in one message with the descriptors |
+//! step:  | how many descriptors, 0 to 7 (bits 0 to 2) | length (u8) | bytes |, sent in one message
 //! ```
 
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use criu_image_streamer::criu::proto::ImgStreamerRequestEntry;
 use criu_image_streamer::criu::{Connection, Message, Receipt};
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
@@ -87,12 +88,11 @@ pub fn run(input: &[u8]) {
     }
 
     drop((connection, ours, write));
-    // The pipe ends when nobody holds its write end.
-    assert_eq!(
-        nix::unistd::read(&read, &mut [0]),
-        Ok(0),
-        "a descriptor stays open"
-    );
+    // The pipe ends when its write end is closed everywhere: also in a process that another thread
+    // is about to start, which has it until it executes its program.
+    let mut end = [PollFd::new(read.as_fd(), PollFlags::POLLIN)];
+    let patience = PollTimeout::from(10_000_u16);
+    assert_eq!(poll(&mut end, patience), Ok(1), "a descriptor stays open");
 }
 
 /// False: the socket is full.

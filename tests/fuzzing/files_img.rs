@@ -1,5 +1,5 @@
-//! Any bytes as `files.img`: changed exactly when a dumb reference finds them well-formed with a socket listening on the port, and then
-//! nothing but the ports of such sockets differs.
+//! Any bytes as `files.img`: changed exactly when a dumb reference finds them well-formed with a
+//! socket listening on the port, and then nothing but the ports of such sockets differs.
 //!
 //! ```text
 //! input: | old port (u16 LE) | new port (u16 LE) | files.img |

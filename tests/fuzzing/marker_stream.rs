@@ -1,5 +1,5 @@
-//! Any bytes on the shards: accepted exactly when a dumb reference accepts them, with the same files, in memory and on disk; otherwise
-//! an error, and the images directory is as it was before.
+//! Any bytes on the shards: accepted exactly when a dumb reference accepts them, with the same
+//! files, in memory and on disk; otherwise an error, and the images directory is as it was before.
 //!
 //! ```text
 //! input: | flags | length (u16 LE) | length | … | first shard | second shard | … | last shard |
@@ -20,7 +20,8 @@ use criu_image_streamer::store::{Arena, Store};
 use criu_image_streamer::supervision::signals::Interrupts;
 use prost::Message;
 
-/// Fits into a pipe that nobody resized, so that no thread is needed to write while the program reads.
+/// Fits into a pipe of the default size, so that no thread is needed to write while the program
+/// reads.
 const LARGEST: usize = 60 << 10;
 
 const DISK: u8 = 0x80;

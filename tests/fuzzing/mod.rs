@@ -1,8 +1,8 @@
-//! What the program promises of any input whatever, as functions of that input: the fuzz targets in `fuzz/` and the bounded
-//! deterministic runs of `tests/fuzz_inputs.rs` call the same ones.
+//! What the program promises of any input whatever, as functions of that input: the fuzz targets in
+//! `fuzz/` and the bounded deterministic runs of `tests/fuzz_inputs.rs` call the same ones.
 //!
-//! Each compares the program with a reference that is as simple as can be, and panics where they differ. The references share no
-//! code with the program but for prost.
+//! Each compares the program with a reference that is as simple as can be, and panics where they
+//! differ. The references share no code with the program but for prost.
 
 pub mod criu_messages;
 pub mod files_img;

@@ -1,0 +1,69 @@
+//! All integration tests, as one program: each module names the promise that it tests.
+//!
+//! `cargo test splice` and `cargo test campaign` run a module alone. The tests run side by side as
+//! threads of this process, so none may change what belongs to the process: its directory,
+//! environment, umask or limits. Descriptors stay close-on-exec, as the child of another test may
+//! be started at any moment.
+
+/// The parties around the streamer, simulated: CRIU, shards, images. The benchmark uses them too.
+mod common;
+/// A machine with a real CRIU for each test that wants one.
+mod criu;
+/// What the program promises of any input whatever, as functions of the input.
+mod fuzzing;
+
+/// A kernel whose splice loses or mixes up data is found out: `cargo test splice`.
+mod splice;
+
+/// Shards and external files are whatever a shell can redirect.
+mod any_descriptor;
+/// `capture`: every byte of CRIU's files comes to the shards, whatever a shard does.
+mod capture;
+/// The command line: what is accepted, and how the rest is refused.
+mod cli;
+/// `extract`: a whole image comes to the disk, or nothing.
+mod extract;
+/// Images of the original program are read, and ours look like them.
+mod fixtures;
+/// Ordinary users and exhausted limits: slower or a clear error.
+mod limits;
+/// Progress lines: what supervisors read.
+mod progress;
+/// The progress bar: what people see.
+mod progress_bar;
+/// Listening TCP ports change, and nothing else.
+mod remap;
+/// What was captured is what is restored.
+mod round_trip;
+/// `serve`: the whole image is there for CRIU, and only a whole one.
+mod serve;
+/// `serve` is like a file system: files are opened, read and left in any order, at once.
+mod serving;
+/// Shard commands: success means that every command has succeeded.
+mod shard_cmd;
+/// The socket lets CRIU in, and no stranger does harm there.
+mod socket;
+
+/// Faults at random moments, hundreds of times.
+mod campaign;
+/// One fault at a time: killed, stopped, half done, replaced.
+mod faults;
+/// The fuzz targets on inputs that are the same each time.
+mod fuzz_inputs;
+/// Broken and hostile images are refused, with the place of the defect.
+mod hostile;
+
+/// `make install` and `make deb`.
+mod installation;
+/// Live migration between two hosts.
+mod migration;
+/// The README's commands and recipes, as they stand there, with a real CRIU.
+mod readme;
+/// What CRIU can restore alone, it can restore through the streamer.
+mod real_criu;
+/// A real CRIU's dumps and restores that fail leave the application unharmed.
+mod real_criu_failures;
+/// The object store recipe, with the real AWS command line.
+mod s3;
+/// A supervisor's whole cycle, and the example script that stands in for one.
+mod supervisors;
