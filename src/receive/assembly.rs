@@ -104,13 +104,19 @@ impl<S: Store> Assembly<S> {
         self.waiting_bytes
     }
 
+    /// Where data waits whose turn has not come.
+    pub(super) fn ahead(&self) -> Ahead {
+        let current = self.current.as_ref();
+        self.store.ahead(current.map(|(_, file)| file))
+    }
+
     /// Where the data at this place goes. `None`: it should wait in its shard.
     pub(super) fn target(&self, place: Place) -> Option<Target<'_>> {
         match &self.current {
             // Data that belongs to no file is an error, which is found when it is applied.
             None if place == self.order.next() => Some(Target::Memory),
             Some((_, file)) if place == self.order.next() => Some(self.store.target(file)),
-            _ if S::AHEAD == Ahead::Memory => Some(Target::Memory),
+            _ if self.ahead() == Ahead::Memory => Some(Target::Memory),
             _ => None,
         }
     }

@@ -254,7 +254,7 @@ impl<S: Store> Receiver<'_, S> {
     /// Takes from one shard what it has, up to a limit.
     fn turn(&mut self, index: usize) -> Result<Turn> {
         let mut turn = Turn::Idle;
-        let mut allowance = Allowance::new(S::AHEAD, &self.shards[index]);
+        let mut allowance = Allowance::new(self.image.ahead(), &self.shards[index]);
         while !self.image.is_complete() {
             let next = self.image.next().seq;
             if self.image.is_far_ahead(false)
@@ -278,7 +278,7 @@ impl<S: Store> Receiver<'_, S> {
     fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Turn> {
         let shard = &mut self.shards[index];
         let Some(marker) = shard.next_marker()? else {
-            let most = match S::AHEAD {
+            let most = match allowance.ahead {
                 Ahead::Memory => usize::MAX,
                 Ahead::Shard => shard.ahead_for_markers(),
             };
@@ -304,7 +304,7 @@ impl<S: Store> Receiver<'_, S> {
         };
         let shard = &mut self.shards[index];
         if shard.is_read_out() {
-            let most = match (target, S::AHEAD) {
+            let most = match (target, allowance.ahead) {
                 (Target::File(file), _) => {
                     let stage = match &mut self.stage {
                         Some(stage) => stage,
@@ -397,16 +397,16 @@ impl<S: Store> Receiver<'_, S> {
 /// reader that reads on at once takes what the shard's writer has written meanwhile, block by block,
 /// and meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB).
 struct Allowance {
-    kind: Ahead,
+    ahead: Ahead,
     has_read: bool,
     /// Where in the stream the turn ends, on the way to disk.
     end: u64,
 }
 
 impl Allowance {
-    fn new(kind: Ahead, shard: &Reader) -> Self {
+    fn new(ahead: Ahead, shard: &Reader) -> Self {
         Self {
-            kind,
+            ahead,
             has_read: false,
             end: shard.offset() + TURN,
         }
@@ -414,7 +414,7 @@ impl Allowance {
 
     /// Reads up to `most` bytes if the turn is not over.
     fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Turn> {
-        let is_over = match self.kind {
+        let is_over = match self.ahead {
             Ahead::Memory => self.has_read,
             Ahead::Shard => shard.offset() >= self.end,
         };

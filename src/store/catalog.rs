@@ -141,7 +141,9 @@ fn kept(contents: Rc<Contents>) -> (State, Cursor) {
 impl Store for Catalog {
     type File = Contents;
 
-    const AHEAD: Ahead = Ahead::Memory;
+    fn ahead(&self, _current: Option<&Contents>) -> Ahead {
+        Ahead::Memory
+    }
 
     fn create(&mut self, _name: &ImageName) -> Result<Contents> {
         Ok(Contents::default())

@@ -320,7 +320,9 @@ fn aside(number: u64) -> String {
 impl Store for DiskStore {
     type File = StagedFile;
 
-    const AHEAD: Ahead = Ahead::Shard;
+    fn ahead(&self, _current: Option<&StagedFile>) -> Ahead {
+        Ahead::Shard
+    }
 
     fn create(&mut self, name: &ImageName) -> Result<StagedFile> {
         let number = self.next_number;

@@ -164,7 +164,15 @@ impl<S> External<S> {
 impl<S: Store> Store for External<S> {
     type File = File<S::File>;
 
-    const AHEAD: Ahead = S::AHEAD;
+    /// While an external file is current, what is ahead may be more of it, which would fill the memory
+    /// to no avail.
+    fn ahead(&self, current: Option<&Self::File>) -> Ahead {
+        match current {
+            None => self.behind.ahead(None),
+            Some(File::Stored(file)) => self.behind.ahead(Some(file)),
+            Some(File::External(_)) => Ahead::Shard,
+        }
+    }
 
     fn create(&mut self, name: &ImageName) -> Result<Self::File> {
         let number = self.outlets.iter().position(|outlet| outlet.name == *name);

@@ -43,7 +43,8 @@ pub trait Store {
     /// A file that is being received.
     type File;
 
-    const AHEAD: Ahead;
+    /// Where data waits while `current` is the file whose turn it is.
+    fn ahead(&self, current: Option<&Self::File>) -> Ahead;
 
     /// Starts a file. One of the same name that is complete is replaced when the new one is complete.
     ///
