@@ -15,7 +15,7 @@ use crate::format::ImageName;
 use crate::os::pipe::{self, WriteEnd};
 
 /// What is held for readers before the image waits for them, in bytes.
-const MOST_BEHIND: usize = 16 << 20;
+const MOST_BEHIND: usize = 4 << 20;
 
 /// How long ago a reader that is waited for has taken something.
 const AT_WORK: Duration = Duration::from_millis(20);
