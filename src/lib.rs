@@ -39,9 +39,8 @@ use report::bar::{Journey, ProgressBar};
 use report::meter::Counters;
 use report::notice;
 use report::progress::{Milestone, Progress, Stats};
-use store::disk::FsStore;
-use store::external::Overlay;
-use store::mem::MemStore;
+use store::catalog::Catalog;
+use store::disk::DiskStore;
 use store::{Arena, Store};
 use supervision::Endpoints;
 use supervision::signals::{self, Interrupted, Interrupts};
@@ -124,7 +123,7 @@ fn execute(plan: Plan) -> Result<()> {
             Ok(())
         }
         Action::Extract => {
-            let store = FsStore::new(&plan.images_dir)?;
+            let store = DiskStore::new(&plan.images_dir)?;
             let received = receive(
                 plan.shards,
                 plan.external_files,
@@ -145,7 +144,7 @@ fn execute(plan: Plan) -> Result<()> {
             let received = receive(
                 plan.shards,
                 plan.external_files,
-                MemStore::new(),
+                Catalog::new(),
                 &mut arena,
                 &counters,
                 endpoints,
@@ -159,7 +158,7 @@ fn execute(plan: Plan) -> Result<()> {
             if plan.progress_bar {
                 notice::tell("the image is in memory: run `criu restore --stream`");
             }
-            serve::serve(listener, files, arena, plan.criu_clients, &interrupts)
+            serve::serve(listener, files, plan.criu_clients, &interrupts)
         }
     }
 }
@@ -184,13 +183,10 @@ fn receive<S: Store>(
     interrupts: &Interrupts,
 ) -> Result<(S, Stats)> {
     let external_files = external_files.into_iter().map(|(name, fd)| {
-        let pipe = endpoints
-            .sink(fd, name.as_str())?
-            .nonblocking()
-            .with_context(|| format!("preparing to hand out {name}"))?;
+        let pipe = endpoints.sink(fd, name.as_str())?;
         Ok((name, pipe))
     });
-    let external_files = external_files.collect::<Result<_>>()?;
+    let external_files = external_files.collect::<Result<Vec<_>>>()?;
     let shards = match shards {
         Shards::Descriptors(fds) => fds
             .into_iter()
@@ -198,20 +194,18 @@ fn receive<S: Store>(
             .collect::<Result<_>>()?,
         Shards::Commands(commands) => endpoints.start_writers(commands)?,
     };
-    let store = Overlay::new(store, external_files, interrupts);
-    let received = receive::receive(shards, store, arena, counters, interrupts)
-        .and_then(|(store, stats)| Ok((store.into_below()?, stats)));
+    let received = receive::receive(shards, external_files, store, arena, counters, interrupts);
     endpoints.conclude(received, interrupts)
 }
 
-fn remap_ports(files: &mut MemStore, arena: &mut Arena, remaps: &[Remap]) -> Result<()> {
+fn remap_ports(files: &mut Catalog, arena: &mut Arena, remaps: &[Remap]) -> Result<()> {
     if remaps.is_empty() {
         return Ok(());
     }
     let mut change = || {
         let name = ImageName::new(listen_ports::FILE)?;
         let before = files
-            .read(&name, arena)
+            .read(&name)
             .with_context(|| format!("the image has no {name}"))?;
         let after =
             listen_ports::remap(&before, remaps).with_context(|| format!("changing {name}"))?;

@@ -232,7 +232,7 @@ fn a_shard_that_is_cut_while_the_external_files_reader_is_busy_is_an_error() {
         }
         let tar = Collector::start(vec![tar_reader]);
         streamer.expect_failure(&["shard"]);
-        assert_eq!(tar.finish()[0].len(), size);
+        assert!(tar.finish()[0].len() <= size);
     }
 }
 

@@ -8,13 +8,15 @@
 //! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12 bytes costs as much
 //! room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much can be taken out, but not how much fits in.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
+
+use super::memory::Sealed;
 
 /// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
 /// pages are larger, slots are too, and the estimates made with this constant err on the safe side.
@@ -280,13 +282,13 @@ pub fn splice(from: &ReadEnd, to: impl AsFd, len: usize) -> io::Result<Moved> {
     moved(|| nix::fcntl::splice(from, None, &to, None, len, flags))
 }
 
-/// Puts references to the pages of `memory` into a pipe. They must not be written to for as long as somebody may read
-/// them: give it memory that is filled once, as the arena's is.
+/// Puts references to the pages of sealed memory into a pipe.
 ///
 /// # Errors
 /// `EPIPE` when the pipe's reader is gone.
-pub fn vmsplice(to: &WriteEnd, memory: &[IoSlice]) -> io::Result<Moved> {
-    moved(|| nix::fcntl::vmsplice(to, memory, SpliceFFlags::SPLICE_F_NONBLOCK))
+pub(crate) fn vmsplice(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
+    let pieces = Sealed::slices(pieces);
+    moved(|| nix::fcntl::vmsplice(to, pieces, SpliceFFlags::SPLICE_F_NONBLOCK))
 }
 
 /// Reads from a pipe (made non-blocking before).

@@ -1,85 +1,62 @@
-//! Puts the markers of all shards in order again, and the data with them into files.
+//! Makes files of a store out of the steps of an image, each in its turn.
 //!
-//! Shards run ahead of each other: one waits in a compressor's block, another in the network. What comes before its turn waits
-//! here, its data already in memory. Whatever is wrong with the order or the contents of an image is found here, and
-//! blamed on a shard and an offset.
+//! What is wrong with the order or the contents of an image is found here, and blamed on a shard and
+//! an offset.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::HashMap;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use crate::format::ImageName;
-use crate::store::{Arena, Extent, Store};
+use super::order::{Order, Place, Then};
+use crate::format::{Body, ImageName};
+use crate::store::{Ahead, Extent, Store, Target};
 
-/// Parts that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A stream of nothing but markers that
-/// leaves out one must not fill the memory.
+/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A stream
+/// of nothing but markers that leaves out one must not fill the memory.
 const MOST_WAITING: usize = 1 << 20;
 
-/// Parts that may wait while the image makes progress: 1 MB or so. A shard that is further ahead can as well wait in its pipe.
+/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead can
+/// as well wait in its pipe.
 const MANY_WAITING: usize = 16 << 10;
 
 /// One step in the making of the image.
 #[derive(Debug)]
-pub enum Step {
-    File(ImageName),
-    Data { extent: Extent, last: bool },
-    NoData,
-    FileEnd,
-    ImageEnd,
+pub(super) enum Step {
+    /// A marker that no data follows.
+    Marker(Body),
+    /// Some of the data behind a marker, and whether more of it comes.
+    Data(Extent, Then),
 }
 
 impl Step {
     /// Bytes of data that come with it.
     fn len(&self) -> usize {
         match self {
-            Step::Data { extent, .. } => extent.len(),
-            _ => 0,
+            Step::Data(extent, _) => extent.len(),
+            Step::Marker(_) => 0,
         }
     }
 }
 
 /// Where a step came from, for errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Origin {
-    pub shard: usize,
-    pub offset: u64,
+pub(super) struct Origin {
+    pub(super) shard: usize,
+    /// Bytes of the shard up to and with the step.
+    pub(super) offset: u64,
 }
 
-/// The place of a step in the image: the marker's position, and the part of its data.
-pub type Place = (u64, u32);
-
+#[derive(Debug)]
 struct Waiting {
-    place: Place,
     origin: Origin,
     step: Step,
 }
 
-impl PartialEq for Waiting {
-    fn eq(&self, other: &Self) -> bool {
-        self.place == other.place
-    }
-}
-
-impl Eq for Waiting {}
-
-impl PartialOrd for Waiting {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Waiting {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.place.cmp(&other.place)
-    }
-}
-
 /// An image in the making.
-pub struct Reassembly<S: Store> {
+pub(super) struct Assembly<S: Store> {
     store: S,
-    next: Place,
-    waiting: BinaryHeap<Reverse<Waiting>>,
+    order: Order<Waiting>,
+    /// Bytes of data that wait for their turn.
     waiting_bytes: usize,
     current: Option<(ImageName, S::File)>,
     /// Files that are neither complete nor current.
@@ -88,13 +65,12 @@ pub struct Reassembly<S: Store> {
     labels: Vec<String>,
 }
 
-impl<S: Store> Reassembly<S> {
+impl<S: Store> Assembly<S> {
     /// `labels` names the shards in errors.
-    pub fn new(store: S, labels: Vec<String>) -> Self {
+    pub(super) fn new(store: S, labels: Vec<String>) -> Self {
         Self {
             store,
-            next: (0, 0),
-            waiting: BinaryHeap::new(),
+            order: Order::new(),
             waiting_bytes: 0,
             current: None,
             open: HashMap::new(),
@@ -103,181 +79,136 @@ impl<S: Store> Reassembly<S> {
         }
     }
 
-    /// The position of the marker whose turn it is.
-    pub fn next_seq(&self) -> u64 {
-        self.next.0
-    }
-
     /// The place of the step whose turn it is.
-    pub fn next_place(&self) -> Place {
-        self.next
+    pub(super) fn next(&self) -> Place {
+        self.order.next()
     }
 
     /// Whether the end of the image was reached, with nothing missing before.
-    pub fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says that the image has made no
-    /// progress for a while, and may depend on it.
-    pub fn is_far_ahead(&self, stalled: bool) -> bool {
-        self.waiting.len() >= if stalled { MOST_WAITING } else { MANY_WAITING }
+    pub(super) fn store(&mut self) -> &mut S {
+        &mut self.store
+    }
+
+    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says
+    /// that the image has made no progress for a while, and may depend on it.
+    pub(super) fn is_far_ahead(&self, stalled: bool) -> bool {
+        self.order.len() >= if stalled { MOST_WAITING } else { MANY_WAITING }
     }
 
     /// Bytes of data that wait for their turn.
-    pub fn waiting_bytes(&self) -> usize {
+    pub(super) fn waiting_bytes(&self) -> usize {
         self.waiting_bytes
     }
 
-    /// Whether the current file is fed by splicing, so that data should not be taken to memory ahead of its turn.
-    pub fn prefers_splicing(&self) -> bool {
+    /// Where data waits whose turn has not come.
+    pub(super) fn ahead(&self) -> Ahead {
         let current = self.current.as_ref();
-        !S::BUFFERS || current.is_some_and(|(_, file)| self.store.takes_pipe(file))
+        self.store.ahead(current.map(|(_, file)| file))
     }
 
-    /// The current file, with the store to splice into it, if it is the turn of this place and the file takes a pipe.
-    pub fn splice_target(&mut self, place: Place) -> Option<(&ImageName, &mut S::File, &mut S)> {
-        match &mut self.current {
-            Some((name, file)) if place == self.next && self.store.takes_pipe(file) => {
-                Some((name, file, &mut self.store))
-            }
+    /// Where the data at this place goes. `None`: it should wait in its shard.
+    pub(super) fn target(&self, place: Place) -> Option<Target<'_>> {
+        match &self.current {
+            // Data that belongs to no file is an error, which is found when it is applied.
+            None if place == self.order.next() => Some(Target::Memory),
+            Some((_, file)) if place == self.order.next() => Some(self.store.target(file)),
+            _ if self.ahead() == Ahead::Memory => Some(Target::Memory),
             _ => None,
         }
     }
 
-    /// Whether it is this place's turn.
-    pub fn is_next(&self, place: Place) -> bool {
-        place == self.next
+    /// The name of the current file, for errors.
+    pub(super) fn current(&self) -> String {
+        let current = self.current.as_ref();
+        current.map_or_else(|| "no file".into(), |(name, _)| name.to_string())
     }
 
     /// Data at the place whose turn it was went into the current file.
     ///
     /// # Errors
-    /// As [`Reassembly::submit`].
-    pub fn spliced(&mut self, last: bool, arena: &mut Arena) -> Result<()> {
-        self.pass(last)?;
-        self.catch_up(arena)
+    /// As [`Assembly::submit`].
+    pub(super) fn written(&mut self, then: Then) -> Result<()> {
+        self.pass(then)?;
+        self.catch_up()
     }
 
     /// Takes a step, now if it is its turn, otherwise when that comes.
     ///
     /// # Errors
     /// When the step makes no sense at its place, or the store fails.
-    pub fn submit(
-        &mut self,
-        place: Place,
-        origin: Origin,
-        step: Step,
-        arena: &mut Arena,
-    ) -> Result<()> {
-        if place == self.next {
-            self.apply(origin, step, arena)?;
-            return self.catch_up(arena);
+    pub(super) fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()> {
+        if place == self.order.next() {
+            self.apply(origin, step)?;
+            return self.catch_up();
         }
-        ensure!(
-            place > self.next,
-            self.error(
+        let len = step.len();
+        if self.order.insert(place, Waiting { origin, step }).is_err() {
+            bail!(self.error(
                 origin,
-                format_args!("marker {} comes a second time", place.0)
-            )
-        );
-        self.waiting_bytes += step.len();
-        self.waiting.push(Reverse(Waiting {
-            place,
-            origin,
-            step,
-        }));
+                format_args!("marker {} comes a second time", place.seq)
+            ));
+        }
+        self.waiting_bytes += len;
         Ok(())
     }
 
-    fn catch_up(&mut self, arena: &mut Arena) -> Result<()> {
-        while let Some(Reverse(first)) = self.waiting.peek() {
-            if first.place > self.next {
-                break;
-            }
-            if let Some(Reverse(Waiting {
-                place,
-                origin,
-                step,
-            })) = self.waiting.pop()
-            {
-                ensure!(
-                    place == self.next,
-                    self.error(
-                        origin,
-                        format_args!("marker {} comes a second time", place.0)
-                    )
-                );
-                self.waiting_bytes -= step.len();
-                self.apply(origin, step, arena)?;
-            }
+    fn catch_up(&mut self) -> Result<()> {
+        while let Some(Waiting { origin, step }) = self.order.pop() {
+            self.waiting_bytes -= step.len();
+            self.apply(origin, step)?;
         }
         Ok(())
     }
 
-    fn pass(&mut self, last: bool) -> Result<()> {
-        self.next = if last {
-            let seq = self
-                .next
-                .0
-                .checked_add(1)
-                .context("the image has more markers than can be counted")?;
-            (seq, 0)
-        } else {
-            (self.next.0, self.next.1 + 1)
-        };
-        Ok(())
+    fn pass(&mut self, then: Then) -> Result<()> {
+        self.order
+            .pass(then)
+            .context("the image has more markers than can be counted")
     }
 
-    fn apply(&mut self, origin: Origin, step: Step, arena: &mut Arena) -> Result<()> {
+    fn apply(&mut self, origin: Origin, step: Step) -> Result<()> {
         ensure!(
             !self.complete,
             self.error(origin, "something follows the end of the image")
         );
-        let mut last = true;
+        let mut then = Then::Marker;
         match step {
-            Step::File(name) => {
-                if let Some((name, file)) = self.current.take() {
-                    self.open.insert(name, file);
-                }
+            Step::Marker(Body::File(name)) => {
+                self.open.extend(self.current.take());
                 let file = match self.open.remove(&name) {
                     Some(file) => file,
                     None => self.store.create(&name)?,
                 };
                 self.current = Some((name, file));
             }
-            Step::Data {
-                extent,
-                last: is_last,
-            } => {
+            Step::Data(extent, more) => {
                 let Some((name, file)) = &mut self.current else {
                     bail!(self.error(origin, "data comes before the name of its file"));
                 };
                 self.store
-                    .append(file, extent, arena)
+                    .append(file, extent)
                     .with_context(|| format!("writing {name}"))?;
-                last = is_last;
+                then = more;
             }
-            Step::NoData => {
+            Step::Marker(Body::Data(_)) => {
                 ensure!(
                     self.current.is_some(),
                     self.error(origin, "data comes before the name of its file")
                 );
             }
-            Step::FileEnd => {
+            Step::Marker(Body::FileEnd) => {
                 let Some((name, file)) = self.current.take() else {
                     bail!(self.error(origin, "a file ends before it was named"));
                 };
-                self.store.finish(name, file, arena)?;
+                self.store.finish(name, file)?;
             }
-            Step::ImageEnd => {
-                let unfinished = self
-                    .current
-                    .iter()
-                    .map(|(name, _)| name)
-                    .chain(self.open.keys())
-                    .min();
-                if let Some(name) = unfinished {
+            Step::Marker(Body::ImageEnd) => {
+                let current = self.current.iter().map(|(name, _)| name);
+                if let Some(name) = current.chain(self.open.keys()).min() {
                     bail!(self.error(
                         origin,
                         format_args!("the image ends, but its file {name} does not")
@@ -286,18 +217,18 @@ impl<S: Store> Reassembly<S> {
                 self.complete = true;
             }
         }
-        self.pass(last)
+        self.pass(then)
     }
 
     /// The store, once the image is complete.
     ///
     /// # Errors
     /// When something was left over.
-    pub fn into_store(self) -> Result<S> {
-        if let Some(Reverse(first)) = self.waiting.peek() {
+    pub(super) fn into_store(mut self) -> Result<S> {
+        if let Some((place, Waiting { origin, .. })) = self.order.pop_first() {
             bail!(self.error(
-                first.origin,
-                format_args!("marker {} follows the end of the image", first.place.0)
+                origin,
+                format_args!("marker {} follows the end of the image", place.seq)
             ));
         }
         Ok(self.store)
@@ -315,7 +246,8 @@ impl<S: Store> Reassembly<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::mem::MemStore;
+    use crate::store::Arena;
+    use crate::store::catalog::Catalog;
 
     const HERE: Origin = Origin {
         shard: 0,
@@ -326,21 +258,24 @@ mod tests {
         ImageName::new(name).unwrap()
     }
 
-    fn data(arena: &mut Arena, bytes: &[u8]) -> Step {
-        let mut block = arena.reserve(bytes.len()).unwrap();
-        arena.unfilled(&mut block).copy_from_slice(bytes);
-        arena.filled(&mut block, bytes.len());
-        Step::Data {
-            extent: arena.seal(block),
-            last: true,
-        }
+    fn file(text: &str) -> Step {
+        Step::Marker(Body::File(name(text)))
     }
 
-    fn reassembly() -> (Reassembly<MemStore>, Arena) {
-        (
-            Reassembly::new(MemStore::new(), vec!["shard fd 0".into()]),
-            Arena::new(),
-        )
+    fn data(bytes: &[u8]) -> Step {
+        let mut arena = Arena::new();
+        let mut block = arena.reserve(bytes.len()).unwrap();
+        block.unfilled().copy_from_slice(bytes);
+        block.filled(bytes.len());
+        Step::Data(arena.seal(block), Then::Marker)
+    }
+
+    const NO_DATA: Step = Step::Marker(Body::Data(0));
+    const FILE_END: Step = Step::Marker(Body::FileEnd);
+    const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
+
+    fn assembly() -> Assembly<Catalog> {
+        Assembly::new(Catalog::new(), vec!["shard fd 0".into()])
     }
 
     #[test]
@@ -350,63 +285,56 @@ mod tests {
             [6, 5, 4, 3, 2, 1, 0],
             [3, 0, 6, 1, 5, 2, 4],
         ] {
-            let (mut image, mut arena) = reassembly();
+            let mut image = assembly();
             for seq in order {
                 let step = match seq {
-                    0 => Step::File(name("a")),
-                    1 => data(&mut arena, b"12"),
-                    2 => Step::NoData,
-                    3 => data(&mut arena, b"345"),
-                    4 | 5 => [Step::FileEnd, Step::File(name("b"))]
-                        .into_iter()
-                        .nth(seq - 4)
-                        .unwrap(),
-                    _ => Step::FileEnd,
+                    0 => file("a"),
+                    1 => data(b"12"),
+                    2 => NO_DATA,
+                    3 => data(b"345"),
+                    5 => file("b"),
+                    _ => FILE_END,
                 };
-                image
-                    .submit((seq as u64, 0), HERE, step, &mut arena)
-                    .unwrap();
+                image.submit(Place::of(seq), HERE, step).unwrap();
             }
-            image
-                .submit((7, 0), HERE, Step::ImageEnd, &mut arena)
-                .unwrap();
+            image.submit(Place::of(7), HERE, IMAGE_END).unwrap();
             assert!(image.is_complete());
             let store = image.into_store().unwrap();
-            assert_eq!(store.read(&name("a"), &arena).unwrap(), b"12345");
-            assert_eq!(store.read(&name("b"), &arena).unwrap(), b"");
+            assert_eq!(store.read(&name("a")).unwrap(), b"12345");
+            assert_eq!(store.read(&name("b")).unwrap(), b"");
         }
     }
 
     #[test]
     fn files_that_take_turns_do_not_mix_and_the_last_of_a_name_counts() {
-        let (mut image, mut arena) = reassembly();
+        let mut image = assembly();
         let steps = [
-            Step::File(name("a")),
-            data(&mut arena, b"a1"),
-            Step::File(name("b")),
-            data(&mut arena, b"b1"),
-            Step::File(name("a")),
-            data(&mut arena, b"a2"),
-            Step::FileEnd,
-            Step::File(name("b")),
-            Step::FileEnd,
-            Step::File(name("b")),
-            data(&mut arena, b"new"),
-            Step::FileEnd,
-            Step::ImageEnd,
+            file("a"),
+            data(b"a1"),
+            file("b"),
+            data(b"b1"),
+            file("a"),
+            data(b"a2"),
+            FILE_END,
+            file("b"),
+            FILE_END,
+            file("b"),
+            data(b"new"),
+            FILE_END,
+            IMAGE_END,
         ];
         for (seq, step) in (0..).zip(steps) {
-            image.submit((seq, 0), HERE, step, &mut arena).unwrap();
+            image.submit(Place::of(seq), HERE, step).unwrap();
         }
         let store = image.into_store().unwrap();
-        assert_eq!(store.read(&name("a"), &arena).unwrap(), b"a1a2");
-        assert_eq!(store.read(&name("b"), &arena).unwrap(), b"new");
+        assert_eq!(store.read(&name("a")).unwrap(), b"a1a2");
+        assert_eq!(store.read(&name("b")).unwrap(), b"new");
     }
 
-    fn error_of(steps: impl FnOnce(&mut Arena) -> Vec<(u64, Step)>) -> String {
-        let (mut image, mut arena) = reassembly();
-        for (seq, step) in steps(&mut arena) {
-            if let Err(error) = image.submit((seq, 0), HERE, step, &mut arena) {
+    fn error_of(steps: Vec<(u64, Step)>) -> String {
+        let mut image = assembly();
+        for (seq, step) in steps {
+            if let Err(error) = image.submit(Place::of(seq), HERE, step) {
                 return format!("{error:#}");
             }
         }
@@ -417,12 +345,10 @@ mod tests {
 
     #[test]
     fn what_is_far_ahead_is_still_taken_when_nothing_else_helps() {
-        let (mut image, mut arena) = reassembly();
+        let mut image = assembly();
         for seq in 1..=MANY_WAITING as u64 {
             assert!(!image.is_far_ahead(false));
-            image
-                .submit((seq, 0), HERE, Step::FileEnd, &mut arena)
-                .unwrap();
+            image.submit(Place::of(seq), HERE, FILE_END).unwrap();
         }
         assert!(image.is_far_ahead(false));
         assert!(!image.is_far_ahead(true));
@@ -430,25 +356,17 @@ mod tests {
 
     #[test]
     fn every_disorder_has_its_own_error() {
-        let data_first = error_of(|arena| vec![(0, data(arena, b"x"))]);
-        assert!(data_first.contains("before the name"), "{data_first}");
-        let end_first = error_of(|_| vec![(0, Step::FileEnd)]);
-        assert!(end_first.contains("before it was named"), "{end_first}");
-        let open = error_of(|_| vec![(0, Step::File(name("a"))), (1, Step::ImageEnd)]);
-        assert!(open.contains("its file a does not"), "{open}");
-        let repeated = error_of(|_| vec![(0, Step::File(name("a"))), (0, Step::FileEnd)]);
-        assert!(repeated.contains("second time"), "{repeated}");
-        let repeated_ahead = error_of(|_| {
-            vec![
-                (1, Step::FileEnd),
-                (1, Step::FileEnd),
-                (0, Step::File(name("a"))),
-            ]
-        });
-        assert!(repeated_ahead.contains("second time"), "{repeated_ahead}");
-        let after = error_of(|_| vec![(0, Step::ImageEnd), (1, Step::File(name("a")))]);
-        assert!(after.contains("follows the end"), "{after}");
-        let far_after = error_of(|_| vec![(5, Step::File(name("a"))), (0, Step::ImageEnd)]);
-        assert!(far_after.contains("follows the end"), "{far_after}");
+        for (steps, text) in [
+            (vec![(0, data(b"x"))], "before the name"),
+            (vec![(0, FILE_END)], "before it was named"),
+            (vec![(0, file("a")), (1, IMAGE_END)], "its file a does not"),
+            (vec![(0, file("a")), (0, FILE_END)], "second time"),
+            (vec![(1, FILE_END), (1, FILE_END)], "second time"),
+            (vec![(0, IMAGE_END), (1, file("a"))], "follows the end"),
+            (vec![(5, file("a")), (0, IMAGE_END)], "follows the end"),
+        ] {
+            let error = error_of(steps);
+            assert!(error.contains(text), "{error}");
+        }
     }
 }

@@ -1,66 +1,155 @@
-//! External files, laid over another store: what belongs to them goes straight through to a pipe, and is never stored.
+//! External files, in front of another store: what belongs to them goes to their readers' pipes.
 //!
-//! Whoever reads an external file (usually `tar`) sets the pace: while its pipe is full, nothing else of the image is received. It
-//! depends on nothing that we could be holding back, so this cannot deadlock; and if the rest were received meanwhile,
-//! memory would fill with what may turn out to be more of the external file.
+//! What a reader does not take is held in memory, and never stops the image: a supervisor may read a
+//! second external file before the first. A reader that is slow, but takes something now and then,
+//! is waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was reached, because supervisors wait for the
+//! reader's end while the image still comes in.
 
-use std::collections::HashMap;
-use std::io;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::os::fd::AsFd;
 
-use super::{Arena, Extent, Store};
+use super::transfer::{Cursor, Progress, Transfer};
+use super::{Ahead, Contents, Extent, Store, Target};
 use crate::format::ImageName;
-use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, uninterrupted};
-use crate::supervision::signals::{Interrupted, Interrupts};
+use crate::os::pipe::{self, WriteEnd};
 
-/// A file of the overlay: an external one, or one of the store below.
+/// What is held for readers before the image waits for them, in bytes.
+const MOST_BEHIND: usize = 4 << 20;
+
+/// How long ago a reader that is waited for has taken something.
+const AT_WORK: Duration = Duration::from_millis(20);
+
+/// A file of the image: an external one, by its number, or one of the store behind.
 pub enum File<F> {
-    External(WriteEnd),
+    External(usize),
     Stored(F),
 }
 
-enum External {
-    Waiting(WriteEnd),
+/// How far an external file has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// It did not begin yet.
+    Awaited,
     Begun,
+    /// All of it is here.
     Complete,
 }
 
-/// A store with external files in front of it.
-pub struct Overlay<'a, S> {
-    pub below: S,
-    external: HashMap<ImageName, External>,
-    interrupts: &'a Interrupts,
+#[derive(Debug)]
+struct Outlet {
+    name: ImageName,
+    state: State,
+    /// What was not sent yet; `None` when all of it was, and the pipe is closed.
+    transfer: Option<Transfer>,
+    /// The pipe is full: it is left alone until its reader makes room.
+    full: bool,
+    /// When its reader last took something.
+    took: Option<Instant>,
 }
 
-impl<'a, S> Overlay<'a, S> {
-    /// Hands out the files named in `external` through their pipes (which must not block).
-    pub fn new(below: S, external: Vec<(ImageName, WriteEnd)>, interrupts: &'a Interrupts) -> Self {
-        let external = external
-            .into_iter()
-            .map(|(name, pipe)| (name, External::Waiting(pipe)))
-            .collect();
-        Self {
-            below,
-            external,
-            interrupts,
-        }
+/// A store with external files in front of it.
+pub struct External<S> {
+    behind: S,
+    outlets: Vec<Outlet>,
+}
+
+impl<S> External<S> {
+    /// Sends each file that `files` names into its pipe.
+    ///
+    /// # Errors
+    /// Those of measuring a pipe.
+    pub(crate) fn new(behind: S, files: Vec<(ImageName, WriteEnd)>) -> Result<Self> {
+        let outlets = files.into_iter().map(|(name, pipe)| {
+            let slots = pipe::slots(&pipe).with_context(|| format!("preparing {name}"))?;
+            Ok(Outlet {
+                name,
+                state: State::Awaited,
+                transfer: Some(Transfer::new(pipe, slots, Cursor::Once(Contents::Empty))),
+                full: false,
+                took: None,
+            })
+        });
+        Ok(Self {
+            behind,
+            outlets: outlets.collect::<Result<_>>()?,
+        })
     }
 
-    /// Ends the overlay, when the image is complete.
+    /// The pipes that are open, by their numbers.
+    pub(crate) fn pipes(&self) -> impl Iterator<Item = (usize, &WriteEnd)> {
+        let numbered = self.outlets.iter().enumerate();
+        numbered.filter_map(|(number, outlet)| Some((number, outlet.transfer.as_ref()?.pipe())))
+    }
+
+    /// Notes that a pipe may have room again.
+    pub(crate) fn made_room(&mut self, number: usize) {
+        self.outlets[number].full = false;
+    }
+
+    /// Sends what the pipes take, and tells how many slots were filled, and how many the pipes have
+    /// that took something.
+    ///
+    /// # Errors
+    /// When a reader is gone before it had all of its file.
+    pub(crate) fn send(&mut self) -> Result<(usize, usize)> {
+        let (mut filled, mut room) = (0, 0);
+        for outlet in self.outlets.iter_mut().filter(|outlet| !outlet.full) {
+            let Some(transfer) = &mut outlet.transfer else {
+                continue;
+            };
+            let progress = transfer
+                .send()
+                .with_context(|| format!("writing {}", outlet.name))?;
+            match progress {
+                Progress::Done if outlet.state == State::Complete => outlet.transfer = None,
+                Progress::Done => {}
+                Progress::Partial { slots } => {
+                    outlet.full = true;
+                    if slots > 0 {
+                        outlet.took = Some(Instant::now());
+                        filled += slots;
+                        room += transfer.slots();
+                    }
+                }
+                Progress::ReaderGone => bail!(
+                    "writing {}: the reader of this external file went away before its end",
+                    outlet.name
+                ),
+            }
+        }
+        Ok((filled, room))
+    }
+
+    /// Whether much is held for readers that are at work.
+    pub(crate) fn is_behind(&self) -> bool {
+        let at_work = self
+            .outlets
+            .iter()
+            .filter(|outlet| outlet.took.is_some_and(|took| took.elapsed() < AT_WORK));
+        let held = at_work.filter_map(|outlet| Some(outlet.transfer.as_ref()?.left()));
+        held.sum::<usize>() > MOST_BEHIND
+    }
+
+    /// Whether readers still have to take something of what is here.
+    pub(crate) fn is_sending(&self) -> bool {
+        let mut begun = self
+            .outlets
+            .iter()
+            .filter(|outlet| outlet.state != State::Awaited);
+        begun.any(|outlet| outlet.transfer.is_some())
+    }
+
+    /// The store behind, when the image is complete.
     ///
     /// # Errors
     /// When an external file that was asked for is not in the image.
-    pub fn into_below(self) -> Result<S> {
-        let mut missing: Vec<_> = self
-            .external
+    pub(crate) fn into_behind(self) -> Result<S> {
+        let missing = self
+            .outlets
             .iter()
-            .filter(|(_, state)| !matches!(state, External::Complete))
-            .map(|(name, _)| name.to_string())
-            .collect();
+            .filter(|outlet| outlet.state != State::Complete);
+        let mut missing: Vec<_> = missing.map(|outlet| outlet.name.to_string()).collect();
         missing.sort();
         if !missing.is_empty() {
             bail!(
@@ -68,110 +157,118 @@ impl<'a, S> Overlay<'a, S> {
                 missing.join(", ")
             );
         }
-        Ok(self.below)
-    }
-
-    /// Waits until the reader of an external file makes room.
-    fn wait_for_room(&self, pipe: &WriteEnd) -> io::Result<()> {
-        let mut fds = [
-            PollFd::new(pipe.as_fd(), PollFlags::POLLOUT),
-            PollFd::new(self.interrupts.as_fd(), PollFlags::POLLIN),
-        ];
-        uninterrupted(|| poll(&mut fds, PollTimeout::NONE))?;
-        self.interrupts
-            .check()
-            .map_err(|error| match error.downcast::<Interrupted>() {
-                Ok(interrupted) => io::Error::other(interrupted),
-                Err(other) => io::Error::other(other),
-            })
+        Ok(self.behind)
     }
 }
 
-impl<S: Store> Store for Overlay<'_, S> {
+impl<S: Store> Store for External<S> {
     type File = File<S::File>;
 
-    const BUFFERS: bool = S::BUFFERS;
+    /// While an external file is current, what is ahead may be more of it, which would fill the memory
+    /// to no avail.
+    fn ahead(&self, current: Option<&Self::File>) -> Ahead {
+        match current {
+            None => self.behind.ahead(None),
+            Some(File::Stored(file)) => self.behind.ahead(Some(file)),
+            Some(File::External(_)) => Ahead::Shard,
+        }
+    }
 
     fn create(&mut self, name: &ImageName) -> Result<Self::File> {
-        let Some(state) = self.external.get_mut(name) else {
-            return self.below.create(name).map(File::Stored);
+        let number = self.outlets.iter().position(|outlet| outlet.name == *name);
+        let Some(number) = number else {
+            return self.behind.create(name).map(File::Stored);
         };
-        match std::mem::replace(state, External::Begun) {
-            External::Waiting(pipe) => Ok(File::External(pipe)),
-            External::Begun | External::Complete => {
-                bail!(
-                    "the image contains the external file {name} twice, and its first contents are handed out already"
-                )
-            }
+        match std::mem::replace(&mut self.outlets[number].state, State::Begun) {
+            State::Awaited => Ok(File::External(number)),
+            State::Begun | State::Complete => bail!(
+                "the image contains the external file {name} twice, \
+                 and its first contents are handed out already"
+            ),
         }
     }
 
-    fn takes_pipe(&self, file: &Self::File) -> bool {
+    fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a> {
         match file {
-            File::External(_) => true,
-            File::Stored(file) => self.below.takes_pipe(file),
+            File::External(_) => Target::Memory,
+            File::Stored(file) => self.behind.target(file),
         }
     }
 
-    fn splice(&mut self, file: &mut Self::File, from: &ReadEnd, len: usize) -> io::Result<Moved> {
-        let pipe = match file {
-            File::External(pipe) => pipe,
-            File::Stored(file) => return self.below.splice(file, from, len),
-        };
-        loop {
-            match pipe::splice(from, &*pipe, len).map_err(reader_gone)? {
-                // A full target hides that the source has ended, which is told only once: so it has to be
-                // emptied before the source is believed to be merely empty.
-                Moved::WouldBlock if pipe::available(from)? > 0 || !has_room(pipe)? => {
-                    self.wait_for_room(pipe)?;
+    fn append(&mut self, file: &mut Self::File, data: Extent) -> Result<()> {
+        match file {
+            File::External(number) => {
+                if let Some(transfer) = &mut self.outlets[*number].transfer {
+                    transfer.add(data);
                 }
-                moved => return Ok(moved),
-            }
-        }
-    }
-
-    fn append(&mut self, file: &mut Self::File, data: Extent, arena: &mut Arena) -> io::Result<()> {
-        let pipe = match file {
-            File::External(pipe) => pipe,
-            File::Stored(file) => return self.below.append(file, data, arena),
-        };
-        let mut bytes = arena.bytes(&data);
-        while !bytes.is_empty() {
-            match pipe::write(pipe, bytes).map_err(reader_gone)? {
-                Moved::Bytes(written) => bytes = &bytes[written..],
-                Moved::WouldBlock | Moved::End => self.wait_for_room(pipe)?,
-            }
-        }
-        arena.release(data);
-        Ok(())
-    }
-
-    fn finish(&mut self, name: ImageName, file: Self::File, arena: &mut Arena) -> Result<()> {
-        match file {
-            File::External(pipe) => {
-                drop(pipe);
-                self.external.insert(name, External::Complete);
                 Ok(())
             }
-            File::Stored(file) => self
-                .below
-                .finish(name, file, arena)
-                .context("storing a file"),
+            File::Stored(file) => self.behind.append(file, data),
+        }
+    }
+
+    fn finish(&mut self, name: ImageName, file: Self::File) -> Result<()> {
+        match file {
+            File::External(number) => {
+                self.outlets[number].state = State::Complete;
+                Ok(())
+            }
+            File::Stored(file) => self.behind.finish(name, file),
         }
     }
 }
 
-fn has_room(pipe: &WriteEnd) -> io::Result<bool> {
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
-    Ok(uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))? > 0)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::os::pipe::Moved;
+    use crate::store::Arena;
+    use crate::store::catalog::Catalog;
 
-fn reader_gone(error: io::Error) -> io::Error {
-    if error.raw_os_error() == Some(Errno::EPIPE as i32) {
-        return io::Error::new(
-            io::ErrorKind::BrokenPipe,
-            "whoever reads this external file went away before its end",
-        );
+    fn extent(bytes: &[u8]) -> Extent {
+        let mut arena = Arena::new();
+        let mut block = arena.reserve(bytes.len()).unwrap();
+        block.unfilled().copy_from_slice(bytes);
+        block.filled(bytes.len());
+        arena.seal(block)
     }
-    error
+
+    #[test]
+    fn a_reader_that_waits_for_the_second_file_gets_it_before_the_first_is_read() {
+        let (first_read, first_write) = pipe::new().unwrap();
+        let (second_read, second_write) = pipe::new().unwrap();
+        let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
+        let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
+        let mut store = External::new(Catalog::new(), files).unwrap();
+        let large = vec![1; 8 << 20];
+
+        let mut file = store.create(&first).unwrap();
+        store.append(&mut file, extent(&large)).unwrap();
+        store.finish(first, file).unwrap();
+        store.send().unwrap();
+        let mut file = store.create(&second).unwrap();
+        store.append(&mut file, extent(b"small")).unwrap();
+        store.finish(second, file).unwrap();
+        store.send().unwrap();
+
+        let mut buffer = [0; 100];
+        assert_eq!(
+            pipe::read(&second_read, &mut buffer).unwrap(),
+            Moved::Bytes(5)
+        );
+        assert_eq!(pipe::read(&second_read, &mut buffer).unwrap(), Moved::End);
+        assert!(store.is_sending());
+        let mut taken = 0;
+        let mut buffer = vec![0; 1 << 20];
+        while taken < large.len() {
+            if let Moved::Bytes(bytes) = pipe::read(&first_read, &mut buffer).unwrap() {
+                taken += bytes;
+            }
+            store.made_room(0);
+            store.send().unwrap();
+        }
+        assert!(!store.is_sending());
+        assert_eq!(pipe::read(&first_read, &mut buffer).unwrap(), Moved::End);
+        store.into_behind().unwrap();
+    }
 }

@@ -1,29 +1,50 @@
-//! Where the files of an image go on restore: into memory, to disk, or through to somebody's pipe.
+//! Where the files of an image go on restore: into memory, to disk, or to the reader of an external
+//! file.
 //!
-//! A store is given the bytes of one file in order, either as sealed memory of the [`Arena`] or as a pipe to take them from;
-//! how they came and in which order is not its business.
+//! A store says where the next bytes of a file go, and the receiver puts them there. How they came and
+//! in which order is not the store's business.
 
 mod arena;
+pub mod catalog;
 pub mod disk;
 pub mod external;
-pub mod mem;
+mod piece;
+pub(crate) mod transfer;
 
-pub use arena::{Arena, Block, Extent};
-
-use std::io;
+use std::fs::File;
 
 use anyhow::Result;
 
+pub use arena::{Arena, Block, Extent};
+pub use piece::Contents;
+
 use crate::format::ImageName;
-use crate::os::pipe::{Moved, ReadEnd};
+
+/// Where the next bytes of a file go.
+#[derive(Debug, Clone, Copy)]
+pub enum Target<'a> {
+    /// Into memory, and from there to [`Store::append`].
+    Memory,
+    /// To the end of this file, which is as good as appended.
+    File(&'a File),
+}
+
+/// Where data waits whose turn has not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ahead {
+    /// In memory, where it goes anyway.
+    Memory,
+    /// In its shard, for as long as the image makes progress without it.
+    Shard,
+}
 
 /// A place for files.
 pub trait Store {
     /// A file that is being received.
     type File;
 
-    /// Whether data may wait in memory without limit for its turn. A store in memory takes it there anyway.
-    const BUFFERS: bool;
+    /// Where data waits while `current` is the file whose turn it is.
+    fn ahead(&self, current: Option<&Self::File>) -> Ahead;
 
     /// Starts a file. One of the same name that is complete is replaced when the new one is complete.
     ///
@@ -31,24 +52,17 @@ pub trait Store {
     /// When there is no place for it.
     fn create(&mut self, name: &ImageName) -> Result<Self::File>;
 
-    /// Whether the file is best fed by [`Store::splice`].
-    fn takes_pipe(&self, file: &Self::File) -> bool;
-
-    /// Moves up to `len` bytes from the pipe to the end of the file. [`Moved::WouldBlock`] means that the pipe is empty.
-    ///
-    /// # Errors
-    /// When the file cannot take them.
-    fn splice(&mut self, file: &mut Self::File, from: &ReadEnd, len: usize) -> io::Result<Moved>;
+    fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a>;
 
     /// Appends memory to the file.
     ///
     /// # Errors
     /// When the file cannot take it.
-    fn append(&mut self, file: &mut Self::File, data: Extent, arena: &mut Arena) -> io::Result<()>;
+    fn append(&mut self, file: &mut Self::File, data: Extent) -> Result<()>;
 
     /// Completes a file.
     ///
     /// # Errors
     /// When the file did not take everything after all.
-    fn finish(&mut self, name: ImageName, file: Self::File, arena: &mut Arena) -> Result<()>;
+    fn finish(&mut self, name: ImageName, file: Self::File) -> Result<()>;
 }

@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use criu_image_streamer::format::ImageName;
 use criu_image_streamer::format::proto::{Marker, marker::Body};
 use criu_image_streamer::os::pipe::{self, Moved, ReadEnd};
 use criu_image_streamer::receive;
 use criu_image_streamer::report::meter::Counters;
-use criu_image_streamer::store::disk::FsStore;
-use criu_image_streamer::store::mem::{Contents, MemStore};
+use criu_image_streamer::store::catalog::Catalog;
+use criu_image_streamer::store::disk::DiskStore;
 use criu_image_streamer::store::{Arena, Store};
 use criu_image_streamer::supervision::signals::Interrupts;
 use prost::Message;
@@ -73,16 +74,10 @@ type Files = BTreeMap<String, Vec<u8>>;
 
 fn in_memory(shards: &[&[u8]], expected: &Option<Files>) {
     let mut arena = Arena::new();
-    let found = receive(shards, MemStore::new(), &mut arena).map(|store| {
-        let files = store.into_files(&mut arena);
-        let bytes = |contents: &Contents| {
-            let extents = contents.extents().iter().map(|extent| arena.bytes(extent));
-            extents.collect::<Vec<_>>().concat()
-        };
-        let read = files
-            .iter()
-            .map(|(name, contents)| (name.as_str().to_owned(), bytes(contents)));
-        read.collect::<Files>()
+    let found = receive(shards, Catalog::new(), &mut arena).map(|store| {
+        let names = store.names().cloned().collect::<Vec<_>>();
+        let file = |name: ImageName| (name.as_str().to_owned(), store.read(&name).unwrap());
+        names.into_iter().map(file).collect::<Files>()
     });
     compare(&found, expected);
 }
@@ -104,8 +99,12 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
         fs::write(dir.path().join(name), content).unwrap();
     }
     let interrupts = interrupts();
-    let found = receive(shards, FsStore::new(dir.path()).unwrap(), &mut Arena::new())
-        .and_then(|store| store.commit(interrupts));
+    let found = receive(
+        shards,
+        DiskStore::new(dir.path()).unwrap(),
+        &mut Arena::new(),
+    )
+    .and_then(|store| store.commit(interrupts));
     let after = read_dir(dir.path());
     match found {
         Ok(()) => {
@@ -144,6 +143,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::R
         .map(|(i, bytes)| (filled(bytes), format!("shard {i}")));
     receive::receive(
         pipes.collect(),
+        Vec::new(),
         store,
         arena,
         &Counters::new(shards.len()),

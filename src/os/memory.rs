@@ -1,0 +1,194 @@
+//! Anonymous memory: mapped in large pieces, given back page by page.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, IoSlice};
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::OnceLock;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// The size of x86-64's huge pages. On machines with others it is only the unit in which memory is
+/// handed out and given back.
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
+
+/// The size of a page: 4 KiB on x86-64, up to 64 KiB on aarch64 and ppc64.
+pub(crate) fn page_size() -> usize {
+    static SIZE: OnceLock<usize> = OnceLock::new();
+    *SIZE.get_or_init(rustix::param::page_size)
+}
+
+/// The pages that lie wholly between two offsets. `MADV_DONTNEED` rounds its length up to a page:
+/// given a part of one, it would empty what lies behind.
+fn whole_pages(range: Range<usize>, page: usize) -> Range<usize> {
+    range.start.next_multiple_of(page)..range.end / page * page
+}
+
+/// Which pages a mapping asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// Huge ones, where the kernel has them.
+    Huge,
+    Small,
+}
+
+/// Private memory of ours, zeroed, aligned to huge pages, and left out of core dumps.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping is memory that nothing else points to; like a Vec it may move between threads,
+// and shared references give access to it only through unsafe functions.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes, a multiple of [`HUGE_PAGE`]. More is mapped first, and the ends are cut
+    /// off, because the kernel aligns to small pages only.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn new(len: usize, pages: Pages) -> io::Result<Self> {
+        let size = NonZeroUsize::new(len + HUGE_PAGE).expect("it is not empty");
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory in
+        // use.
+        let mapped = unsafe { mmap_anonymous(None, size, protection, flags) }?.cast::<u8>();
+        let before = mapped.as_ptr().align_offset(HUGE_PAGE);
+        let after = HUGE_PAGE - before;
+        // SAFETY: both ends lie in the mapping made above, and nothing refers to them; the middle
+        // is `len` bytes long.
+        let base = unsafe {
+            let base = mapped.add(before);
+            if before > 0 {
+                munmap(mapped.cast(), before)?;
+            }
+            if after > 0 {
+                munmap(base.add(len).cast(), after)?;
+            }
+            let advice = match pages {
+                Pages::Huge => MmapAdvise::MADV_HUGEPAGE,
+                Pages::Small => MmapAdvise::MADV_NOHUGEPAGE,
+            };
+            // Refused where huge pages are not built in: small ones do.
+            let _ = madvise(base.cast(), len, advice);
+            // An image is another process's memory, and has no business in a core dump of ours.
+            let _ = madvise(base.cast(), len, MmapAdvise::MADV_DONTDUMP);
+            base
+        };
+        Ok(Self { base, len })
+    }
+
+    /// The bytes between two offsets.
+    ///
+    /// # Safety
+    /// Nothing may write to them for as long as the reference lives.
+    pub(crate) unsafe fn bytes(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range lies in the mapping, which is initialized (zeroed) memory; the caller
+        // keeps writers away.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(range.start), range.len()) }
+    }
+
+    /// The same for writing.
+    ///
+    /// # Safety
+    /// Nothing else may refer to them for as long as the reference lives.
+    #[expect(clippy::mut_from_ref, reason = "the caller has the range to itself")]
+    pub(crate) unsafe fn bytes_mut(&self, range: Range<usize>) -> &mut [u8] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: as above, and the caller has the range to itself.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(range.start), range.len()) }
+    }
+
+    /// Gives the pages that lie wholly between two offsets back to the kernel. References to them
+    /// that a pipe holds stay good. From then on they are zeroed.
+    ///
+    /// # Safety
+    /// Nothing may refer to these bytes, or count on what they hold.
+    pub(crate) unsafe fn discard(&self, range: Range<usize>) {
+        assert!(range.end <= self.len);
+        let Range { start, end } = whole_pages(range, page_size());
+        if start < end {
+            // SAFETY: the range lies in this mapping, and nothing refers to it.
+            let result = unsafe {
+                let first = self.base.add(start).cast();
+                madvise(first, end - start, MmapAdvise::MADV_DONTNEED)
+            };
+            debug_assert!(result.is_ok(), "giving back memory of our own cannot fail");
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody can refer to it any more.
+        let result = unsafe { munmap(self.base.cast(), self.len) };
+        debug_assert!(result.is_ok(), "unmapping memory of our own cannot fail");
+    }
+}
+
+/// Bytes that are never written again, whatever becomes of their owner: what may be lent to a pipe.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Sealed<'a>(IoSlice<'a>);
+
+impl<'a> Sealed<'a> {
+    /// # Safety
+    /// The pages of `bytes` must never be written to again, also after `bytes` is gone, but by being
+    /// unmapped or discarded: a pipe may hold references to them for as long as it likes.
+    pub(crate) unsafe fn new(bytes: &'a [u8]) -> Self {
+        Self(IoSlice::new(bytes))
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// For the system call that takes several.
+    pub(super) fn slices<'b>(all: &'b [Self]) -> &'b [IoSlice<'a>] {
+        // SAFETY: Sealed is a transparent wrapper of IoSlice.
+        unsafe { std::slice::from_raw_parts(all.as_ptr().cast(), all.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_pages_are_given_back() {
+        assert_eq!(whole_pages(0..4096, 4096), 0..4096);
+        assert_eq!(whole_pages(1..12287, 4096), 4096..8192);
+        assert_eq!(whole_pages(1..12288, 4096), 4096..12288);
+        const LARGE: usize = 64 << 10;
+        assert_eq!(whole_pages(4096..2 * LARGE + 4096, LARGE), LARGE..2 * LARGE);
+        assert!(whole_pages(4096..LARGE - 4096, LARGE).is_empty());
+        assert!(whole_pages(LARGE..2 * LARGE - 1, LARGE).is_empty());
+    }
+
+    #[test]
+    fn discarding_a_part_of_a_page_leaves_it_alone() {
+        let mapping = Mapping::new(HUGE_PAGE, Pages::Small).unwrap();
+        let page = page_size();
+        // SAFETY: nothing else knows of this mapping.
+        unsafe {
+            mapping.bytes_mut(0..3 * page).fill(7);
+            mapping.discard(1..2 * page + 1);
+            assert!(mapping.bytes(0..page).iter().all(|&byte| byte == 7));
+            assert!(mapping.bytes(page..2 * page).iter().all(|&byte| byte == 0));
+            assert!(
+                mapping
+                    .bytes(2 * page..3 * page)
+                    .iter()
+                    .all(|&byte| byte == 7)
+            );
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Puts in order what arrives out of order.
+//!
+//! Shards run ahead of each other: one waits in a compressor's block, another in the network. What
+//! comes before its turn waits here.
+
+use std::collections::BTreeMap;
+
+/// A place in the image: the marker's position, and which part of its data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub(super) seq: u64,
+    pub(super) part: u32,
+}
+
+impl Place {
+    /// The place of a marker, and of the first part of its data.
+    pub(super) fn of(seq: u64) -> Self {
+        Self { seq, part: 0 }
+    }
+}
+
+/// What comes behind a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// Another part of the same marker's data.
+    Part,
+    /// Another marker.
+    Marker,
+}
+
+/// The place was passed, or something waits there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Twice;
+
+/// The place whose turn it is, and what waits for later ones.
+#[derive(Debug)]
+pub(super) struct Order<T> {
+    next: Place,
+    waiting: BTreeMap<Place, T>,
+}
+
+impl<T> Order<T> {
+    pub(super) fn new() -> Self {
+        Self {
+            next: Place::default(),
+            waiting: BTreeMap::new(),
+        }
+    }
+
+    /// The place whose turn it is.
+    pub(super) fn next(&self) -> Place {
+        self.next
+    }
+
+    /// How many things wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Has something wait for its turn.
+    ///
+    /// # Errors
+    /// When this place has had its turn, or is taken.
+    pub(super) fn insert(&mut self, place: Place, what: T) -> Result<(), Twice> {
+        if place < self.next || self.waiting.contains_key(&place) {
+            return Err(Twice);
+        }
+        self.waiting.insert(place, what);
+        Ok(())
+    }
+
+    /// Takes what waits at the place whose turn it is.
+    pub(super) fn pop(&mut self) -> Option<T> {
+        self.waiting.remove(&self.next)
+    }
+
+    /// Takes the first of all that waits.
+    pub(super) fn pop_first(&mut self) -> Option<(Place, T)> {
+        self.waiting.pop_first()
+    }
+
+    /// The turn passes on. `None`: there are no more places.
+    #[must_use]
+    pub(super) fn pass(&mut self, then: Then) -> Option<()> {
+        self.next = match then {
+            Then::Part => Place {
+                seq: self.next.seq,
+                part: self.next.part.checked_add(1)?,
+            },
+            Then::Marker => Place::of(self.next.seq.checked_add(1)?),
+        };
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_comes_in_its_turn() {
+        let mut order = Order::new();
+        let part = |seq, part| Place { seq, part };
+        for place in [part(2, 0), part(1, 1), part(1, 0), part(0, 0)] {
+            order.insert(place, place).unwrap();
+        }
+        for then in [Then::Marker, Then::Part, Then::Marker, Then::Marker] {
+            assert_eq!(order.pop(), Some(order.next()));
+            order.pass(then).unwrap();
+        }
+        assert_eq!(order.next(), Place::of(3));
+        assert_eq!((order.pop(), order.len()), (None, 0));
+    }
+
+    #[test]
+    fn a_place_is_taken_once() {
+        let mut order = Order::new();
+        order.insert(Place::of(1), 'a').unwrap();
+        assert_eq!(order.insert(Place::of(1), 'b'), Err(Twice));
+        order.pass(Then::Marker).unwrap();
+        assert_eq!(order.insert(Place::of(0), 'c'), Err(Twice));
+        assert_eq!(order.pop(), Some('a'));
+    }
+
+    #[test]
+    fn there_is_an_end_to_counting() {
+        let mut order = Order::<()>::new();
+        order.next = Place::of(u64::MAX);
+        assert_eq!(order.pass(Then::Marker), None);
+    }
+}

@@ -1,0 +1,259 @@
+//! One file on its way out: from memory into the pipe of whoever reads it, freed while it is sent.
+//!
+//! The pipe is given references to the pages (`vmsplice`). The pipe of a large file is given the
+//! largest capacity allowed; most files fit into any pipe.
+
+use std::io;
+use std::rc::Rc;
+
+use nix::errno::Errno;
+
+use super::{Contents, Extent};
+use crate::os::memory::Sealed;
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
+
+/// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
+const MOST_PIECES: usize = 1024;
+
+/// What is left to send of a file.
+#[derive(Debug)]
+pub(crate) enum Cursor {
+    /// Freed while it is sent. More may be added.
+    Once(Contents),
+    /// Kept for the next time; `sent` bytes of it are sent.
+    Kept { contents: Rc<Contents>, sent: usize },
+}
+
+impl Cursor {
+    fn left(&self) -> usize {
+        match self {
+            Cursor::Once(contents) => contents.size(),
+            Cursor::Kept { contents, sent } => contents.size() - sent,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        match self {
+            Cursor::Once(contents) => contents.is_empty(),
+            Cursor::Kept { .. } => self.left() == 0,
+        }
+    }
+
+    /// The next bytes to send: as much as fits into a pipe of this number of slots, or everything.
+    fn next(&self, slots: usize) -> Vec<Sealed<'_>> {
+        let (contents, mut skip) = match self {
+            Cursor::Once(contents) => (contents, 0),
+            Cursor::Kept { contents, sent } => (&**contents, *sent),
+        };
+        let mut room = slots * SLOT;
+        let mut pieces = Vec::new();
+        for extent in contents.extents() {
+            if extent.len() <= skip {
+                skip -= extent.len();
+                continue;
+            }
+            if room == 0 || pieces.len() == slots.min(MOST_PIECES) {
+                break;
+            }
+            let piece = extent.sealed(std::mem::take(&mut skip));
+            room = room.saturating_sub(piece.bytes().len());
+            pieces.push(piece);
+        }
+        pieces
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        match self {
+            Cursor::Once(contents) => contents.drop_front(bytes),
+            Cursor::Kept { sent, .. } => *sent += bytes,
+        }
+    }
+}
+
+/// How far a transfer got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// There is nothing left to send.
+    Done,
+    /// The pipe is full. This number of its slots was filled, maybe none.
+    Partial { slots: usize },
+    /// The reader closed the pipe.
+    ReaderGone,
+}
+
+/// A file on its way to its reader.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    pipe: WriteEnd,
+    slots: usize,
+    cursor: Cursor,
+    grown: bool,
+}
+
+impl Transfer {
+    /// Sends into a pipe with this number of slots.
+    pub(crate) fn new(pipe: WriteEnd, slots: usize, cursor: Cursor) -> Self {
+        Self {
+            pipe,
+            slots,
+            cursor,
+            grown: false,
+        }
+    }
+
+    pub(crate) fn pipe(&self) -> &WriteEnd {
+        &self.pipe
+    }
+
+    /// The pipe's capacity in slots.
+    pub(crate) fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Bytes that are still to be sent.
+    pub(crate) fn left(&self) -> usize {
+        self.cursor.left()
+    }
+
+    /// Adds to what is sent once.
+    pub(crate) fn add(&mut self, data: Extent) {
+        if let Cursor::Once(contents) = &mut self.cursor {
+            contents.push(data);
+        }
+    }
+
+    /// Sends as much as the pipe takes.
+    ///
+    /// A pipe that took only a part of what it was offered is full. It is not asked again to make
+    /// sure: its reader is awake by then and copies with the pipe's mutex held, for which we would
+    /// spin.
+    ///
+    /// # Errors
+    /// Those of `vmsplice` but for a broken pipe.
+    pub(crate) fn send(&mut self) -> io::Result<Progress> {
+        if !self.grown && self.cursor.left() > DEFAULT_SLOTS * SLOT {
+            self.grown = true;
+            self.slots = pipe::grow(&self.pipe, LARGEST)?;
+        }
+        let mut filled = 0;
+        while !self.cursor.is_empty() {
+            let pieces = self.cursor.next(self.slots);
+            let offered: usize = pieces.iter().map(|piece| piece.bytes().len()).sum();
+            match pipe::vmsplice(&self.pipe, &pieces) {
+                Ok(Moved::Bytes(bytes)) => {
+                    filled += slots_for(&pieces, bytes);
+                    self.cursor.advance(bytes);
+                    if bytes < offered {
+                        return Ok(Progress::Partial { slots: filled });
+                    }
+                }
+                Ok(Moved::WouldBlock | Moved::End) => {
+                    return Ok(Progress::Partial { slots: filled });
+                }
+                Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
+                    self.cursor = Cursor::Once(Contents::Empty);
+                    return Ok(Progress::ReaderGone);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Progress::Done)
+    }
+}
+
+/// The slots that the first `bytes` of these pieces take: each page that they touch takes one.
+fn slots_for(pieces: &[Sealed], mut bytes: usize) -> usize {
+    let mut slots = 0;
+    for piece in pieces.iter().map(Sealed::bytes) {
+        let len = piece.len().min(bytes);
+        if len == 0 {
+            break;
+        }
+        slots += (piece.as_ptr().addr() % SLOT + len).div_ceil(SLOT);
+        bytes -= len;
+    }
+    slots
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Arena;
+
+    fn contents(sizes: &[usize]) -> (Contents, Vec<u8>) {
+        let mut arena = Arena::new();
+        let mut contents = Contents::default();
+        let mut expected = Vec::new();
+        for (&size, byte) in sizes.iter().zip(1..) {
+            let mut block = arena.reserve(size).unwrap();
+            assert_eq!(block.unfilled().len(), size);
+            block.unfilled().fill(byte);
+            block.filled(size);
+            contents.push(arena.seal(block));
+            expected.extend(std::iter::repeat_n(byte, size));
+        }
+        (contents, expected)
+    }
+
+    /// Sends to a reader that takes a little at a time.
+    fn sent(cursor: Cursor) -> Vec<u8> {
+        let (read, write) = pipe::new().unwrap();
+        let read = read.nonblocking().unwrap();
+        let mut transfer = Transfer::new(write, DEFAULT_SLOTS, cursor);
+        let mut received = Vec::new();
+        let mut buffer = [0; 3 * SLOT + 7];
+        loop {
+            let progress = transfer.send().unwrap();
+            while let Moved::Bytes(bytes) = pipe::read(&read, &mut buffer).unwrap() {
+                received.extend_from_slice(&buffer[..bytes]);
+                if progress != Progress::Done {
+                    break;
+                }
+            }
+            if progress == Progress::Done {
+                return received;
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_sent_once_is_freed_and_what_is_kept_stays() {
+        let (contents, expected) = contents(&[5, 70_000, 4096, 1, 300_000]);
+        let kept = Rc::new(contents);
+        for _ in 0..2 {
+            let cursor = Cursor::Kept {
+                contents: Rc::clone(&kept),
+                sent: 0,
+            };
+            assert!(sent(cursor) == expected);
+        }
+        let once = Cursor::Once(Rc::into_inner(kept).unwrap());
+        assert!(sent(once) == expected);
+    }
+
+    #[test]
+    fn a_reader_that_leaves_ends_the_transfer() {
+        let (read, write) = pipe::new().unwrap();
+        drop(read);
+        let (contents, _) = contents(&[100]);
+        let mut transfer = Transfer::new(write, DEFAULT_SLOTS, Cursor::Once(contents));
+        assert_eq!(transfer.send().unwrap(), Progress::ReaderGone);
+    }
+
+    #[test]
+    fn every_page_that_is_touched_takes_a_slot() {
+        let memory = vec![0; 4 * SLOT];
+        let start = memory.as_ptr().align_offset(SLOT);
+        // SAFETY: this memory goes into no pipe.
+        #[expect(unsafe_code)]
+        let piece = |range| unsafe { Sealed::new(&memory[range]) };
+        let pieces = [
+            piece(start..start + SLOT),
+            piece(start + SLOT - 1..start + SLOT + 1),
+        ];
+        assert_eq!(slots_for(&pieces, SLOT + 2), 3);
+        assert_eq!(slots_for(&pieces, SLOT + 1), 2);
+        assert_eq!(slots_for(&pieces, 1), 1);
+        assert_eq!(slots_for(&pieces, 0), 0);
+    }
+}
