@@ -1,6 +1,6 @@
-//! The examples that `--help` and the manual show below the options.
+//! The examples that `--help` and the manual page show below the options.
 
-pub const CAPTURE: &str = "\
+pub(super) const CAPTURE: &str = "\
 EXAMPLES:
     # Checkpoint process 1234 to a compressed file. Run `criu dump` when the line `socket-init` has come.
     criu-image-streamer --images-dir images capture | lz4 >app.lz4
@@ -10,13 +10,13 @@ EXAMPLES:
     criu-image-streamer --images-dir images --num-shards 4 \\
         --shard-cmd 'lz4 | aws s3 cp - s3://checkpoints/app/{}.lz4' capture";
 
-pub const EXTRACT: &str = "\
+pub(super) const EXTRACT: &str = "\
 EXAMPLES:
     # Write the image's files to a directory, and restore from there without the streamer.
     lz4 -d <app.lz4 | criu-image-streamer --images-dir images extract
     criu restore --images-dir images";
 
-pub const SERVE: &str = "\
+pub(super) const SERVE: &str = "\
 EXAMPLES:
     # Restore from a compressed file. Run `criu restore` when the line `socket-init` has come.
     lz4 -d <app.lz4 | criu-image-streamer --images-dir images serve
@@ -26,7 +26,7 @@ EXAMPLES:
     criu-image-streamer --images-dir images --num-shards 4 \\
         --shard-cmd 'aws s3 cp s3://checkpoints/app/{}.lz4 - | lz4 -d' serve";
 
-pub const ALL: &str = "\
+pub(super) const ALL: &str = "\
 EXAMPLES:
     # Checkpoint process 1234 to a compressed file, and restore it. Run `criu` when the line `socket-init` has come.
     criu-image-streamer --images-dir images capture | lz4 >app.lz4
