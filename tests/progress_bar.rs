@@ -139,15 +139,9 @@ fn on_a_terminal_one_line_is_drawn_again_and_again() {
         .expect("script (Debian: bsdutils)");
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{shown}");
-    let drawn: Vec<_> = shown
-        .split("\r\x1b[K")
-        .map(|line| line.replace("\x1b[?7l", "").replace("\x1b[?7h", ""))
-        .collect();
+    let drawn: Vec<_> = shown.split("\r\x1b[2K").map(str::trim_end).collect();
     assert!(drawn.len() > 3, "{shown:?}");
-    assert!(
-        drawn.iter().any(|line| line == "waiting for the image"),
-        "{drawn:?}"
-    );
+    assert!(drawn.contains(&"waiting for the image"), "{drawn:?}");
     assert!(
         drawn.iter().any(|line| line.contains("B/s, shards ")),
         "{drawn:?}"

@@ -8,8 +8,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -31,12 +30,9 @@ impl FromStr for FdNumber {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.parse() {
-            Ok(number) if number >= 0 => Ok(Self(number)),
-            _ => Err(format!(
-                "{text:?} is no file descriptor: give its number, such as 10"
-            )),
-        }
+        let number = text.parse().ok().filter(|&number| number >= 0);
+        let why = || format!("{text:?} is no file descriptor: give its number, such as 10");
+        number.map(Self).ok_or_else(why)
     }
 }
 
@@ -77,21 +73,9 @@ impl FdNumber {
     /// /dev/null in its place, and an image written there is lost. Shells do not open /dev/null
     /// for both reading and writing, which tells the two apart.
     pub(super) fn was_closed_at_start(self) -> bool {
-        const NULL: (u64, u64) = (1, 3);
         let device = self.peek(|fd| fstat(fd)).map(|stat| stat.st_rdev);
-        self.0 <= 2
-            && device == Ok(makedev(NULL.0, NULL.1))
-            && self
-                .flags()
-                .is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDWR)
-    }
-
-    fn check_open(self, what: &str) -> Result<()> {
-        ensure!(
-            self.kind() != FdKind::NotOpen && !self.was_closed_at_start(),
-            "{what} is not open: redirect it, such as {self}>… or {self}<…"
-        );
-        Ok(())
+        let mode = self.flags().map(|flags| flags & OFlag::O_ACCMODE);
+        self.0 <= 2 && device == Ok(makedev(1, 3)) && mode == Ok(OFlag::O_RDWR)
     }
 
     /// Looks whether an image can go through in this direction.
@@ -115,15 +99,13 @@ impl FdNumber {
             flags & OFlag::O_ACCMODE != wrong_mode && !flags.contains(OFlag::O_PATH),
             "{what} is {kind} that is not open for {purpose}: exchange < and >"
         );
-        let is_other_socket = kind == FdKind::Socket
-            && self
-                .peek(|fd| getsockopt(&fd, sockopt::SockType))
-                .with_context(|| format!("{what}: asking what kind of socket it is"))?
-                != SockType::Stream;
-        ensure!(
-            !is_other_socket,
-            "{what} is a socket that does not carry a stream: give a TCP or UNIX stream socket"
-        );
+        if kind == FdKind::Socket {
+            let socket = self.peek(|fd| getsockopt(&fd, sockopt::SockType));
+            ensure!(
+                socket == Ok(SockType::Stream),
+                "{what} is a socket that does not carry a stream: give a TCP or UNIX stream socket"
+            );
+        }
         Ok(())
     }
 }
@@ -138,9 +120,6 @@ pub(super) struct Checked(FdNumber);
 impl Checks {
     /// Checks a descriptor that `option` names; `what` is it in errors. With a direction, an image
     /// goes through it.
-    ///
-    /// # Errors
-    /// When the number has a purpose already, or the descriptor is not fit for this one.
     pub(super) fn check(
         &mut self,
         number: FdNumber,
@@ -152,7 +131,10 @@ impl Checks {
         if let Some(other) = self.0.insert(number, option.to_owned()) {
             bail!("{what} is used twice (also by {other}): give each its own descriptor");
         }
-        number.check_open(&what)?;
+        ensure!(
+            number.kind() != FdKind::NotOpen && !number.was_closed_at_start(),
+            "{what} is not open: redirect it, such as {number}>… or {number}<…"
+        );
         if let Some(direction) = direction {
             number.check_transfer(&what, direction)?;
         }
@@ -162,28 +144,23 @@ impl Checks {
 
 impl Checked {
     /// Takes ownership of the descriptor, and keeps it from being passed on.
-    ///
-    /// # Errors
-    /// When no further descriptor can be had.
     pub(super) fn claim(self) -> Result<OwnedFd> {
-        let number = self.0;
-        self.own().with_context(|| format!("claiming fd {number}"))
-    }
-
-    fn own(self) -> io::Result<OwnedFd> {
         let number = self.0;
         if number.0 > 2 {
             // SAFETY: the descriptor is open, and the command line gave it to us. `Plan::new`
             // checks all numbers with the same `Checks`, so that it has no second owner here.
             let fd = unsafe { OwnedFd::from_raw_fd(number.0) };
-            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("claiming a descriptor")?;
             return Ok(fd);
         }
-        let copy = number.peek(|fd| fd.try_clone_to_owned())?;
-        let null = File::options().read(true).write(true).open("/dev/null")?;
+        let copy = number
+            .peek(|fd| fd.try_clone_to_owned())
+            .context("claiming a descriptor")?;
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.context("opening /dev/null")?;
         match number {
-            STDIN => nix::unistd::dup2_stdin(null.as_fd())?,
-            STDOUT => nix::unistd::dup2_stdout(null.as_fd())?,
+            STDIN => nix::unistd::dup2_stdin(null)?,
+            STDOUT => nix::unistd::dup2_stdout(null)?,
             // Errors still go there.
             _ => {}
         }

@@ -35,13 +35,7 @@ pub(crate) use plan::{Action, Plan, Shards};
 )]
 pub struct Args {
     /// Directory in which CRIU looks for the streamer's socket; `extract` writes the files there
-    #[structopt(
-        short = "D",
-        long,
-        value_name = "images-dir",
-        parse(from_os_str),
-        global = true
-    )]
+    #[structopt(short = "D", long, parse(from_os_str), global = true)]
     images_dir: Option<PathBuf>,
 
     /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract and
@@ -109,12 +103,6 @@ enum Command {
 /// A list separated by commas.
 #[derive(Debug, PartialEq, Eq)]
 struct List<T>(Vec<T>);
-
-impl<T> Default for List<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
 
 impl<T: FromStr> FromStr for List<T> {
     type Err = T::Err;

@@ -70,12 +70,9 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Checks what was typed, and claims the descriptors that it names.
-    ///
-    /// # Errors
-    /// For bad usage, naming the argument.
+    /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(args: Args) -> Result<Self> {
-        let remaps = args.tcp_listen_remap.unwrap_or_default().0;
+        let remaps = args.tcp_listen_remap.map_or_else(Vec::new, |list| list.0);
         if let Some(remap) = first_repeated(&remaps, |remap| remap.old) {
             bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
         }
@@ -99,7 +96,7 @@ impl Plan {
             (None, Some(fds)) => fds.0,
             (None, None) => vec![standard],
         };
-        let external_files = args.ext_file_fds.unwrap_or_default().0;
+        let external_files = args.ext_file_fds.map_or_else(Vec::new, |list| list.0);
         if let Some(file) = first_repeated(&external_files, |file| &file.name) {
             bail!("--ext-file-fds: {} is named twice", file.name);
         }

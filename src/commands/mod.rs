@@ -32,9 +32,6 @@ struct Transfer {
 }
 
 /// Carries out a plan.
-///
-/// # Errors
-/// When not all of it worked.
 pub(crate) fn run(plan: Plan) -> Result<()> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();

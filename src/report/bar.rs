@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use indicatif::{ProgressBar as Line, ProgressStyle};
 
 use super::meter::{Counter, Counters};
-use super::notice::{PATIENCE, write_text};
+use super::notice::write_text;
 use super::progress::Stats;
 use crate::os::descriptor::Direction;
 
@@ -23,12 +23,12 @@ const REDRAW: Duration = Duration::from_millis(200);
 /// Between two lines elsewhere.
 const NEXT_LINE: Duration = Duration::from_secs(3);
 
+/// How long the end of the display may hold up the program.
+const LONGEST_END: Duration = Duration::from_secs(2);
+
 /// The display. Dropped, it leaves an empty line for what comes next, such as an error.
 pub(crate) struct ProgressBar {
-    counters: Counters,
-    direction: Direction,
-    labels: Vec<String>,
-    stop: Sender<()>,
+    statistics: Option<Sender<Stats>>,
     /// Disconnected when the thread has ended.
     ended: Receiver<()>,
 }
@@ -37,64 +37,61 @@ impl ProgressBar {
     /// Starts drawing. `labels` names the shards. Without a thread there is no display, and no
     /// failure.
     pub(crate) fn start(direction: Direction, labels: Vec<String>, counters: Counters) -> Self {
-        let (stop, stopped) = bounded(1);
+        let (statistics, at_the_end) = bounded(1);
         let (end, ended) = bounded(0);
-        let counted = counters.clone();
-        let draw = move || {
-            draw(direction, &counted, &stopped);
+        let display = move || {
+            if let Some(stats) = draw(direction, &counters, &at_the_end) {
+                let text = summary(direction, counters.files.get(), &labels, &stats);
+                let _ = write_text(stderr(), &text);
+            }
             drop(end);
         };
         // It is waited for by its channel: one that is stuck in a stopped terminal is left behind.
         let _ = thread::Builder::new()
             .name("progress bar".into())
-            .spawn(draw);
+            .spawn(display);
         Self {
-            counters,
-            direction,
-            labels,
-            stop,
+            statistics: Some(statistics),
             ended,
         }
     }
 
     /// Ends the display with a line for the image and one for each shard.
     pub(crate) fn conclude(self, stats: &Stats) {
-        self.stop();
-        let files = self.counters.files.get();
-        let summary = summary(self.direction, files, &self.labels, stats);
-        let _ = write_text(stderr(), &summary);
-    }
-
-    fn stop(&self) {
-        let _ = self.stop.try_send(());
-        let _: Result<(), _> = self
-            .ended
-            .recv_timeout(Duration::from_millis(PATIENCE.into()));
+        if let Some(statistics) = &self.statistics {
+            let _ = statistics.send(stats.clone());
+        }
     }
 }
 
 impl Drop for ProgressBar {
     fn drop(&mut self) {
-        self.stop();
+        drop(self.statistics.take());
+        let _: Result<(), _> = self.ended.recv_timeout(LONGEST_END);
     }
 }
 
-/// Draws until it is told to stop: one line again and again on a terminal, lines elsewhere.
-fn draw(direction: Direction, counters: &Counters, stopped: &Receiver<()>) {
+/// Draws until the statistics come: one line again and again on a terminal, lines elsewhere.
+fn draw(direction: Direction, counters: &Counters, statistics: &Receiver<Stats>) -> Option<Stats> {
     let style = ProgressStyle::with_template("{wide_msg}").expect("the template is well-formed");
     let line = Line::new_spinner().with_style(style);
     let interval = if line.is_hidden() { NEXT_LINE } else { REDRAW };
     let mut before = (Instant::now(), 0);
-    while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+    loop {
+        match statistics.recv_timeout(interval) {
+            Err(RecvTimeoutError::Timeout) => {}
+            ended => {
+                line.finish_and_clear();
+                return ended.ok();
+            }
+        }
         let text = text(direction, counters, &mut before);
         if line.is_hidden() {
-            // A display that does not work is missed by no one else.
             let _ = write_text(stderr(), &format!("{text}\n"));
         } else {
             line.set_message(text);
         }
     }
-    line.finish_and_clear();
 }
 
 /// How far the image is. `before` is when this was last asked, and the bytes at that time.
@@ -108,12 +105,11 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
             Direction::In => "waiting for the image".into(),
         };
     }
-    let mut text = format!(
-        "{} files, {}, {}",
+    let (files, speed) = (
         counters.files.get(),
-        size(bytes),
         speed(bytes - bytes_then, then.elapsed()),
     );
+    let mut text = format!("{files} files, {}, {speed}", size(bytes));
     if shards.len() > 1 {
         text.push_str(", shards");
         for share in shards {
@@ -129,30 +125,26 @@ fn summary(direction: Direction, files: u64, labels: &[String], stats: &Stats) -
     let millis = stats
         .shards
         .iter()
-        .map(|shard| shard.transfer_duration_millis);
-    let duration = Duration::from_millis(millis.max().unwrap_or(0));
+        .map(|s| s.transfer_duration_millis)
+        .max()
+        .unwrap_or(0);
     let verb = match direction {
         Direction::Out => "captured",
         Direction::In => "received",
     };
-    let mut text = format!(
-        "{verb} {files} files, {} in {:.1} s, {}\n",
-        size(bytes),
-        duration.as_secs_f64(),
-        speed(bytes, duration)
-    );
+    let mut text = format!("{verb} {files} files, {}\n", transfer(bytes, millis));
     for (label, shard) in labels.iter().zip(&stats.shards) {
-        let duration = Duration::from_millis(shard.transfer_duration_millis);
-        let _ = writeln!(
-            text,
-            "  {label}: {} in {:.1} s, {}, {}% of the image",
-            size(shard.size),
-            duration.as_secs_f64(),
-            speed(shard.size, duration),
-            percent(shard.size, bytes)
-        );
+        let transfer = transfer(shard.size, shard.transfer_duration_millis);
+        let share = percent(shard.size, bytes);
+        let _ = writeln!(text, "  {label}: {transfer}, {share}% of the image");
     }
     text
+}
+
+fn transfer(bytes: u64, millis: u64) -> String {
+    let duration = Duration::from_millis(millis);
+    let (size, speed) = (size(bytes), speed(bytes, duration));
+    format!("{size} in {:.1} s, {speed}", duration.as_secs_f64())
 }
 
 fn percent(part: u64, whole: u64) -> u64 {

@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::os::pipe::uninterrupted;
 
 /// How long a full pipe may hold up the transfer for each piece of a line, in milliseconds.
-pub(super) const PATIENCE: u16 = 1000;
+const PATIENCE: u16 = 1000;
 
 /// Bytes that a pipe with a free slot takes at once (`PIPE_BUF`).
 const PIECE: usize = 4096;
@@ -35,10 +35,7 @@ pub(crate) fn error(error: &anyhow::Error) {
     );
 }
 
-/// Writes text to a descriptor that may block.
-///
-/// # Errors
-/// Those of `write`, and `ETIMEDOUT` when the other side takes nothing.
+/// Writes text to a descriptor that may block. It fails (`ETIMEDOUT`) when the reader takes nothing.
 pub(super) fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
     let mut left = text.as_bytes();
     while !left.is_empty() {

@@ -20,7 +20,7 @@ pub(crate) enum Milestone {
 }
 
 /// What passed through each shard, in the order of `--shard-fds`.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Stats {
     pub shards: Vec<ShardStats>,
 }

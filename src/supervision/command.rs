@@ -30,7 +30,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
 use crate::os::descriptor::Direction;
-use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
+use crate::os::pipe::uninterrupted;
 
 /// How long a command may take to clean up after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -106,66 +106,39 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    /// Starts commands that read from the pipes that are returned, with their labels.
-    ///
-    /// # Errors
-    /// When one cannot be started.
-    pub(super) fn start_readers(
-        commands: Vec<ShardCommand>,
-    ) -> Result<(Self, Vec<(WriteEnd, String)>)> {
-        Self::start(Direction::Out, commands, |(read, write)| {
-            (read.into(), write)
-        })
-    }
-
-    /// Starts commands that write to the pipes that are returned, with their labels.
-    ///
-    /// # Errors
-    /// When one cannot be started.
-    pub(super) fn start_writers(
-        commands: Vec<ShardCommand>,
-    ) -> Result<(Self, Vec<(ReadEnd, String)>)> {
-        Self::start(Direction::In, commands, |(read, write)| {
-            (write.into(), read)
-        })
-    }
-
-    /// `deal` makes the ends of a pipe the command's and ours.
-    fn start<E: AsFd>(
-        direction: Direction,
-        commands: Vec<ShardCommand>,
-        deal: impl Fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
-    ) -> Result<(Self, Vec<(E, String)>)> {
+    /// None yet, for shards that go this way.
+    pub(super) fn new(direction: Direction) -> Result<Self> {
         prepare_to_wait().context("preparing to start the shard commands")?;
-        let mut started = Self {
+        Ok(Self {
             direction,
             running: Vec::new(),
-        };
-        let mut pipes = Vec::new();
-        for command in commands {
-            let (theirs, ours) = deal(pipe::new()?);
-            let pipe = Some(ours.as_fd().try_clone_to_owned()?);
-            let (stdin, stdout) = match direction {
-                Direction::Out => (Stdio::from(theirs), Stdio::inherit()),
-                Direction::In => (Stdio::null(), Stdio::from(theirs)),
-            };
-            let group = spawn(&command.text, stdin, stdout)
-                .with_context(|| format!("starting {}", command.with_text()))?;
-            pipes.push((ours, command.label()));
-            started.running.push(Running {
-                command,
-                group,
-                pipe,
-                state: Cell::new(CommandState::Running),
-            });
-        }
-        Ok((started, pipes))
+        })
     }
 
-    /// Fails if a command has failed.
-    ///
-    /// # Errors
-    /// With the command's number, its text and its status.
+    /// Starts a command with its end of a pipe. `ours` is the other end.
+    pub(super) fn start(
+        &mut self,
+        command: ShardCommand,
+        theirs: OwnedFd,
+        ours: impl AsFd,
+    ) -> Result<()> {
+        let pipe = Some(ours.as_fd().try_clone_to_owned()?);
+        let (stdin, stdout) = match self.direction {
+            Direction::Out => (theirs.into(), Stdio::inherit()),
+            Direction::In => (Stdio::null(), theirs.into()),
+        };
+        let group = spawn(&command.text, stdin, stdout)
+            .with_context(|| format!("starting {}", command.with_text()))?;
+        self.running.push(Running {
+            command,
+            group,
+            pipe,
+            state: Cell::new(CommandState::Running),
+        });
+        Ok(())
+    }
+
+    /// Fails if a command has failed, with its number, text and status.
     pub(super) fn check(&self) -> Result<()> {
         self.running.iter().try_for_each(Running::check)
     }

@@ -20,8 +20,8 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::os::descriptor::FdKind;
-use crate::os::pipe::{ReadEnd, WriteEnd, uninterrupted};
+use crate::os::descriptor::{Direction, FdKind};
+use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
 use command::Commands;
 pub(crate) use command::ShardCommand;
 use pump::Failure;
@@ -41,9 +41,6 @@ pub struct Interrupts {
 impl Interrupts {
     /// From now on signals no longer end the process but are caught. Must be called before there
     /// are other threads.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             signals: Signals::catch()?,
@@ -53,10 +50,7 @@ impl Interrupts {
         })
     }
 
-    /// A pipe whose data goes to `fd`.
-    ///
-    /// # Errors
-    /// When there is no thread or pipe to be had.
+    /// A pipe whose data goes to `fd`, which errors call `label`.
     pub(crate) fn sink(&mut self, fd: OwnedFd, label: &str) -> Result<WriteEnd> {
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
@@ -67,10 +61,7 @@ impl Interrupts {
         Ok(pipe)
     }
 
-    /// A pipe that is filled from `fd`.
-    ///
-    /// # Errors
-    /// When there is no thread or pipe to be had.
+    /// A pipe that is filled from `fd`, which errors call `label`.
     pub(crate) fn source(&self, fd: OwnedFd, label: &str) -> Result<ReadEnd> {
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
@@ -80,36 +71,46 @@ impl Interrupts {
     }
 
     /// Starts commands that read a shard each from their standard input.
-    ///
-    /// # Errors
-    /// When one cannot be started; the others are ended.
     pub(crate) fn start_readers(
         &mut self,
         commands: Vec<ShardCommand>,
     ) -> Result<Vec<(WriteEnd, String)>> {
-        let (commands, pipes) = Commands::start_readers(commands)?;
-        self.commands = Some(commands);
-        Ok(pipes)
+        self.start(Direction::Out, commands, |(read, write)| {
+            (read.into(), write)
+        })
     }
 
     /// Starts commands that write a shard each to their standard output.
-    ///
-    /// # Errors
-    /// When one cannot be started; the others are ended.
     pub(crate) fn start_writers(
         &mut self,
         commands: Vec<ShardCommand>,
     ) -> Result<Vec<(ReadEnd, String)>> {
-        let (commands, pipes) = Commands::start_writers(commands)?;
-        self.commands = Some(commands);
-        Ok(pipes)
+        self.start(Direction::In, commands, |(read, write)| {
+            (write.into(), read)
+        })
     }
 
-    /// Fails if the transfer must not go on: a signal came, or a pump or a command has failed.
-    ///
-    /// # Errors
-    /// [`Interrupted`], with the signal; the pump's, naming the descriptor; the command's, with its
-    /// number, text and status.
+    /// Starts commands. `deal` makes one end of a pipe theirs, and the other one ours.
+    fn start<E: AsFd>(
+        &mut self,
+        direction: Direction,
+        commands: Vec<ShardCommand>,
+        deal: fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
+    ) -> Result<Vec<(E, String)>> {
+        let running = self.commands.insert(Commands::new(direction)?);
+        commands
+            .into_iter()
+            .map(|command| {
+                let (theirs, ours) = deal(pipe::new()?);
+                let label = command.label();
+                running.start(command, theirs, &ours)?;
+                Ok((ours, label))
+            })
+            .collect()
+    }
+
+    /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), or a pump or a
+    /// command has failed.
     pub fn check(&self) -> Result<()> {
         self.signals.check()?;
         match self.failure.get() {
@@ -119,10 +120,8 @@ impl Interrupts {
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
-    /// command has ended well; after a failure the commands are ended.
-    ///
-    /// # Errors
-    /// When not all of it succeeded: with the first reason.
+    /// command has ended well. After a failure the commands are ended, and the error is the first
+    /// reason.
     pub(crate) fn conclude<T>(&mut self, result: Result<T>) -> Result<T> {
         let concluded = result.and_then(|value| {
             self.finish()?;

@@ -48,9 +48,6 @@ impl Failure {
 }
 
 /// Starts a pump that fills a pipe from a descriptor, which `label` names.
-///
-/// # Errors
-/// When there is no thread or pipe to be had.
 pub(super) fn from(from: OwnedFd, label: &str, failure: Arc<OnceLock<Failure>>) -> Result<ReadEnd> {
     let (read, write) = wide_pipe()?;
     let stage = pipe::new()?;
@@ -68,9 +65,6 @@ pub(super) fn from(from: OwnedFd, label: &str, failure: Arc<OnceLock<Failure>>) 
 
 /// Starts a pump that empties a pipe into a descriptor, which `label` names. The second pipe closes
 /// when everything is written.
-///
-/// # Errors
-/// When there is no thread or pipe to be had.
 pub(super) fn into(
     to: OwnedFd,
     label: &str,

@@ -49,9 +49,6 @@ pub(super) struct Signals(SignalFd);
 impl Signals {
     /// From now on signals no longer end the process but wait here. Must be called before there are
     /// other threads.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
     pub(super) fn catch() -> io::Result<Self> {
         let mut caught = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD]);
         if !is_ignored(Signal::SIGHUP) {
@@ -64,10 +61,7 @@ impl Signals {
         Ok(Self(SignalFd::with_flags(&caught, flags)?))
     }
 
-    /// Fails if a signal came that ends the transfer.
-    ///
-    /// # Errors
-    /// [`Interrupted`], with the signal.
+    /// Fails with [`Interrupted`] if a signal came that ends the transfer.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         while let Some(info) = self.0.read_signal()? {
             let number = info.ssi_signo as i32;
