@@ -17,12 +17,11 @@ use crate::listen_ports::Remap;
 use descriptor::FdNumber;
 pub(crate) use plan::{Action, Plan, Shards};
 
-/// Streams a CRIU checkpoint image between CRIU and pipes, without touching the disk.
-///
-/// Start `criu-image-streamer` first, wait for its line `socket-init`, then run
-/// `criu dump --stream` or `criu restore --stream` with the same --images-dir.
+/// What was typed.
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 #[structopt(
+    about = help::ABOUT,
+    template = help::ALL_TEMPLATE,
     usage = "criu-image-streamer [OPTIONS] --images-dir <images-dir> <SUBCOMMAND>",
     global_settings = &[
         AppSettings::VersionlessSubcommands,
@@ -83,11 +82,11 @@ pub struct Args {
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
-    #[structopt(after_help = help::CAPTURE)]
+    #[structopt(template = help::TEMPLATE, after_help = help::CAPTURE)]
     Capture,
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
-    #[structopt(after_help = help::EXTRACT)]
+    #[structopt(template = help::TEMPLATE, after_help = help::EXTRACT)]
     Extract {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
@@ -96,7 +95,7 @@ enum Command {
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as
     /// `extract --serve`
-    #[structopt(after_help = help::SERVE)]
+    #[structopt(template = help::TEMPLATE, after_help = help::SERVE)]
     Serve,
 }
 

@@ -35,7 +35,8 @@ pub(crate) fn error(error: &anyhow::Error) {
     );
 }
 
-/// Writes text to a descriptor that may block. It fails (`ETIMEDOUT`) when the reader takes nothing.
+/// Writes text to a descriptor that may block, and fails (`ETIMEDOUT`) when the reader takes
+/// nothing.
 pub(super) fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
     let mut left = text.as_bytes();
     while !left.is_empty() {

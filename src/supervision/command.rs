@@ -247,7 +247,7 @@ impl Running {
             match uninterrupted(|| waitid(Id::PGid(self.group), flags)) {
                 Ok(WaitStatus::StillAlive) => return true,
                 Ok(_) => {}
-                // The group has no child of ours. Any other error leaves nothing to wait for either.
+                // There is no child of ours in the group, or none that can be waited for.
                 Err(_) => return false,
             }
         }
