@@ -30,9 +30,9 @@ Options:
 
 {after-help}";
 
-macro_rules! capture {
-    () => {
-        "\
+pub(super) const EXAMPLES: &str = "\
+Examples:
+
 Checkpoint process 1234 to a compressed file; run `criu dump` when `socket-init` has come:
 
   $ criu-image-streamer --images-dir images capture | lz4 >app.lz4
@@ -40,23 +40,8 @@ Checkpoint process 1234 to a compressed file; run `criu dump` when `socket-init`
 
 Upload it as four objects, and fail if one of the uploads does:
 
-  $ criu-image-streamer --images-dir images --num-shards 4 --shard-cmd 'lz4 | aws s3 cp - s3://checkpoints/app/{}.lz4' capture"
-    };
-}
+  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'lz4 | aws s3 cp - s3://app/{}.lz4' capture
 
-macro_rules! extract {
-    () => {
-        "\
-Write the image's files to a directory, and restore from there without the streamer:
-
-  $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images extract
-  $ criu restore --images-dir images"
-    };
-}
-
-macro_rules! serve {
-    () => {
-        "\
 Restore from a compressed file; run `criu restore` when `socket-init` has come:
 
   $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images serve
@@ -64,18 +49,9 @@ Restore from a compressed file; run `criu restore` when `socket-init` has come:
 
 Download it from four objects, and serve nothing if one of the downloads fails:
 
-  $ criu-image-streamer --images-dir images --num-shards 4 --shard-cmd 'aws s3 cp s3://checkpoints/app/{}.lz4 - | lz4 -d' serve"
-    };
-}
+  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'aws s3 cp s3://app/{}.lz4 - | lz4 -d' serve
 
-pub(super) const CAPTURE: &str = concat!("Examples:\n\n", capture!());
-pub(super) const EXTRACT: &str = concat!("Examples:\n\n", extract!());
-pub(super) const SERVE: &str = concat!("Examples:\n\n", serve!());
-pub(super) const ALL: &str = concat!(
-    "Examples:\n\n",
-    capture!(),
-    "\n\n",
-    extract!(),
-    "\n\n",
-    serve!()
-);
+Write the image's files to a directory, and restore from there without the streamer:
+
+  $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images extract
+  $ criu restore --images-dir images";

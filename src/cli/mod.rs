@@ -30,7 +30,7 @@ pub(crate) use plan::{Action, Plan, Shards};
         AppSettings::ColorNever,
     ],
     settings = &[AppSettings::SubcommandRequiredElseHelp],
-    after_help = help::ALL
+    after_help = help::EXAMPLES
 )]
 pub struct Args {
     /// Directory in which CRIU looks for the streamer's socket; `extract` writes the files there
@@ -82,11 +82,11 @@ pub struct Args {
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
-    #[structopt(template = help::TEMPLATE, after_help = help::CAPTURE)]
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Capture,
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
-    #[structopt(template = help::TEMPLATE, after_help = help::EXTRACT)]
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Extract {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
@@ -95,7 +95,7 @@ enum Command {
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as
     /// `extract --serve`
-    #[structopt(template = help::TEMPLATE, after_help = help::SERVE)]
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Serve,
 }
 

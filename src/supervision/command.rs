@@ -22,10 +22,11 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigHandler, SigSet, Signal, killpg, signal};
+use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
+use nix::sys::signal::{SigHandler, SigSet, killpg, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
@@ -43,13 +44,7 @@ const NEXT_LOOK: Duration = Duration::from_millis(5);
 
 /// Signals whose handling a shell or supervisor may have changed for us, and commands should not
 /// inherit.
-const RESET: [Signal; 5] = [
-    Signal::SIGHUP,
-    Signal::SIGINT,
-    Signal::SIGQUIT,
-    Signal::SIGPIPE,
-    Signal::SIGTERM,
-];
+const RESET: [Signal; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM];
 
 /// A command for one shard.
 #[derive(Debug, Clone)]
@@ -91,6 +86,8 @@ enum CommandState {
 
 struct Running {
     command: ShardCommand,
+    /// Which way its shard goes.
+    direction: Direction,
     group: Pid,
     /// A copy of our end of the pipe. It tells whether the command has closed its own, and keeps
     /// its input from ending.
@@ -99,38 +96,29 @@ struct Running {
 }
 
 /// Commands at work. Dropped before they have ended, they are ended.
-pub(super) struct Commands {
-    /// Which way the shards go.
-    direction: Direction,
-    running: Vec<Running>,
-}
+#[derive(Default)]
+pub(super) struct Commands(Vec<Running>);
 
 impl Commands {
-    /// None yet, for shards that go this way.
-    pub(super) fn new(direction: Direction) -> Result<Self> {
-        prepare_to_wait().context("preparing to start the shard commands")?;
-        Ok(Self {
-            direction,
-            running: Vec::new(),
-        })
-    }
-
-    /// Starts a command with its end of a pipe. `ours` is the other end.
+    /// Starts a command whose shard goes in `direction`, with its end of a pipe. `ours` is the
+    /// other end.
     pub(super) fn start(
         &mut self,
         command: ShardCommand,
+        direction: Direction,
         theirs: OwnedFd,
         ours: impl AsFd,
     ) -> Result<()> {
         let pipe = Some(ours.as_fd().try_clone_to_owned()?);
-        let (stdin, stdout) = match self.direction {
+        let (stdin, stdout) = match direction {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
         let group = spawn(&command.text, stdin, stdout)
             .with_context(|| format!("starting {}", command.with_text()))?;
-        self.running.push(Running {
+        self.0.push(Running {
             command,
+            direction,
             group,
             pipe,
             state: Cell::new(CommandState::Running),
@@ -140,19 +128,19 @@ impl Commands {
 
     /// Fails if a command has failed, with its number, text and status.
     pub(super) fn check(&self) -> Result<()> {
-        self.running.iter().try_for_each(Running::check)
+        self.0.iter().try_for_each(Running::check)
     }
 
     /// Lets the commands see the end of their input.
     pub(super) fn close_pipes(&mut self) {
-        for running in &mut self.running {
+        for running in &mut self.0 {
             running.pipe = None;
         }
     }
 
     /// Whether all have ended well, as far as [`Commands::check`] has seen.
     pub(super) fn have_succeeded(&self) -> bool {
-        let mut states = self.running.iter().map(|running| running.state.get());
+        let mut states = self.0.iter().map(|running| running.state.get());
         states.all(|state| state == CommandState::Succeeded)
     }
 
@@ -164,13 +152,13 @@ impl Commands {
             if let Err(reason) = self.check() {
                 return reason;
             }
-            if Instant::now() > end || !self.running.iter().any(Running::is_about_to_end) {
+            if Instant::now() > end || !self.0.iter().any(Running::is_about_to_end) {
                 break;
             }
             std::thread::sleep(NEXT_LOOK);
         }
-        let early = self.running.iter().find(|running| {
-            self.direction == Direction::Out
+        let early = self.0.iter().find(|running| {
+            running.direction == Direction::Out
                 && running.state.get() == CommandState::Succeeded
                 && running.pipe.is_some()
         });
@@ -188,14 +176,13 @@ impl Running {
     /// Finds out what became of the command, and fails if it has failed. An ended shell is left to
     /// be waited for, so that its group stays its own.
     fn check(&self) -> Result<()> {
-        let name = || self.command.with_text();
         if self.state.get() == CommandState::Running {
             let flags = WaitPidFlag::WEXITED
                 | WaitPidFlag::WSTOPPED
                 | WaitPidFlag::WNOHANG
                 | WaitPidFlag::WNOWAIT;
             let status = uninterrupted(|| waitid(Id::Pid(self.group), flags))
-                .with_context(|| format!("{}: asking for its exit status", name()))?;
+                .with_context(|| format!("asking how {} ended", self.command.label()))?;
             self.state.set(match status {
                 // It is not in the terminal's foreground, where it could ask: it would stop for
                 // ever.
@@ -208,24 +195,20 @@ impl Running {
                 _ => CommandState::Failed(status),
             });
         }
-        let CommandState::Failed(status) = self.state.get() else {
-            return Ok(());
-        };
-        Err(match status {
-            WaitStatus::Exited(_, status) => {
-                anyhow!("{}: it failed with exit status {status}", name())
+        let how = match self.state.get() {
+            CommandState::Running | CommandState::Succeeded => return Ok(()),
+            CommandState::Failed(WaitStatus::Exited(_, status)) => {
+                format!("failed with exit status {status}")
             }
-            WaitStatus::Signaled(_, signal, _) => anyhow!(
-                "{}: it failed with signal {} ({signal})",
-                name(),
-                signal as i32
+            CommandState::Failed(WaitStatus::Signaled(_, signal, _)) => {
+                format!("failed with signal {} ({signal})", signal as i32)
+            }
+            CommandState::Failed(WaitStatus::Stopped(_, signal)) => format!(
+                "wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask"
             ),
-            WaitStatus::Stopped(_, signal) => anyhow!(
-                "{}: it wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask",
-                name()
-            ),
-            other => anyhow!("{}: it failed with {other:?}", name()),
-        })
+            CommandState::Failed(other) => format!("failed with {other:?}"),
+        };
+        bail!("{}: it {how}", self.command.with_text())
     }
 
     /// Whether the command runs on although its end of the pipe is closed.
@@ -256,13 +239,13 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let has_ended_well = self.have_succeeded() && self.running.iter().all(|r| r.pipe.is_none());
-        let mut left: Vec<_> = self.running.iter().collect();
+        let has_ended_well = self.have_succeeded() && self.0.iter().all(|r| r.pipe.is_none());
+        let mut left: Vec<_> = self.0.iter().collect();
         left.retain(|running| running.reap());
         if has_ended_well {
             return;
         }
-        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        for signal in [SIGTERM, Signal::SIGKILL] {
             for running in &left {
                 // It was there a moment ago, and is ours. If it has ended by itself, so much the
                 // better.
@@ -289,6 +272,7 @@ fn prepare_to_wait() -> io::Result<()> {
 
 /// Starts a shell in a process group of its own, whose number is returned.
 fn spawn(text: &str, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
+    prepare_to_wait().context("preparing to wait for it")?;
     let mut shell = if has_bash() {
         let mut bash = Command::new("bash");
         bash.args(["-o", "pipefail"]);
@@ -316,16 +300,9 @@ fn prepare_child() -> io::Result<()> {
         unsafe { signal(number, SigHandler::SigDfl) }?;
     }
     SigSet::empty().thread_set_mask()?;
-    const FIRST: libc::c_uint = 3;
+    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
     // SAFETY: it only sets a flag on descriptors; no memory is involved.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            FIRST,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     match Errno::result(result) {
         // Kernels before 5.11 cannot. Our own descriptors are close-on-exec anyway.
         Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL) => Ok(()),

@@ -14,6 +14,7 @@ mod pump;
 pub mod signals;
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
@@ -28,13 +29,16 @@ use pump::Failure;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
+/// Our ends of the shards' pipes, with what messages call them.
+type Pipes<E> = Vec<(E, String)>;
+
 /// The signals that came, and what is at the far ends of the pipes.
 pub struct Interrupts {
     signals: Signals,
-    commands: Option<Commands>,
+    commands: Commands,
     /// The first failure of a pump.
     failure: Arc<OnceLock<Failure>>,
-    /// One for each pump that writes; it closes when everything is written.
+    /// One for each pump that writes. It closes when everything is written.
     writing: Vec<ReadEnd>,
 }
 
@@ -44,7 +48,7 @@ impl Interrupts {
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             signals: Signals::catch()?,
-            commands: None,
+            commands: Commands::default(),
             failure: Arc::default(),
             writing: Vec::new(),
         })
@@ -55,7 +59,7 @@ impl Interrupts {
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
-        let (pipe, writing) = pump::into(fd, label, Arc::clone(&self.failure))
+        let (pipe, writing) = pump::write_to(fd, label, Arc::clone(&self.failure))
             .with_context(|| format!("preparing {label}"))?;
         self.writing.push(writing);
         Ok(pipe)
@@ -66,28 +70,20 @@ impl Interrupts {
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
-        pump::from(fd, label, Arc::clone(&self.failure))
+        pump::read_from(fd, label, Arc::clone(&self.failure))
             .with_context(|| format!("preparing {label}"))
     }
 
     /// Starts commands that read a shard each from their standard input.
-    pub(crate) fn start_readers(
-        &mut self,
-        commands: Vec<ShardCommand>,
-    ) -> Result<Vec<(WriteEnd, String)>> {
-        self.start(Direction::Out, commands, |(read, write)| {
-            (read.into(), write)
-        })
+    pub(crate) fn start_readers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<WriteEnd>> {
+        let deal = |(read, write): (ReadEnd, _)| (read.into(), write);
+        self.start(Direction::Out, commands, deal)
     }
 
     /// Starts commands that write a shard each to their standard output.
-    pub(crate) fn start_writers(
-        &mut self,
-        commands: Vec<ShardCommand>,
-    ) -> Result<Vec<(ReadEnd, String)>> {
-        self.start(Direction::In, commands, |(read, write)| {
-            (write.into(), read)
-        })
+    pub(crate) fn start_writers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<ReadEnd>> {
+        let deal = |(read, write): (_, WriteEnd)| (write.into(), read);
+        self.start(Direction::In, commands, deal)
     }
 
     /// Starts commands. `deal` makes one end of a pipe theirs, and the other one ours.
@@ -95,58 +91,54 @@ impl Interrupts {
         &mut self,
         direction: Direction,
         commands: Vec<ShardCommand>,
-        deal: fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
-    ) -> Result<Vec<(E, String)>> {
-        let running = self.commands.insert(Commands::new(direction)?);
-        commands
-            .into_iter()
-            .map(|command| {
-                let (theirs, ours) = deal(pipe::new()?);
-                let label = command.label();
-                running.start(command, theirs, &ours)?;
-                Ok((ours, label))
-            })
-            .collect()
+        deal: impl Fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
+    ) -> Result<Pipes<E>> {
+        let start = |command: ShardCommand| {
+            let (theirs, ours) = deal(pipe::new()?);
+            let label = command.label();
+            self.commands.start(command, direction, theirs, &ours)?;
+            Ok((ours, label))
+        };
+        commands.into_iter().map(start).collect()
     }
 
     /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), or a pump or a
     /// command has failed.
     pub fn check(&self) -> Result<()> {
         self.signals.check()?;
-        match self.failure.get() {
-            Some(failure) => Err(failure.error()),
-            None => self.commands.as_ref().map_or(Ok(()), Commands::check),
-        }
+        self.check_pumps()?;
+        self.commands.check()
+    }
+
+    fn check_pumps(&self) -> Result<()> {
+        let failure = self.failure.get();
+        failure.map_or(Ok(()), |failure| Err(failure.error()))
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
     /// command has ended well. After a failure the commands are ended, and the error is the first
     /// reason.
     pub(crate) fn conclude<T>(&mut self, result: Result<T>) -> Result<T> {
-        let concluded = result.and_then(|value| {
-            self.finish()?;
-            Ok(value)
-        });
+        let concluded = result.and_then(|value| self.finish().map(|()| value));
         let concluded = concluded.map_err(|error| self.explain(error));
-        self.commands = None;
+        drop(mem::take(&mut self.commands));
         concluded
     }
 
+    /// Waits until the pumps have written everything and the commands have ended.
     fn finish(&mut self) -> Result<()> {
-        self.check()?;
         while let Some(writing) = self.writing.last() {
-            if self
+            let closed = self
                 .wait(Some(writing))
-                .context("waiting until everything is written")?
-            {
+                .context("waiting until all is written")?;
+            if closed {
                 self.writing.pop();
             }
             self.check()?;
         }
-        if let Some(commands) = &mut self.commands {
-            commands.close_pipes();
-        }
-        while !self.commands.as_ref().is_none_or(Commands::have_succeeded) {
+        self.check_pumps()?;
+        self.commands.close_pipes();
+        while !self.commands.have_succeeded() {
             self.wait(None).context("waiting for the shard commands")?;
             self.check()?;
         }
@@ -154,7 +146,7 @@ impl Interrupts {
     }
 
     /// Waits for a signal, such as that of a command's end, or until the other end of `pipe` is
-    /// closed.
+    /// closed, and tells whether it is.
     fn wait(&self, pipe: Option<&ReadEnd>) -> Result<bool> {
         let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         fds.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
@@ -164,13 +156,10 @@ impl Interrupts {
 
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
     fn explain(&self, error: Error) -> Error {
-        if signal_behind(&error).is_some() {
-            return error;
-        }
-        match (self.failure.get(), &self.commands) {
-            (Some(failure), _) => failure.error(),
-            (None, Some(commands)) => commands.explain(error),
-            (None, None) => error,
+        match (signal_behind(&error), self.failure.get()) {
+            (Some(_), _) => error,
+            (None, Some(failure)) => failure.error(),
+            (None, None) => self.commands.explain(error),
         }
     }
 }

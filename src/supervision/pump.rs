@@ -48,7 +48,11 @@ impl Failure {
 }
 
 /// Starts a pump that fills a pipe from a descriptor, which `label` names.
-pub(super) fn from(from: OwnedFd, label: &str, failure: Arc<OnceLock<Failure>>) -> Result<ReadEnd> {
+pub(super) fn read_from(
+    from: OwnedFd,
+    label: &str,
+    failure: Arc<OnceLock<Failure>>,
+) -> Result<ReadEnd> {
     let (read, write) = wide_pipe()?;
     let stage = pipe::new()?;
     let doing = format!("reading {label}");
@@ -65,7 +69,7 @@ pub(super) fn from(from: OwnedFd, label: &str, failure: Arc<OnceLock<Failure>>) 
 
 /// Starts a pump that empties a pipe into a descriptor, which `label` names. The second pipe closes
 /// when everything is written.
-pub(super) fn into(
+pub(super) fn write_to(
     to: OwnedFd,
     label: &str,
     failure: Arc<OnceLock<Failure>>,
