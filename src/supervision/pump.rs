@@ -110,65 +110,38 @@ type Stage = (ReadEnd, WriteEnd);
 /// The descriptor, which may be non-blocking, and what to wait for then.
 type WaitFor<'a> = (&'a OwnedFd, PollFlags);
 
-/// How splicing went.
-enum Spliced {
-    All,
-    /// It is not possible between these two. None of the first bytes arrived; `staged` of them are
-    /// in the stage.
-    Impossible {
-        staged: usize,
-    },
-}
-
+/// Moves all that comes: by splicing, or by copying where the first attempt to splice is refused.
 fn transfer(from: impl AsFd, to: impl AsFd, stage: &Stage, wait_for: WaitFor) -> Outcome {
-    match splice_all(&from, &to, stage, wait_for)? {
-        Spliced::All => Ok(()),
-        Spliced::Impossible { staged } => {
-            let mut buffer = vec![0; COPY];
-            copy(&stage.0, &to, &mut buffer, Some(staged), wait_for)?;
-            copy(&from, &to, &mut buffer, None, wait_for)
-        }
-    }
-}
-
-fn splice_all(
-    from: impl AsFd,
-    to: impl AsFd,
-    (stage_out, stage_in): &Stage,
-    wait_for: WaitFor,
-) -> Result<Spliced, Errno> {
     let mut moved = false;
-    loop {
-        let staged = match retry(wait_for, || splice(&from, stage_in, LARGEST)) {
-            Ok(0) => return Ok(Spliced::All),
-            Err(Errno::EINVAL) if !moved => return Ok(Spliced::Impossible { staged: 0 }),
+    'splicing: loop {
+        let mut left = match retry(wait_for, || splice(&from, &stage.1, LARGEST)) {
+            Ok(0) => return Ok(()),
+            Err(Errno::EINVAL) if !moved => break,
             result => result?,
         };
-        let mut left = staged;
         while left > 0 {
-            match retry(wait_for, || splice(stage_out, &to, left)) {
-                Err(Errno::EINVAL) if !moved => return Ok(Spliced::Impossible { staged }),
+            match retry(wait_for, || splice(&stage.0, &to, left)) {
                 Ok(0) => return Err(Errno::EIO),
+                Err(Errno::EINVAL) if !moved => {
+                    copy(&stage.0, &to, left, wait_for)?;
+                    break 'splicing;
+                }
                 result => left -= result?,
             }
             moved = true;
         }
     }
+    copy(from, to, usize::MAX, wait_for)
 }
 
 fn splice(from: impl AsFd, to: impl AsFd, len: usize) -> nix::Result<usize> {
     nix::fcntl::splice(from, None, to, None, len, SpliceFFlags::SPLICE_F_MOVE)
 }
 
-/// Copies `limit` bytes, or all up to the end.
-fn copy(
-    from: impl AsFd,
-    to: impl AsFd,
-    buffer: &mut [u8],
-    limit: Option<usize>,
-    wait_for: WaitFor,
-) -> Outcome {
-    let mut left = limit.unwrap_or(usize::MAX);
+/// Copies up to `len` bytes, or as many as there are.
+fn copy(from: impl AsFd, to: impl AsFd, len: usize, wait_for: WaitFor) -> Outcome {
+    let mut buffer = vec![0; COPY.min(len)];
+    let mut left = len;
     while left > 0 {
         let most = left.min(buffer.len());
         let length = retry(wait_for, || nix::unistd::read(&from, &mut buffer[..most]))?;
@@ -182,9 +155,7 @@ fn copy(
                 written => rest = &rest[written..],
             }
         }
-        if limit.is_some() {
-            left -= length;
-        }
+        left -= length;
     }
     Ok(())
 }

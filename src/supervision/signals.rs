@@ -35,12 +35,12 @@ impl std::error::Error for Interrupted {}
 
 /// The signal that led to an error, if one did.
 pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
-    let of_cause =
-        |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<io::Error>() {
-            Some(error) => error.get_ref()?.downcast_ref::<Interrupted>().copied(),
-            None => cause.downcast_ref::<Interrupted>().copied(),
-        };
-    error.chain().find_map(of_cause)
+    error.chain().find_map(|cause| {
+        let inside = cause.downcast_ref().and_then(io::Error::get_ref);
+        inside
+            .map_or_else(|| cause.downcast_ref(), |inner| inner.downcast_ref())
+            .copied()
+    })
 }
 
 /// The signals that came.
