@@ -26,7 +26,7 @@ use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
 use crate::store::external::External;
 use crate::store::{Ahead, Arena, Store, Target};
-use crate::supervision::signals::Interrupts;
+use crate::supervision::Interrupts;
 use assembly::{Assembly, Origin, Step};
 use order::Place;
 use reader::{Found, Reader, Stage};
