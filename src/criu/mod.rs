@@ -16,6 +16,7 @@
 
 mod clients;
 mod connection;
+pub(crate) mod files;
 mod listener;
 
 pub(crate) use clients::Clients;
