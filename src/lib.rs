@@ -158,7 +158,7 @@ fn execute(plan: Plan) -> Result<()> {
             if plan.progress_bar {
                 notice::tell("the image is in memory: run `criu restore --stream`");
             }
-            serve::serve(listener, files, plan.criu_clients, &interrupts)
+            serve::serve(listener, files, arena, plan.criu_clients, &interrupts)
         }
     }
 }
@@ -205,7 +205,8 @@ fn remap_ports(files: &mut Catalog, arena: &mut Arena, remaps: &[Remap]) -> Resu
     let mut change = || {
         let name = ImageName::new(listen_ports::FILE)?;
         let before = files
-            .read(&name)
+            .read(&name, arena)
+            .context("keeping it in memory")?
             .with_context(|| format!("the image has no {name}"))?;
         let after =
             listen_ports::remap(&before, remaps).with_context(|| format!("changing {name}"))?;
