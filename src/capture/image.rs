@@ -12,7 +12,7 @@ use super::shard::{Shard, Spliced};
 use super::source::{Layout, Promise, Source};
 use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
-use crate::report::notice;
+use crate::report;
 use crate::report::progress::Stats;
 
 /// The most slots that a chunk may pass through the staging pipe with.
@@ -278,7 +278,7 @@ fn warn_of_small_pipes(shards: &[Shard]) {
     if let Some(smallest) = shards.iter().min_by_key(|shard| shard.capacity())
         && smallest.capacity() * SLOT < GOOD_CAPACITY
     {
-        notice::tell(format_args!(
+        report::warn(format_args!(
             "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
             smallest.label(),
             smallest.capacity() * SLOT / 1024,

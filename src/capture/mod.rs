@@ -33,7 +33,7 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::signals::Interrupts;
+use crate::supervision::Interrupts;
 use image::{Image, Step};
 use shard::Shard;
 use source::{Origin, Ready, Source};

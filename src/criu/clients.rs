@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Kind, Poller};
-use crate::report::notice;
+use crate::report;
 
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
@@ -155,7 +155,7 @@ impl<R> Clients<R> {
                 if has_spoken {
                     return Err(error);
                 }
-                notice::tell(format_args!("dropped a client: {error:#}"));
+                report::warn(format_args!("dropped a client: {error:#}"));
                 Ok(())
             }
         }

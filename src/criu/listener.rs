@@ -19,7 +19,7 @@ use rustix::io::retry_on_intr;
 use rustix::net::{SocketFlags, accept_with};
 
 use super::Connection;
-use crate::report::notice;
+use crate::report;
 
 /// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path` (PROTOCOL.md, section 1).
 const LONGEST_PATH: usize = 107;
@@ -115,7 +115,7 @@ impl Listener {
                     format!("process {} (user {})", peer.pid(), peer.uid()),
                 )));
             }
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
                 peer.pid(),
                 peer.uid(),

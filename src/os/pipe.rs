@@ -14,9 +14,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::Mode;
 use rustix::thread::CapabilitySet;
 
+use super::descriptor::FdKind;
 use super::memory::Sealed;
 
 /// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
@@ -158,32 +159,10 @@ pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     Ok((ReadEnd(read), WriteEnd(write)))
 }
 
-/// Whether a descriptor is an end of a pipe.
-pub fn is_pipe(fd: impl AsFd) -> bool {
-    describe(fd.as_fd()) == "a pipe"
-}
-
-/// What kind of file a descriptor is, in words for an error message.
-pub fn describe(fd: BorrowedFd) -> &'static str {
-    let Ok(stat) = fstat(fd) else {
-        return "not open";
-    };
-    match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-        SFlag::S_IFREG => "a regular file",
-        SFlag::S_IFDIR => "a directory",
-        SFlag::S_IFIFO => "a pipe",
-        SFlag::S_IFSOCK => "a socket",
-        SFlag::S_IFBLK => "a block device",
-        SFlag::S_IFCHR if nix::unistd::isatty(fd).unwrap_or(false) => "a terminal",
-        SFlag::S_IFCHR => "a character device",
-        _ => "a special file",
-    }
-}
-
 /// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way to find out that it is no pipe.
 fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
     let Ok(slots) = slots(fd) else {
-        bail!("it is {}, not a pipe", describe(fd));
+        bail!("it is {}, not a pipe", FdKind::of(fd));
     };
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).context("reading its flags")?);
     if flags & OFlag::O_ACCMODE == wrong_mode {

@@ -28,7 +28,7 @@ use crate::report::progress::Stats;
 use crate::store::external::External;
 use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
-use crate::supervision::signals::Interrupts;
+use crate::supervision::Interrupts;
 use assembly::{Assembly, Origin, Step};
 use order::Place;
 use reader::{Found, Holding, Reader, Stage};

@@ -20,11 +20,11 @@ use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
-use crate::report::notice;
+use crate::report;
 use crate::store::Arena;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::signals::Interrupts;
+use crate::supervision::Interrupts;
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -279,7 +279,7 @@ fn present(files: &Catalog, refused: &mut BTreeSet<ImageName>, name: &str) -> Op
         Lookup::Present => Some(name),
         Lookup::Absent => None,
         Lookup::Gone => {
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "{name} was asked for again, but it has been sent and freed"
             ));
             refused.insert(name);

@@ -26,8 +26,8 @@ use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 use super::{Ahead, Piece, Store, Target};
 use crate::criu::files::INVENTORY;
 use crate::format::ImageName;
-use crate::report::notice;
-use crate::supervision::signals::Interrupts;
+use crate::report;
+use crate::supervision::Interrupts;
 
 /// How the name of a private directory starts; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
@@ -101,11 +101,11 @@ impl Drop for DiskStore {
                 &self.images,
                 kept.as_str(),
             );
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "what could not be put back is in {kept} in the images directory"
             ));
         } else if let Err(error) = self.images.remove(&self.private_name) {
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "removing {}: {error}; remove it yourself",
                 self.private_name
             ));
@@ -153,7 +153,7 @@ impl Images {
             let is_stale = fstatat(self, name, AtFlags::AT_SYMLINK_NOFOLLOW)
                 .is_ok_and(|stat| file_type(&stat) == SFlag::S_IFDIR && stat.st_uid == ours);
             if is_stale && let Err(error) = self.remove(name) {
-                notice::tell(format_args!(
+                report::warn(format_args!(
                     "removing {name}, which a streamer that was killed has left: {error}"
                 ));
             }
@@ -302,7 +302,7 @@ impl<'a> Commit<'a> {
             }
             if let Err(error) = result {
                 all = false;
-                notice::tell(format_args!(
+                report::warn(format_args!(
                     "putting {} back as it was: {error}",
                     step.name
                 ));

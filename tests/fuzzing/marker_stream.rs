@@ -18,7 +18,7 @@ use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::catalog::Catalog;
 use criu_image_streamer::store::disk::DiskStore;
 use criu_image_streamer::store::{Arena, Store};
-use criu_image_streamer::supervision::signals::Interrupts;
+use criu_image_streamer::supervision::Interrupts;
 use prost::Message;
 
 /// Fits into a pipe of the default size, so that no thread is needed to write while the program
