@@ -242,9 +242,5 @@ mod tests {
         }
         while held.fill(&read, 1000).unwrap() != Filled::Full {}
         assert!(held.is_wasteful());
-        assert_eq!(
-            held.fill(&filled(&[]), 1).unwrap(),
-            Filled::Moved(Moved::End)
-        );
     }
 }
