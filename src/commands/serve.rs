@@ -27,13 +27,20 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
     if plan.progress_bar {
         report::warn("the image is in memory: run `criu restore --stream`");
     }
-    serve::serve(listener, files, plan.criu_clients, &transfer.interrupts)
+    serve::serve(
+        listener,
+        files,
+        arena,
+        plan.criu_clients,
+        &transfer.interrupts,
+    )
 }
 
 fn remap_ports(files: &mut Catalog, arena: &mut Arena, remaps: &[Remap]) -> Result<()> {
     let name = ImageName::new(listen_ports::FILE)?;
     let before = files
-        .read(&name)
+        .read(&name, arena)
+        .context("keeping it in memory")?
         .with_context(|| format!("the image has no {name}"))?;
     let after = listen_ports::remap(&before, remaps).with_context(|| format!("changing {name}"))?;
     files

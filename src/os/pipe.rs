@@ -15,9 +15,9 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
 use nix::sys::stat::Mode;
+use rustix::thread::CapabilitySet;
 
 use super::descriptor::FdKind;
-
 use super::memory::Sealed;
 
 /// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
@@ -114,6 +114,42 @@ impl AsFd for WriteEnd {
     }
 }
 
+/// A pipe of our own, both ends of which are one descriptor, that does not block.
+#[derive(Debug)]
+pub(crate) struct BothEnds(OwnedFd);
+
+impl BothEnds {
+    /// A new pipe that holds up to `bytes`, or as many as the kernel allows if that is fewer, and its
+    /// capacity in bytes.
+    ///
+    /// # Errors
+    /// Where there is no /proc, and when no more descriptors can be had.
+    pub(crate) fn new(bytes: usize) -> io::Result<(Self, usize)> {
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let path = format!("/proc/self/fd/{}", write.as_raw_fd());
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let both = open(path.as_str(), flags, Mode::empty())?;
+        drop((read, write));
+        // Refused where the user's pipes hold too much: the pipe stays as it is.
+        let wanted = bytes.next_power_of_two() as libc::c_int;
+        let _ = fcntl(&both, FcntlArg::F_SETPIPE_SZ(wanted));
+        let capacity = slots(&both)? * SLOT;
+        Ok((Self(both), capacity))
+    }
+}
+
+impl AsFd for BothEnds {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Where data can be spliced from.
+pub trait Source: AsFd {}
+
+impl Source for ReadEnd {}
+impl Source for BothEnds {}
+
 /// A new pipe, both ends close-on-exec and blocking.
 ///
 /// # Errors
@@ -173,6 +209,25 @@ pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
         }
     }
     Ok(current)
+}
+
+/// Whether the kernel lets this process's user have any amount of memory in pipes: others share
+/// `pipe-user-pages-soft` pages (64 MiB by default) between all their processes.
+pub(crate) fn are_unlimited() -> bool {
+    let unlimited = || {
+        let limit = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").ok()?;
+        if limit.trim() == "0" {
+            return Some(true);
+        }
+        // The kernel asks for one of these in the initial user namespace, which is the one that maps
+        // every user to itself.
+        let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
+        let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
+        let mine = rustix::thread::capabilities(None).ok()?.effective;
+        let exempting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
+        Some(is_initial && mine.intersects(exempting))
+    };
+    unlimited().unwrap_or(false)
 }
 
 /// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and how many it has.
@@ -257,7 +312,7 @@ pub fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Res
 ///
 /// # Errors
 /// `EPIPE` when the target's reader is gone, and what writing to a file can lead to.
-pub fn splice(from: &ReadEnd, to: impl AsFd, len: usize) -> io::Result<Moved> {
+pub fn splice(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     moved(|| nix::fcntl::splice(from, None, &to, None, len, flags))
 }
@@ -275,7 +330,7 @@ pub(crate) fn vmsplice(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
 ///
 /// # Errors
 /// Those of `read`; none for an open pipe.
-pub fn read(from: &ReadEnd, buffer: &mut [u8]) -> io::Result<Moved> {
+pub fn read(from: &impl Source, buffer: &mut [u8]) -> io::Result<Moved> {
     moved(|| nix::unistd::read(from, buffer))
 }
 

@@ -21,6 +21,7 @@ use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report;
+use crate::store::Arena;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
 use crate::store::transfer::{Progress, Transfer};
 use crate::supervision::Interrupts;
@@ -63,6 +64,7 @@ struct Server<'a> {
     listener: Option<Listener>,
     clients: Clients<ImageName>,
     files: Catalog,
+    arena: Arena,
     transfers: HashMap<u64, Sending>,
     /// Transfers whose pipes may have room.
     busy: Vec<u64>,
@@ -71,13 +73,14 @@ struct Server<'a> {
     refused: BTreeSet<ImageName>,
 }
 
-/// Serves `files` until `criu_clients` clients have come and all are gone.
+/// Serves `files`, whose memory came from `arena`, until `criu_clients` clients have come and all are gone.
 ///
 /// # Errors
 /// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
 pub fn serve(
     listener: Listener,
     files: Catalog,
+    arena: Arena,
     criu_clients: usize,
     interrupts: &Interrupts,
 ) -> Result<()> {
@@ -94,6 +97,7 @@ pub fn serve(
         listener: Some(listener),
         clients: Clients::new(criu_clients),
         files,
+        arena,
         transfers: HashMap::new(),
         busy: Vec::new(),
         next_transfer: 0,
@@ -168,6 +172,7 @@ impl Server<'_> {
         let Server {
             clients,
             files,
+            arena,
             refused,
             ..
         } = self;
@@ -193,7 +198,10 @@ impl Server<'_> {
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
                     // it.
-                    let cursor = files.take(&name).with_context(|| {
+                    let cursor = files
+                        .take(&name, arena)
+                        .with_context(|| format!("serving {name}"))?;
+                    let cursor = cursor.with_context(|| {
                         format!(
                             "serving {name}: two clients asked for it at a time, and it can be sent \
                              once"

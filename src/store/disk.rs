@@ -23,7 +23,7 @@ use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 
-use super::{Ahead, Extent, Store, Target};
+use super::{Ahead, Piece, Store, Target};
 use crate::criu::files::INVENTORY;
 use crate::format::ImageName;
 use crate::report;
@@ -346,8 +346,12 @@ impl Store for DiskStore {
         Target::File(&file.file)
     }
 
-    fn append(&mut self, file: &mut StagedFile, data: Extent) -> Result<()> {
-        Ok(file.file.write_all(data.bytes())?)
+    fn append(&mut self, file: &mut StagedFile, data: Piece) -> Result<()> {
+        match data {
+            Piece::Memory(extent) => file.file.write_all(extent.bytes())?,
+            Piece::Pipe(mut held) => held.write_to(&file.file)?,
+        }
+        Ok(())
     }
 
     fn finish(&mut self, name: ImageName, file: StagedFile) -> Result<()> {
