@@ -1,9 +1,10 @@
 //! When to look at busy pipes again.
 //!
-//! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In the
-//! meantime the pipes fill, so that each call moves much, and their writers are not made to wake
-//! anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving, which
-//! copies, naps for as long as pipes take to fill; serving, for as long as they take to be emptied.
+//! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In
+//! the meantime the pipes fill, so that each call moves much, and their writers are not made to
+//! wake anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving,
+//! which copies, naps for as long as pipes take to fill; serving, for as long as they take to be
+//! emptied.
 
 use std::time::Duration;
 
@@ -12,15 +13,16 @@ use std::time::Duration;
 /// (2026-11-21); with 1 µs it took half as much CPU time again.
 pub const NAP: Duration = Duration::from_micros(10);
 
-/// How much later than asked for a nap may end, in nanoseconds. The kernel's default, 50 µs, is five
-/// times the nap itself.
+/// How much later than asked for a nap may end, in nanoseconds. The kernel's default, 50 µs, is
+/// five times the nap itself.
 const SLACK: u64 = 1000;
 
 /// The longest nap, for when nothing moves because all shards are full or empty.
 pub const LONGEST_NAP: Duration = Duration::from_millis(5);
 
-/// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are not full, as small spliced pieces leave
-/// them, keep a pipe from ever looking full, and then this limits the speed.
+/// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are
+/// not full, as small spliced pieces leave them, keep a pipe from ever looking full, and then this
+/// limits the speed.
 const LONGEST_FILLING: Duration = Duration::from_micros(500);
 
 /// The longest nap while pipes are emptied: CRIU copies what is in a pipe of 4 MiB in 2 to 3 ms.
@@ -51,11 +53,12 @@ impl Pace {
         std::thread::sleep(NAP);
     }
 
-    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where there is `room` for so many. Full
-    /// pipes, whose writers wait, are looked at again at once.
+    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where
+    /// there is `room` for so many. Full pipes, whose writers wait, are looked at again at once.
     ///
-    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of the write; the writer of a full
-    /// pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU s/GB spent spinning with naps of 10 µs, 0.03 with these.
+    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of
+    /// the write; the writer of a full pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU
+    /// s/GB spent spinning with naps of 10 µs, 0.03 with these.
     pub fn nap_until_filled(&mut self, found: u64, room: u64) {
         let full = found * 8 >= room * 7;
         if full && self.next == NAP {
@@ -73,8 +76,9 @@ impl Pace {
     /// `room` would fit into empty ones. Where events come when pipes are empty, it does not nap at
     /// all.
     ///
-    /// A reader copies with the pipe's mutex held, and we would spin for as long if we filled the pipe
-    /// meanwhile. A pipe that was not found empty has a reader at work, so the next nap is longer.
+    /// A reader copies with the pipe's mutex held, and we would spin for as long if we filled the
+    /// pipe meanwhile. A pipe that was not found empty has a reader at work, so the next nap is
+    /// longer.
     pub fn nap_until_emptied(&mut self, sent: u64, room: u64) {
         if sent * 8 < room * 7 {
             self.next = (self.next * 2).min(LONGEST_EMPTYING);

@@ -1,7 +1,8 @@
 //! What is known of CRIU's image files by their names.
 
 /// CRIU reads this file first, and restores nothing without it. A dump writes it when the memory is
-/// written; a few files that were opened before are completed after it (docs/protocol.md, section 1).
+/// written; a few files that were opened before are completed after it (docs/protocol.md, section
+/// 1).
 pub(crate) const INVENTORY: &str = "inventory.img";
 
 /// The file that `criu cpuinfo dump` sends alone, and `criu dump` before it freezes the

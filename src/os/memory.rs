@@ -167,8 +167,8 @@ fn left_in_cgroup(line: &str) -> Option<u64> {
     within.filter_map(|path| left_in(path, files)).min()
 }
 
-/// The files of a memory cgroup: its limit, what it uses, and the part of that which the kernel takes
-/// back first.
+/// The files of a memory cgroup: its limit, what it uses, and the part of that which the kernel
+/// takes back first.
 #[derive(Debug, Clone, Copy)]
 struct CgroupFiles {
     limit: &'static str,
@@ -202,9 +202,9 @@ fn left_in(cgroup: &Path, files: CgroupFiles) -> Option<u64> {
 pub(crate) struct Sealed<'a>(IoSlice<'a>);
 
 impl<'a> Sealed<'a> {
-    /// # Safety
-    /// The pages of `bytes` must never be written to again, also after `bytes` is gone, but by being
-    /// unmapped or discarded: a pipe may hold references to them for as long as it likes.
+    /// # Safety The pages of `bytes` must never be written to again, also after `bytes` is gone,
+    /// but by being unmapped or discarded: a pipe may hold references to them for as long as it
+    /// likes.
     pub(crate) unsafe fn new(bytes: &'a [u8]) -> Self {
         Self(IoSlice::new(bytes))
     }

@@ -1,12 +1,15 @@
-//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between them.
+//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between
+//! them.
 //!
-//! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice` are told so by
-//! flag, reads and writes by the file description being non-blocking. Interrupted
-//! calls are repeated here; "would block" and "end of file" are values, not errors, since every caller has to tell them
-//! apart. A short count is a value too: only the caller knows what was promised to whom.
+//! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice`
+//! are told so by flag, reads and writes by the file description being non-blocking. Interrupted
+//! calls are repeated here; "would block" and "end of file" are values, not errors, since every
+//! caller has to tell them apart. A short count is a value too: only the caller knows what was
+//! promised to whom.
 //!
-//! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12 bytes costs as much
-//! room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much can be taken out, but not how much fits in.
+//! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12
+//! bytes costs as much room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much
+//! can be taken out, but not how much fits in.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,15 +23,16 @@ use rustix::thread::CapabilitySet;
 use super::descriptor::FdKind;
 use super::memory::Sealed;
 
-/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
-/// pages are larger, slots are too, and the estimates made with this constant err on the safe side.
+/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images
+/// come from. Where pages are larger, slots are too, and the estimates made with this constant err
+/// on the safe side.
 pub const SLOT: usize = 4096;
 
 /// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
 
-/// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB (PROTOCOL.md, section 1),
-/// and beyond 1 MiB the benchmark shows no gain for the other pipes.
+/// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB
+/// (docs/protocol.md, section 1), and beyond 1 MiB the benchmark shows no gain for the other pipes.
 pub const LARGEST: usize = 4 << 20;
 
 /// The end of a pipe that data comes out of.
@@ -119,8 +123,8 @@ impl AsFd for WriteEnd {
 pub(crate) struct BothEnds(OwnedFd);
 
 impl BothEnds {
-    /// A new pipe that holds up to `bytes`, or as many as the kernel allows if that is fewer, and its
-    /// capacity in bytes.
+    /// A new pipe that holds up to `bytes`, or as many as the kernel allows if that is fewer, and
+    /// its capacity in bytes.
     ///
     /// # Errors
     /// Where there is no /proc, and when no more descriptors can be had.
@@ -159,7 +163,8 @@ pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     Ok((ReadEnd(read), WriteEnd(write)))
 }
 
-/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way to find out that it is no pipe.
+/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way
+/// to find out that it is no pipe.
 fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
     let Ok(slots) = slots(fd) else {
         bail!("it is {}, not a pipe", FdKind::of(fd));
@@ -188,11 +193,12 @@ pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(SLOT) / SLOT)
 }
 
-/// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it in slots.
+/// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it
+/// in slots.
 ///
-/// Asking for too much is refused outright (`EPERM` beyond `/proc/sys/fs/pipe-max-size`, or when the user's pipes hold
-/// more than `pipe-user-pages-soft`), and capacities are powers of two: so this halves until it is not refused. A pipe is
-/// never made smaller.
+/// Asking for too much is refused outright (`EPERM` beyond `/proc/sys/fs/pipe-max-size`, or when
+/// the user's pipes hold more than `pipe-user-pages-soft`), and capacities are powers of two: so
+/// this halves until it is not refused. A pipe is never made smaller.
 ///
 /// # Errors
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
@@ -219,8 +225,8 @@ pub(crate) fn are_unlimited() -> bool {
         if limit.trim() == "0" {
             return Some(true);
         }
-        // The kernel asks for one of these in the initial user namespace, which is the one that maps
-        // every user to itself.
+        // The kernel asks for one of these in the initial user namespace, which is the one that
+        // maps every user to itself.
         let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
         let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
         let mine = rustix::thread::capabilities(None).ok()?.effective;
@@ -230,13 +236,15 @@ pub(crate) fn are_unlimited() -> bool {
     unlimited().unwrap_or(false)
 }
 
-/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and how many it has.
+/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and
+/// how many it has.
 ///
 /// # Errors
 /// When no more descriptors can be had, and those of `F_GETPIPE_SZ`.
 pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
-    // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it is.
+    // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
+    // is.
     let _ = fcntl(
         &write,
         FcntlArg::F_SETPIPE_SZ((wanted * SLOT) as libc::c_int),
@@ -245,11 +253,12 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     Ok((read, write, got))
 }
 
-/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the same end.
+/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the
+/// same end.
 ///
-/// The flag belongs to the open file description, which the shell or a supervisor may share; opening the pipe anew
-/// through /proc gives a description of our own. Where that is not possible (no /proc, a pipe of another user), the
-/// shared one is changed.
+/// The flag belongs to the open file description, which the shell or a supervisor may share;
+/// opening the pipe anew through /proc gives a description of our own. Where that is not possible
+/// (no /proc, a pipe of another user), the shared one is changed.
 ///
 /// # Errors
 /// When neither way works.

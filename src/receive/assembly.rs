@@ -1,7 +1,7 @@
 //! Makes files of a store out of the steps of an image, each in its turn.
 //!
-//! What is wrong with the order or the contents of an image is found here, and blamed on a shard and
-//! an offset.
+//! What is wrong with the order or the contents of an image is found here, and blamed on a shard
+//! and an offset.
 
 use std::collections::HashMap;
 
@@ -11,12 +11,12 @@ use super::order::{Behind, Order, Place};
 use crate::format::{Body, ImageName};
 use crate::store::{Ahead, Piece, Store, Target};
 
-/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A stream
-/// of nothing but markers that leaves out one must not fill the memory.
+/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A
+/// stream of nothing but markers that leaves out one must not fill the memory.
 const MOST_WAITING: usize = 1 << 20;
 
-/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead can
-/// as well wait in its pipe.
+/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead
+/// can as well wait in its pipe.
 const MANY_WAITING: usize = 16 << 10;
 
 /// One step in the making of the image.

@@ -1,13 +1,13 @@
 //! Receives an image: from the shards, in order, into a store.
 //!
-//! Shards are read as their data comes, never one after another: when a capture is connected directly,
-//! waiting for an empty shard while another is full is a deadlock. What is ahead of its turn becomes a
-//! piece, in memory or in a pipe that holds it, which it becomes anyway where the image is kept. For
-//! files on disk that is a detour: a shard that is ahead is left alone for as long as the image makes
-//! progress without it, and then taken to memory up to a limit.
+//! Shards are read as their data comes, never one after another: when a capture is connected
+//! directly, waiting for an empty shard while another is full is a deadlock. What is ahead of its
+//! turn becomes a piece, in memory or in a pipe that holds it, which it becomes anyway where the
+//! image is kept. For files on disk that is a detour: a shard that is ahead is left alone for as
+//! long as the image makes progress without it, and then taken to memory up to a limit.
 //!
-//! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker that
-//! is behind the last one of every shard will not come.
+//! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker
+//! that is behind the last one of every shard will not come.
 
 mod assembly;
 mod order;
@@ -36,16 +36,16 @@ use reader::{Found, Holding, Reader, Stage};
 /// Bytes spliced from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
 
-/// When extracting to disk: the time without progress after which data that arrived early is read into
-/// memory. It is longer than other processes take to fill the pipe that the image waits for.
+/// When extracting to disk: the time without progress after which data that arrived early is read
+/// into memory. It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
 
 /// The most that waits in memory for its turn on the way to disk, in bytes.
 const MOST_AHEAD: usize = 256 << 20;
 
-/// How long the end of the shards is waited for after the image's end, to find out whether something
-/// follows. It is there already when the shards come from other programs' output; a supervisor may keep
-/// its write end open, and need not.
+/// How long the end of the shards is waited for after the image's end, to find out whether
+/// something follows. It is there already when the shards come from other programs' output; a
+/// supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long a full pipe of an external file is left alone if no event comes, should the kernel have
@@ -235,8 +235,8 @@ impl<S: Store> Receiver<'_, S> {
         open.into_iter().for_each(|number| store.made_room(number));
     }
 
-    /// Gives every shard that may have something one turn. Tells how the busiest fared, how many bytes
-    /// were taken, and how many the pipes hold that they were taken from.
+    /// Gives every shard that may have something one turn. Tells how the busiest fared, how many
+    /// bytes were taken, and how many the pipes hold that they were taken from.
     fn round(&mut self) -> Result<(Turn, u64, u64)> {
         let before = self.image.next();
         let taken_before = self.taken();
@@ -348,8 +348,8 @@ impl<S: Store> Receiver<'_, S> {
         }
     }
 
-    /// Takes data of a chunk: what was read already, or else by splicing it to its file or to a pipe
-    /// that holds it, or else by reading more.
+    /// Takes data of a chunk: what was read already, or else by splicing it to its file or to a
+    /// pipe that holds it, or else by reading more.
     fn take_data(&mut self, index: usize, place: Place, allowance: &mut Allowance) -> Result<Then> {
         let target = match self.image.target(place) {
             Some(target) => target,
@@ -462,10 +462,10 @@ enum Way {
     Read,
 }
 
-/// How much more may be taken from a shard in its turn. By reading, what one read brings: a reader that
-/// reads on at once takes what the shard's writer has written meanwhile, block by block, and meets it
-/// at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By splicing, about as much as a
-/// pipe holds, and for the same reason no more once the pipe was emptied.
+/// How much more may be taken from a shard in its turn. By reading, what one read brings: a reader
+/// that reads on at once takes what the shard's writer has written meanwhile, block by block, and
+/// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By splicing, about
+/// as much as a pipe holds, and for the same reason no more once the pipe was emptied.
 struct Allowance {
     way: Way,
     has_read: bool,

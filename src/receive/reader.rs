@@ -1,14 +1,14 @@
 //! A shard's stream, cut into markers and their data.
 //!
-//! Data should not come to memory at all, so that only as much is read as the next marker takes, and
-//! the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks are read
-//! together with their markers.
+//! Data should not come to memory at all, so that only as much is read as the next marker takes,
+//! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
+//! are read together with their markers.
 //!
-//! Where nothing can be held, what a pipe has is read in one call, markers and data together, straight
-//! to where the data stays: into the rest of a huge page, or into memory for exactly as many bytes as
-//! there are. The data of a chunk is then a part of that memory, found in place. One large read for a
-//! full pipe costs half the CPU of reading marker, data, marker, data, because each read but the last
-//! meets the pipe's writer, woken by the one before, at the pipe's mutex.
+//! Where nothing can be held, what a pipe has is read in one call, markers and data together,
+//! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
+//! many bytes as there are. The data of a chunk is then a part of that memory, found in place. One
+//! large read for a full pipe costs half the CPU of reading marker, data, marker, data, because
+//! each read but the last meets the pipe's writer, woken by the one before, at the pipe's mutex.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -37,9 +37,9 @@ pub(super) enum Found {
 
 /// A pipe of our own between a shard's pipe and a file.
 ///
-/// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could not
-/// write meanwhile, and then we would wait for it. Moving references to a pipe of our own first takes
-/// 0.12 CPU s/GB off the 0.2 spent so.
+/// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could
+/// not write meanwhile, and then we would wait for it. Moving references to a pipe of our own first
+/// takes 0.12 CPU s/GB off the 0.2 spent so.
 pub(super) struct Stage {
     read: ReadEnd,
     write: WriteEnd,
@@ -102,7 +102,8 @@ pub(super) struct Reader {
     held: Option<Held>,
     /// Slots are well filled, so that a page that is held is about as large as its data.
     may_hold: bool,
-    /// Bytes of the last marker with data, if that was large: the next one takes as many, as a rule.
+    /// Bytes of the last marker with data, if that was large: the next one takes as many, as a
+    /// rule.
     last_large: Option<usize>,
     /// The pipe's writers are gone: what is in it is the last of the stream.
     hung_up: bool,
@@ -277,8 +278,8 @@ impl Reader {
         self.ahead.is_empty()
     }
 
-    /// How much to read for the next marker when data should rather be spliced: behind a large chunk,
-    /// exactly what the marker takes, as far as that is known.
+    /// How much to read for the next marker when data should rather be spliced: behind a large
+    /// chunk, exactly what the marker takes, as far as that is known.
     pub(super) fn ahead_for_marker(&self) -> usize {
         let Some(expected) = self.last_large else {
             return AHEAD;
@@ -348,14 +349,14 @@ impl Reader {
         Ok(Holding::Nothing)
     }
 
-    /// Reads what the pipe holds, up to `most` bytes. Called when what was read before is not enough
-    /// to go on.
+    /// Reads what the pipe holds, up to `most` bytes. Called when what was read before is not
+    /// enough to go on.
     ///
-    /// A few bytes, or what is left of a huge page begun, are read without asking first how much there
-    /// is, because the question takes the pipe's mutex too, and has to wait for a writer that is in
-    /// the middle of a block as long as the read itself. For the same reason a read ends with the huge
-    /// page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill huge pages of
-    /// 2 MiB in two reads each.
+    /// A few bytes, or what is left of a huge page begun, are read without asking first how much
+    /// there is, because the question takes the pipe's mutex too, and has to wait for a writer that
+    /// is in the middle of a block as long as the read itself. For the same reason a read ends with
+    /// the huge page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill
+    /// huge pages of 2 MiB in two reads each.
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
@@ -427,8 +428,8 @@ impl Reader {
         Ok(taken)
     }
 
-    /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None` when
-    /// the pipe is empty.
+    /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None`
+    /// when the pipe is empty.
     ///
     /// # Errors
     /// When the file cannot take it, and when the stream was cut off.

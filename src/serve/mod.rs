@@ -1,14 +1,14 @@
 //! Serves an image from memory to CRIU, which treats it as a directory of files.
 //!
-//! CRIU opens a file and closes it unread, opens another before the first is finished, hands one to a
-//! child process, opens one twice, and does so from several processes. So requests are answered at
-//! once, whatever the state of earlier files, and any number of files is under way at the same time,
-//! each moving whenever its own reader makes room.
+//! CRIU opens a file and closes it unread, opens another before the first is finished, hands one to
+//! a child process, opens one twice, and does so from several processes. So requests are answered
+//! at once, whatever the state of earlier files, and any number of files is under way at the same
+//! time, each moving whenever its own reader makes room.
 //!
 //! A file's memory goes back to the kernel as soon as the pipe holds references to its pages, since
-//! CRIU copies what it reads: keeping it would take twice the memory. [`Catalog`] says which files are
-//! kept for being asked for again. Asking for another one again is answered with "does not exist", and
-//! the program then fails naming it.
+//! CRIU copies what it reads: keeping it would take twice the memory. [`Catalog`] says which files
+//! are kept for being asked for again. Asking for another one again is answered with "does not
+//! exist", and the program then fails naming it.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -73,7 +73,8 @@ struct Server<'a> {
     refused: BTreeSet<ImageName>,
 }
 
-/// Serves `files`, whose memory came from `arena`, until `criu_clients` clients have come and all are gone.
+/// Serves `files`, whose memory came from `arena`, until `criu_clients` clients have come and all
+/// are gone.
 ///
 /// # Errors
 /// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
@@ -239,8 +240,8 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Lets every transfer that may have room send. Tells how many slots were filled, and how many the
-    /// pipes have that took something.
+    /// Lets every transfer that may have room send. Tells how many slots were filled, and how many
+    /// the pipes have that took something.
     fn send(&mut self) -> Result<(usize, usize)> {
         let (mut filled, mut room) = (0, 0);
         for id in std::mem::take(&mut self.busy) {

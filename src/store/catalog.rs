@@ -1,9 +1,10 @@
 //! The files of an image in memory, and what has become of each: served once or kept.
 //!
-//! Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when sent,
-//! as long as they come to no more than [`MOST_KEPT`] together. CRIU's files other than memory pages
-//! weigh far less: some hundred bytes to a few KiB for each task, mapping list and descriptor table; a
-//! pagemap takes about 20 bytes for each stretch of memory. What was sent and not kept is gone.
+//! Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when
+//! sent, as long as they come to no more than [`MOST_KEPT`] together. CRIU's files other than
+//! memory pages weigh far less: some hundred bytes to a few KiB for each task, mapping list and
+//! descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What was sent and
+//! not kept is gone.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -62,8 +63,8 @@ impl Catalog {
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time, in
-    /// memory.
+    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time,
+    /// in memory.
     ///
     /// # Errors
     /// `ENOMEM`.

@@ -1,13 +1,15 @@
 //! Files on disk, none of which is in place before all of them are.
 //!
-//! A directory that looks like an image is taken for one, so the files are first written to a private directory beside their
-//! destination, under numbers: no name from the stream is used in there. When the image is complete they are flushed to disk and
-//! moved into place, `inventory.img` last, without which CRIU restores nothing. What they replace is set aside and
-//! comes back if a move fails. If anything goes wrong before, the private directory goes, and nothing has changed. What a streamer
-//! that was killed could not remove, the next one removes: a lock on the images directory shows that nobody uses it.
+//! A directory that looks like an image is taken for one, so the files are first written to a
+//! private directory beside their destination, under numbers: no name from the stream is used in
+//! there. When the image is complete they are flushed to disk and moved into place, `inventory.img`
+//! last, without which CRIU restores nothing. What they replace is set aside and comes back if a
+//! move fails. If anything goes wrong before, the private directory goes, and nothing has changed.
+//! What a streamer that was killed could not remove, the next one removes: a lock on the images
+//! directory shows that nobody uses it.
 //!
-//! Moving does not follow a symbolic link that somebody planted at the destination but replaces it; all paths are
-//! relative to the open directory. A directory in the way is an error.
+//! Moving does not follow a symbolic link that somebody planted at the destination but replaces it;
+//! all paths are relative to the open directory. A directory in the way is an error.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -50,7 +52,8 @@ pub struct StagedFile {
 }
 
 impl DiskStore {
-    /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed left there.
+    /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed
+    /// left there.
     ///
     /// # Errors
     /// When nothing can be written there, and when another streamer does so.
@@ -73,8 +76,8 @@ impl DiskStore {
 
     /// Moves the files into place, when the image is complete.
     ///
-    /// # Errors
-    /// When they cannot be flushed or moved, or a signal came before; what was there before is then there again.
+    /// # Errors When they cannot be flushed or moved, or a signal came before; what was there
+    /// before is then there again.
     pub fn commit(mut self, interrupts: &Interrupts) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
         interrupts.check()?;
@@ -281,8 +284,8 @@ impl<'a> Commit<'a> {
         Ok(())
     }
 
-    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to go, is the last to come back,
-    /// and only then.
+    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to
+    /// go, is the last to come back, and only then.
     fn undo(&mut self) -> bool {
         let DiskStore {
             images, private, ..

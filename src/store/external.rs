@@ -1,9 +1,9 @@
 //! External files, in front of another store: what belongs to them goes to their readers' pipes.
 //!
-//! What a reader does not take is held, and never stops the image: a supervisor may read a
-//! second external file before the first. A reader that is slow, but takes something now and then,
-//! is waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was reached, because supervisors wait for the
-//! reader's end while the image still comes in.
+//! What a reader does not take is held, and never stops the image: a supervisor may read a second
+//! external file before the first. A reader that is slow, but takes something now and then, is
+//! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
+//! reached, because supervisors wait for the reader's end while the image still comes in.
 
 use std::time::{Duration, Instant};
 
@@ -168,8 +168,8 @@ impl<S> External<S> {
 impl<S: Store> Store for External<S> {
     type File = File<S::File>;
 
-    /// While an external file is current, what is ahead may be more of it, which would fill the memory
-    /// to no avail.
+    /// While an external file is current, what is ahead may be more of it, which would fill the
+    /// memory to no avail.
     fn ahead(&self, current: Option<&Self::File>) -> Ahead {
         match current {
             None => self.behind.ahead(None),

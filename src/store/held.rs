@@ -1,14 +1,14 @@
 //! Data that stays in the pages in which it arrived: in pipes of our own.
 //!
 //! A decompressor's write puts data into pages that the pipe owns, and splicing moves references to
-//! them: from the shard's pipe into one that holds them, and later into CRIU's pipe. Nothing is copied,
-//! and we touch no memory for the first time: 0.03 to 0.05 CPU s/GB, where reading into huge pages takes
-//! 0.3 to 0.5 (2026-11-25, restore/4-shards-64KiB-blocks).
+//! them: from the shard's pipe into one that holds them, and later into CRIU's pipe. Nothing is
+//! copied, and we touch no memory for the first time: 0.03 to 0.05 CPU s/GB, where reading into
+//! huge pages takes 0.3 to 0.5 (2026-11-25, restore/4-shards-64KiB-blocks).
 //!
-//! A pipe holds one chunk, or several small ones of one file that follow each other, so that each file
-//! can be taken out in its order whatever other files do. The price is a descriptor for each.
-//! Where the user's pipes are limited, or descriptors are few, there is no holding, and what comes after
-//! the limit goes to memory.
+//! A pipe holds one chunk, or several small ones of one file that follow each other, so that each
+//! file can be taken out in its order whatever other files do. The price is a descriptor for each.
+//! Where the user's pipes are limited, or descriptors are few, there is no holding, and what comes
+//! after the limit goes to memory.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -22,11 +22,12 @@ use crate::os::pipe::{self, BothEnds, Moved, SLOT, Source};
 /// A chunk that is worth a pipe, in bytes. Making one takes as long as copying about this much.
 pub(crate) const WORTH_HOLDING: usize = 32 << 10;
 
-/// Bytes that one pipe holds at most: `/proc/sys/fs/pipe-max-size` by default, and what a pipe of that
-/// size hands over at a time.
+/// Bytes that one pipe holds at most: `/proc/sys/fs/pipe-max-size` by default, and what a pipe of
+/// that size hands over at a time.
 const LARGEST: usize = 1 << 20;
 
-/// Descriptors left for everything else: for the files that CRIU has open at the same time, above all.
+/// Descriptors left for everything else: for the files that CRIU has open at the same time, above
+/// all.
 const OTHER_DESCRIPTORS: usize = 512;
 
 /// Makes the pipes, as far as limits allow.
@@ -105,7 +106,8 @@ impl Held {
         self.len as usize
     }
 
-    /// Whether the slots are poorly filled, on the whole: each keeps a page, however little it holds.
+    /// Whether the slots are poorly filled, on the whole: each keeps a page, however little it
+    /// holds.
     pub(crate) fn is_wasteful(&self) -> bool {
         self.len < self.capacity / 4 * 3
     }
@@ -133,8 +135,8 @@ impl Held {
         Ok(())
     }
 
-    /// Whether there may be room for what another one holds, and it is worth moving: for each pipe less
-    /// there is a descriptor more.
+    /// Whether there may be room for what another one holds, and it is worth moving: for each pipe
+    /// less there is a descriptor more.
     pub(crate) fn may_absorb(&self, other: &Self) -> bool {
         other.len() < LARGEST / 2 && self.len + other.len < self.capacity
     }

@@ -1,8 +1,8 @@
 //! Where the files of an image go on restore: into memory, to disk, or to the reader of an external
 //! file.
 //!
-//! A store says where the next bytes of a file go, and the receiver puts them there. How they came and
-//! in which order is not the store's business.
+//! A store says where the next bytes of a file go, and the receiver puts them there. How they came
+//! and in which order is not the store's business.
 
 mod arena;
 pub mod catalog;
@@ -47,7 +47,8 @@ pub trait Store {
     /// Where data waits while `current` is the file whose turn it is.
     fn ahead(&self, current: Option<&Self::File>) -> Ahead;
 
-    /// Starts a file. One of the same name that is complete is replaced when the new one is complete.
+    /// Starts a file. One of the same name that is complete is replaced when the new one is
+    /// complete.
     ///
     /// # Errors
     /// When there is no place for it.

@@ -48,8 +48,8 @@ impl Piece {
     }
 }
 
-/// The contents of a file. Most files are one extent, which lies in the entry itself: with its name,
-/// a small file costs less than 150 bytes beside its contents.
+/// The contents of a file. Most files are one extent, which lies in the entry itself: with its
+/// name, a small file costs less than 150 bytes beside its contents.
 #[derive(Debug, Default)]
 pub struct Contents(Pieces);
 

@@ -1,8 +1,8 @@
 //! One file on its way out: into its reader's pipe, freed while it is sent.
 //!
-//! The pipe is given references to pages: to those of memory (`vmsplice`), or to those that a pipe of
-//! ours holds (`splice`). The pipe of a large file is given the largest capacity allowed; most files
-//! fit into any pipe.
+//! The pipe is given references to pages: to those of memory (`vmsplice`), or to those that a pipe
+//! of ours holds (`splice`). The pipe of a large file is given the largest capacity allowed; most
+//! files fit into any pipe.
 
 use std::io;
 use std::rc::Rc;
@@ -40,8 +40,8 @@ impl Cursor {
         }
     }
 
-    /// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number of
-    /// slots. Tells how many bytes were offered, what moved, and how many slots that took.
+    /// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number
+    /// of slots. Tells how many bytes were offered, what moved, and how many slots that took.
     fn send(&mut self, to: &WriteEnd, slots: usize) -> (usize, io::Result<(Moved, usize)>) {
         if let Cursor::Once(contents) = self
             && let Some(held) = contents.front_pipe()
