@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use super::Transfer;
+use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
@@ -15,9 +15,12 @@ use crate::store::catalog::Catalog;
 
 pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
     Listener::check(&plan.images_dir, Role::Serve)?;
+    let external = ExternalFiles::of(&plan);
     let mut arena = Arena::new();
     let (mut files, stats) =
         transfer.receive(plan.shards, plan.external_files, Catalog::new(), &mut arena)?;
+    check_whole(files.names(), external)?;
+    serve::warn_of_losses(&files);
     if !plan.remaps.is_empty() {
         remap_ports(&mut files, &mut arena, &plan.remaps).context("--tcp-listen-remap")?;
     }

@@ -16,7 +16,7 @@ use criu_image_streamer::os::pipe::{self, Moved, ReadEnd};
 use criu_image_streamer::receive;
 use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::catalog::Catalog;
-use criu_image_streamer::store::disk::DiskStore;
+use criu_image_streamer::store::disk::{DiskStore, Origin};
 use criu_image_streamer::store::{Arena, Store};
 use criu_image_streamer::supervision::Interrupts;
 use prost::Message;
@@ -106,7 +106,7 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
     let interrupts = interrupts();
     let found = receive(
         shards,
-        DiskStore::new(dir.path()).unwrap(),
+        DiskStore::new(dir.path(), Origin::Found).unwrap(),
         &mut Arena::new(),
     )
     .and_then(|store| store.commit(interrupts));
