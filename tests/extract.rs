@@ -274,7 +274,7 @@ fn of_a_file_that_was_sent_twice_the_last_one_is_written() {
         .filename(3, "a.img")
         .data(4, b"the last")
         .file_eof(5)
-        .image_eof(6);
+        .inventory_and_end(6);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"the last");
@@ -293,12 +293,13 @@ fn files_may_take_turns() {
         .filename(7, "b.img")
         .data(8, b"zwei")
         .file_eof(9)
-        .image_eof(10);
+        .inventory_and_end(10);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     let expected = Files::from([
         ("a.img".into(), b"one two".to_vec()),
         ("b.img".into(), b"eins zwei".to_vec()),
+        ("inventory.img".into(), image::INVENTORY.to_vec()),
     ]);
     assert_same_files(&runs::read_dir(dir.path()), &expected);
 }
@@ -317,7 +318,7 @@ fn unknown_fields_of_a_marker_are_skipped() {
         .marker(0, &with_unknown_fields)
         .data(1, b"first")
         .file_eof(2)
-        .image_eof(3);
+        .inventory_and_end(3);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"first");

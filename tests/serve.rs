@@ -164,6 +164,7 @@ fn of_a_file_that_was_sent_twice_the_last_one_is_served() {
             ("fdinfo.img", &random::bytes(1, first)),
             ("other.img", b"other"),
             ("fdinfo.img", &last_version),
+            ("inventory.img", image::INVENTORY),
         ]);
         let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
         let criu = streamer.criu();

@@ -257,7 +257,8 @@ fn a_page_file_asked_for_again_is_an_error_that_names_it() {
 #[test]
 fn every_other_file_up_to_a_bound_may_be_asked_for_again() {
     let content = random::bytes(1, KEPT);
-    let image = image::encode([("pagemap-1.img", &content[..])], 1, MIB);
+    let files = [("pagemap-1.img".to_owned(), content.clone())].into();
+    let image = image::encode_files(&files, 1, MIB);
     let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
     let criu = streamer.criu();
     for _ in 0..3 {
