@@ -15,6 +15,7 @@ use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
 use crate::os::pipe::SLOT;
+use crate::os::process::Origin;
 use crate::report;
 use crate::report::progress::Stats;
 
@@ -45,6 +46,8 @@ pub(super) struct Sequence {
     /// The source whose file is current.
     current: Option<u64>,
     start: Option<Instant>,
+    /// This process, for the first marker of each shard.
+    origins: Vec<Option<Origin>>,
 }
 
 impl Sequence {
@@ -54,6 +57,7 @@ impl Sequence {
         smallest.inspect(|shard| warn_of_small_pipe(shard));
         Ok(Self {
             staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
+            origins: vec![Origin::own(); shards.len()],
             shards,
             seq: 0,
             current: None,
@@ -157,7 +161,9 @@ impl Sequence {
     fn mark(&mut self, shard: usize, body: Body) {
         self.start.get_or_insert_with(Instant::now);
         let seq = self.seq;
-        self.shards[shard].mark(Marker { seq, body });
+        let mut marker = Marker::new(seq, body);
+        marker.origin = self.origins[shard].take();
+        self.shards[shard].mark(marker);
         self.seq += 1;
     }
 

@@ -7,3 +7,4 @@ pub(crate) mod descriptor;
 pub(crate) mod memory;
 pub mod pipe;
 pub mod poller;
+pub mod process;

@@ -362,7 +362,11 @@ impl<S: Store> Receiver<'_, S> {
             self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
             return Ok(Then::GoOn);
         }
-        if let Target::File(file) = target {
+        // What is held already comes first, whatever has become possible since.
+        let is_holding = shard.is_holding();
+        if let Target::File(file) = target
+            && !is_holding
+        {
             let stage = match &mut self.stage {
                 Some(stage) => stage,
                 none => none.insert(Stage::new()?),
@@ -374,7 +378,12 @@ impl<S: Store> Receiver<'_, S> {
             self.image.written(behind)?;
             return Ok(Then::GoOn);
         }
-        let most = match (allowance.way, &mut self.holder) {
+        let way = if is_holding {
+            Way::Splice
+        } else {
+            allowance.way
+        };
+        let most = match (way, &mut self.holder) {
             (Way::Splice, Some(holder)) => match shard.hold(holder)? {
                 Holding::Piece(held, behind) => {
                     self.submit(index, place, Step::Data(Piece::held(held), behind))?;
