@@ -27,7 +27,7 @@ const MOST_KEPT: usize = 16 << 20;
 #[derive(Debug)]
 enum State {
     /// It is not whole yet, and was not asked for.
-    Arriving(Contents),
+    Arriving(Box<Contents>),
     /// It was asked for before it was whole. This is here and not taken yet.
     Asked(Box<Asked>),
     /// It is whole, and was not asked for yet.
@@ -103,9 +103,9 @@ impl Catalog {
                 // A pipe has no way to say "failed": any other file than pages, which CRIU counts,
                 // would look complete if it was cut short.
                 let (beginning, ready) = if files::is_pages(name.as_str()) {
-                    (contents, Contents::default())
+                    (*contents, Contents::default())
                 } else {
-                    (Contents::default(), contents)
+                    (Contents::default(), *contents)
                 };
                 let is_whole = false;
                 *state = State::Asked(Box::new(Asked { ready, is_whole }));
@@ -149,8 +149,7 @@ impl Catalog {
 
     /// Begins a file that can be asked for before it is whole.
     pub(crate) fn begin(&mut self, name: ImageName) {
-        self.files
-            .insert(name, State::Arriving(Contents::default()));
+        self.files.insert(name, State::Arriving(Box::default()));
     }
 
     /// Whether all of a file is here, or there is no such file.
@@ -175,7 +174,9 @@ impl Catalog {
     pub(crate) fn end(&mut self, name: &ImageName) {
         if let Some(state) = self.files.get_mut(name) {
             match state {
-                State::Arriving(contents) => *state = State::Complete(std::mem::take(contents)),
+                State::Arriving(contents) => {
+                    *state = State::Complete(std::mem::take(&mut **contents))
+                }
                 State::Asked(asked) => asked.is_whole = true,
                 State::Complete(_) | State::Kept(_) | State::Gone => {}
             }

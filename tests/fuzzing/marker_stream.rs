@@ -103,12 +103,8 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
         fs::write(dir.path().join(name), content).unwrap();
     }
     let interrupts = interrupts();
-    let found = receive(
-        shards,
-        DiskStore::new(dir.path()).unwrap(),
-        &mut Arena::new(),
-    )
-    .and_then(|store| store.commit(interrupts));
+    let found = receive(shards, DiskStore::new(dir.path()).unwrap())
+        .and_then(|store| store.commit(interrupts));
     let after = read_dir(dir.path());
     match found {
         Ok(()) => {
