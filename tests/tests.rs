@@ -53,6 +53,9 @@ mod fuzz_inputs;
 /// Broken and hostile images are refused, with the place of the defect.
 mod hostile;
 
+/// An image with an index is served while it arrives, and never if it is damaged.
+mod index;
+
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.

@@ -76,8 +76,13 @@ fn serve_arriving(
     };
     let mut is_laid_out = false;
     while !is_laid_out || !is_whole(&mut arriving) {
-        let rests = !is_laid_out && arriving.received() > most && !arriving.is_starving();
-        wait = pace.after(arriving.step(wait, reading(rests))?);
+        let rests = !is_laid_out && arriving.received() > most;
+        let reading = if rests {
+            Reading::UpTo(None)
+        } else {
+            Reading::All
+        };
+        wait = pace.after(arriving.step(wait, reading)?);
         interrupts.check()?;
         if !is_laid_out
             && let Some(index) = arriving.index()
@@ -105,8 +110,12 @@ fn serve_arriving(
     let mut stats = None;
     loop {
         let held = arriving.received().saturating_sub(server.sent());
-        let rests = held > most && !server.is_starving() && !arriving.is_starving();
-        let received = arriving.step(Wait::Now, reading(rests))?;
+        let reading = if held > most {
+            Reading::UpTo(arriving.wanted(server.starving()))
+        } else {
+            Reading::All
+        };
+        let received = arriving.step(Wait::Now, reading)?;
         if !is_proven && arriving.is_whole()? {
             interrupts.check()?;
             if interrupts.commands_have_succeeded() {
@@ -142,14 +151,6 @@ fn serve_arriving(
         bar.conclude(&stats);
     }
     Ok(())
-}
-
-fn reading(rests: bool) -> Reading {
-    if rests {
-        Reading::IndexOnly
-    } else {
-        Reading::All
-    }
 }
 
 fn remap_ports(files: &mut Catalog, remaps: &[Remap]) -> Result<()> {

@@ -72,6 +72,9 @@ pub(super) trait Image {
     /// As [`Image::submit`].
     fn written(&mut self, behind: Behind) -> Result<()>;
 
+    /// Whether a shard is read whatever is held.
+    fn keeps(&self, shard: usize) -> bool;
+
     /// Notes that a shard begins like an index.
     ///
     /// # Errors
@@ -166,6 +169,10 @@ impl<S: Store> Image for Assembly<S> {
     fn written(&mut self, behind: Behind) -> Result<()> {
         self.pass(behind)?;
         self.catch_up()
+    }
+
+    fn keeps(&self, _shard: usize) -> bool {
+        true
     }
 
     /// An index is a shard like any other here.

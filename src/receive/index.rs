@@ -256,6 +256,22 @@ impl Indexed {
         Ok(())
     }
 
+    /// The last of the markers that these files, and external files whose readers have nothing left,
+    /// need next.
+    pub(super) fn wanted<'a>(&self, files: impl Iterator<Item = &'a ImageName>) -> Option<u64> {
+        let files: Vec<_> = files.collect();
+        let wanting = self.streams.iter().filter(|stream| match &stream.to {
+            Destination::Catalog(name) => files.contains(&name),
+            Destination::External(number) => self.outlets.is_starving(*number),
+            Destination::Nowhere => false,
+        });
+        let next = wanting.filter_map(|stream| match stream.segments.front()? {
+            Segment::Awaited(markers) => Some(markers.start),
+            Segment::Piece(_) => None,
+        });
+        next.max()
+    }
+
     fn stream_of(&self, marker: u64) -> Option<usize> {
         let after = self.gaps.partition_point(|gap| gap.markers.start <= marker);
         let gap = self.gaps[..after].last()?;
@@ -398,6 +414,11 @@ impl Image for Indexed {
 
     fn written(&mut self, _behind: Behind) -> Result<()> {
         bail!("an image that is served goes to no file")
+    }
+
+    /// The index is needed for everything else.
+    fn keeps(&self, shard: usize) -> bool {
+        self.index == Some(shard)
     }
 
     fn is_index(&mut self, shard: usize) -> Result<()> {

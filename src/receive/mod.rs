@@ -106,7 +106,9 @@ struct Receiver<'a, I> {
     look_at_memory: u64,
     /// Made for the first file on disk.
     stage: Option<Stage>,
-    /// When the image last made progress, or had nothing to be had.
+    /// How the busiest shard fared last.
+    last: Turn,
+    /// When the image last made progress, or there was nothing to be had.
     progress: Instant,
     /// When full pipes of external files are tried again.
     try_again: Instant,
@@ -133,19 +135,29 @@ pub fn receive<S: Store>(
     let mut pace = Pace::new();
     let mut wait = Wait::Now;
     while !receiver.image.is_complete() || receiver.image.outlets().is_sending() {
-        wait = pace.after(receiver.step(wait, Shards::All)?);
+        wait = pace.after(receiver.step(wait, Reading::All)?);
     }
     receiver.check_end()?;
     let stats = receiver.stats();
     Ok((receiver.image.into_store()?, stats))
 }
 
-/// Which shards are read.
+/// What is read of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shards {
+pub(crate) enum Reading {
     All,
-    /// Only this one, if it is known.
-    Only(Option<usize>),
+    /// No data behind a marker that comes after this one. Shards that stand there rest.
+    UpTo(Option<u64>),
+}
+
+impl Reading {
+    /// Whether data at this place is left in its shard.
+    fn leaves(self, place: Option<Place>) -> bool {
+        match (self, place) {
+            (Reading::UpTo(last), Some(place)) => last.is_none_or(|last| place.seq > last),
+            (Reading::All, _) | (_, None) => false,
+        }
+    }
 }
 
 impl<'a, I: Image> Receiver<'a, I> {
@@ -172,6 +184,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             holder: Holder::new(),
             look_at_memory: 0,
             stage: None,
+            last: Turn::Idle,
             progress: now,
             try_again: now,
             end_by: None,
@@ -183,7 +196,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     }
 
     /// Waits for events, takes what the shards have, and sends what readers of external files take.
-    fn step(&mut self, wait: Wait, shards: Shards) -> Result<Activity> {
+    fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
         let mut events = Vec::new();
         self.poller
             .wait(wait, &mut events)
@@ -195,11 +208,12 @@ impl<'a, I: Image> Receiver<'a, I> {
             self.try_again = now + TRY_AGAIN;
             self.image.outlets().try_again();
         }
-        if !matches!(wait, Wait::Now) {
+        if self.last == Turn::Idle {
             // There was nothing to be had, which is no stall.
             self.progress = now;
         }
-        let (turn, found, room) = self.round(shards)?;
+        let (turn, found, room) = self.round(reading)?;
+        self.last = turn;
         self.check_memory()?;
         let (sent, room_to_send) = self.image.outlets().send()?;
         if turn == Turn::Busy {
@@ -209,9 +223,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             let (sent, room) = (sent as u64, room_to_send as u64);
             return Ok(Activity::Emptied { sent, room });
         }
-        if shards == Shards::All {
-            self.check_supply()?;
-        }
+        self.check_supply()?;
         let sending = self.image.outlets().is_sending();
         let wait = Wait::Forever.or_until(sending.then_some(self.try_again));
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
@@ -263,7 +275,7 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// Gives every shard that may have something one turn. Tells how the busiest fared, how many
     /// bytes were taken, and how many the pipes hold that they were taken from.
-    fn round(&mut self, shards: Shards) -> Result<(Turn, u64, u64)> {
+    fn round(&mut self, reading: Reading) -> Result<(Turn, u64, u64)> {
         let before = self.image.next();
         let taken_before = self.taken();
         let (mut overall, mut room) = (Turn::Idle, 0);
@@ -271,15 +283,12 @@ impl<'a, I: Image> Receiver<'a, I> {
             return Ok((Turn::Ahead, 0, 0));
         }
         for index in 0..self.shards.len() {
-            let is_read = match shards {
-                Shards::All => true,
-                Shards::Only(only) => only == Some(index),
-            };
-            if self.image.is_complete() || !self.busy[index] || !is_read {
+            if self.image.is_complete() || !self.busy[index] {
                 continue;
             }
-            let turn = self.turn(index)?;
-            self.busy[index] = turn != Turn::Idle;
+            let turn = self.turn(index, reading)?;
+            let rests = reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index);
+            self.busy[index] = turn != Turn::Idle || rests;
             if turn == Turn::Busy {
                 room += self.shards[index].capacity() as u64;
             }
@@ -326,7 +335,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     }
 
     /// Takes from one shard what it has, up to a limit.
-    fn turn(&mut self, index: usize) -> Result<Turn> {
+    fn turn(&mut self, index: usize, reading: Reading) -> Result<Turn> {
         let mut turn = Turn::Idle;
         let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
         while !self.image.is_complete() {
@@ -336,6 +345,9 @@ impl<'a, I: Image> Receiver<'a, I> {
                 && self.image.is_far_ahead(self.is_stalled())
             {
                 return Ok(turn.max(Turn::Ahead));
+            }
+            if reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index) {
+                return Ok(turn);
             }
             let then = match self.shards[index].chunk() {
                 Some(place) => self.take_data(index, place, &mut allowance)?,
@@ -529,17 +541,12 @@ impl<'a> Arriving<'a> {
         })
     }
 
-    /// Waits for events, and takes what the shards have: all of them, or only the index.
+    /// Waits for events, and takes what the shards have.
     ///
     /// # Errors
     /// When the image is damaged or incomplete, and when a signal came.
     pub(crate) fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
-        let index = self.receiver.image.index();
-        let shards = match reading {
-            Reading::IndexOnly if index.is_some() => Shards::Only(index),
-            Reading::IndexOnly | Reading::All => Shards::All,
-        };
-        let activity = self.receiver.step(wait, shards)?;
+        let activity = self.receiver.step(wait, reading)?;
         let end = self
             .index_end_by
             .filter(|_| !self.receiver.image.is_laid_out());
@@ -599,9 +606,10 @@ impl<'a> Arriving<'a> {
         self.receiver.image.outlets().is_sending()
     }
 
-    /// Whether a reader of an external file waits for something that has not come.
-    pub(crate) fn is_starving(&mut self) -> bool {
-        self.receiver.image.outlets().is_starving()
+    /// The last of the markers that are waited for: by CRIU, which waits for these files, and by readers
+    /// of external files.
+    pub(crate) fn wanted<'b>(&mut self, files: impl Iterator<Item = &'b ImageName>) -> Option<u64> {
+        self.receiver.image.wanted(files)
     }
 
     /// Bytes that have come, less those that readers of external files have taken.
@@ -612,14 +620,6 @@ impl<'a> Arriving<'a> {
     pub(crate) fn stats(&self) -> Stats {
         self.receiver.stats()
     }
-}
-
-/// What is read of an image that arrives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reading {
-    All,
-    /// The other shards rest.
-    IndexOnly,
 }
 
 impl AsFd for Arriving<'_> {

@@ -133,10 +133,12 @@ impl<'a> Server<'a> {
         self.sent
     }
 
-    /// Whether a reader waits for something that has not come yet.
-    pub(crate) fn is_starving(&self) -> bool {
-        let mut transfers = self.transfers.values().map(|sending| &sending.transfer);
-        transfers.any(|transfer| transfer.is_open() && transfer.left() == 0)
+    /// The files whose readers wait for something that has not come yet.
+    pub(crate) fn starving(&self) -> impl Iterator<Item = &ImageName> {
+        let transfers = self.transfers.values();
+        let starving =
+            transfers.filter(|sending| sending.transfer.is_open() && sending.transfer.left() == 0);
+        starving.map(|sending| &sending.name)
     }
 
     /// Waits for events, answers, and sends what is here of `files`.

@@ -212,13 +212,10 @@ impl Outlets {
         self.sent
     }
 
-    /// Whether a reader waits for something that has not come.
-    pub(crate) fn is_starving(&self) -> bool {
-        let mut transfers = self
-            .all
-            .iter()
-            .filter_map(|outlet| outlet.transfer.as_ref());
-        transfers.any(|transfer| transfer.is_open() && transfer.left() == 0)
+    /// Whether a file's reader waits for something that has not come.
+    pub(crate) fn is_starving(&self, number: usize) -> bool {
+        let transfer = self.all[number].transfer.as_ref();
+        transfer.is_some_and(|transfer| transfer.is_open() && transfer.left() == 0)
     }
 
     /// Whether readers still have to take something of what is here.
