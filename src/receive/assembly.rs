@@ -41,8 +41,8 @@ impl Step {
 
 /// What a receiver makes of the steps of an image.
 pub(super) trait Image {
-    /// The first place that is missing.
-    fn next(&self) -> Place;
+    /// The first place that is missing. `None` while only the index can tell.
+    fn next(&self) -> Option<Place>;
 
     /// Whether nothing is missing.
     fn is_complete(&self) -> bool;
@@ -71,6 +71,12 @@ pub(super) trait Image {
     /// # Errors
     /// As [`Image::submit`].
     fn written(&mut self, behind: Behind) -> Result<()>;
+
+    /// Whether a shard has shown to be an index.
+    fn has_index(&self) -> bool;
+
+    /// The index, while all of it is not here.
+    fn awaited_index(&self) -> Option<usize>;
 
     /// Whether a shard is read whatever is held.
     fn keeps(&self, shard: usize) -> bool;
@@ -126,8 +132,8 @@ pub(super) struct Assembly<S: Store> {
 }
 
 impl<S: Store> Image for Assembly<S> {
-    fn next(&self) -> Place {
-        self.order.next()
+    fn next(&self) -> Option<Place> {
+        Some(self.order.next())
     }
 
     fn is_complete(&self) -> bool {
@@ -169,6 +175,14 @@ impl<S: Store> Image for Assembly<S> {
     fn written(&mut self, behind: Behind) -> Result<()> {
         self.pass(behind)?;
         self.catch_up()
+    }
+
+    fn has_index(&self) -> bool {
+        false
+    }
+
+    fn awaited_index(&self) -> Option<usize> {
+        None
     }
 
     fn keeps(&self, _shard: usize) -> bool {

@@ -378,10 +378,9 @@ impl Indexed {
 }
 
 impl Image for Indexed {
-    /// Until the files are known, everything is missing.
-    fn next(&self) -> Place {
+    fn next(&self) -> Option<Place> {
         let missing = self.missing.first_key_value();
-        Place::of(missing.map_or(0, |(&start, _)| start))
+        missing.map(|(&start, _)| Place::of(start))
     }
 
     fn is_complete(&self) -> bool {
@@ -414,6 +413,14 @@ impl Image for Indexed {
 
     fn written(&mut self, _behind: Behind) -> Result<()> {
         bail!("an image that is served goes to no file")
+    }
+
+    fn has_index(&self) -> bool {
+        self.index.is_some()
+    }
+
+    fn awaited_index(&self) -> Option<usize> {
+        self.index.filter(|_| !self.is_read)
     }
 
     /// The index is needed for everything else.

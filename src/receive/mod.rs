@@ -339,9 +339,9 @@ impl<'a, I: Image> Receiver<'a, I> {
         let mut turn = Turn::Idle;
         let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
         while !self.image.is_complete() {
-            let next = self.image.next().seq;
+            let next = self.image.next().map(|place| place.seq);
             if self.image.is_far_ahead(false)
-                && self.shards[index].last_seq() > Some(next)
+                && self.shards[index].last_seq() > next
                 && self.image.is_far_ahead(self.is_stalled())
             {
                 return Ok(turn.max(Turn::Ahead));
@@ -452,12 +452,29 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.image.submit(place, origin, step)
     }
 
+    /// Fails if the index cannot come any more.
+    fn check_index(&self) -> Result<()> {
+        match self.image.awaited_index() {
+            Some(index) if self.shards[index].has_ended() => bail!(
+                "putting the image together: {}, its index, was cut off at byte {}",
+                self.shards[index].label(),
+                self.shards[index].offset()
+            ),
+            None if self.shards.iter().all(Reader::has_ended) && !self.image.has_index() => {
+                bail!("putting the image together: no shard is an index: serve it without --index")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Fails if the next marker cannot come any more.
     fn check_supply(&self) -> Result<()> {
         if self.image.is_complete() {
             return Ok(());
         }
-        let next = self.image.next().seq;
+        let Some(next) = self.image.next().map(|place| place.seq) else {
+            return self.check_index();
+        };
         let may_supply = |shard: &Reader| {
             shard.chunk().is_some_and(|place| place.seq == next)
                 || (!shard.has_ended() && shard.last_seq().is_none_or(|last| last < next))
