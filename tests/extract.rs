@@ -310,8 +310,8 @@ fn unknown_fields_of_a_marker_are_skipped() {
     let with_unknown_fields = [
         &[2 << 3 | 2, 5][..],
         b"a.img",
-        &[0x98, 0x06, 42],
-        &[0xa2, 0x06, 3, 1, 2, 3],
+        &[0xc8, 0x0c, 42],
+        &[0xd2, 0x0c, 3, 1, 2, 3],
     ]
     .concat();
     let shard = image::Shard::new()

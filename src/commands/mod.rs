@@ -16,14 +16,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::cli::{Action, Plan, Shards};
 use crate::criu::files;
 use crate::format::ImageName;
+use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::receive;
 use crate::report;
 use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
+use crate::store::Store;
 use crate::store::disk::Origin;
-use crate::store::{Arena, Store};
 use crate::supervision::{Interrupted, Interrupts, signal_behind};
+
+/// The shards of a restore, with what messages call them.
+type ShardPipes = Vec<(ReadEnd, String)>;
+
+/// The external files of a restore.
+type FilePipes = Vec<(ImageName, WriteEnd)>;
 
 /// What all transfers have.
 struct Transfer {
@@ -59,15 +66,31 @@ impl Transfer {
         shards: Shards,
         external_files: Vec<(ImageName, OwnedFd)>,
         store: S,
-        arena: &mut Arena,
     ) -> Result<(S, Stats)> {
+        let (shards, external_files) = self.open(shards, external_files)?;
+        let received = receive::receive(
+            shards,
+            external_files,
+            store,
+            &self.counters,
+            &self.interrupts,
+        );
+        self.interrupts.conclude(received)
+    }
+
+    /// Our ends of the pipes of a restore.
+    fn open(
+        &mut self,
+        shards: Shards,
+        external_files: Vec<(ImageName, OwnedFd)>,
+    ) -> Result<(ShardPipes, FilePipes)> {
         let external_files = external_files
             .into_iter()
             .map(|(name, fd)| {
                 let pipe = self.interrupts.sink(fd, name.as_str())?;
                 Ok((name, pipe))
             })
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<_>>()?;
         let shards = match shards {
             Shards::Descriptors(fds) => fds
                 .into_iter()
@@ -75,15 +98,7 @@ impl Transfer {
                 .collect::<Result<_>>()?,
             Shards::Commands(commands) => self.interrupts.start_writers(commands)?,
         };
-        let received = receive::receive(
-            shards,
-            external_files,
-            store,
-            arena,
-            &self.counters,
-            &self.interrupts,
-        );
-        self.interrupts.conclude(received)
+        Ok((shards, external_files))
     }
 
     /// Reports what passed, to programs and to people.
@@ -95,7 +110,7 @@ impl Transfer {
     }
 }
 
-/// Checks that an image that was received is something to restore from.
+/// Checks that an image is something to restore from.
 fn check_whole<'a>(
     names: impl Iterator<Item = &'a ImageName>,
     external: ExternalFiles,

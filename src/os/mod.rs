@@ -8,3 +8,4 @@ pub(crate) mod memory;
 pub(crate) mod namespace;
 pub mod pipe;
 pub mod poller;
+pub mod process;
