@@ -361,3 +361,39 @@ fn no_more_is_held_than_the_limit_says_unless_criu_waits_for_it() {
         streamer.expect_success();
     }
 }
+
+/// What the dump has left out is known from the index: CRIU never connects.
+#[test]
+fn an_index_without_inventory_is_refused_before_criu_may_connect() {
+    let is_index = [0xa0, 0x06, 1];
+    let first = [&[2 << 3 | 2, 10][..], b"core-1.img", &is_index].concat();
+    let index = image::Shard::new()
+        .marker(0, &first)
+        .data(1, b"core")
+        .file_eof(2)
+        .image_eof(3);
+    let mut serving = serve(1, Streamer::serve());
+    File::from(serving.index).write_all(&index.bytes).unwrap();
+    let exit = serving.streamer.expect_failure(&["inventory.img"]);
+    assert_eq!(exit.progress, [""; 0]);
+}
+
+#[test]
+fn several_clients_read_all_but_the_applications_data_of_an_image_with_an_index() {
+    let mut files = files();
+    files.insert("pagemap-1.img".into(), random::bytes(9, 3 * MIB));
+    let image = capture(&files, 2);
+    let mut serving = serve(2, Streamer::serve().args(["--criu-clients", "2"]));
+    File::from(serving.index).write_all(&image.index).unwrap();
+    let _feeder = Feeder::start(serving.shards, &image.shards);
+    let restore = serving.streamer.criu();
+    let lazy_pages = Criu::connect(serving.streamer.images_dir(), Role::Serve);
+    for (name, content) in &files {
+        restore.expect_file(name, content);
+        if !name.starts_with("pages-") && !name.starts_with("ghost-file-") {
+            lazy_pages.expect_file(name, content);
+        }
+    }
+    drop((restore, lazy_pages));
+    serving.streamer.expect_success();
+}
