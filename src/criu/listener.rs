@@ -8,12 +8,12 @@
 //! A socket that is bound and does not listen refuses clients. So it is bound under another name,
 //! and gets its own when it listens.
 //!
-//! **Root of another user namespace.** Where the streamer runs in a user namespace, the kernel shows
-//! it every user whom the namespace does not map, the host's root among them, as one and the same.
-//! But it has looked at the socket's mode: connecting takes the right to write to the socket's
-//! inode (`unix_find_bsd` in the kernel). With mode 0600 only its owner has it, and who has
-//! `CAP_DAC_OVERRIDE` in a user namespace that maps the owner: root of ours or of one around it.
-//! An unknown user is therefore let in while the mode is 0600.
+//! **Root of another user namespace.** Where the streamer runs in a user namespace, the kernel
+//! shows it every user whom the namespace does not map, the host's root among them, as one and the
+//! same. But it has looked at the socket's mode: connecting takes the right to write to the
+//! socket's inode (`unix_find_bsd` in the kernel). With mode 0600 only its owner has it, and who
+//! has `CAP_DAC_OVERRIDE` in a user namespace that maps the owner: root of ours or of one around
+//! it. An unknown user is therefore let in while the mode is 0600.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
