@@ -10,10 +10,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Action, Plan, Shards};
+use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::receive;
@@ -22,6 +23,7 @@ use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
+use crate::store::disk::Origin;
 use crate::supervision::{Interrupted, Interrupts, signal_behind};
 
 /// The shards of a restore, with what messages call them.
@@ -41,7 +43,7 @@ struct Transfer {
 pub(crate) fn run(plan: Plan) -> Result<()> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
-    create_images_dir(&plan.images_dir)?;
+    let origin = create_images_dir(&plan.images_dir)?;
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
@@ -52,7 +54,7 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     };
     match plan.action {
         Action::Capture => capture::run(plan, transfer),
-        Action::Extract => extract::run(plan, transfer),
+        Action::Extract => extract::run(plan, transfer, origin),
         Action::Serve => serve::run(plan, transfer),
     }
 }
@@ -108,6 +110,35 @@ impl Transfer {
     }
 }
 
+/// Checks that an image that was received is something to restore from.
+fn check_whole<'a>(
+    names: impl Iterator<Item = &'a ImageName>,
+    external: ExternalFiles,
+) -> Result<()> {
+    let names: Vec<_> = names.map(ImageName::as_str).collect();
+    ensure!(
+        !names.is_empty() || external == ExternalFiles::Some,
+        "checking the image: it holds no file"
+    );
+    files::check_whole(names.into_iter())
+}
+
+/// Whether external files were asked for, which no store of CRIU's files sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ExternalFiles {
+    None,
+    Some,
+}
+
+impl ExternalFiles {
+    fn of(plan: &Plan) -> Self {
+        match plan.external_files.is_empty() {
+            true => Self::None,
+            false => Self::Some,
+        }
+    }
+}
+
 /// Tells why the program failed. The exit status is 128 and the number of the signal that ended the
 /// program, otherwise 1.
 pub fn exit_status(error: &Error) -> ExitCode {
@@ -130,10 +161,15 @@ fn raise_descriptor_limit() {
 }
 
 /// An image is its owner's memory: a directory made for it is closed to other users.
-fn create_images_dir(path: &Path) -> Result<()> {
+fn create_images_dir(path: &Path) -> Result<Origin> {
+    let origin = match path.is_dir() {
+        true => Origin::Found,
+        false => Origin::Made,
+    };
     DirBuilder::new()
         .mode(0o700)
         .recursive(true)
         .create(path)
-        .with_context(|| format!("--images-dir: creating {}", path.display()))
+        .with_context(|| format!("--images-dir: creating {}", path.display()))?;
+    Ok(origin)
 }

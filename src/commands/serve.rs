@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::Transfer;
+use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
@@ -27,7 +27,11 @@ pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<()> {
 }
 
 fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+    let external = ExternalFiles::of(&plan);
     let (mut files, stats) = transfer.receive(plan.shards, plan.external_files, Catalog::new())?;
+    files.expect_clients(plan.criu_clients);
+    check_whole(files.names(), external)?;
+    serve::warn_of_losses(&files);
     remap_ports(&mut files, &plan.remaps)?;
     transfer.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
@@ -39,12 +43,13 @@ fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
 }
 
 fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+    let external = ExternalFiles::of(&plan);
     let (shards, external_files) = transfer.open(
         std::mem::take(&mut plan.shards),
         std::mem::take(&mut plan.external_files),
     )?;
     // When anything fails, this closes CRIU's connection and pipes at once.
-    let served = serve_arriving(&mut plan, &mut transfer, shards, external_files);
+    let served = serve_arriving(&mut plan, &mut transfer, external, shards, external_files);
     transfer.interrupts.conclude(served)
 }
 
@@ -62,6 +67,7 @@ impl Kind for Watched {
 fn serve_arriving(
     plan: &mut Plan,
     transfer: &mut Transfer,
+    external: ExternalFiles,
     shards: super::ShardPipes,
     external_files: super::FilePipes,
 ) -> Result<()> {
@@ -89,11 +95,14 @@ fn serve_arriving(
             && interrupts.command_has_succeeded(index)
         {
             arriving.lay_out()?;
+            check_whole(arriving.catalog().names(), external)?;
             is_laid_out = true;
             wait = Wait::Now;
         }
     }
+    serve::warn_of_losses(arriving.catalog());
     remap_ports(arriving.catalog(), &plan.remaps)?;
+    arriving.catalog().expect_clients(plan.criu_clients);
 
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
     let mut server = Server::new(listener, plan.criu_clients, interrupts)?;

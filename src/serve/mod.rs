@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
@@ -74,6 +75,20 @@ pub(crate) struct Server<'a> {
     try_again: Instant,
     /// Bytes that were sent, or were not wanted.
     sent: u64,
+}
+
+/// Says what CRIU will not restore of these files, whatever is served.
+pub(crate) fn warn_of_losses(files: &Catalog) {
+    let is_lost = |name: &&ImageName| {
+        files::is_nftables(name.as_str()) && files.size(name).is_some_and(|size| size > 0)
+    };
+    for name in files.names().filter(is_lost) {
+        report::warn(format_args!(
+            "{name} holds firewall rules, and `criu restore --stream` restores none of them (CRIU \
+             asks a pipe for its size): where the application needs them, use `extract` and a \
+             plain `criu restore` instead"
+        ));
+    }
 }
 
 /// Serves `files` until `criu_clients` clients have come and all are gone.
@@ -197,7 +212,8 @@ impl<'a> Server<'a> {
             let names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
             bail!(
                 "serving {}: CRIU asked for it after it had been sent and freed; files of over \
-                 {LARGEST_KEPT} bytes are served once",
+                 {LARGEST_KEPT} bytes are served once. If several processes connect, say so with \
+                 --criu-clients: only the application's own data is then served once",
                 names.join(", ")
             );
         }

@@ -5,6 +5,10 @@
 //! memory pages weigh far less: some hundred bytes to a few KiB for each task, mapping list and
 //! descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What was sent and
 //! not kept is gone.
+//!
+//! With several clients, as with a restore beside a lazy-pages daemon, each reads the list of
+//! processes, memory areas and page maps, whatever their size: then all but the application's own
+//! data is kept.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -61,10 +65,21 @@ pub(crate) enum Taken {
     Beginning(Contents),
 }
 
+/// Which files are kept for being asked for again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Keep {
+    /// Small ones, up to a limit.
+    #[default]
+    Small,
+    /// All that several clients may read.
+    Shared,
+}
+
 /// The files by name.
 #[derive(Debug, Default)]
 pub struct Catalog {
     files: BTreeMap<ImageName, State>,
+    keep: Keep,
     /// Bytes in kept files.
     kept: usize,
     /// For copies.
@@ -76,6 +91,23 @@ impl Catalog {
         Self::default()
     }
 
+    /// Prepares for this number of clients.
+    pub(crate) fn expect_clients(&mut self, clients: usize) {
+        self.keep = match clients {
+            ..=1 => Keep::Small,
+            2.. => Keep::Shared,
+        };
+    }
+
+    /// The size of a file that was not asked for yet, in bytes.
+    pub(crate) fn size(&self, name: &ImageName) -> Option<usize> {
+        match self.files.get(name)? {
+            State::Complete(contents) => Some(contents.len()),
+            State::Kept(contents) => Some(contents.len()),
+            State::Arriving(_) | State::Asked(_) | State::Gone => None,
+        }
+    }
+
     pub(crate) fn look_up(&self, name: &ImageName) -> Lookup {
         match self.files.get(name) {
             None => Lookup::Absent,
@@ -84,8 +116,8 @@ impl Catalog {
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time, in
-    /// memory.
+    /// Takes a file's contents for sending, if they are there. Those that are kept stay for the
+    /// next time, in memory.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -113,9 +145,14 @@ impl Catalog {
             }
             State::Complete(contents) => {
                 let size = contents.len();
-                let keep = size <= LARGEST_KEPT
-                    && self.kept + size <= MOST_KEPT
-                    && !files::is_pages(name.as_str());
+                let keep = match self.keep {
+                    Keep::Small => {
+                        size <= LARGEST_KEPT
+                            && self.kept + size <= MOST_KEPT
+                            && !files::is_pages(name.as_str())
+                    }
+                    Keep::Shared => !files::is_application_data(name.as_str()),
+                };
                 if !keep {
                     return Ok(Some(Taken::Whole(Cursor::Once(contents))));
                 }
