@@ -6,6 +6,10 @@
 //! CRIU that failed before it opened its first file. Nothing tells these apart, so another client
 //! has [`GRACE`] to appear before the transfer is given up: a script whose CRIU failed is not left
 //! waiting.
+//!
+//! On capture, more clients that send files than were expected are an error: the files of two dumps
+//! have the same names, and would become one image. On restore they do no harm: a lazy-pages daemon
+//! reads beside CRIU.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -26,11 +30,19 @@ struct Client<R> {
     has_spoken: bool,
 }
 
+/// Whether more clients than were expected may ask for files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum More {
+    Allowed,
+    Refused,
+}
+
 /// All clients, each with what it asked for last.
 pub struct Clients<R> {
     clients: HashMap<u64, Client<R>>,
     next_id: u64,
     expected: usize,
+    more: More,
     spoken: usize,
     speaking: usize,
     give_up: Option<Instant>,
@@ -39,10 +51,20 @@ pub struct Clients<R> {
 impl<R> Clients<R> {
     /// Waits for `expected` clients at least.
     pub fn new(expected: usize) -> Self {
+        Self::expect(expected, More::Allowed)
+    }
+
+    /// Waits for `expected` clients, and refuses the files of any other.
+    pub fn exactly(expected: usize) -> Self {
+        Self::expect(expected, More::Refused)
+    }
+
+    fn expect(expected: usize, more: More) -> Self {
         Self {
             clients: HashMap::new(),
             next_id: 0,
             expected,
+            more,
             spoken: 0,
             speaking: 0,
             give_up: None,
@@ -104,8 +126,9 @@ impl<R> Clients<R> {
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
     /// tells whether a file was opened by it. A client that breaks the protocol is dropped.
     ///
-    /// # Errors When the client broke the protocol after it had opened files: what it took part in
-    /// cannot be trusted.
+    /// # Errors
+    /// When the client broke the protocol after it had opened files: what it took part in cannot be
+    /// trusted. When it is one too many.
     pub fn next_requests(
         &mut self,
         id: u64,
@@ -133,6 +156,12 @@ impl<R> Clients<R> {
             client.has_spoken = true;
             self.spoken += 1;
             self.speaking += 1;
+            ensure!(
+                self.more == More::Allowed || self.spoken <= self.expected,
+                "{} sends files too, after {} other clients: two dumps in one image would mix their files; give each its own streamer, or tell with --criu-clients how many processes the one CRIU connects from",
+                client.connection.peer(),
+                self.expected
+            );
         }
         match heard {
             Ok(Receipt::Closed) => {
