@@ -299,7 +299,10 @@ mod tests {
                     let moved = self.shard.splice(&source, bytes, slots).unwrap();
                     assert_eq!(moved, bytes, "{slots} slots were not free");
                 }
-                Way::Copied => self.shard.copy(&source, bytes).unwrap(),
+                Way::Copied => {
+                    let copied = self.shard.copy(&source, bytes).unwrap();
+                    assert_eq!(copied, pieces.concat());
+                }
             }
             self.unread.extend(pieces.iter().flatten());
         }
