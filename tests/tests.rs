@@ -21,6 +21,8 @@ mod any_descriptor;
 mod capture;
 /// The command line: what is accepted, and how the rest is refused.
 mod cli;
+/// A dump that falls short is refused, and named.
+mod dumps;
 /// `extract`: a whole image comes to the disk, or nothing.
 mod extract;
 /// Images of the original program are read, and ours look like them.
