@@ -21,6 +21,8 @@ mod any_descriptor;
 mod capture;
 /// The command line: what is accepted, and how the rest is refused.
 mod cli;
+/// A capture ends when its readers have taken everything.
+mod drain;
 /// A dump that falls short is refused, and named.
 mod dumps;
 /// `extract`: a whole image comes to the disk, or nothing.
