@@ -67,6 +67,8 @@ mod readme;
 mod real_criu;
 /// A real CRIU's dumps and restores that fail leave the application unharmed.
 mod real_criu_failures;
+/// A real CRIU that delivers less than a dump is found out.
+mod real_criu_partial;
 /// The object store recipe, with the real AWS command line.
 mod s3;
 /// A supervisor's whole cycle, and the example script that stands in for one.

@@ -15,16 +15,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::delivered::Delivered;
 use super::sequence::{Activity, Sequence};
 use super::source::{Owner, Source};
-use crate::criu::files::CPUINFO;
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd};
@@ -60,28 +56,9 @@ pub(super) fn file_of_criu(
             let (pipe, slots) = ReadEnd::measured(fd).with_context(|| {
                 format!("{} sent something wrong for {name}", connection.peer())
             })?;
-            let mut source = Source::new(name, pipe, slots, Owner::Criu);
-            source.is_of_dump = source.name.as_str() == CPUINFO && is_dump(connection);
-            Ok(Some(source))
+            Ok(Some(Source::new(name, pipe, slots, Owner::Criu)))
         }
     }
-}
-
-/// Whether a peer is a CRIU that was asked for a dump, and not for cpuinfo.img alone. Under RPC, and
-/// in another PID namespace, its command line does not tell, and a dump is not assumed.
-fn is_dump(connection: &Connection) -> bool {
-    let arguments = || {
-        let peer = getsockopt(connection, PeerCredentials).ok()?;
-        let process = Path::new("/proc").join(peer.pid().to_string());
-        std::fs::read(process.join("cmdline")).ok()
-    };
-    let arguments = arguments().unwrap_or_default();
-    let has = |word: &[u8]| {
-        arguments
-            .split(|&byte| byte == 0)
-            .any(|argument| argument == word)
-    };
-    has(b"dump") && !has(b"cpuinfo")
 }
 
 /// The files of one image.

@@ -253,6 +253,7 @@ impl CaptureLoop<'_> {
         if self.dump.open_files() >= self.most_open && !self.is_stuck() {
             return Ok(Activity::NoRoom);
         }
+        let is_of_dump = self.clients.is_dump(id);
         let mut opened = Vec::new();
         let taken = self.clients.next_requests(
             id,
@@ -265,7 +266,8 @@ impl CaptureLoop<'_> {
             },
         );
         let mut activity = Activity::Idle;
-        for source in opened {
+        for mut source in opened {
+            source.is_of_dump = is_of_dump;
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);

@@ -66,7 +66,7 @@ pub(super) struct Source {
     pub(super) is_replaced: bool,
     /// The source that this one replaces; its end must be marked first.
     pub(super) replaces: Option<u64>,
-    /// It comes from a CRIU that was asked for a dump. Known of cpuinfo.img only.
+    /// It comes from a CRIU that is known to have been asked for a dump.
     pub(super) is_of_dump: bool,
     /// It stands in one of the queues of [`super::dump::Dump`].
     pub(super) is_queued: bool,

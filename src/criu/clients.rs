@@ -12,9 +12,12 @@
 //! reads beside CRIU.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::{Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Kind, Poller};
@@ -23,11 +26,30 @@ use crate::report;
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Whether a peer is a CRIU that was asked for a dump, and not for cpuinfo.img alone. Its command
+/// line does not tell under RPC, in another PID namespace, and when it has ended already; a dump is
+/// not assumed then.
+fn is_dump(connection: &Connection) -> bool {
+    let arguments = || {
+        let peer = getsockopt(connection, PeerCredentials).ok()?;
+        let process = Path::new("/proc").join(peer.pid().to_string());
+        std::fs::read(process.join("cmdline")).ok()
+    };
+    let arguments = arguments().unwrap_or_default();
+    let has = |word: &[u8]| {
+        arguments
+            .split(|&byte| byte == 0)
+            .any(|argument| argument == word)
+    };
+    has(b"dump") && !has(b"cpuinfo")
+}
+
 struct Client<R> {
     connection: Connection,
     /// What it asked for and has not sent a descriptor for yet.
     requested: Option<R>,
     has_spoken: bool,
+    is_dump: bool,
 }
 
 /// Whether more clients than were expected may ask for files.
@@ -88,6 +110,7 @@ impl<R> Clients<R> {
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {
+                is_dump: is_dump(&connection),
                 connection,
                 requested: None,
                 has_spoken: false,
@@ -95,6 +118,11 @@ impl<R> Clients<R> {
             self.clients.insert(self.next_id, client);
         }
         Ok(())
+    }
+
+    /// Whether a client was asked for a dump, as far as its command line told when it connected.
+    pub fn is_dump(&self, id: u64) -> bool {
+        self.clients.get(&id).is_some_and(|client| client.is_dump)
     }
 
     /// As many clients as were expected have asked for files, and all of these are gone.
