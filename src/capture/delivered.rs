@@ -1,9 +1,9 @@
 //! What CRIU has delivered, and whether that is a whole dump.
 //!
-//! CRIU's end of the connection does not tell whether the dump succeeded, and inventory.img does not
-//! come last (docs/protocol.md, section 1). So the files themselves must show it: a process tree;
-//! for each process the files that every dump has of it; for each pagemap its pages; and no file
-//! that its writer did not get to flush.
+//! CRIU's end of the connection does not tell whether the dump succeeded, and inventory.img does
+//! not come last (docs/protocol.md, section 1). So the files themselves must show it: a process
+//! tree; for each process the files that every dump has of it; for each pagemap its pages; and no
+//! file that its writer did not get to flush.
 //!
 //! An inventory that does not begin with CRIU's magic comes from a program that is not the CRIU we
 //! know. What else it should have sent is not known either, and nothing more is asked for.

@@ -1,7 +1,7 @@
 //! The dump: which files CRIU has open, and which of them may be looked at now.
 //!
-//! The image is complete when every file was read to its end, and what CRIU has delivered is a whole
-//! dump (see [`super::delivered`]).
+//! The image is complete when every file was read to its end, and what CRIU has delivered is a
+//! whole dump (see [`super::delivered`]).
 //!
 //! **Who is looked at.** A source that has something to do is busy, and has a turn in each round.
 //! One that found no room waits. CRIU can have thousands of small files open, and behind a stalled

@@ -12,8 +12,9 @@
 //! now        route                               do not fill   its pipe
 //! ```
 //!
-//! The end marker is written only for a complete image (see `delivered` and `beside`). In every other case this
-//! fails, and with the program's end CRIU's pipes break, so that CRIU lets the application go on.
+//! The end marker is written only for a complete image (see `delivered` and `beside`). In every
+//! other case this fails, and with the program's end CRIU's pipes break, so that CRIU lets the
+//! application go on.
 
 mod balancer;
 mod beside;

@@ -14,8 +14,8 @@
 //! end of the connection means that no further file will be asked for; the pipes that are open then
 //! go on.
 //!
-//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. What the files are, by name and
-//! contents, [`files`] and [`contents`] know.
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. What the files are, by name
+//! and contents, [`files`] and [`contents`] know.
 
 mod clients;
 mod connection;

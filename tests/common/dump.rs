@@ -1,5 +1,5 @@
-//! What CRIU's image files hold, as far as the streamer looks into them. Put together by hand, without
-//! the program's protobuf definitions.
+//! What CRIU's image files hold, as far as the streamer looks into them. Put together by hand,
+//! without the program's protobuf definitions.
 
 use super::PAGE;
 use super::criu::frame;
