@@ -86,6 +86,14 @@ fn files_that_criu_did_not_get_to_flush_are_named() {
         let cut = whole[name][..end].to_vec();
         refused(&with([(name, cut)]), &[name, "is cut off"]);
     }
+    for (ids, who) in [
+        (&[1, 2, 3, 4][..], "fdinfo-2.img"),
+        (&[1, 2, 4, 5], "fs-71.img"),
+        (&[2, 3, 4, 5], "mm-71.img"),
+    ] {
+        let cut = dump::open_files(ids.iter().copied());
+        refused(&with([("files.img", cut)]), &["files.img lacks", who]);
+    }
     let cut = whole["inventory.img"][..5].to_vec();
     refused(&with([("inventory.img", cut)]), &["inventory.img"]);
     refused(

@@ -2,8 +2,8 @@
 //!
 //! CRIU's end of the connection does not tell whether the dump succeeded, and inventory.img does
 //! not come last (docs/protocol.md, section 1). So the files themselves must show it: a process
-//! tree; for each process the files that every dump has of it; for each pagemap its pages; and no
-//! file that its writer did not get to flush.
+//! tree; for each process the files that every dump has of it; for each pagemap its pages; for each
+//! descriptor its open file; and no file that its writer did not get to flush.
 //!
 //! An inventory that does not begin with CRIU's magic comes from a program that is not the CRIU we
 //! know. What else it should have sent is not known either, and nothing more is asked for.
@@ -14,7 +14,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::source::Source;
 use crate::criu::contents::{Contents, Defect, Pagemap, Process};
-use crate::criu::files::{self, CPUINFO, INVENTORY, Layout, MAGIC, TREE};
+use crate::criu::files::{self, CPUINFO, INVENTORY, Layout, MAGIC, OPEN_FILES, TREE};
 
 /// Each process that has not ended has one of these, besides its core.
 const OF_A_PROCESS: [&str; 4] = ["ids", "mm", "fs", "pagemap"];
@@ -47,6 +47,10 @@ pub(super) struct Delivered {
     /// The names of those files of which each process has one.
     of_processes: HashSet<String>,
     pagemaps: BTreeMap<String, Pagemap>,
+    /// The numbers of the open files.
+    open_files: HashSet<u32>,
+    /// The numbers of the open files that each file refers to.
+    references: BTreeMap<String, Vec<u32>>,
     /// The sizes of pages files, by their numbers.
     pages: HashMap<u32, u64>,
 }
@@ -126,6 +130,10 @@ impl Delivered {
                 );
                 self.pagemaps.insert(name, pagemap);
             }
+            Contents::OpenFiles(ids) => self.open_files = ids,
+            Contents::References(ids) => {
+                self.references.insert(name, ids);
+            }
             Contents::Other => {}
         }
         Ok(())
@@ -160,7 +168,22 @@ impl Delivered {
             .try_for_each(|process| self.check_process(process))?;
         self.pagemaps
             .iter()
-            .try_for_each(|(name, pagemap)| self.check_pages(name, pagemap))
+            .try_for_each(|(name, pagemap)| self.check_pages(name, pagemap))?;
+        self.check_open_files()
+    }
+
+    /// What CRIU had not flushed yet may end between two messages.
+    fn check_open_files(&self) -> Result<()> {
+        for (name, ids) in &self.references {
+            // A file's number is never 0.
+            let is_missing = |id: &&u32| **id != 0 && !self.open_files.contains(*id);
+            if let Some(id) = ids.iter().find(is_missing) {
+                bail!(
+                    "capturing the image: {OPEN_FILES} lacks the open file number {id}, which {name} refers to, so CRIU was killed or failed before it had written all of its files; {INCOMPLETE}"
+                );
+            }
+        }
+        Ok(())
     }
 
     fn check_process(&self, Process { pid, threads }: &Process) -> Result<()> {

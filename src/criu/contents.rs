@@ -2,18 +2,25 @@
 //!
 //! A file of messages is a magic and then messages, each behind its length, a little-endian `u32`.
 //! CRIU writes such a file through a buffer. A CRIU that was killed leaves it empty, or cut where
-//! the buffer ended, which may be between a length and its message.
+//! the buffer ended: between a length and its message, or between two messages, which only those who
+//! refer to what is missing tell.
 //!
-//! Only messages that say what else there must be are looked into: the tree, a process's state, and
-//! which pages there are. Of all others the lengths are followed, and nothing is kept.
+//! Only messages that say what else there must be are looked into: the tree, a process's state,
+//! which pages there are, and who refers to which open file. Of all others the lengths are followed, and nothing is kept.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use anyhow::{Result, ensure};
 use prost::Message;
 
-use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC, Layout, MAGIC, TREE};
-use super::proto::{CoreEntry, InventoryEntry, PagemapEntry, PagemapHead, PstreeEntry};
+use super::files::{
+    self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC, Layout, MAGIC, OPEN_FILES, TREE,
+};
+use super::proto::{
+    CoreEntry, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PagemapEntry, PagemapHead,
+    PstreeEntry,
+};
 
 /// Bytes of a message's length.
 const LENGTH: usize = 4;
@@ -43,6 +50,10 @@ pub(crate) enum Contents {
         is_dead: bool,
     },
     Pagemap(Pagemap),
+    /// The numbers of all open files.
+    OpenFiles(HashSet<u32>),
+    /// The numbers of open files that something has: descriptors, a program, a working directory.
+    References(Vec<u32>),
     /// Nothing that matters here.
     Other,
 }
@@ -88,6 +99,20 @@ impl fmt::Display for Defect {
     }
 }
 
+/// Which messages a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Inventory,
+    Tree,
+    Core,
+    Pagemap,
+    OpenFiles,
+    Descriptors,
+    Memory,
+    Directories,
+    Other,
+}
+
 /// What comes next in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
@@ -100,6 +125,7 @@ enum Next {
 #[derive(Debug)]
 pub(crate) struct Reader {
     contents: Contents,
+    kind: Kind,
     magic: (usize, u32),
     next: Next,
     /// Bytes that are missing from what comes next.
@@ -116,12 +142,27 @@ impl Reader {
         if files::layout(name) != Some(Layout::Messages) {
             return None;
         }
-        let contents = match name {
-            INVENTORY => Contents::Inventory { of_pre_dump: false },
-            TREE => Contents::Tree(Vec::new()),
-            _ if name.starts_with("core-") => Contents::Core { is_dead: false },
-            _ if name.starts_with("pagemap-") => Contents::Pagemap(Pagemap::default()),
-            _ => Contents::Other,
+        let kind = match name {
+            INVENTORY => Kind::Inventory,
+            TREE => Kind::Tree,
+            OPEN_FILES => Kind::OpenFiles,
+            _ if name.starts_with("core-") => Kind::Core,
+            _ if name.starts_with("pagemap-") => Kind::Pagemap,
+            _ if name.starts_with("fdinfo-") => Kind::Descriptors,
+            _ if name.starts_with("mm-") => Kind::Memory,
+            _ if name.starts_with("fs-") => Kind::Directories,
+            _ => Kind::Other,
+        };
+        let contents = match kind {
+            Kind::Inventory => Contents::Inventory { of_pre_dump: false },
+            Kind::Tree => Contents::Tree(Vec::new()),
+            Kind::Core => Contents::Core { is_dead: false },
+            Kind::Pagemap => Contents::Pagemap(Pagemap::default()),
+            Kind::OpenFiles => Contents::OpenFiles(HashSet::new()),
+            Kind::Descriptors | Kind::Memory | Kind::Directories => {
+                Contents::References(Vec::new())
+            }
+            Kind::Other => Contents::Other,
         };
         let magic = match name {
             INVENTORY => (size_of::<u32>(), INVENTORY_MAGIC),
@@ -129,6 +170,7 @@ impl Reader {
         };
         Some(Self {
             contents,
+            kind,
             magic,
             next: Next::Magic,
             missing: magic.0,
@@ -145,7 +187,7 @@ impl Reader {
             let (taken, rest) = bytes.split_at(bytes.len().min(self.missing));
             bytes = rest;
             self.missing -= taken.len();
-            if self.next != Next::Message || self.contents != Contents::Other {
+            if self.next != Next::Message || self.kind != Kind::Other {
                 self.kept.extend_from_slice(taken);
             }
             while self.missing == 0 && self.defect.is_none() {
@@ -165,13 +207,13 @@ impl Reader {
             Next::Magic => (Next::Length, LENGTH),
             Next::Length => (Next::Message, number.unwrap_or(0) as usize),
             Next::Message => {
-                if look_into(&mut self.contents, &self.kept).is_err() {
+                if look_into(self.kind, &mut self.contents, &self.kept).is_err() {
                     self.defect = Some(Defect::Unreadable);
                 }
                 (Next::Length, LENGTH)
             }
         };
-        if next == Next::Message && missing > LARGEST && self.contents != Contents::Other {
+        if next == Next::Message && missing > LARGEST && self.kind != Kind::Other {
             self.defect = Some(Defect::Unreadable);
         }
         self.kept.clear();
@@ -190,7 +232,7 @@ impl Reader {
 }
 
 /// Takes from a message what matters.
-fn look_into(contents: &mut Contents, message: &[u8]) -> Result<()> {
+fn look_into(kind: Kind, contents: &mut Contents, message: &[u8]) -> Result<()> {
     match contents {
         Contents::Inventory { of_pre_dump } => {
             *of_pre_dump = InventoryEntry::decode(message)?.pre_dump_mode.is_some();
@@ -225,6 +267,17 @@ fn look_into(contents: &mut Contents, message: &[u8]) -> Result<()> {
             ensure!(total.is_some(), "more pages than there can be");
             *sum = total.unwrap_or(u64::MAX);
         }
+        Contents::OpenFiles(ids) => {
+            ids.insert(FileEntry::decode(message)?.id);
+        }
+        Contents::References(ids) => match kind {
+            Kind::Memory => ids.push(MmEntry::decode(message)?.exe_file_id),
+            Kind::Directories => {
+                let FsEntry { cwd_id, root_id } = FsEntry::decode(message)?;
+                ids.extend([cwd_id, root_id]);
+            }
+            _ => ids.push(FdinfoEntry::decode(message)?.id),
+        },
         Contents::Other => {}
     }
     Ok(())
@@ -324,7 +377,7 @@ mod tests {
         let size = (LARGEST as u32 + 1).to_le_bytes();
         let bytes = [magic(COMMON_MAGIC), size.to_vec()].concat();
         assert_eq!(read("pstree.img", &bytes), Err(Defect::Unreadable));
-        let mut reader = Reader::new("files.img").unwrap();
+        let mut reader = Reader::new("creds-1.img").unwrap();
         reader.read(&bytes);
         reader.read(&[0; 1000]);
         assert!(reader.kept.is_empty());
@@ -335,6 +388,27 @@ mod tests {
     fn a_file_with_another_magic_is_not_crius() {
         assert_eq!(read("core-1.img", &magic(1)), Err(Defect::Foreign));
         assert_eq!(read(INVENTORY, b"inventory"), Err(Defect::Foreign));
+    }
+
+    #[test]
+    fn who_has_an_open_file_names_it_as_files_img_does() {
+        let file = |name: &str, entry: Vec<u8>| {
+            let bytes = [magic(COMMON_MAGIC), entry].concat();
+            read(name, &bytes).unwrap()
+        };
+        let files = file("files.img", message(&FileEntry { id: 3 }));
+        assert_eq!(files, Contents::OpenFiles([3].into()));
+        let fs = FsEntry {
+            cwd_id: 3,
+            root_id: 4,
+        };
+        for (name, entry, ids) in [
+            ("fdinfo-2.img", message(&FdinfoEntry { id: 3 }), vec![3]),
+            ("mm-1.img", message(&MmEntry { exe_file_id: 3 }), vec![3]),
+            ("fs-1.img", message(&fs), vec![3, 4]),
+        ] {
+            assert_eq!(file(name, entry), Contents::References(ids), "{name}");
+        }
     }
 
     #[test]

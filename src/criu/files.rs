@@ -12,6 +12,9 @@ pub(crate) const CPUINFO: &str = "cpuinfo.img";
 /// The process tree.
 pub(crate) const TREE: &str = "pstree.img";
 
+/// All open files, whatever has them.
+pub(crate) const OPEN_FILES: &str = "files.img";
+
 /// What most image files begin with.
 pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
 

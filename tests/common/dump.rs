@@ -76,6 +76,14 @@ pub fn pagemap(pages_id: u64, entries: &[(u64, u64)]) -> Vec<u8> {
     file([number(1, pages_id)].into_iter().chain(entries))
 }
 
+/// files.img with files of these numbers.
+pub fn open_files(ids: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    file(
+        ids.into_iter()
+            .map(|id| [number(1, 1), number(2, id)].concat()),
+    )
+}
+
 /// The files of a dump that succeeded: of a process with two threads, and of its child, which has
 /// ended.
 pub fn whole() -> Files {
@@ -86,14 +94,15 @@ pub fn whole() -> Files {
         ("core-72.img", thread),
         ("core-73.img", core(DEAD)),
         ("ids-71.img", file([number(1, 1)])),
-        ("mm-71.img", file([number(1, 1)])),
-        ("fs-71.img", file([number(1, 1)])),
+        ("mm-71.img", file([number(12, 1)])),
+        ("fs-71.img", file([[number(1, 2), number(2, 3)].concat()])),
+        ("fdinfo-2.img", file([4, 5, 4].map(|id| number(1, id)))),
         (
             "pagemap-71.img",
             pagemap(901, &[(PRESENT, 2), (PRESENT | 2, 1)]),
         ),
         ("pages-901.img", vec![7; 3 * PAGE]),
-        ("files.img", file([number(1, 1), number(1, 2)])),
+        ("files.img", open_files(1..=5)),
         ("sk-queues.img", file([])),
         ("inventory.img", inventory(&[])),
     ]
