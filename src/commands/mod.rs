@@ -10,7 +10,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Action, Plan, Shards};
@@ -21,7 +21,7 @@ use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::{Arena, Store};
-use crate::supervision::{Interrupted, Interrupts, signal_behind};
+use crate::supervision::{Failure, Interrupted, Interrupts, signal_behind};
 
 /// What all transfers have.
 struct Transfer {
@@ -31,7 +31,7 @@ struct Transfer {
 }
 
 /// Carries out a plan.
-pub(crate) fn run(plan: Plan) -> Result<()> {
+pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
     create_images_dir(&plan.images_dir)?;
@@ -52,13 +52,13 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
 
 impl Transfer {
     /// Receives an image. When this returns, all that it depends on has ended well.
-    fn receive<S: Store>(
+    fn receive<S: Store + 'static>(
         &mut self,
         shards: Shards,
         external_files: Vec<(ImageName, OwnedFd)>,
         store: S,
         arena: &mut Arena,
-    ) -> Result<(S, Stats)> {
+    ) -> Result<(S, Stats), Failure> {
         let external_files = external_files
             .into_iter()
             .map(|(name, fd)| {
@@ -93,14 +93,16 @@ impl Transfer {
     }
 }
 
-/// Tells why the program failed. The exit status is 128 and the number of the signal that ended the
-/// program, otherwise 1.
-pub fn exit_status(error: &Error) -> ExitCode {
-    report::error(error);
-    match signal_behind(error) {
+/// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
+/// and the number of the signal that ended the program, otherwise 1.
+pub fn exit_status(failure: Failure) -> ExitCode {
+    report::error(failure.error());
+    let status = match signal_behind(failure.error()) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,
-    }
+    };
+    drop(failure);
+    status
 }
 
 /// CRIU has many files open at once, and each is a descriptor here: use all that the hard limit

@@ -12,8 +12,9 @@ use crate::report::progress::Milestone;
 use crate::serve;
 use crate::store::Arena;
 use crate::store::catalog::Catalog;
+use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve)?;
     let mut arena = Arena::new();
     let (mut files, stats) =

@@ -28,7 +28,7 @@ use crate::report::progress::Stats;
 use crate::store::external::External;
 use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 use assembly::{Assembly, Origin, Step};
 use order::Place;
 use reader::{Found, Holding, Reader, Stage};
@@ -111,14 +111,14 @@ struct Receiver<'a, S: Store> {
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
-pub fn receive<S: Store>(
+pub fn receive<S: Store + 'static>(
     shards: Vec<(ReadEnd, String)>,
     external_files: Vec<(ImageName, WriteEnd)>,
     store: S,
     arena: &mut Arena,
     counters: &Counters,
     interrupts: &Interrupts,
-) -> Result<(S, Stats)> {
+) -> Result<(S, Stats), Failure> {
     let labels = shards.iter().map(|(_, label)| label.clone()).collect();
     let shards = shards
         .into_iter()
@@ -139,14 +139,19 @@ pub fn receive<S: Store>(
         start: None,
         files: counters.files.clone(),
     };
-    receiver.run()?;
-    let shards = receiver.shards.iter();
+    let received = receiver.run();
+    let start = receiver.start;
+    let (shards, mut image) = (receiver.shards, receiver.image);
+    if let Err(error) = received.and_then(|()| image.store().check_complete()) {
+        return Err(Failure::new(error, (shards, image)));
+    }
     let stats = Stats {
         shards: shards
-            .map(|shard| shard.meter().stats(receiver.start))
+            .iter()
+            .map(|shard| shard.meter().stats(start))
             .collect(),
     };
-    Ok((receiver.image.into_store()?.into_behind()?, stats))
+    Ok((image.into_store()?.into_behind(), stats))
 }
 
 impl<S: Store> Receiver<'_, S> {

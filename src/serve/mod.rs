@@ -24,7 +24,7 @@ use crate::report;
 use crate::store::Arena;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -84,7 +84,7 @@ pub fn serve(
     arena: Arena,
     criu_clients: usize,
     interrupts: &Interrupts,
-) -> Result<()> {
+) -> Result<(), Failure> {
     let poller = Poller::new().context("preparing to wait for events")?;
     poller
         .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
@@ -92,7 +92,7 @@ pub fn serve(
     poller
         .add(&listener, Watched::Listener, 0, Interest::Readable)
         .context("preparing to wait for CRIU")?;
-    Server {
+    let mut server = Server {
         poller,
         interrupts,
         listener: Some(listener),
@@ -103,12 +103,13 @@ pub fn serve(
         busy: Vec::new(),
         next_transfer: 0,
         refused: BTreeSet::new(),
-    }
-    .run()
+    };
+    let served = server.run();
+    served.map_err(|error| Failure::new(error, (server.clients, server.transfers)))
 }
 
 impl Server<'_> {
-    fn run(mut self) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
         let mut wait = Wait::Forever;

@@ -144,11 +144,9 @@ impl<S> External<S> {
         begun.any(|outlet| outlet.transfer.is_some())
     }
 
-    /// The store behind, when the image is complete.
-    ///
     /// # Errors
-    /// When an external file that was asked for is not in the image.
-    pub(crate) fn into_behind(self) -> Result<S> {
+    /// When an external file that was asked for is not in the image, which is complete.
+    pub(crate) fn check_complete(&self) -> Result<()> {
         let missing = self
             .outlets
             .iter()
@@ -161,7 +159,12 @@ impl<S> External<S> {
                 missing.join(", ")
             );
         }
-        Ok(self.behind)
+        Ok(())
+    }
+
+    /// The store behind, when the image is complete.
+    pub(crate) fn into_behind(self) -> S {
+        self.behind
     }
 }
 
@@ -273,6 +276,6 @@ mod tests {
         }
         assert!(!store.is_sending());
         assert_eq!(pipe::read(&first_read, &mut buffer).unwrap(), Moved::End);
-        store.into_behind().unwrap();
+        store.check_complete().unwrap();
     }
 }

@@ -141,7 +141,11 @@ fn read_dir(dir: &Path) -> Files {
         .collect()
 }
 
-fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::Result<S> {
+fn receive<S: Store + 'static>(
+    shards: &[&[u8]],
+    store: S,
+    arena: &mut Arena,
+) -> anyhow::Result<S> {
     let pipes = shards
         .iter()
         .enumerate()
@@ -155,6 +159,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::R
         interrupts(),
     )
     .map(|(store, _)| store)
+    .map_err(|failure| anyhow::anyhow!("{:#}", failure.error()))
 }
 
 fn interrupts() -> &'static Interrupts {
