@@ -120,7 +120,10 @@ impl Plan {
             .map(|ExternalFile { name, fd }| {
                 let option = format!("--ext-file-fds {name}");
                 let what = format!("external file fd {fd}");
-                Ok((name, checks.check(fd, &option, &what, Purpose::Image(files_go))?))
+                Ok((
+                    name,
+                    checks.check(fd, &option, &what, Purpose::Image(files_go))?,
+                ))
             })
             .collect::<Result<Vec<_>>>()?;
         let progress_fd = progress_fd

@@ -250,8 +250,7 @@ impl Running {
     /// How the next process of the group ended or stopped, if there is one left.
     fn next_end(&self) -> nix::Result<Option<(Part, WaitStatus)>> {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
-        let wait_for =
-            |id: fn(Pid) -> Id<'static>| uninterrupted(|| waitid(id(self.group), flags));
+        let wait_for = |id: fn(Pid) -> Id<'static>| uninterrupted(|| waitid(id(self.group), flags));
         let status = match wait_for(Id::PGid) {
             // A shell that has left its own group is waited for all the same.
             Err(Errno::ECHILD) if !self.shell_has_ended.get() => wait_for(Id::Pid)?,

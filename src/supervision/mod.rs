@@ -35,6 +35,10 @@ use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
+/// Between two looks at the shard commands, in milliseconds: there is no signal when a process
+/// leaves a command's group.
+const LOOK_AGAIN: u8 = 100;
+
 /// Our ends of the shards' pipes, with what messages call them.
 type Pipes<E> = Vec<(E, String)>;
 
@@ -168,7 +172,7 @@ impl Interrupts {
     fn finish(&mut self) -> Result<()> {
         while let Some(writing) = self.writing.last() {
             let closed = self
-                .wait(Some(writing))
+                .wait(Some(writing), PollTimeout::NONE)
                 .context("waiting until all is written")?;
             if closed {
                 self.writing.pop();
@@ -178,7 +182,8 @@ impl Interrupts {
         self.check_pumps()?;
         self.commands.close_pipes();
         while !self.commands.have_succeeded() {
-            self.wait(None).context("waiting for the shard commands")?;
+            self.wait(None, LOOK_AGAIN)
+                .context("waiting for the shard commands")?;
             self.check()?;
         }
         Ok(())
@@ -186,10 +191,11 @@ impl Interrupts {
 
     /// Waits for a signal, such as that of a command's end, or until the other end of `pipe` is
     /// closed, and tells whether it is.
-    fn wait(&self, pipe: Option<&ReadEnd>) -> Result<bool> {
+    fn wait(&self, pipe: Option<&ReadEnd>, timeout: impl Into<PollTimeout>) -> Result<bool> {
         let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         fds.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
-        uninterrupted(|| poll(&mut fds, PollTimeout::NONE))?;
+        let timeout = timeout.into();
+        uninterrupted(|| poll(&mut fds, timeout))?;
         Ok(fds[1..].iter().any(|pipe| pipe.any() == Some(true)))
     }
 

@@ -69,7 +69,13 @@ pub(super) fn read_from(
     let stage = pipe::new()?;
     let doing = format!("reading {label}");
     start(move || {
-        match transfer(&from, &write, &stage, Way::Splice, (&from, PollFlags::POLLIN)) {
+        match transfer(
+            &from,
+            &write,
+            &stage,
+            Way::Splice,
+            (&from, PollFlags::POLLIN),
+        ) {
             // The pipe has no reader any more: the image is complete, or the reader says why not.
             Ok(()) | Err(Errno::EPIPE) => {}
             Err(errno) => drop(failure.set(Reason { doing, errno })),
@@ -162,13 +168,7 @@ enum Way {
 }
 
 /// Moves all that comes.
-fn transfer(
-    from: impl AsFd,
-    to: impl AsFd,
-    stage: &Stage,
-    way: Way,
-    wait_for: WaitFor,
-) -> Outcome {
+fn transfer(from: impl AsFd, to: impl AsFd, stage: &Stage, way: Way, wait_for: WaitFor) -> Outcome {
     let mut buffer = match way {
         Way::Splice => Vec::new(),
         Way::Copy => vec![0; COPY],

@@ -141,11 +141,7 @@ fn read_dir(dir: &Path) -> Files {
         .collect()
 }
 
-fn receive<S: Store + 'static>(
-    shards: &[&[u8]],
-    store: S,
-    arena: &mut Arena,
-) -> anyhow::Result<S> {
+fn receive<S: Store + 'static>(shards: &[&[u8]], store: S, arena: &mut Arena) -> anyhow::Result<S> {
     let pipes = shards
         .iter()
         .enumerate()
