@@ -30,7 +30,7 @@ use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
 use crate::supervision::{Failure, Interrupts};
 use assembly::{Assembly, Origin, Step};
-use order::Place;
+use order::{Behind, Place};
 use reader::{Found, Holding, Reader, Stage};
 
 /// Bytes spliced from one shard before others have their turn.
@@ -361,7 +361,15 @@ impl<S: Store> Receiver<'_, S> {
             None if self.image.waiting_bytes() < MOST_AHEAD && self.is_stalled() => Target::Piece,
             None => return Ok(Then::Stop(Turn::Ahead)),
         };
+        let holds = matches!(target, Target::Piece) && allowance.way == Way::Splice;
         let shard = &mut self.shards[index];
+        if (!holds || self.holder.is_none())
+            && let Some(held) = shard.take_held()
+        {
+            let step = Step::Data(Piece::held(held), Behind::Part);
+            self.submit(index, place, step)?;
+            return Ok(Then::GoOn);
+        }
         if !shard.is_read_out() {
             let (extent, behind) = shard.take_data().expect("something was read");
             self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;

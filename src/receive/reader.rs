@@ -306,6 +306,14 @@ impl Reader {
         self.may_hold
     }
 
+    /// The part of the current chunk that is held, when the rest of it goes another way.
+    pub(super) fn take_held(&mut self) -> Option<Held> {
+        let held = self.held.take().filter(|held| held.len() > 0)?;
+        let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
+        chunk.place.part += 1;
+        Some(held)
+    }
+
     /// Moves data of the current chunk into a pipe that holds it.
     ///
     /// # Errors
