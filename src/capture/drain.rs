@@ -18,7 +18,7 @@ impl CaptureLoop<'_> {
     ///
     /// # Errors
     /// When a reader leaves before it has everything, and when a signal came.
-    pub(super) fn finish(mut self) -> Result<Stats> {
+    pub(super) fn finish(&mut self) -> Result<Stats> {
         // An external file that could not be read looks like one that has ended.
         self.interrupts.check()?;
         let mut pace = Pace::new();

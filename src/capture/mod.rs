@@ -42,7 +42,7 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 use beside::Beside;
 use dump::Dump;
 pub(crate) use sequence::HasIndex;
@@ -128,7 +128,7 @@ impl Capture<'_> {
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats> {
+    pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats, Failure> {
         let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
         let mut shards = Vec::new();
         for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
@@ -153,8 +153,14 @@ impl Capture<'_> {
             capture.open(dump::external_file(name, pipe)?)?;
         }
         capture.progress.reached(Milestone::SocketInit);
-        capture.receive_files()?;
-        capture.finish()
+        let captured = capture.receive_files().and_then(|()| capture.finish());
+        let CaptureLoop {
+            clients,
+            dump,
+            sequence,
+            ..
+        } = capture;
+        captured.map_err(|error| Failure::new(error, (clients, dump, sequence)))
     }
 }
 

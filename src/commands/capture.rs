@@ -6,8 +6,9 @@ use super::Transfer;
 use crate::capture::{Capture, HasIndex};
 use crate::cli::{Plan, Shards};
 use crate::criu::{Listener, Role};
+use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let interrupts = &mut transfer.interrupts;
     let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
     let external_files = plan
