@@ -26,9 +26,9 @@ const LONG: Duration = Duration::from_millis(2500);
 /// The pages of the application that are in the image.
 const PAGES: usize = 32;
 
-/// Memory of an application: pages that a pipe refers to when they are spliced into it, and that can
-/// be written to afterwards. The tests' own heap will not do: where another test starts a process
-/// at the wrong moment, a write makes a copy.
+/// Memory of an application: pages that a pipe refers to when they are spliced into it, and that
+/// can be written to afterwards. The tests' own heap will not do: where another test starts a
+/// process at the wrong moment, a write makes a copy.
 fn memory() -> File {
     let memory = memfd_create("memory", MFdFlags::MFD_CLOEXEC).expect("make memory");
     let memory = File::from(memory);

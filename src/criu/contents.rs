@@ -2,11 +2,12 @@
 //!
 //! A file of messages is a magic and then messages, each behind its length, a little-endian `u32`.
 //! CRIU writes such a file through a buffer. A CRIU that was killed leaves it empty, or cut where
-//! the buffer ended: between a length and its message, or between two messages, which only those who
-//! refer to what is missing tell.
+//! the buffer ended: between a length and its message, or between two messages, which only those
+//! who refer to what is missing tell.
 //!
 //! Only messages that say what else there must be are looked into: the tree, a process's state,
-//! which pages there are, and who refers to which open file. Of all others the lengths are followed, and nothing is kept.
+//! which pages there are, and who refers to which open file. Of all others the lengths are
+//! followed, and nothing is kept.
 
 use std::collections::HashSet;
 use std::fmt;
