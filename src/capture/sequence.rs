@@ -8,21 +8,18 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::balancer::{self, Placement, Slots};
+use super::balancer::{self, Choice, Patience, Placement, Slots};
+use super::capacity;
 use super::chunk::{Chunk, Route};
 use super::shard::{Flushed, Shard};
 use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
-use crate::os::pipe::SLOT;
-use crate::report;
+use crate::os::pipe::slot;
 use crate::report::progress::Stats;
 
 /// The slots that the markers of a chunk take.
 const MARKER_SLOTS: usize = 1;
-
-/// Below this capacity, in bytes, a shard costs speed that a setting could give back.
-const GOOD_CAPACITY: usize = 1 << 20;
 
 /// How far a source, or the busiest of all, got in one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,19 +42,21 @@ pub(super) struct Sequence {
     /// The source whose file is current.
     current: Option<u64>,
     start: Option<Instant>,
+    patience: Patience,
 }
 
 impl Sequence {
     /// Writes to these shards.
     pub(super) fn new(shards: Vec<Shard>) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
-        smallest.inspect(|shard| warn_of_small_pipe(shard));
+        smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
         Ok(Self {
             staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
             shards,
             seq: 0,
             current: None,
             start: None,
+            patience: Patience::default(),
         })
     }
 
@@ -70,7 +69,7 @@ impl Sequence {
         self.staging.slots()
     }
 
-    /// Gives a chunk to the shard with the most room, if any has enough.
+    /// Gives a chunk to the shard that is to have it, if any has room.
     ///
     /// # Errors
     /// When the shard's reader is gone.
@@ -78,7 +77,7 @@ impl Sequence {
         let Some(Placement { shard, slots }) = self.place(chunk.slots + MARKER_SLOTS)? else {
             return Ok(Activity::NoRoom);
         };
-        chunk.cut(slots - MARKER_SLOTS);
+        chunk.cut(slots - MARKER_SLOTS, slot());
         if chunk.route != Route::Direct {
             chunk.shorten(self.staging.fill(source, chunk.bytes)?);
         }
@@ -104,6 +103,9 @@ impl Sequence {
             }
             Route::Direct => {
                 let mut spliced = shard.splice(&source.pipe, chunk.bytes, chunk.slots)?;
+                if spliced < chunk.bytes {
+                    source.holds_pieces();
+                }
                 while spliced < chunk.bytes {
                     let bytes = self.staging.fill(source, chunk.bytes - spliced)?;
                     shard.copy(staged, bytes)?;
@@ -136,7 +138,21 @@ impl Sequence {
     }
 
     fn place(&mut self, wanted: usize) -> Result<Option<Placement>> {
-        balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")
+        let choice = balancer::choose(&mut self.shards, wanted);
+        Ok(match choice.context("looking for a shard with room")? {
+            Choice::To(placement) => {
+                self.patience.rest();
+                Some(placement)
+            }
+            Choice::Ahead(placement) => {
+                let waits = self.patience.lasts(Instant::now());
+                (!waits).then_some(placement)
+            }
+            Choice::Full => {
+                self.patience.rest();
+                None
+            }
+        })
     }
 
     /// Makes a file the current one.
@@ -184,17 +200,6 @@ impl Sequence {
     }
 }
 
-fn warn_of_small_pipe(shard: &Shard) {
-    let capacity = shard.slots() * SLOT;
-    if capacity < GOOD_CAPACITY {
-        report::warn(format_args!(
-            "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
-            shard.label(),
-            capacity / 1024,
-        ));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
@@ -220,7 +225,7 @@ mod tests {
     fn source(staging: usize) -> (Source, Vec<u8>, Chunk) {
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
-        let pages: Vec<_> = (0..slots * SLOT).map(|i| (i % 251) as u8).collect();
+        let pages: Vec<_> = (0..slots * slot()).map(|i| (i % 251) as u8).collect();
         let written = pipe::write(&write, &pages).unwrap();
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
@@ -237,7 +242,7 @@ mod tests {
             let (mut sequence, reader, other) = sequence();
             let slots = sequence.shards[0].slots();
             let (mut source, pages, mut chunk) = source(sequence.staging());
-            let foreign = (slots - 3) * SLOT;
+            let foreign = (slots - 3) * slot();
             pipe::write(&other, &vec![1; foreign]).unwrap();
             if route == Route::Staged {
                 (chunk.route, chunk.slots) = (route, sequence.staging());
@@ -245,7 +250,7 @@ mod tests {
             let activity = sequence.give(&mut source, chunk).unwrap();
             assert_eq!(activity, Activity::Busy);
             let moved = pages.len() - pipe::available(&source.pipe).unwrap();
-            assert!(moved > 3 * SLOT, "{moved} bytes fit into the shard");
+            assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
 
             let mut arrived = Vec::new();
             let mut buffer = vec![0; 1 << 16];
