@@ -9,18 +9,19 @@
 //!
 //! **Even shards.** A restore waits for the largest shard. Compressors that compete for processors
 //! take their data by turns, so that the shard that has got the fewest bytes is often full while
-//! another one, with more bytes, has room. That one is [`Choice::Ahead`]: it can be left to wait
-//! until the others have caught up. The caller does so as long as its [`Patience`] lasts, for at
-//! most half of the time in all, so that a shard that takes less than half of what others would take
-//! falls behind. One that is far behind is not waited for any more, and gets what it has room for.
+//! another one, with more bytes, has room. One that is ahead gets nothing as long as it still holds
+//! something. Once it is empty, and its reader waits, it is [`Choice::Ahead`]: the caller leaves it
+//! so until the others have caught up, or its [`Patience`] has ended. Patience lasts for a third of
+//! the time at most, so that a shard that takes less than two thirds of what others would take falls
+//! behind. One that is far behind is not waited for any more, and gets what it has room for.
 //!
 //! **From below.** Free slots are never overestimated: what is known of a shard from its last
 //! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
 //! not suffice are the shards inspected again (`FIONREAD`, which contends with the reader for the
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
-//! **Why nothing deadlocks.** An empty shard always has room, however full the others are, and
-//! where any has room, one is chosen; patience ends. So data moves as long as any reader reads. A
+//! **Why nothing deadlocks.** An empty shard is always chosen, at once or when patience has ended,
+//! however full the others are. So data moves as long as any reader reads. A
 //! chunk that was given to a shard fits into it, since the slots that it takes are never
 //! underestimated either ([`super::chunk`] says how). So it leaves its source at once: no source
 //! ever waits for one particular shard, and no shard for a source.
@@ -57,7 +58,7 @@ pub(super) struct Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Choice {
     To(Placement),
-    /// To this shard, but it is ahead of one that may soon have room.
+    /// To this one, which is empty, but ahead of others that may soon have room.
     Ahead(Placement),
     /// To none: they are too full.
     Full,
@@ -79,11 +80,13 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
         let free = shard.free_slots();
         free > 0 && (free >= wanted || free * 2 >= shard.slots())
     };
-    Ok(match emptiest(shards, wanted, has_room) {
-        None => Choice::Full,
-        Some(placement) if shards[placement.shard].given() <= most => Choice::To(placement),
-        Some(placement) => Choice::Ahead(placement),
-    })
+    let is_behind = |shard: &S| shard.given() <= most && has_room(shard);
+    if let Some(placement) = emptiest(shards, wanted, is_behind) {
+        return Ok(Choice::To(placement));
+    }
+    let is_empty = |shard: &S| shard.free_slots() == shard.slots();
+    let ahead = emptiest(shards, wanted, is_empty);
+    Ok(ahead.map_or(Choice::Full, Choice::Ahead))
 }
 
 /// The most bytes that a shard may have got to be given more without a thought: some more than the
@@ -116,7 +119,8 @@ fn emptiest<S: Slots>(
     })
 }
 
-/// How long shards that are ahead may still be left to wait. It grows while they are not.
+/// How long shards that are ahead may still be left to wait. It grows by half of the time in which
+/// they are not.
 #[derive(Debug, Default)]
 pub(super) struct Patience {
     left: Duration,
@@ -154,7 +158,7 @@ impl Patience {
         self.left = if self.is_waiting {
             self.left.saturating_sub(passed)
         } else {
-            (self.left + passed).min(Self::LONGEST)
+            (self.left + passed / 2).min(Self::LONGEST)
         };
     }
 }
@@ -269,21 +273,23 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_is_ahead_of_a_full_one_is_told_apart() {
-        let full = Fake::new(0, 0).given(40 * MIB);
-        let with_room = |given| Fake::new(256, 256).given(given);
-        for (given, is_ahead) in [(40, false), (41, false), (42, true), (48, true)] {
-            let chosen = choose(&mut [full.clone(), with_room(given * MIB)], 64).unwrap();
-            let placement = Placement {
-                shard: 1,
-                slots: 64,
-            };
-            let expected = if is_ahead {
-                Choice::Ahead(placement)
-            } else {
-                Choice::To(placement)
-            };
-            assert_eq!(chosen, expected, "{given} MiB beside 40");
+    fn a_shard_that_is_ahead_of_a_full_one_gets_nothing_before_it_is_empty() {
+        let beside_full = |free, given| {
+            let full = Fake::new(0, 0).given(40 * MIB);
+            let other = Fake::new(free, free).given(given * MIB);
+            choose(&mut [full, other], 64).unwrap()
+        };
+        for free in [128, 255, 256] {
+            assert_eq!(beside_full(free, 40), to(1, 64));
+            assert_eq!(beside_full(free, 41), to(1, 64));
+        }
+        let placement = Placement {
+            shard: 1,
+            slots: 64,
+        };
+        for given in [42, 48] {
+            assert_eq!(beside_full(255, given), Choice::Full);
+            assert_eq!(beside_full(256, given), Choice::Ahead(placement));
         }
     }
 
@@ -348,16 +354,16 @@ mod tests {
     }
 
     #[test]
-    fn patience_lasts_half_of_the_time_and_never_long() {
+    fn patience_lasts_a_third_of_the_time_and_never_long() {
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);
         let mut patience = Patience::default();
         assert!(!patience.lasts(at(0)), "nothing has happened yet");
-        assert!(patience.lasts(at(10)));
-        assert!(patience.lasts(at(19)));
-        assert!(!patience.lasts(at(20)));
-        assert!(patience.lasts(at(25)));
+        assert!(patience.lasts(at(20)));
+        assert!(patience.lasts(at(29)));
         assert!(!patience.lasts(at(30)));
+        assert!(patience.lasts(at(40)));
+        assert!(!patience.lasts(at(45)));
         assert!(patience.lasts(at(100_000)));
         assert!(!patience.lasts(at(100_100)), "a stall is not waited for");
     }
