@@ -31,7 +31,7 @@
 //! then the chunk has left its source; the shard gets no other until its queue has been written.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const MIB: u64 = 1 << 20;
 
@@ -97,7 +97,7 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 4).clamp(8 * MIB, 64 * MIB));
+    let far_behind = most.saturating_sub((most / 4).clamp(4 * MIB, 64 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
     fewest + (fewest / 32).clamp(MIB, 8 * MIB)
@@ -123,7 +123,8 @@ fn emptiest<S: Slots>(
 /// they are not.
 #[derive(Debug, Default)]
 pub(super) struct Patience {
-    left: Duration,
+    /// In nanoseconds. Less than none, when the caller looked away for longer than it lasted.
+    left: i64,
     as_of: Option<Instant>,
     is_waiting: bool,
 }
@@ -131,12 +132,12 @@ pub(super) struct Patience {
 impl Patience {
     /// A stall costs no more than this, however well all went before. A compressor that shares its
     /// processor with two others has it again by then.
-    const LONGEST: Duration = Duration::from_millis(100);
+    const LONGEST: i64 = 100_000_000;
 
     /// Whether a shard that is ahead is to wait. There is no patience when this is asked first.
     pub(super) fn lasts(&mut self, now: Instant) -> bool {
         self.pass(now);
-        self.is_waiting = !self.left.is_zero();
+        self.is_waiting = self.left > 0;
         self.is_waiting
     }
 
@@ -154,9 +155,9 @@ impl Patience {
 
     fn pass(&mut self, now: Instant) {
         let before = self.as_of.replace(now).unwrap_or(now);
-        let passed = now.saturating_duration_since(before);
+        let passed = now.saturating_duration_since(before).as_nanos() as i64;
         self.left = if self.is_waiting {
-            self.left.saturating_sub(passed)
+            self.left - passed
         } else {
             (self.left + passed / 2).min(Self::LONGEST)
         };
@@ -165,6 +166,8 @@ impl Patience {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[derive(Clone)]
@@ -364,6 +367,11 @@ mod tests {
         assert!(!patience.lasts(at(30)));
         assert!(patience.lasts(at(40)));
         assert!(!patience.lasts(at(45)));
+        assert!(patience.lasts(at(47)));
+        assert!(!patience.lasts(at(58)), "10 ms too long");
+        assert!(!patience.lasts(at(78)));
+        assert!(patience.lasts(at(80)));
+        assert!(!patience.lasts(at(100)));
         assert!(patience.lasts(at(100_000)));
         assert!(!patience.lasts(at(100_100)), "a stall is not waited for");
     }
