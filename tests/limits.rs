@@ -4,11 +4,12 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::child::Limit;
+use crate::common::child::{self, Limit};
 use crate::common::image::{self, Files, Shard};
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
@@ -141,6 +142,92 @@ fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
     }
 }
 
+/// A user who has no other pipe on this machine.
+fn unknown_user(number: u32) -> u32 {
+    20_000 + (std::process::id() * 8 + number) % 40_000
+}
+
+/// Captures, as an ordinary user, through shards that were as large as `pipe_size`, what a CRIU of
+/// the same user sends through pipes of 1 MiB, four files at a time.
+fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<usize>) {
+    const LARGE: usize = 1 << 20;
+    let dir = open_dir();
+    let (readers, writers) = child::as_user(user, || shards::pipes(shard_count, pipe_size));
+    let mut capture = Streamer::capture()
+        .user(user)
+        .images_dir(dir.path())
+        .shards(writers)
+        .start();
+    let collector = Collector::start(readers);
+    let criu = capture.criu();
+    let mut files: Files = (1..=8)
+        .map(|i| (format!("pages-{i}.img"), random::bytes(i, LARGE + 7)))
+        .collect();
+    for names in files.keys().collect::<Vec<_>>().chunks(4) {
+        let create = |name: &&String| criu.try_create_file(name, Some(LARGE)).unwrap();
+        let open: Vec<_> = child::as_user(user, || names.iter().map(create).collect());
+        for (name, mut file) in names.iter().zip(open) {
+            file.write_all(&files[*name]).unwrap();
+        }
+    }
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let exit = capture.expect_success();
+    files.insert("inventory.img".into(), b"inventory".to_vec());
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
+    // Larger pipes would leave CRIU still less.
+    assert!(!exit.stderr.contains("pipe-max-size"), "{}", exit.stderr);
+}
+
+#[test]
+fn an_ordinary_user_with_many_shards_leaves_criu_pipes_of_its_own() {
+    if !root_or_skip() {
+        return;
+    }
+    for (number, shard_count) in [48, 64, 100].into_iter().enumerate() {
+        capture_beside_large_pipes(unknown_user(number as u32), shard_count, None);
+    }
+}
+
+#[test]
+fn shards_that_others_made_large_are_made_smaller_where_criu_would_get_no_pipe() {
+    if !root_or_skip() {
+        return;
+    }
+    capture_beside_large_pipes(unknown_user(7), 63, Some(1 << 20));
+}
+
+/// The larger one has more room at any time than the smaller one has at all.
+#[test]
+fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
+    if !root_or_skip() {
+        return;
+    }
+    let _held = exhaust_pipe_pages();
+    let dir = open_dir();
+    let (mut readers, mut writers) = shards::pipes(1, Some(16 * PAGE));
+    let (small_readers, small_writers) = shards::pipes(1, Some(4 * PAGE));
+    writers.extend(small_writers);
+    let mut capture = Streamer::capture()
+        .user(NOBODY)
+        .images_dir(dir.path())
+        .shards(writers)
+        .start();
+    let flowing = Collector::start(small_readers);
+    let criu = capture.criu();
+    let files = runs::sample_files(5);
+    for (name, content) in runs::inventory_last(&files) {
+        criu.write_file(name, content);
+    }
+    drop(criu);
+    let stalled = Collector::start(vec![readers.remove(0)]);
+    capture.expect_success();
+    let mut shards = flowing.finish();
+    shards.extend(stalled.finish());
+    assert!(shards[1].len() < shards[0].len());
+    assert_same_files(&image::decode(&shards).unwrap(), &files);
+}
+
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
     if !root_or_skip() {
@@ -204,6 +291,55 @@ fn thousands_of_files_behind_a_stalled_shard_cost_little() {
     let found = image::decode(&collector.finish()).unwrap();
     assert!((0..FILES).all(|i| found[&format!("file-{i}.img")] == content));
     assert!(seconds < 5.0, "{seconds} s of CPU time");
+}
+
+/// Each socket costs the streamer more descriptors than its own.
+#[test]
+fn files_wait_for_descriptors_where_sockets_take_some() {
+    const LIMIT: u64 = 256;
+    let (ours, theirs): (Vec<_>, Vec<_>) = (0..4)
+        .map(|_| UnixStream::pair().unwrap())
+        .map(|(ours, theirs)| (OwnedFd::from(ours), OwnedFd::from(theirs)))
+        .unzip();
+    let mut capture = Streamer::capture()
+        .limit(Limit::OpenFiles(LIMIT))
+        .shards(theirs)
+        .start();
+    let files: Files = (0..400)
+        .map(|i| (format!("file-{i}.img"), random::bytes(i, 50_000)))
+        .chain([("inventory.img".into(), random::bytes(400, 50))])
+        .collect();
+    let criu = capture.criu();
+    let collector = thread::scope(|scope| {
+        scope.spawn(|| {
+            for (name, content) in runs::inventory_last(&files) {
+                // A streamer that gives up is no failure of this thread.
+                let created = criu.try_create_file(name, None);
+                let written = created.and_then(|mut file| file.write_all(content));
+                if written.is_err() {
+                    return;
+                }
+            }
+        });
+        // No shard is read yet, so that the files stay open.
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        let (mut open, mut since) = (0, Instant::now());
+        while since.elapsed() < Duration::from_millis(300) || open < LIMIT as usize / 2 {
+            assert!(capture.is_running(), "it gave up");
+            assert!(
+                Instant::now() < deadline,
+                "only {open} descriptors are open"
+            );
+            thread::sleep(Duration::from_millis(10));
+            if capture.open_fds() != open {
+                (open, since) = (capture.open_fds(), Instant::now());
+            }
+        }
+        Collector::start(ours)
+    });
+    drop(criu);
+    capture.expect_success();
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
 }
 
 #[test]

@@ -18,6 +18,7 @@
 
 mod balancer;
 mod beside;
+mod capacity;
 mod chunk;
 mod delivered;
 mod drain;
@@ -61,8 +62,8 @@ const CHUNKS_PER_TURN: usize = 4;
 /// Sources that find no room before the others that wait for it are left for the next round.
 const REFUSALS_PER_ROUND: usize = 16;
 
-/// Descriptors kept free of files: for epoll, signals, the socket, the standard streams, and for
-/// what one look at a client can bring.
+/// Descriptors kept free of files: for epoll, the staging pipe, clients, and for what one look at a
+/// client can bring.
 const OTHER_DESCRIPTORS: usize = 32;
 
 /// How long CRIU may leave all of its open files alone, when these are as many as there may be,
@@ -129,7 +130,11 @@ impl Capture<'_> {
     /// # Errors
     /// Whenever the image did not become complete.
     pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats, Failure> {
-        let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
+        let taken = open_descriptors()
+            .unwrap_or_else(|| self.shards.len() + self.external_files.len())
+            + OTHER_DESCRIPTORS;
+        let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
+        capacity::even_out(&pipes).context("giving the shards the same capacity")?;
         let mut shards = Vec::new();
         for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
             shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
@@ -167,6 +172,11 @@ impl Capture<'_> {
 /// How many descriptors this process may have.
 fn descriptor_limit() -> usize {
     getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize)
+}
+
+/// How many descriptors are open: pumps and commands have some of their own. `None` without /proc.
+fn open_descriptors() -> Option<usize> {
+    Some(std::fs::read_dir("/proc/self/fd").ok()?.count())
 }
 
 impl CaptureLoop<'_> {

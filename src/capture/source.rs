@@ -15,18 +15,19 @@
 
 use std::io;
 
+use super::capacity;
 use super::chunk::{Chunk, Route};
 use crate::criu::contents::{Contents, Defect, Reader};
 use crate::criu::files;
 use crate::format::ImageName;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
+use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
 
 /// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
 const LARGEST_IN_INDEX: usize = 1 << 20;
 
-/// Bytes in a pipe that show that a file is not small: half of a pipe of the default size.
-const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;
+/// Slots full of bytes that show that a file is not small: half of a pipe of the default size.
+const LARGE: usize = DEFAULT_SLOTS / 2;
 
 /// The largest chunk that is copied, in bytes. One `write` then brings dozens of small files to a
 /// shard and wakes its reader once; spliced, each would wake it twice.
@@ -125,31 +126,31 @@ impl Source {
         }
         let unchanged = available == self.last_seen;
         self.last_seen = available;
-        self.whole_pages |= available == self.slots * SLOT;
-        self.whole_pages &= available.is_multiple_of(SLOT);
-        if !self.is_grown && (available >= LARGE || self.moved >= LARGE) {
+        let slot = slot();
+        self.whole_pages = are_whole_pages(self.whole_pages, available, self.slots, slot);
+        if !self.is_grown && available.max(self.moved) >= LARGE * slot {
             self.is_grown = true;
-            self.slots = pipe::grow(&self.pipe, LARGEST)?;
+            self.slots = capacity::grow_source(&self.pipe, self.slots)?;
         }
-        let half_full = available * 2 >= self.slots * SLOT;
+        let half_full = available * 2 >= self.slots * slot;
         Ok(if self.has_ended || half_full || unchanged {
-            Ready::Chunk(self.chunk(available, staging))
+            Ready::Chunk(self.chunk(available, staging, slot))
         } else {
             Ready::Filling
         })
     }
 
-    fn chunk(&self, available: usize, staging: usize) -> Chunk {
+    fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
         if self.reader.is_some() {
-            let bytes = available.min(staging * SLOT).min(LARGEST_READ);
+            let bytes = available.min(staging * slot).min(LARGEST_READ);
             return Chunk {
                 bytes,
-                slots: bytes.div_ceil(SLOT),
+                slots: bytes.div_ceil(slot),
                 route: Route::Copied,
                 is_last: self.has_ended && bytes == available,
             };
         }
-        let pages = available.div_ceil(SLOT);
+        let pages = available.div_ceil(slot);
         let (route, slots) = if available <= LARGEST_COPIED {
             (Route::Copied, pages)
         } else if self.whole_pages {
@@ -170,10 +171,15 @@ impl Source {
         self.whole_pages = true;
     }
 
-    /// Whether the data of this file goes to all shards, where the rest of the image has an index of
-    /// its own: pages always, other files once they have brought much.
+    /// Whether the data of this file goes to all shards, where the rest of the image has an index
+    /// of its own: pages always, other files once they have brought much.
     pub(super) fn is_spread(&self) -> bool {
         files::is_pages(self.name.as_str()) || self.moved > LARGEST_IN_INDEX
+    }
+
+    /// Its bytes took more slots than whole pages would.
+    pub(super) fn holds_pieces(&mut self) {
+        self.whole_pages = false;
     }
 
     /// This number of bytes was moved.
@@ -206,6 +212,12 @@ impl Source {
             self.name
         )
     }
+}
+
+/// Whether a pipe of this many slots that holds `available` bytes is taken for one of whole pages:
+/// it was so far, or shows it now, and nothing speaks against it.
+fn are_whole_pages(so_far: bool, available: usize, slots: usize, slot: usize) -> bool {
+    (so_far || available == slots * slot) && available.is_multiple_of(slot)
 }
 
 #[cfg(test)]
@@ -259,14 +271,14 @@ mod tests {
     #[test]
     fn only_a_large_file_gets_a_large_pipe() {
         let (mut source, write) = source();
-        pipe::write(&write, &[0; LARGE - 1]).unwrap();
+        pipe::write(&write, &vec![0; LARGE * slot() - 1]).unwrap();
         source.inspect(STAGING).unwrap();
         assert_eq!(pipe::slots(&write).unwrap(), DEFAULT_SLOTS);
         pipe::write(&write, &[0; 1]).unwrap();
         source.inspect(STAGING).unwrap();
         assert!(
             pipe::slots(&write).unwrap() > DEFAULT_SLOTS
-                || pipe::grow(&write, LARGEST).unwrap() == DEFAULT_SLOTS
+                || pipe::grow(&write, pipe::LARGEST).unwrap() == DEFAULT_SLOTS
         );
     }
 
@@ -275,25 +287,36 @@ mod tests {
         let (mut source, write) = source();
         // Whatever becomes of the pipe, it is looked at as one that has not grown.
         source.is_grown = true;
-        const FULL: usize = DEFAULT_SLOTS * SLOT;
-        pipe::write(&write, &[0; FULL - SLOT]).unwrap();
+        let (full, page) = (DEFAULT_SLOTS * slot(), slot());
+        pipe::write(&write, &vec![0; full - page]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL - SLOT, DEFAULT_SLOTS, Route::Staged)
+            chunk(full - page, DEFAULT_SLOTS, Route::Staged)
         );
         assert_eq!(
             source.inspect(8).unwrap(),
-            chunk(FULL - SLOT, 8, Route::Staged)
+            chunk(full - page, 8, Route::Staged)
         );
-        pipe::write(&write, &[0; SLOT]).unwrap();
+        pipe::write(&write, &vec![0; page]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL, DEFAULT_SLOTS, Route::Direct)
+            chunk(full, DEFAULT_SLOTS, Route::Direct)
         );
         pipe::read(&source.pipe, &mut [0; 10]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL - 10, DEFAULT_SLOTS, Route::Staged)
+            chunk(full - 10, DEFAULT_SLOTS, Route::Staged)
         );
+    }
+    #[test]
+    fn pages_are_whole_where_a_pipe_is_full_of_them_whatever_their_size() {
+        for page in [4 << 10, 16 << 10, 64 << 10] {
+            let full = 16 * page;
+            assert!(are_whole_pages(false, full, 16, page));
+            assert!(!are_whole_pages(false, full - page, 16, page));
+            assert!(are_whole_pages(true, full - page, 16, page));
+            assert!(!are_whole_pages(true, full - 4095, 16, page));
+        }
+        assert!(!are_whole_pages(true, 4 << 10, 16, 64 << 10));
     }
 }

@@ -35,14 +35,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::socket;
 use crate::os::descriptor::FdKind;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT, WriteEnd, uninterrupted};
+use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
 
 /// Bytes of a pump's stack: it calls nothing deep, and 32 shards must not cost memory.
 const STACK: usize = 64 << 10;
 
 /// Bytes copied at a time where the data is not spliced: what the stage holds. Each pump has its
 /// own buffer, so it is as small as it may be without costing much.
-const COPY: usize = DEFAULT_SLOTS * SLOT;
+const COPY: usize = 64 << 10;
 
 type Outcome = Result<(), Errno>;
 

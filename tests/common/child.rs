@@ -115,13 +115,14 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// Does something with another user's rights. They belong to a thread of its own, and end with it:
-/// the C library changes a whole process, the system call only the thread that makes it.
+/// Does something as another user, with this user's rights and limits: a pipe counts as the real
+/// user's. It is a thread of its own that becomes the user, and ends: the C library changes a whole
+/// process, the system call only the thread that makes it.
 pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
         // SAFETY: takes three integers; no memory is involved.
-        let result = unsafe { libc::syscall(libc::SYS_setresuid, unchanged, uid, unchanged) };
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, unchanged) };
         assert_eq!(
             result,
             0,
