@@ -1,7 +1,7 @@
 # make            builds the release binary
 # make demo       checkpoints a running process through the streamer, and restores it (as root)
 # make test       installs what the tests need, and runs all of them (as root)
-# make check      formatting and lints
+# make check      formatting, lints, and the width of comments
 # make fuzz       FUZZ_SECONDS (60) of each fuzz target, with a nightly Rust
 # make bench      the benchmark, as a table
 # make install    into $(DESTDIR)$(PREFIX), with the manual page and the shells' completions
@@ -25,8 +25,16 @@ all: build
 build:
 	$(CARGO) build $(BUILD) --locked
 
-documents:
+# The manual page is made from --help. Without help2man there is none.
+documents: build
 	$(CARGO) run $(BUILD) --locked --quiet --example documents -- $(DOCUMENTS)
+	rm -f $(DOCUMENTS)/criu-image-streamer.1
+	if command -v help2man >/dev/null; then \
+		help2man --no-info --section=1 --include=docs/criu-image-streamer.h2m \
+			--output=$(DOCUMENTS)/criu-image-streamer.1 $(BINARY); \
+	else \
+		echo 'make: no manual page without help2man (Debian: apt-get install help2man)' >&2; \
+	fi
 
 demo:
 	examples/demo
@@ -40,6 +48,7 @@ test:
 check:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	! LC_ALL=C.UTF-8 grep -rnP --include='*.rs' '^(?=\s*//).{101}' src tests examples fuzz/fuzz_targets build.rs || { echo 'make check: wrap these comments at 100 columns' >&2; exit 1; }
 
 fuzz:
 	$(CARGO) fuzz --version || $(CARGO) install --locked cargo-fuzz
@@ -53,7 +62,7 @@ bench:
 
 install: build documents
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/criu-image-streamer
-	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.1 $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
+	[ ! -e $(DOCUMENTS)/criu-image-streamer.1 ] || install -D -m 644 $(DOCUMENTS)/criu-image-streamer.1 $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
 	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/criu-image-streamer
 	install -D -m 644 $(DOCUMENTS)/_criu-image-streamer $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_criu-image-streamer
 	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/criu-image-streamer.fish

@@ -1,5 +1,5 @@
-//! Compiles the protocol definitions with protox, so that no `protoc` is needed on the building machine, and keeps libgcc_s
-//! out of the program.
+//! Compiles the protocol definitions with protox, so that no `protoc` is needed on the building
+//! machine, and keeps libgcc_s out of the program.
 
 use std::path::PathBuf;
 
@@ -12,9 +12,9 @@ fn main() -> Result<()> {
     link_unwinder_statically()
 }
 
-/// The program is copied to bare machines and into containers, and has to run there with libc alone. Rust's standard library asks the
-/// linker for the shared libgcc_s, for its unwinder; a linker script of that name, found first, gives it the same code
-/// from gcc's static libraries.
+/// The program is copied to bare machines and into containers, and has to run there with libc
+/// alone. Rust's standard library asks the linker for the shared libgcc_s, for its unwinder. A
+/// linker script of that name, found first, gives it the same code from gcc's static libraries.
 fn link_unwinder_statically() -> Result<()> {
     if std::env::var("CARGO_CFG_TARGET_ENV").as_deref() != Ok("gnu") {
         return Ok(());

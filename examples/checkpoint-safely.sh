@@ -78,7 +78,7 @@ processes=$(tree "$pid")
 wait "$streamer" || fail "the image could not be written: process $pid goes on"
 streamer=
 
-# Only now is the image safe. None can run between these signals: all are stopped.
+# Only now is the image safe. No process runs between these signals: all are stopped.
 for process in $processes; do
     kill -KILL "$process"
 done

@@ -1,29 +1,34 @@
 //! Changes the ports that the application listens on, in the image: `--tcp-listen-remap`.
 //!
-//! `files.img` is two magic numbers and then length-prefixed protobuf messages, one for each open file:
+//! `files.img` is two magic numbers and then length-prefixed protobuf messages, one for each file:
 //!
 //! ```text
-//! | 0x54564319 (u32 LE) | 0x56303138 (u32 LE) | length (u32 LE) | file_entry | length | file_entry | …
+//! | 0x54564319 (u32 LE) | 0x56303138 (u32 LE) | length (u32 LE) | file_entry | length | …
 //! file_entry   { …, isk = 4: inet_sk_entry { …, proto = 5, state = 6, src_port = 7, … }, … }
 //! ```
 //!
-//! CRIU adds fields to these messages over time, and each of them has to survive byte for byte. So the messages are not decoded
-//! and encoded again, which would lose what this program has never heard of: the fields are walked, and only the bytes of
-//! `src_port` are replaced, with the lengths around them.
+//! CRIU adds fields to these messages over time, and each must survive byte for byte. Decoding and
+//! encoding again would lose fields that this program does not know. So the fields are walked, and
+//! only `src_port` is written anew, with the lengths of the messages around it
+//! (docs/protocol.md, section 4).
 
 use std::collections::BTreeSet;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
+use prost::encoding::{
+    DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint, skip_field,
+};
 
 const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x38, 0x31, 0x30, 0x56];
 
 /// The file that describes all open files.
-pub const FILE: &str = "files.img";
+pub(crate) const FILE: &str = "files.img";
 
-const FILE_ENTRY_ISK: u64 = 4;
-const ISK_PROTO: u64 = 5;
-const ISK_STATE: u64 = 6;
-const ISK_SRC_PORT: u64 = 7;
+const FILE_ENTRY_ISK: u32 = 4;
+const ISK_PROTO: u32 = 5;
+const ISK_STATE: u32 = 6;
+const ISK_SRC_PORT: u32 = 7;
 
 const IPPROTO_TCP: u64 = 6;
 
@@ -37,197 +42,149 @@ pub struct Remap {
     pub new: u16,
 }
 
+impl FromStr for Remap {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let port = |port: &str| {
+            port.parse()
+                .map_err(|_| format!("{port:?} is no TCP port: they go from 0 to 65535"))
+        };
+        let (old, new) = text
+            .split_once(':')
+            .ok_or_else(|| format!("{text:?} is not of the form old:new, such as 80:8080"))?;
+        Ok(Self {
+            old: port(old)?,
+            new: port(new)?,
+        })
+    }
+}
+
 /// Changes the listening ports in the contents of `files.img`.
 ///
 /// # Errors
 /// When the file is not what it should be, or a port belongs to no listening socket.
 pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
-    ensure!(
-        files_img.starts_with(&MAGIC),
-        "it does not start like a {FILE}"
-    );
+    let mut rest = files_img
+        .strip_prefix(&MAGIC)
+        .with_context(|| format!("it does not start like a {FILE}"))?;
     let mut result = MAGIC.to_vec();
-    let mut ports = BTreeSet::new();
-    let mut changed = BTreeSet::new();
-    let mut left = &files_img[MAGIC.len()..];
-    while !left.is_empty() {
-        let (length, rest) = left.split_first_chunk().context("it is cut off")?;
+    let mut listening = BTreeSet::new();
+    while !rest.is_empty() {
+        let (length, entry) = rest.split_first_chunk().context("it is cut off")?;
         let length = u32::from_le_bytes(*length) as usize;
-        let (entry, rest) = rest.split_at_checked(length).context("it is cut off")?;
-        let mut patch = |port: u16| {
-            ports.insert(port);
-            let remap = remaps.iter().find(|remap| remap.old == port)?;
-            changed.insert(port);
-            Some(remap.new)
-        };
-        let entry = map_field(entry, FILE_ENTRY_ISK, |isk| map_socket(isk, &mut patch))?;
+        let (entry, after) = entry.split_at_checked(length).context("it is cut off")?;
+        let entry = map_entry(entry, remaps, &mut listening)
+            .context("it holds something that is not protobuf")?;
         result.extend_from_slice(&u32::try_from(entry.len())?.to_le_bytes());
         result.extend_from_slice(&entry);
-        left = rest;
+        rest = after;
     }
-    if let Some(missing) = remaps.iter().find(|remap| !changed.contains(&remap.old)) {
-        let ports = ports
-            .iter()
-            .map(u16::to_string)
-            .collect::<Vec<_>>()
-            .join(", ");
-        let ports = if ports.is_empty() {
-            "none".to_owned()
-        } else {
-            ports
-        };
+    if let Some(missing) = remaps.iter().find(|remap| !listening.contains(&remap.old)) {
+        let ports: Vec<_> = listening.iter().map(u16::to_string).collect();
         bail!(
-            "no socket listens on TCP port {} in the image; ports listened on: {ports}",
-            missing.old
+            "no socket listens on TCP port {} in the image; ports listened on: {}",
+            missing.old,
+            if ports.is_empty() {
+                "none".to_owned()
+            } else {
+                ports.join(", ")
+            }
         );
     }
     Ok(result)
 }
 
-/// Changes the port of one socket, if it is one that listens.
-fn map_socket(isk: &[u8], patch: &mut impl FnMut(u16) -> Option<u16>) -> Result<Vec<u8>> {
-    let (mut proto, mut state, mut port) = (0, 0, None);
-    for field in Fields(isk) {
-        match field? {
-            Field {
-                number: ISK_PROTO,
-                value: Value::Varint(value),
-                ..
-            } => proto = value,
-            Field {
-                number: ISK_STATE,
-                value: Value::Varint(value),
-                ..
-            } => state = value,
-            Field {
-                number: ISK_SRC_PORT,
-                value: Value::Varint(value),
-                ..
-            } => port = u16::try_from(value).ok(),
-            _ => {}
+/// Changes the ports of one entry, and notes on which ports it listens.
+fn map_entry(entry: &[u8], remaps: &[Remap], listening: &mut BTreeSet<u16>) -> Result<Vec<u8>> {
+    let mut result = Vec::with_capacity(entry.len() + 2);
+    for field in fields(entry)? {
+        let isk = field.bytes(FILE_ENTRY_ISK).map(fields).transpose()?;
+        let mapped = isk.and_then(|isk| {
+            let port = listening_port(&isk)?;
+            listening.insert(port);
+            let remap = remaps.iter().find(|remap| remap.old == port)?;
+            Some(with_port(&isk, remap.new))
+        });
+        match mapped {
+            Some(isk) => {
+                encode_key(FILE_ENTRY_ISK, WireType::LengthDelimited, &mut result);
+                encode_varint(isk.len() as u64, &mut result);
+                result.extend_from_slice(&isk);
+            }
+            None => result.extend_from_slice(field.raw),
         }
     }
-    let Some(new) = port
-        .filter(|_| (proto, state) == (IPPROTO_TCP, LISTENING))
-        .and_then(patch)
-    else {
-        return Ok(isk.to_vec());
-    };
-    let mut result = Vec::with_capacity(isk.len() + 2);
-    for field in Fields(isk) {
-        let field = field?;
-        if field.number == ISK_SRC_PORT && matches!(field.value, Value::Varint(_)) {
-            prost::encoding::encode_varint(ISK_SRC_PORT << 3, &mut result);
-            prost::encoding::encode_varint(u64::from(new), &mut result);
+    Ok(result)
+}
+
+/// The port of a socket that listens on TCP. As protobuf has it, a field's last value counts.
+fn listening_port(isk: &[Field]) -> Option<u16> {
+    let last = |number| isk.iter().rev().find_map(|field| field.varint(number));
+    let listens = (last(ISK_PROTO), last(ISK_STATE)) == (Some(IPPROTO_TCP), Some(LISTENING));
+    last(ISK_SRC_PORT)
+        .filter(|_| listens)
+        .and_then(|port| u16::try_from(port).ok())
+}
+
+fn with_port(isk: &[Field], port: u16) -> Vec<u8> {
+    let mut result = Vec::new();
+    for field in isk {
+        if field.varint(ISK_SRC_PORT).is_some() {
+            encode_key(ISK_SRC_PORT, WireType::Varint, &mut result);
+            encode_varint(u64::from(port), &mut result);
         } else {
             result.extend_from_slice(field.raw);
         }
     }
-    Ok(result)
-}
-
-/// Copies a message, with each length-delimited field of this number replaced by what `map` makes of it.
-fn map_field(
-    message: &[u8],
-    number: u64,
-    mut map: impl FnMut(&[u8]) -> Result<Vec<u8>>,
-) -> Result<Vec<u8>> {
-    let mut result = Vec::with_capacity(message.len() + 2);
-    for field in Fields(message) {
-        match field? {
-            Field {
-                number: found,
-                value: Value::Bytes(bytes),
-                raw,
-            } if found == number => {
-                let mapped = map(bytes)?;
-                if mapped == bytes {
-                    result.extend_from_slice(raw);
-                    continue;
-                }
-                const LENGTH_DELIMITED: u64 = 2;
-                prost::encoding::encode_varint(number << 3 | LENGTH_DELIMITED, &mut result);
-                prost::encoding::encode_varint(mapped.len() as u64, &mut result);
-                result.extend_from_slice(&mapped);
-            }
-            field => result.extend_from_slice(field.raw),
-        }
-    }
-    Ok(result)
+    result
 }
 
 /// One field of a protobuf message.
 struct Field<'a> {
-    number: u64,
-    value: Value<'a>,
-    /// The field as it stands in the message, tag and all.
+    number: u32,
+    wire_type: WireType,
+    value: &'a [u8],
+    /// The field as it stands in the message, with its key.
     raw: &'a [u8],
 }
 
-enum Value<'a> {
-    Varint(u64),
-    Bytes(&'a [u8]),
-    Fixed,
+impl<'a> Field<'a> {
+    fn is(&self, number: u32, wire_type: WireType) -> bool {
+        (self.number, self.wire_type) == (number, wire_type)
+    }
+
+    /// The value, if the field is this one and a number.
+    fn varint(&self, number: u32) -> Option<u64> {
+        let is_it = self.is(number, WireType::Varint);
+        is_it.then(|| decode_varint(&mut &*self.value).ok())?
+    }
+
+    /// The value, if the field is this one and a message.
+    fn bytes(&self, number: u32) -> Option<&'a [u8]> {
+        let mut value = self.value;
+        let is_it = self.is(number, WireType::LengthDelimited);
+        (is_it && decode_varint(&mut value).is_ok()).then_some(value)
+    }
 }
 
 /// The fields of a message, in the order in which they stand there.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Fields<'a> {
-    fn split(&self) -> Result<(Field<'a>, &'a [u8])> {
-        let message = self.0;
-        let mut rest = message;
-        let tag = prost::encoding::decode_varint(&mut rest)?;
-        let value = match tag & 7 {
-            0 => Value::Varint(prost::encoding::decode_varint(&mut rest)?),
-            1 => {
-                rest = rest.get(8..).context("a field is cut off")?;
-                Value::Fixed
-            }
-            2 => {
-                let length = usize::try_from(prost::encoding::decode_varint(&mut rest)?)?;
-                let (bytes, after) = rest
-                    .split_at_checked(length)
-                    .context("a field is cut off")?;
-                rest = after;
-                Value::Bytes(bytes)
-            }
-            5 => {
-                rest = rest.get(4..).context("a field is cut off")?;
-                Value::Fixed
-            }
-            other => bail!("a field has the unknown wire type {other}"),
-        };
-        let raw = &message[..message.len() - rest.len()];
-        Ok((
-            Field {
-                number: tag >> 3,
-                value,
-                raw,
-            },
-            rest,
-        ))
+fn fields(mut message: &[u8]) -> Result<Vec<Field<'_>>> {
+    let mut fields = Vec::new();
+    while !message.is_empty() {
+        let raw = message;
+        let (number, wire_type) = decode_key(&mut message)?;
+        ensure!(wire_type != WireType::StartGroup, "it has a group");
+        let value = message;
+        skip_field(wire_type, number, &mut message, DecodeContext::default())?;
+        fields.push(Field {
+            number,
+            wire_type,
+            value: &value[..value.len() - message.len()],
+            raw: &raw[..raw.len() - message.len()],
+        });
     }
-}
-
-impl<'a> Iterator for Fields<'a> {
-    type Item = Result<Field<'a>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        match self.split() {
-            Ok((field, rest)) => {
-                self.0 = rest;
-                Some(Ok(field))
-            }
-            Err(error) => {
-                self.0 = &[];
-                Some(Err(error.context("it holds something that is not protobuf")))
-            }
-        }
-    }
+    Ok(fields)
 }
 
 #[cfg(test)]
@@ -247,7 +204,7 @@ mod tests {
         let mut bytes = message(&[(1, 9), (2, 3)]);
         bytes.extend_from_slice(&[4 << 3 | 2, isk.len() as u8]);
         bytes.extend_from_slice(isk);
-        bytes.extend_from_slice(&[0x9d, 0x06, 1, 2, 3, 4]); // field 99, fixed32: unknown to everybody
+        bytes.extend_from_slice(&[0x9d, 0x06, 1, 2, 3, 4]); // field 99, fixed32: no CRIU has it
         bytes
     }
 
@@ -278,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_nobody_listens_on_is_an_error_that_lists_the_others() {
+    fn a_port_without_a_listener_is_an_error_that_lists_the_others() {
         let before = file(&[entry(&message(&[(5, 6), (6, 10), (7, 443)]))]);
         let error = remap(&before, &[HTTP]).unwrap_err().to_string();
         assert!(error.contains("80") && error.contains("443"), "{error}");

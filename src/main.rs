@@ -3,9 +3,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match criu_image_streamer::run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            criu_image_streamer::report::notice::tell_error(&error);
-            criu_image_streamer::exit_status(&error)
-        }
+        Err(error) => criu_image_streamer::exit_status(&error),
     }
 }

@@ -1,25 +1,28 @@
 //! When to look at busy pipes again.
 //!
-//! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In the
-//! meantime the pipes fill, so that each call moves much, and their writers are not made to wake
-//! anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving, which
-//! copies, naps for as long as pipes take to fill; serving, for as long as they take to be emptied.
+//! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In
+//! the meantime the pipes fill, so that each call moves much, and their writers are not made to
+//! wake anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving,
+//! which copies, naps for as long as pipes take to fill; serving, for as long as they take to be
+//! emptied.
 
 use std::time::Duration;
 
-/// How long a loop leaves busy pipes alone. With the time that waking up takes, a pipe of 1 MiB is half full by then. Measured on a
-/// capture by 4 shards: 5 to 6 GB/s with naps of 100 µs, 8 with 50, 14 to 21 with 10, at 0.03 to 0.04 CPU s/GB each; with 1 µs
-/// the CPU time grows by half.
+/// How long a loop leaves busy pipes alone. With the time that waking up takes, a pipe of 1 MiB is
+/// half full by then. `capture/4-shards` moved 14 to 21 GB/s with naps of 10 µs, and 8 with 50 µs
+/// (2026-11-21); with 1 µs it took half as much CPU time again.
 pub const NAP: Duration = Duration::from_micros(10);
 
-/// How much later than asked for a nap may end, in nanoseconds. By default it is 50 µs, which would double it.
+/// How much later than asked for a nap may end, in nanoseconds. The kernel's default, 50 µs, is
+/// five times the nap itself.
 const SLACK: u64 = 1000;
 
 /// The longest nap, for when nothing moves because all shards are full or empty.
 pub const LONGEST_NAP: Duration = Duration::from_millis(5);
 
-/// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are not full, as small spliced pieces leave
-/// them, keep a pipe from ever looking full, and then this limits the speed.
+/// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are
+/// not full, as small spliced pieces leave them, keep a pipe from ever looking full, and then this
+/// limits the speed.
 const LONGEST_FILLING: Duration = Duration::from_micros(500);
 
 /// The longest nap while pipes are emptied: CRIU copies what is in a pipe of 4 MiB in 2 to 3 ms.
@@ -45,16 +48,17 @@ impl Pace {
     }
 
     /// Naps after data was moved, or may be moved once more of it has come.
-    pub fn nap(&mut self) {
+    pub(crate) fn nap(&mut self) {
         self.next = NAP;
         std::thread::sleep(NAP);
     }
 
-    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where there is `room` for so many. Full
-    /// pipes, whose writers wait, are looked at again at once.
+    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where
+    /// there is `room` for so many. Full pipes, whose writers wait, are looked at again at once.
     ///
-    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of the write; the writer of a full
-    /// pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU s/GB spent spinning with naps of 10 µs, 0.03 with these.
+    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of
+    /// the write; the writer of a full pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU
+    /// s/GB spent spinning with naps of 10 µs, 0.03 with these.
     pub fn nap_until_filled(&mut self, found: u64, room: u64) {
         let full = found * 8 >= room * 7;
         if full && self.next == NAP {
@@ -72,8 +76,9 @@ impl Pace {
     /// `room` would fit into empty ones. Where events come when pipes are empty, it does not nap at
     /// all.
     ///
-    /// A reader copies with the pipe's mutex held, and we would spin for as long if we filled the pipe
-    /// meanwhile. A pipe that was not found empty has a reader at work, so the next nap is longer.
+    /// A reader copies with the pipe's mutex held, and we would spin for as long if we filled the
+    /// pipe meanwhile. A pipe that was not found empty has a reader at work, so the next nap is
+    /// longer.
     pub fn nap_until_emptied(&mut self, sent: u64, room: u64) {
         if sent * 8 < room * 7 {
             self.next = (self.next * 2).min(LONGEST_EMPTYING);
@@ -85,9 +90,9 @@ impl Pace {
         std::thread::sleep(self.next);
     }
 
-    /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard costs no CPU, and yet
-    /// never much longer than the stall has lasted already.
-    pub fn nap_longer(&mut self) {
+    /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard
+    /// costs no CPU, and yet never much longer than the stall has lasted already.
+    pub(crate) fn nap_longer(&mut self) {
         std::thread::sleep(self.next);
         self.next = (self.next * 2).min(LONGEST_NAP);
     }

@@ -214,11 +214,14 @@ fn a_restore_with_more_large_files_open_than_descriptors_is_a_clear_error() {
     assert!(open.len() < 64, "all of them are open");
 }
 
-/// In limits in which a small image is restored.
+/// In limits in which a small image is restored. With few descriptors, nothing is held in pipes.
 #[test]
 fn an_image_larger_than_the_memory_is_a_clear_error() {
     const MIB: u64 = 1 << 20;
-    let launch = || Streamer::serve().limit(Limit::AddressSpace(192 * MIB));
+    let launch = || {
+        let launch = Streamer::serve().limit(Limit::OpenFiles(256));
+        launch.limit(Limit::AddressSpace(192 * MIB))
+    };
     let files = runs::sample_files(2);
     let (mut streamer, _feeder) = runs::feed(launch(), &image::encode_files(&files, 1, 100_000));
     runs::assert_served(&mut streamer, &files);

@@ -1,112 +1,111 @@
 //! Chooses the shard for a chunk.
 //!
-//! **The rule.** A chunk is given to a shard only when that shard has free slots for the chunk's markers and all of its data.
-//! Among the shards that may take one, that with the most room gets it. If the room is less than was asked for, the chunk is
-//! cut to fit, but not below half of the shard's capacity: scraps would cost a wake-up each.
-//! If no shard has that much room, nobody gets the chunk, and its source keeps its data until a shard has drained: a
-//! stalled shard fills up once and is then passed over.
+//! **The rule.** A chunk is given to a shard only when that shard has free slots for the chunk's
+//! markers and all of its data. Among the shards that may take one, that with the most free slots
+//! gets it. If it has fewer than were asked for, the chunk is cut to fit, but not below half of the
+//! shard's capacity: scraps would cost a wake-up each. If no shard has that much room, the source
+//! keeps its data until a shard has drained: a stalled shard fills up once and is then passed over.
 //!
-//! **From below.** Room is never overestimated on purpose: what is known of a shard from its last inspection is a lower bound,
-//! since its reader only makes more room. Only when the known room does not suffice are the shards inspected again (`FIONREAD`,
-//! which contends with the reader for the pipe's mutex), so that many small files pass between two inspections.
+//! **From below.** Free slots are never overestimated: what is known of a shard from its last
+//! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
+//! not suffice are the shards inspected again (`FIONREAD`, which contends with the reader for the
+//! pipe's mutex), so that many small files pass between two inspections.
 //!
-//! **Why nothing deadlocks.** An empty shard always qualifies, so data moves as long as any reader reads. A chunk that was given to a
-//! shard fits into it, since the slots that it takes are never underestimated either ([`super::source`] says how that is known of
-//! partial pages): so the splice finishes at once, and no source waits for one particular shard.
+//! **Why nothing deadlocks.** An empty shard always qualifies, however full the others are, so data
+//! moves as long as any reader reads. A chunk that was given to a shard fits into it, since the
+//! slots that it takes are never underestimated either ([`super::chunk`] says how). So it leaves
+//! its source at once: no source ever waits for one particular shard, and no shard for a source.
 //!
-//! Where that cannot be had (a shard of a single slot never holds a marker and data at once, and a shard that somebody else
-//! writes to has less room than we know), the rest of the chunk is *promised* to its shard: this shard takes no other chunk
-//! and this source gives none until the rest has moved, while all others go on. A promise only waits for its shard's
-//! reader, never for another source or shard, so promises cannot form a cycle.
+//! A shard that another process writes to as well, or whose reader has made the pipe smaller, has
+//! less room than we know. What such a shard does not take is copied to its queue, so that even
+//! then the chunk has left its source; the shard gets no other until its queue has been written.
 
 use std::io;
 
-/// What the balancer needs to know of a shard. All sizes are in slots.
-pub trait Room {
+/// What the balancer needs to know of a shard.
+pub(super) trait Slots {
     /// Slots in all.
-    fn capacity(&self) -> usize;
+    fn slots(&self) -> usize;
     /// Slots that are free for sure.
-    fn room(&self) -> usize;
-    /// Looks again at how much is free.
-    ///
-    /// # Errors
-    /// When the shard cannot be inspected.
+    fn free_slots(&self) -> usize;
+    /// Looks again at how many are free.
     fn inspect(&mut self) -> io::Result<()>;
-    /// Whether it takes a chunk at all: none is promised to it.
-    fn is_open(&self) -> bool;
 }
 
 /// A shard, and how many of its slots the chunk may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Grant {
-    pub shard: usize,
-    pub slots: usize,
+pub(super) struct Placement {
+    pub(super) shard: usize,
+    pub(super) slots: usize,
 }
 
 /// Finds a shard for `wanted` slots, or for a part of them that is worth a chunk.
-///
-/// # Errors
-/// When a shard cannot be inspected.
-pub fn choose<S: Room>(shards: &mut [S], wanted: usize) -> io::Result<Option<Grant>> {
-    if let Some(shard) = roomiest(shards)
-        && shards[shard].room() >= wanted
-    {
-        return Ok(Some(Grant {
-            shard,
-            slots: wanted,
-        }));
+pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Option<Placement>> {
+    let largest = shards.iter().map(S::slots).max().unwrap_or(0);
+    let wanted = wanted.min(largest);
+    if let Some(placement) = roomiest(shards, wanted, |shard| shard.free_slots() >= wanted) {
+        return Ok(Some(placement));
     }
-    for shard in shards.iter_mut().filter(|shard| shard.is_open()) {
+    for shard in shards.iter_mut() {
         shard.inspect()?;
     }
-    Ok(roomiest(shards).and_then(|shard| {
-        let room = shards[shard].room();
-        let worthwhile = room > 0 && (room >= wanted || room * 2 >= shards[shard].capacity());
-        worthwhile.then_some(Grant {
-            shard,
-            slots: room.min(wanted),
-        })
+    Ok(roomiest(shards, wanted, |shard| {
+        let free = shard.free_slots();
+        free > 0 && (free >= wanted || free * 2 >= shard.slots())
     }))
 }
 
-/// The open shard with the most known room; the first of several.
-fn roomiest<S: Room>(shards: &[S]) -> Option<usize> {
-    (0..shards.len())
-        .rev()
-        .filter(|&index| shards[index].is_open())
-        .max_by_key(|&index| shards[index].room())
+/// Of the shards that qualify, that with the most known free slots; the first of several.
+fn roomiest<S: Slots>(
+    shards: &[S],
+    wanted: usize,
+    qualifies: impl Fn(&S) -> bool,
+) -> Option<Placement> {
+    let candidates = shards.iter().enumerate().rev();
+    let (shard, free) = candidates
+        .filter(|(_, shard)| qualifies(shard))
+        .map(|(index, shard)| (index, shard.free_slots()))
+        .max_by_key(|&(_, free)| free)?;
+    Some(Placement {
+        shard,
+        slots: free.min(wanted),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[derive(Clone)]
     struct Fake {
-        capacity: usize,
+        slots: usize,
         known: usize,
         real: usize,
-        open: bool,
         inspections: usize,
     }
 
     impl Fake {
         fn new(known: usize, real: usize) -> Self {
             Self {
-                capacity: 256,
+                slots: 256,
                 known,
                 real,
-                open: true,
                 inspections: 0,
+            }
+        }
+
+        fn small(slots: usize, real: usize) -> Self {
+            Self {
+                slots,
+                ..Self::new(0, real)
             }
         }
     }
 
-    impl Room for Fake {
-        fn capacity(&self) -> usize {
-            self.capacity
+    impl Slots for Fake {
+        fn slots(&self) -> usize {
+            self.slots
         }
-        fn room(&self) -> usize {
+        fn free_slots(&self) -> usize {
             self.known
         }
         fn inspect(&mut self) -> io::Result<()> {
@@ -114,76 +113,51 @@ mod tests {
             self.inspections += 1;
             Ok(())
         }
-        fn is_open(&self) -> bool {
-            self.open
-        }
+    }
+
+    fn placed(shard: usize, slots: usize) -> Option<Placement> {
+        Some(Placement { shard, slots })
     }
 
     #[test]
     fn the_roomiest_shard_is_chosen_without_looking_at_any() {
         let mut shards = [Fake::new(10, 256), Fake::new(200, 256), Fake::new(100, 256)];
-        assert_eq!(
-            choose(&mut shards, 64).unwrap(),
-            Some(Grant {
-                shard: 1,
-                slots: 64
-            })
-        );
+        assert_eq!(choose(&mut shards, 64).unwrap(), placed(1, 64));
         assert!(shards.iter().all(|shard| shard.inspections == 0));
     }
 
     #[test]
     fn shards_are_inspected_when_the_known_room_does_not_suffice() {
         let mut shards = [Fake::new(3, 3), Fake::new(5, 200)];
-        assert_eq!(
-            choose(&mut shards, 64).unwrap(),
-            Some(Grant {
-                shard: 1,
-                slots: 64
-            })
-        );
+        assert_eq!(choose(&mut shards, 64).unwrap(), placed(1, 64));
     }
 
     #[test]
     fn a_chunk_is_cut_to_the_room_but_not_into_scraps() {
         let mut shards = [Fake::new(0, 128)];
-        assert_eq!(
-            choose(&mut shards, 200).unwrap(),
-            Some(Grant {
-                shard: 0,
-                slots: 128
-            })
-        );
+        assert_eq!(choose(&mut shards, 200).unwrap(), placed(0, 128));
         let mut shards = [Fake::new(0, 127)];
         assert_eq!(choose(&mut shards, 200).unwrap(), None);
     }
 
     #[test]
-    fn full_and_promised_shards_are_passed_over() {
-        let mut promised = Fake::new(256, 256);
-        promised.open = false;
-        let mut shards = [promised.clone(), Fake::new(0, 0), Fake::new(0, 2)];
-        assert_eq!(
-            choose(&mut shards, 2).unwrap(),
-            Some(Grant { shard: 2, slots: 2 })
-        );
-        assert_eq!(choose(&mut [promised, Fake::new(0, 0)], 1).unwrap(), None);
+    fn full_shards_are_passed_over() {
+        let mut shards = [Fake::new(0, 0), Fake::new(0, 2)];
+        assert_eq!(choose(&mut shards, 2).unwrap(), placed(1, 2));
+        assert_eq!(choose(&mut [Fake::new(0, 0)], 1).unwrap(), None);
     }
 
     #[test]
     fn an_empty_shard_of_any_capacity_qualifies() {
-        for capacity in [1, 2, 16, 256] {
-            let mut shards = [Fake {
-                capacity,
-                ..Fake::new(0, capacity)
-            }];
-            assert_eq!(
-                choose(&mut shards, 1000).unwrap(),
-                Some(Grant {
-                    shard: 0,
-                    slots: capacity
-                })
-            );
+        for slots in [1, 2, 16, 256] {
+            let mut shards = [Fake::small(slots, slots)];
+            assert_eq!(choose(&mut shards, 1000).unwrap(), placed(0, slots));
         }
+    }
+
+    #[test]
+    fn an_empty_shard_qualifies_beside_a_stalled_one_that_has_more_room() {
+        let mut shards = [Fake::new(100, 100), Fake::small(64, 64)];
+        assert_eq!(choose(&mut shards, 200).unwrap(), placed(1, 64));
     }
 }

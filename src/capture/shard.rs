@@ -1,38 +1,41 @@
-//! The writing side of a shard: markers that wait to be written, data spliced behind them, and how full the pipe is.
+//! The writing side of a shard: a queue of what is to be written, data spliced behind it, and how
+//! full the pipe is.
 //!
-//! We are the only writer of a shard, so that we know in what portions its pipe was filled, and how many slots each took at most.
-//! `FIONREAD` tells how many bytes the reader has left; the newest portions that make up so many bytes are what is
-//! still in there. Of a portion that the reader is inside of, each page's worth of bytes taken out has freed a slot, but for
-//! the one that it may be in the middle of. So the room is never overestimated.
+//! We are the only writer of a shard, so we know in what portions its pipe was filled, and how many
+//! slots each took at most. `FIONREAD` tells how many bytes the reader has left; the newest writes
+//! that make up this number are what is still in the pipe. Bytes already read from a partly
+//! consumed write free one slot per full page, except the one the reader may still be in. So the
+//! number of free slots is never overestimated.
 //!
-//! Markers are gathered and written when data follows, or when the loop is about to sleep: the end of one small file and
-//! the start of the next cost one `write` and one slot.
-//!
-//! Small files gather too, in a pipe of our own: nobody is woken by what is put there, and one splice moves a whole batch of files
-//! to the shard. Waking the shard's reader twice for each file took 40% of the CPU.
+//! Markers and copied data are queued, and written when spliced data follows, when there is enough
+//! of them, or when the loop is about to sleep: hundreds of markers, or dozens of small files, cost
+//! one `write` and wake the reader once.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 
-use super::balancer::Room;
+use super::balancer::Slots;
 use crate::format::Marker;
 use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
 use crate::report::meter::Meter;
 use crate::report::progress::ShardStats;
 
+/// Bytes in the queue beyond which it is written before more is copied to it.
+const LONG_QUEUE: usize = 32 << 10;
+
 /// Something that was put into the pipe, and the most slots that it took there.
 #[derive(Debug)]
-struct Portion {
+struct WriteRecord {
     bytes: usize,
     slots: usize,
 }
 
-impl Portion {
+impl WriteRecord {
     /// The most slots that its last `left` bytes take.
     fn slots_left(&self, left: usize) -> usize {
         let taken_out = self.bytes - left;
@@ -41,255 +44,136 @@ impl Portion {
     }
 }
 
-/// The capacity of the pipe for small files, in bytes: enough for some 30 of them, and for any other pipe to have room for.
-const BATCH: usize = 256 << 10;
-
-/// A chunk that is worth waking the shard's reader for, in bytes.
-const WORTH_A_WAKE_UP: usize = 32 << 10;
-
-/// A pipe of our own in which small files gather.
-#[derive(Debug)]
-struct Batch {
-    entry: WriteEnd,
-    exit: ReadEnd,
-    capacity: usize,
-    bytes: usize,
-    /// The most slots that the bytes take: what the parts took at most, and no more than this pipe has.
-    slots: usize,
-}
-
-impl Batch {
-    fn new(largest: usize) -> Result<Self> {
-        let (exit, entry) = pipe::new()?;
-        let entry = entry.nonblocking()?;
-        let capacity = pipe::grow(&entry, largest)?;
-        Ok(Self {
-            entry,
-            exit,
-            capacity,
-            bytes: 0,
-            slots: 0,
-        })
-    }
-
-    /// Adds markers, as far as there is room, and tells how many bytes of them.
-    fn write(&mut self, markers: &[u8]) -> Result<usize> {
-        match pipe::write(&self.entry, markers).context("gathering small files")? {
-            Moved::Bytes(bytes) => Ok(self.added(bytes, bytes.div_ceil(SLOT))),
-            Moved::WouldBlock | Moved::End => Ok(0),
-        }
-    }
-
-    /// Adds data, as far as there is room, and tells how many bytes of it.
-    fn splice(&mut self, source: &ReadEnd, len: usize, slots: usize) -> Result<usize> {
-        match pipe::splice(source, &self.entry, len).context("gathering small files")? {
-            Moved::Bytes(bytes) => Ok(self.added(bytes, slots)),
-            Moved::WouldBlock | Moved::End => Ok(0),
-        }
-    }
-
-    fn added(&mut self, bytes: usize, slots: usize) -> usize {
-        self.bytes += bytes;
-        self.slots = (self.slots + slots).min(self.capacity);
-        bytes
-    }
-}
-
-/// How a splice into the shard went.
+/// How much of a queue was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Spliced {
-    /// All of it moved.
+pub(super) enum Flushed {
     All,
-    /// The shard is full; so many bytes are left.
-    Full { left: usize },
-    /// The source ended early; so many bytes are missing.
-    SourceEnded { missing: usize },
+    Partly,
 }
 
 /// The writing side of a shard.
-pub struct Shard {
+pub(super) struct Shard {
     pipe: WriteEnd,
     label: String,
-    capacity: usize,
-    portions: VecDeque<Portion>,
+    slots: usize,
+    /// What may still be in the pipe, the oldest first.
+    written: VecDeque<WriteRecord>,
+    /// Slots that were free after the last inspection, less what was written since.
     free: usize,
-    markers: Vec<u8>,
-    /// Small files that were not moved yet, with their markers: before the queued ones. None if small files do not gather.
-    batch: Option<Batch>,
+    /// Markers and copied data.
+    queue: Vec<u8>,
     meter: Meter,
-    promised: bool,
 }
 
 impl Shard {
     /// Gives the pipe the largest capacity allowed. `label` names the shard in errors.
-    ///
-    /// # Errors
-    /// When the pipe cannot be made non-blocking or measured.
-    pub fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
-        let prepare = || {
-            let pipe = pipe.nonblocking()?;
-            let capacity = pipe::grow(&pipe, pipe::LARGEST)?;
-            let others = pipe::available(&pipe)?;
-            Ok::<_, io::Error>((pipe, capacity, others))
-        };
-        let (pipe, capacity, others) = prepare().with_context(|| format!("preparing {label}"))?;
-        // Somebody's bytes that are in there already may take all slots.
-        let portions = VecDeque::from([Portion {
-            bytes: others,
-            slots: capacity.min(others),
-        }]);
-        Ok(Self {
+    pub(super) fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
+        let prepared = pipe.nonblocking().and_then(|pipe| {
+            let slots = pipe::grow(&pipe, pipe::LARGEST)?;
+            Self::measured(pipe, slots, label.clone(), meter)
+        });
+        prepared.with_context(|| format!("preparing {label}"))
+    }
+
+    fn measured(pipe: WriteEnd, slots: usize, label: String, meter: Meter) -> io::Result<Self> {
+        let mut shard = Self {
             pipe,
             label,
-            capacity,
-            portions,
-            free: capacity - capacity.min(others),
-            markers: Vec::new(),
-            batch: None,
+            slots,
+            written: VecDeque::new(),
+            free: 0,
+            queue: Vec::new(),
             meter,
-            promised: false,
-        })
+        };
+        shard.inspect()?;
+        Ok(shard)
     }
 
-    /// From now on small files gather, which takes two descriptors. Where these, or the memory for a pipe, cannot be had, small
-    /// files go straight to the shard as before.
-    pub fn gather_small_files(&mut self) {
-        self.batch = Batch::new(BATCH.min(self.capacity * SLOT)).ok();
-    }
-
-    pub fn label(&self) -> &str {
+    pub(super) fn label(&self) -> &str {
         &self.label
     }
 
-    /// Queues a marker. It is written with the next data, or by [`Shard::flush`].
-    pub fn mark(&mut self, marker: Marker) {
-        marker.encode(&mut self.markers);
+    /// Queues a marker.
+    pub(super) fn mark(&mut self, marker: Marker) {
+        marker.encode(&mut self.queue);
     }
 
-    /// Keeps other chunks away until a promised one has moved.
-    pub fn set_promised(&mut self, promised: bool) {
-        self.promised = promised;
-    }
-
-    /// Moves the gathered files and writes the queued markers as far as there is room, and tells whether nothing is left.
+    /// Writes the queue as far as there is room.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub fn flush(&mut self) -> Result<bool> {
-        if !self.move_batch()? {
-            return Ok(false);
-        }
-        while !self.markers.is_empty() {
-            match pipe::write(&self.pipe, &self.markers).map_err(|error| self.broken(error))? {
+    pub(super) fn flush(&mut self) -> Result<Flushed> {
+        while !self.queue.is_empty() {
+            match pipe::write(&self.pipe, &self.queue).map_err(|error| self.broken(error))? {
                 Moved::Bytes(bytes) => {
-                    self.markers.drain(..bytes);
-                    self.moved(bytes, bytes.div_ceil(SLOT));
+                    self.queue.drain(..bytes);
+                    self.record(bytes, bytes.div_ceil(SLOT));
                 }
                 Moved::WouldBlock | Moved::End => {
                     self.free = 0;
-                    return Ok(false);
+                    return Ok(Flushed::Partly);
                 }
             }
         }
-        Ok(true)
+        Ok(Flushed::All)
     }
 
-    /// Moves `len` bytes from a pipe behind the queued markers. `slots` is the most that they take. Small chunks only gather, and
-    /// are moved by [`Shard::flush`].
+    /// Moves `len` bytes, which take this number of slots at most, behind all that is queued. Tells
+    /// how many bytes moved: all, if the slots were free, and the pipe has that many bytes.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub fn splice(&mut self, source: &ReadEnd, len: usize, slots: usize) -> Result<Spliced> {
-        let mut left = len;
-        if len < WORTH_A_WAKE_UP {
-            left -= self.gather(source, len, slots)?;
-            if left == 0 {
-                return Ok(Spliced::All);
-            }
+    pub(super) fn splice(&mut self, from: &ReadEnd, len: usize, slots: usize) -> Result<usize> {
+        let mut bytes = 0;
+        if self.flush()? == Flushed::Partly {
+            return Ok(bytes);
         }
-        if !self.flush()? {
-            return Ok(Spliced::Full { left });
+        while bytes < len
+            && let Moved::Bytes(more) =
+                pipe::splice(from, &self.pipe, len - bytes).map_err(|error| self.broken(error))?
+        {
+            bytes += more;
         }
-        let len = left;
-        let result = loop {
-            if left == 0 {
-                break Spliced::All;
-            }
-            match pipe::splice(source, &self.pipe, left).map_err(|error| self.broken(error))? {
-                Moved::Bytes(bytes) => left -= bytes,
-                Moved::WouldBlock => break Spliced::Full { left },
-                Moved::End => break Spliced::SourceEnded { missing: left },
-            }
-        };
-        if result == Spliced::All {
-            self.moved(len, slots);
-        } else {
-            // The kernel says that the pipe is full: this may have taken all of its slots.
-            self.moved(len - left, self.capacity);
-        }
-        Ok(result)
+        // What does not fit may have taken all slots.
+        self.record(bytes, if bytes == len { slots } else { self.slots });
+        Ok(bytes)
     }
 
-    /// Adds the queued markers and data behind them to the batch, as far as it has room, and tells how much of the data.
-    fn gather(&mut self, source: &ReadEnd, len: usize, slots: usize) -> Result<usize> {
-        let Some(batch) = &mut self.batch else {
-            return Ok(0);
-        };
-        let gathered = batch.write(&self.markers)?;
-        self.markers.drain(..gathered);
-        if self.markers.is_empty() {
-            let gathered = batch.splice(source, len, slots)?;
-            if gathered > 0 {
-                return Ok(gathered);
-            }
+    /// Queues the next `len` bytes of a pipe, which must hold them.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<()> {
+        if self.queue.len() + len > LONG_QUEUE {
+            self.flush()?;
         }
-        // It is full.
-        self.move_batch()?;
-        Ok(0)
-    }
-
-    /// Moves the gathered files as far as there is room, and tells whether none is left.
-    fn move_batch(&mut self) -> Result<bool> {
-        while let Some(batch) = self.batch.as_mut().filter(|batch| batch.bytes > 0) {
-            let moved = pipe::splice(&batch.exit, &self.pipe, batch.bytes);
-            let Moved::Bytes(bytes) = moved.map_err(|error| self.broken(error))? else {
-                self.free = 0;
-                return Ok(false);
+        let start = self.queue.len();
+        self.queue.resize(start + len, 0);
+        let mut rest = &mut self.queue[start..];
+        while !rest.is_empty() {
+            let read = pipe::read(from, rest).context("copying a chunk")?;
+            let Moved::Bytes(bytes) = read else {
+                bail!("copying a chunk to {}: it is not all there", self.label);
             };
-            let batch = self.batch.as_mut().expect("it was there above");
-            let slots = batch.slots;
-            batch.bytes -= bytes;
-            if batch.bytes == 0 {
-                batch.slots = 0;
-            }
-            self.moved(bytes, slots);
+            rest = &mut rest[bytes..];
         }
-        Ok(true)
-    }
-
-    /// What the gathered files take at most, in slots.
-    fn batch_slots(&self) -> usize {
-        self.batch.as_ref().map_or(0, |batch| batch.slots)
+        Ok(())
     }
 
     /// Whether the reader has taken everything.
-    ///
-    /// # Errors
-    /// Those of inspecting a pipe.
-    pub fn is_drained(&self) -> io::Result<bool> {
-        let nothing_queued = self.markers.is_empty() && self.batch_slots() == 0;
-        Ok(nothing_queued && pipe::available(&self.pipe)? == 0)
+    pub(super) fn is_drained(&self) -> io::Result<bool> {
+        Ok(self.queue.is_empty() && pipe::available(&self.pipe)? == 0)
     }
 
     /// What passed through, counted from the transfer's start.
-    pub fn stats(&self, start: Option<Instant>) -> ShardStats {
+    pub(super) fn stats(&self, start: Option<Instant>) -> ShardStats {
         self.meter.stats(start)
     }
 
-    fn moved(&mut self, bytes: usize, slots: usize) {
+    fn record(&mut self, bytes: usize, slots: usize) {
         self.meter.add(bytes);
         self.free = self.free.saturating_sub(slots);
-        self.portions.push_back(Portion { bytes, slots });
+        self.written.push_back(WriteRecord { bytes, slots });
     }
 
     fn broken(&self, error: io::Error) -> anyhow::Error {
@@ -300,7 +184,7 @@ impl Shard {
     }
 
     /// The error for a reader that went away before the image was complete.
-    pub fn reader_gone(&self) -> anyhow::Error {
+    pub(super) fn reader_gone(&self) -> anyhow::Error {
         anyhow::anyhow!(
             "writing to {}: its reader is gone, and the image with it",
             self.label
@@ -308,41 +192,218 @@ impl Shard {
     }
 }
 
-impl Room for Shard {
-    fn capacity(&self) -> usize {
-        self.capacity
+impl Slots for Shard {
+    fn slots(&self) -> usize {
+        self.slots
     }
 
-    fn room(&self) -> usize {
-        let queued = self.batch_slots() + self.markers.len().div_ceil(SLOT);
-        self.free.saturating_sub(queued)
+    fn free_slots(&self) -> usize {
+        self.free.saturating_sub(self.queue.len().div_ceil(SLOT))
     }
 
     fn inspect(&mut self) -> io::Result<()> {
         let mut left = pipe::available(&self.pipe)?;
         let mut taken = 0;
         let mut kept = 0;
-        for portion in self.portions.iter().rev() {
+        for record in self.written.iter().rev() {
             if left == 0 {
                 break;
             }
-            let in_pipe = portion.bytes.min(left);
-            taken += portion.slots_left(in_pipe);
+            let in_pipe = record.bytes.min(left);
+            taken += record.slots_left(in_pipe);
             left -= in_pipe;
             kept += 1;
         }
-        self.portions.drain(..self.portions.len() - kept);
-        self.free = self.capacity.saturating_sub(taken);
+        self.written.drain(..self.written.len() - kept);
+        // Bytes that are not ours may have a slot each.
+        self.free = self.slots.saturating_sub(taken + left);
         Ok(())
-    }
-
-    fn is_open(&self) -> bool {
-        !self.promised
     }
 }
 
 impl AsFd for Shard {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Body;
+    use crate::format::ImageName;
+
+    /// xorshift64.
+    struct Random(u64);
+
+    impl Random {
+        /// A number from 1 to `most`.
+        fn up_to(&mut self, most: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            1 + (self.0 % most as u64) as usize
+        }
+
+        fn bytes(&mut self, len: usize) -> Vec<u8> {
+            (0..len).map(|_| self.up_to(256) as u8).collect()
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    enum Way {
+        Spliced,
+        Copied,
+    }
+
+    /// A shard, its reader, and what the reader has not seen yet.
+    struct Fixture {
+        shard: Shard,
+        reader: ReadEnd,
+        unread: VecDeque<u8>,
+    }
+
+    impl Fixture {
+        fn new(slots: usize) -> Self {
+            let (read, write, got) = pipe::with_slots(slots).unwrap();
+            assert_eq!(got, slots);
+            let write = write.nonblocking().unwrap();
+            let meter = Meter::default();
+            Self {
+                shard: Shard::measured(write, slots, "a shard".into(), meter).unwrap(),
+                reader: read.nonblocking().unwrap(),
+                unread: VecDeque::new(),
+            }
+        }
+
+        fn mark(&mut self, body: Body) {
+            let marker = Marker { seq: 7, body };
+            let before = self.shard.queue.len();
+            self.shard.mark(marker);
+            self.unread.extend(&self.shard.queue[before..]);
+        }
+
+        /// Puts pieces, each in a slot of its own, if the shard has the free slots for them.
+        fn put(&mut self, way: Way, pieces: &[Vec<u8>]) {
+            let bytes: usize = pieces.iter().map(Vec::len).sum();
+            let slots = match way {
+                Way::Spliced => pieces.len(),
+                Way::Copied => bytes.div_ceil(SLOT) + 1,
+            };
+            if self.shard.free_slots() < slots {
+                return;
+            }
+            let source = pipe_of(pieces);
+            match way {
+                Way::Spliced => {
+                    let moved = self.shard.splice(&source, bytes, slots).unwrap();
+                    assert_eq!(moved, bytes, "{slots} slots were not free");
+                }
+                Way::Copied => self.shard.copy(&source, bytes).unwrap(),
+            }
+            self.unread.extend(pieces.iter().flatten());
+        }
+
+        fn read(&mut self, len: usize) {
+            let mut buffer = vec![0; len];
+            if let Moved::Bytes(bytes) = pipe::read(&self.reader, &mut buffer).unwrap() {
+                assert!(
+                    self.unread
+                        .drain(..bytes)
+                        .eq(buffer[..bytes].iter().copied())
+                );
+            }
+        }
+
+        /// Shows that the slots that are said to be free are free, and empties the pipe. Tells how
+        /// many they were.
+        fn prove(&mut self) -> usize {
+            self.shard.inspect().unwrap();
+            let free = self.shard.free;
+            for page in 1..=free {
+                let written = pipe::write(&self.shard.pipe, &[0; SLOT]).unwrap();
+                assert_eq!(written, Moved::Bytes(SLOT), "page {page} of {free}");
+            }
+            let queued = self
+                .unread
+                .split_off(self.unread.len() - self.shard.queue.len());
+            self.unread.resize(self.unread.len() + free * SLOT, 0);
+            while pipe::available(&self.reader).unwrap() > 0 {
+                self.read(64 * SLOT);
+            }
+            assert!(self.unread.is_empty());
+            self.unread = queued;
+            self.shard.inspect().unwrap();
+            assert_eq!(self.shard.free, self.shard.slots, "an empty pipe is free");
+            free
+        }
+    }
+
+    /// A pipe that holds each piece in a slot of its own.
+    fn pipe_of(pieces: &[Vec<u8>]) -> ReadEnd {
+        let (read, write, _) = pipe::with_slots(pieces.len().next_power_of_two()).unwrap();
+        for piece in pieces {
+            let (page, fill) = pipe::new().unwrap();
+            pipe::write(&fill, piece).unwrap();
+            let moved = pipe::splice(&page, &write, piece.len()).unwrap();
+            assert_eq!(moved, Moved::Bytes(piece.len()));
+        }
+        read
+    }
+
+    #[test]
+    fn slots_that_are_said_to_be_free_are_free() {
+        let name = ImageName::new(&"n".repeat(255)).unwrap();
+        for slots in [1, 2, 16, 64] {
+            let mut proven = 0;
+            for seed in 1..=60 {
+                let mut random = Random(seed);
+                let mut fixture = Fixture::new(slots);
+                for _ in 0..random.up_to(60) {
+                    match random.up_to(9) {
+                        1 => fixture.mark(Body::File(name.clone())),
+                        2 => fixture.mark(Body::FileEnd),
+                        3 => {
+                            let pages = random.up_to(slots);
+                            let pages: Vec<_> = (0..pages).map(|_| random.bytes(SLOT)).collect();
+                            fixture.put(Way::Spliced, &pages);
+                        }
+                        4 => {
+                            let pieces = random.up_to(slots);
+                            let size = random.up_to(SLOT);
+                            let pieces: Vec<_> = (0..pieces)
+                                .map(|_| {
+                                    let len = random.up_to(size);
+                                    random.bytes(len)
+                                })
+                                .collect();
+                            fixture.put(Way::Spliced, &pieces);
+                        }
+                        5 => {
+                            let size = random.up_to(3 * SLOT);
+                            let bytes = random.bytes(size);
+                            let pieces: Vec<_> = bytes.chunks(SLOT).map(<[u8]>::to_vec).collect();
+                            fixture.put(Way::Copied, &pieces);
+                        }
+                        6 => drop(fixture.shard.flush().unwrap()),
+                        7 => fixture.read(random.up_to(3 * SLOT)),
+                        8 => fixture.read(random.up_to(100)),
+                        _ => fixture.shard.inspect().unwrap(),
+                    }
+                }
+                proven += fixture.prove();
+            }
+            assert!(proven > 0, "no shard of {slots} slots had a free one");
+        }
+    }
+
+    #[test]
+    fn bytes_of_another_process_may_have_a_slot_each() {
+        let mut fixture = Fixture::new(16);
+        pipe::write(&fixture.shard.pipe, &[1; 3]).unwrap();
+        fixture.unread.extend([1; 3]);
+        fixture.shard.inspect().unwrap();
+        assert_eq!(fixture.shard.free_slots(), 13);
+        fixture.prove();
     }
 }

@@ -1,54 +1,40 @@
 //! One file on its way in: the pipe that CRIU, or the writer of an external file, fills.
 //!
-//! CRIU's small files must be cheap, its page files fast. A pipe keeps its 64 KiB until it has shown that it carries much;
-//! then it gets the most that the kernel allows. A file is moved when it has ended, when its pipe is half full, or when nothing more
-//! came during a nap (its writer is slow, or the pipe is full of partial pages); otherwise it is left to fill.
+//! CRIU's small files must be cheap, its page files fast. A pipe keeps its 64 KiB until it has
+//! shown that it carries much; then it gets the most that the kernel allows. A file is moved when
+//! it has ended, when its pipe is half full, or when nothing more came during a nap (its writer is
+//! slow, or the pipe is full of partial pages); otherwise it is left to fill.
 //!
-//! **How many slots a chunk takes.** `FIONREAD` counts bytes, and a slot holds anything from a byte to a page. Three things are
-//! certain: n bytes take at most n slots, and no more than the pipe has; and a pipe that holds as many bytes as fit into
-//! its slots holds whole pages only. A source that was once seen so full, and ever since held a multiple of a page, hands
-//! over memory, page by page. Of any other, a chunk is first moved to a staging pipe of known size ([`Layout::Unknown`]).
+//! A pipe that holds as many bytes as fit into its slots holds whole pages only. A source that was
+//! once seen so full, and ever since held a multiple of a page, hands over memory, page by page.
+//! The slots of any other may hold less than a page each, which decides the [`Route`] of its
+//! chunks.
 
 use std::io;
 
+use super::chunk::{Chunk, Route};
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
 
-/// Bytes in a pipe that show that a file is not small: half of a pipe that nobody resized.
+/// Bytes in a pipe that show that a file is not small: half of a pipe of the default size.
 const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;
 
-/// Who writes a file.
+/// The largest chunk that is copied, in bytes. One `write` then brings dozens of small files to a
+/// shard and wakes its reader once; spliced, each would wake it twice.
+const LARGEST_COPIED: usize = 16 << 10;
+
+/// Whose file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub(super) enum Owner {
     Criu,
     External,
 }
 
-/// The rest of a chunk whose marker is written already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Promise {
-    pub shard: usize,
-    pub left: usize,
-    /// It lies in the staging pipe, not in the source.
-    pub staged: bool,
-}
-
-/// What is known of the slots that a source's data takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// Each slot holds a whole page.
-    Pages,
-    /// All of it takes so many slots at most.
-    AtMost(usize),
-    /// It may take more slots than shards should have to have free.
-    Unknown,
-}
-
 /// What to do with a source now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ready {
-    /// Move so many bytes.
-    Move(usize),
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Ready {
+    /// Give this chunk to a shard.
+    Chunk(Chunk),
     /// It is empty; an event will tell when it is not.
     Empty,
     /// Leave it to fill until after the next nap.
@@ -59,57 +45,54 @@ pub enum Ready {
 
 /// A file that is being captured.
 #[derive(Debug)]
-pub struct Source {
-    pub name: ImageName,
-    pub pipe: ReadEnd,
-    pub origin: Origin,
-    /// Nobody holds the write end: what is in the pipe is the last of it.
-    pub ended: bool,
-    /// Markers about it were queued, so that its end has to be marked too.
-    pub named: bool,
+pub(super) struct Source {
+    /// Given by [`super::dump::Dump::open`].
+    pub(super) id: u64,
+    pub(super) name: ImageName,
+    pub(super) pipe: ReadEnd,
+    pub(super) owner: Owner,
+    /// Its writer is gone: what is in the pipe is the last of it.
+    pub(super) has_ended: bool,
+    /// The image names it, so that its end has to be marked too.
+    pub(super) is_named: bool,
     /// CRIU sent the file again: what still comes does not count.
-    pub replaced: bool,
+    pub(super) is_replaced: bool,
     /// The source that this one replaces; its end must be marked first.
-    pub replaces: Option<u64>,
-    pub promise: Option<Promise>,
-    capacity: usize,
-    grown: bool,
+    pub(super) replaces: Option<u64>,
+    /// The pipe's capacity.
+    slots: usize,
+    is_grown: bool,
     last_seen: usize,
     moved: usize,
     whole_pages: bool,
 }
 
 impl Source {
-    /// # Errors
-    /// Those of inspecting a pipe.
-    /// `capacity` is that of the pipe, in slots.
-    pub fn new(name: ImageName, pipe: ReadEnd, capacity: usize, origin: Origin) -> Self {
+    /// `slots` is the capacity of the pipe.
+    pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
         Self {
+            id: 0,
             name,
             pipe,
-            origin,
-            ended: false,
-            named: false,
-            replaced: false,
+            owner,
+            has_ended: false,
+            is_named: false,
+            is_replaced: false,
             replaces: None,
-            promise: None,
-            capacity,
-            grown: false,
+            slots,
+            is_grown: false,
             last_seen: 0,
             moved: 0,
             whole_pages: false,
         }
     }
 
-    /// Looks at the pipe and decides.
-    ///
-    /// # Errors
-    /// Those of inspecting a pipe.
-    pub fn inspect(&mut self) -> io::Result<Ready> {
+    /// Looks at the pipe and decides. `staging` is the number of slots of the staging pipe.
+    pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
         let available = pipe::available(&self.pipe)?;
         if available == 0 {
             self.last_seen = 0;
-            return Ok(if self.ended {
+            return Ok(if self.has_ended {
                 Ready::Ended
             } else {
                 Ready::Empty
@@ -117,46 +100,59 @@ impl Source {
         }
         let unchanged = available == self.last_seen;
         self.last_seen = available;
-        self.whole_pages |= available == self.capacity * SLOT;
+        self.whole_pages |= available == self.slots * SLOT;
         self.whole_pages &= available.is_multiple_of(SLOT);
-        if !self.grown && (available >= LARGE || self.moved >= LARGE) {
-            self.grown = true;
-            self.capacity = pipe::grow(&self.pipe, LARGEST)?;
+        if !self.is_grown && (available >= LARGE || self.moved >= LARGE) {
+            self.is_grown = true;
+            self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
-        let half_full = available * 2 >= self.capacity * SLOT;
-        Ok(if self.ended || half_full || unchanged {
-            Ready::Move(available)
+        let half_full = available * 2 >= self.slots * SLOT;
+        Ok(if self.has_ended || half_full || unchanged {
+            Ready::Chunk(self.chunk(available, staging))
         } else {
             Ready::Filling
         })
     }
 
-    /// How the `available` bytes lie in slots, where a number of them up to `bearable` is no reason to look closer.
-    pub fn layout(&self, available: usize, bearable: usize) -> Layout {
-        let most = available.min(self.capacity);
-        if self.whole_pages {
-            Layout::Pages
-        } else if most <= bearable {
-            Layout::AtMost(most)
+    fn chunk(&self, available: usize, staging: usize) -> Chunk {
+        let pages = available.div_ceil(SLOT);
+        let (route, slots) = if available <= LARGEST_COPIED {
+            (Route::Copied, pages)
+        } else if self.whole_pages {
+            (Route::Direct, pages)
         } else {
-            Layout::Unknown
+            (Route::Staged, staging.min(self.slots))
+        };
+        Chunk {
+            bytes: available,
+            slots,
+            route,
+            is_last: self.has_ended,
         }
     }
 
-    /// So many bytes filled so many slots of the staging pipe.
-    pub fn staged(&mut self, bytes: usize, slots: usize) {
-        self.whole_pages |= bytes == slots * SLOT;
+    /// It filled the staging pipe to the last byte.
+    pub(super) fn holds_pages(&mut self) {
+        self.whole_pages = true;
     }
 
-    /// So many bytes were moved.
-    pub fn moved(&mut self, bytes: usize) {
+    /// This number of bytes was moved.
+    pub(super) fn moved(&mut self, bytes: usize) {
         self.moved += bytes;
         self.last_seen = 0;
     }
 
     /// Whether it sent anything at all so far.
-    pub fn has_content(&self) -> bool {
+    pub(super) fn has_content(&self) -> bool {
         self.moved > 0
+    }
+
+    /// The error for bytes that were there before they were taken, and then not.
+    pub(super) fn ended_early(&self, missing: usize) -> anyhow::Error {
+        anyhow::anyhow!(
+            "capturing {}: {missing} bytes are missing from its pipe: another process reads from it",
+            self.name
+        )
     }
 }
 
@@ -164,42 +160,58 @@ impl Source {
 mod tests {
     use super::*;
 
+    const STAGING: usize = 64;
+
     fn source() -> (Source, pipe::WriteEnd) {
         let name = ImageName::new("pages-1.img").unwrap();
         let (read, write) = pipe::new().unwrap();
         (
-            Source::new(name, read, DEFAULT_SLOTS, Origin::Criu),
+            Source::new(name, read, DEFAULT_SLOTS, Owner::Criu),
             write.nonblocking().unwrap(),
         )
+    }
+
+    fn chunk(bytes: usize, slots: usize, route: Route) -> Ready {
+        Ready::Chunk(Chunk {
+            bytes,
+            slots,
+            route,
+            is_last: false,
+        })
     }
 
     #[test]
     fn a_source_is_left_to_fill_until_nothing_more_comes() {
         let (mut source, write) = source();
-        assert_eq!(source.inspect().unwrap(), Ready::Empty);
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Empty);
         pipe::write(&write, b"abc").unwrap();
-        assert_eq!(source.inspect().unwrap(), Ready::Filling);
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
         pipe::write(&write, b"def").unwrap();
-        assert_eq!(source.inspect().unwrap(), Ready::Filling);
-        assert_eq!(source.inspect().unwrap(), Ready::Move(6));
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
+        assert_eq!(source.inspect(STAGING).unwrap(), chunk(6, 1, Route::Copied));
     }
 
     #[test]
-    fn an_ended_source_is_moved_at_once() {
+    fn an_ended_source_is_moved_at_once_and_for_the_last_time() {
         let (mut source, write) = source();
         pipe::write(&write, b"abc").unwrap();
-        source.ended = true;
-        assert_eq!(source.inspect().unwrap(), Ready::Move(3));
+        source.has_ended = true;
+        let Ready::Chunk(mut chunk) = source.inspect(STAGING).unwrap() else {
+            panic!("nothing to move");
+        };
+        assert!(chunk.is_last);
+        chunk.shorten(2);
+        assert!(!chunk.is_last);
     }
 
     #[test]
     fn only_a_large_file_gets_a_large_pipe() {
         let (mut source, write) = source();
         pipe::write(&write, &[0; LARGE - 1]).unwrap();
-        source.inspect().unwrap();
+        source.inspect(STAGING).unwrap();
         assert_eq!(pipe::slots(&write).unwrap(), DEFAULT_SLOTS);
         pipe::write(&write, &[0; 1]).unwrap();
-        source.inspect().unwrap();
+        source.inspect(STAGING).unwrap();
         assert!(
             pipe::slots(&write).unwrap() > DEFAULT_SLOTS
                 || pipe::grow(&write, LARGEST).unwrap() == DEFAULT_SLOTS
@@ -209,20 +221,27 @@ mod tests {
     #[test]
     fn only_a_pipe_full_to_the_last_byte_shows_whole_pages() {
         let (mut source, write) = source();
-        pipe::write(&write, &[0; SLOT]).unwrap();
-        source.inspect().unwrap();
+        // Whatever becomes of the pipe, it is looked at as one that has not grown.
+        source.is_grown = true;
+        const FULL: usize = DEFAULT_SLOTS * SLOT;
+        pipe::write(&write, &[0; FULL - SLOT]).unwrap();
         assert_eq!(
-            source.layout(SLOT, DEFAULT_SLOTS),
-            Layout::AtMost(DEFAULT_SLOTS)
+            source.inspect(STAGING).unwrap(),
+            chunk(FULL - SLOT, DEFAULT_SLOTS, Route::Staged)
         );
-        assert_eq!(source.layout(SLOT, 8), Layout::Unknown);
-        assert_eq!(source.layout(5, 8), Layout::AtMost(5));
-
-        pipe::write(&write, &[0; (DEFAULT_SLOTS - 1) * SLOT]).unwrap();
-        source.inspect().unwrap();
-        assert_eq!(source.layout(16 * SLOT, 8), Layout::Pages);
+        assert_eq!(
+            source.inspect(8).unwrap(),
+            chunk(FULL - SLOT, 8, Route::Staged)
+        );
+        pipe::write(&write, &[0; SLOT]).unwrap();
+        assert_eq!(
+            source.inspect(STAGING).unwrap(),
+            chunk(FULL, DEFAULT_SLOTS, Route::Direct)
+        );
         pipe::read(&source.pipe, &mut [0; 10]).unwrap();
-        source.inspect().unwrap();
-        assert_eq!(source.layout(16 * SLOT - 10, 8), Layout::Unknown);
+        assert_eq!(
+            source.inspect(STAGING).unwrap(),
+            chunk(FULL - 10, DEFAULT_SLOTS, Route::Staged)
+        );
     }
 }

@@ -1,10 +1,11 @@
 //! The CRIU processes that are connected, and when the last of them is gone.
 //!
-//! Usually there is one, but several may be connected, each with its own requests. Only peers that have asked for a file
-//! count: one that connects and says nothing can neither end a transfer nor hold it up. When a peer leaves
-//! without having asked for anything, it was either not CRIU, or a CRIU that failed before it opened its first file.
-//! Nothing tells these apart, so another client has [`GRACE`] to appear before the transfer is given up: a script whose CRIU
-//! failed is not left waiting.
+//! Usually there is one, but several may be connected, each with its own requests. Only peers that
+//! have asked for a file count: one that connects and says nothing can neither end a transfer nor
+//! hold it up. When a peer leaves without having asked for anything, it was either not CRIU, or a
+//! CRIU that failed before it opened its first file. Nothing tells these apart, so another client
+//! has [`GRACE`] to appear before the transfer is given up: a script whose CRIU failed is not left
+//! waiting.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Kind, Poller};
-use crate::report::notice;
+use crate::report;
 
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
@@ -100,11 +101,11 @@ impl<R> Clients<R> {
         Ok(())
     }
 
-    /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which tells whether a file was opened by
-    /// it. A client that breaks the protocol is dropped.
+    /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
+    /// tells whether a file was opened by it. A client that breaks the protocol is dropped.
     ///
-    /// # Errors
-    /// When the client broke the protocol after it had opened files: what it took part in cannot be trusted.
+    /// # Errors When the client broke the protocol after it had opened files: what it took part in
+    /// cannot be trusted.
     pub fn next_requests(
         &mut self,
         id: u64,
@@ -155,7 +156,7 @@ impl<R> Clients<R> {
                 if has_spoken {
                     return Err(error);
                 }
-                notice::tell(format_args!("dropped a client: {error:#}"));
+                report::warn(format_args!("dropped a client: {error:#}"));
                 Ok(())
             }
         }

@@ -1,8 +1,9 @@
 //! One connection with CRIU: messages in both directions, and the descriptors that come with them.
 //!
-//! A descriptor travels with one data byte. A `recvmsg` that has room for a descriptor never reads past the byte that
-//! carries one, so received bytes and received descriptors stay in step although several messages are taken at a time. The
-//! kernel drops descriptors that do not fit into the control buffer: a peer that sends hundreds costs nothing.
+//! A descriptor travels with one data byte. A `recvmsg` that has room for a descriptor never reads
+//! past the byte that carries one, so received bytes and received descriptors stay in step although
+//! several messages are taken at a time. The kernel drops descriptors that do not fit into the
+//! control buffer: a peer that sends hundreds costs nothing.
 //!
 //! What is received and not understood yet is bounded by the largest message plus one read.
 
@@ -28,7 +29,7 @@ use proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
 /// A message's length field, in bytes.
 const LENGTH: usize = 4;
 
-/// The largest message, in bytes (PROTOCOL.md, section 1).
+/// The largest message, in bytes (docs/protocol.md, section 1).
 const LARGEST_MESSAGE: usize = 10 << 10;
 
 /// Bytes taken in one `recvmsg`: many times a request, which names one file.
@@ -63,8 +64,8 @@ pub struct Connection {
     peer: String,
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
-    /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the connection knows that
-    /// nothing of it is kept.
+    /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the
+    /// connection knows that nothing of it is kept.
     stream: OwnedFd,
     expects_descriptor: bool,
 }
@@ -154,8 +155,8 @@ impl Connection {
         Ok(Some(Message::Request(request.filename)))
     }
 
-    /// More bytes have to come first. A descriptor comes together with its byte, and with all that was sent before: one
-    /// that is left over now belongs to no request, and would stay open.
+    /// More bytes have to come first. A descriptor comes together with its byte, and with all that
+    /// was sent before: one that is left over now belongs to no request, and would stay open.
     fn nothing_yet(&self) -> Result<Option<Message>> {
         ensure!(
             self.descriptors.is_empty(),
@@ -177,9 +178,8 @@ impl Connection {
 
     /// Answers a request on restore. If the file exists, the pipe for it comes next.
     ///
-    /// # Errors
-    /// When the peer is gone, or takes no answers. CRIU waits for each answer before it asks again, so that the socket always
-    /// has room for one.
+    /// # Errors When the peer is gone, or takes no answers. CRIU waits for each answer before it
+    /// asks again, so that the socket always has room for one.
     pub fn reply(&mut self, exists: bool) -> Result<()> {
         let mut message = vec![0; LENGTH];
         ImgStreamerReplyEntry { exists }

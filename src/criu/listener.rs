@@ -1,7 +1,9 @@
-//! The socket in the images directory: who may connect, and what is left of it afterwards (nothing).
+//! The socket in the images directory: who may connect, and what is left of it afterwards
+//! (nothing).
 //!
-//! An image holds the memory of a process, so the socket has mode 0600 from its first moment (Linux gives a bound socket the
-//! mode that its descriptor had) and only root and the streamer's own user are let in, whatever the directory's mode.
+//! An image holds the memory of a process, so the socket has mode 0600 from its first moment (Linux
+//! gives a bound socket the mode that its descriptor had) and only root and the streamer's own user
+//! are let in, whatever the directory's mode.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -19,9 +21,10 @@ use rustix::io::retry_on_intr;
 use rustix::net::{SocketFlags, accept_with};
 
 use super::Connection;
-use crate::report::notice;
+use crate::report;
 
-/// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path` (PROTOCOL.md, section 1).
+/// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path`
+/// (docs/protocol.md, section 1).
 const LONGEST_PATH: usize = 107;
 
 /// What CRIU wants from the socket: it looks for another name on dump than on restore.
@@ -41,7 +44,8 @@ impl Role {
     }
 }
 
-/// The listening socket; its name is removed from the directory when this is dropped, unless it is somebody else's by then.
+/// The listening socket; its name is removed from the directory when this is dropped, unless it is
+/// somebody else's by then.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
@@ -51,7 +55,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// The path of the socket in `images_dir`, if it can be used: checked before an image is received that cannot be served.
+    /// The path of the socket in `images_dir`, if it can be used: checked before an image is
+    /// received that cannot be served.
     ///
     /// # Errors
     /// When the path is too long for CRIU, and when the name is taken.
@@ -67,7 +72,8 @@ impl Listener {
         Ok(path)
     }
 
-    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else of that name stays.
+    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else
+    /// of that name stays.
     ///
     /// # Errors
     /// Those of [`Listener::check`], and what binding can lead to.
@@ -115,7 +121,7 @@ impl Listener {
                     format!("process {} (user {})", peer.pid(), peer.uid()),
                 )));
             }
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
                 peer.pid(),
                 peer.uid(),
@@ -134,7 +140,8 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if self.file.is_some() && identity(&self.path) == self.file {
-            // Nothing can be done about a failure here, and whoever binds next replaces a stale socket.
+            // Nothing can be done about a failure here, and whoever binds next replaces a stale
+            // socket.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -159,8 +166,8 @@ fn remove_stale(path: &Path) -> Result<()> {
             path.display()
         );
     }
-    // A datagram socket cannot connect to a stream socket, and is told so only if somebody has that one open: whoever
-    // listens there does not see the attempt.
+    // A datagram socket cannot connect to a stream socket, and is told so only if somebody has that
+    // one open: whoever listens there does not see the attempt.
     let probe = socket(
         AddressFamily::Unix,
         SockType::Datagram,

@@ -1,4 +1,5 @@
-//! CRIU's side of the streamer: a UNIX socket over which CRIU names files and passes the pipes that carry them.
+//! CRIU's side of the streamer: a UNIX socket over which CRIU names files and passes the pipes that
+//! carry them.
 //!
 //! ```text
 //! capture                                   serve
@@ -9,10 +10,12 @@
 //!                                            | (reads the file from it)      |
 //! ```
 //!
-//! All processes of one `criu` share one connection, and a mutex of theirs orders the requests. The end of the connection
-//! means that no further file will be asked for; the pipes that are open then go on.
+//! All processes of one `criu` share one connection, and a mutex of theirs orders the requests. The
+//! end of the connection means that no further file will be asked for; the pipes that are open then
+//! go on.
 //!
-//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. Which files there are is not known here.
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. Which files there are is not
+//! known here.
 
 mod clients;
 mod connection;

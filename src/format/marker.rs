@@ -1,6 +1,7 @@
 //! Markers: the frames that tell what the bytes on a shard are.
 //!
-//! `proto/image.proto` draws the layout of a shard; docs/protocol.md, section 2, is its specification.
+//! `proto/image.proto` draws the layout of a shard; docs/protocol.md, section 2, is its
+//! specification.
 
 use std::fmt;
 

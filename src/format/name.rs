@@ -1,7 +1,7 @@
 //! The names of image files.
 //!
-//! A name from a stream is hostile until it has been parsed: only a single path component becomes an
-//! [`ImageName`], so that joining one to a directory never leads out of it.
+//! A name from a stream is hostile until it has been parsed: only a single path component becomes
+//! an [`ImageName`], so that joining one to a directory never leads out of it.
 
 use std::fmt;
 

@@ -5,6 +5,7 @@
 use std::io::{self, IoSlice};
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
@@ -134,15 +135,76 @@ impl Drop for Mapping {
     }
 }
 
+/// The bytes of memory that this process can still get without taking them from others: what the
+/// machine has available, or less where a memory cgroup of ours has less left. `None` where that
+/// cannot be read.
+pub(crate) fn available() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let machine = field(&meminfo, "MemAvailable:")? << 10;
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let left = cgroups.lines().filter_map(left_in_cgroup);
+    Some(left.fold(machine, u64::min))
+}
+
+/// The number behind a word at the start of a line.
+fn field(text: &str, word: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(word))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// What is left in the memory cgroup that a line of /proc/self/cgroup names, and in those above it.
+/// In a container the path may be the host's: the cgroup at the root of the mount is then ours.
+fn left_in_cgroup(line: &str) -> Option<u64> {
+    let mut parts = line.splitn(3, ':');
+    let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+    let (root, files) = match controllers {
+        "" => ("/sys/fs/cgroup", V2),
+        _ if controllers.split(',').any(|name| name == "memory") => ("/sys/fs/cgroup/memory", V1),
+        _ => return None,
+    };
+    let path = Path::new(root).join(path.trim_start_matches('/'));
+    let within = path.ancestors().take_while(|path| path.starts_with(root));
+    within.filter_map(|path| left_in(path, files)).min()
+}
+
+/// The files of a memory cgroup: its limit, what it uses, and the part of that which the kernel
+/// takes back first.
+#[derive(Debug, Clone, Copy)]
+struct CgroupFiles {
+    limit: &'static str,
+    usage: &'static str,
+    inactive: &'static str,
+}
+
+const V1: CgroupFiles = CgroupFiles {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    inactive: "total_inactive_file ",
+};
+
+const V2: CgroupFiles = CgroupFiles {
+    limit: "memory.max",
+    usage: "memory.current",
+    inactive: "inactive_file ",
+};
+
+fn left_in(cgroup: &Path, files: CgroupFiles) -> Option<u64> {
+    let read = |name| std::fs::read_to_string(cgroup.join(name)).ok();
+    let number = |name| read(name)?.trim().parse::<u64>().ok();
+    let (limit, usage) = (number(files.limit)?, number(files.usage)?);
+    let inactive = read("memory.stat").and_then(|stat| field(&stat, files.inactive));
+    Some((limit + inactive.unwrap_or(0)).saturating_sub(usage))
+}
+
 /// Bytes that are never written again, whatever becomes of their owner: what may be lent to a pipe.
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
 pub(crate) struct Sealed<'a>(IoSlice<'a>);
 
 impl<'a> Sealed<'a> {
-    /// # Safety
-    /// The pages of `bytes` must never be written to again, also after `bytes` is gone, but by being
-    /// unmapped or discarded: a pipe may hold references to them for as long as it likes.
+    /// # Safety The pages of `bytes` must never be written to again, also after `bytes` is gone,
+    /// but by being unmapped or discarded: a pipe may hold references to them for as long as it
+    /// likes.
     pub(crate) unsafe fn new(bytes: &'a [u8]) -> Self {
         Self(IoSlice::new(bytes))
     }
@@ -171,6 +233,23 @@ mod tests {
         assert_eq!(whole_pages(4096..2 * LARGE + 4096, LARGE), LARGE..2 * LARGE);
         assert!(whole_pages(4096..LARGE - 4096, LARGE).is_empty());
         assert!(whole_pages(LARGE..2 * LARGE - 1, LARGE).is_empty());
+    }
+
+    #[test]
+    fn a_cgroup_has_left_what_its_limit_and_its_parents_allow() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert_eq!(left_in(dir.path(), V2), None);
+        write("memory.current", "3000\n");
+        write("memory.max", "max\n");
+        assert_eq!(left_in(dir.path(), V2), None);
+        write("memory.max", "10000\n");
+        assert_eq!(left_in(dir.path(), V2), Some(7000));
+        write("memory.stat", "anon 5\nfile 7\ninactive_file 500\n");
+        assert_eq!(left_in(dir.path(), V2), Some(7500));
+        write("memory.max", "1000\n");
+        assert_eq!(left_in(dir.path(), V2), Some(0));
+        assert!(available().is_some_and(|bytes| bytes > 0));
     }
 
     #[test]

@@ -1,12 +1,15 @@
-//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between them.
+//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between
+//! them.
 //!
-//! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice` are told so by
-//! flag, reads and writes by the file description being non-blocking. Interrupted
-//! calls are repeated here; "would block" and "end of file" are values, not errors, since every caller has to tell them
-//! apart. A short count is a value too: only the caller knows what was promised to whom.
+//! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice`
+//! are told so by flag, reads and writes by the file description being non-blocking. Interrupted
+//! calls are repeated here; "would block" and "end of file" are values, not errors, since every
+//! caller has to tell them apart. A short count is a value too: only the caller knows what was
+//! promised to whom.
 //!
-//! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12 bytes costs as much
-//! room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much can be taken out, but not how much fits in.
+//! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12
+//! bytes costs as much room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much
+//! can be taken out, but not how much fits in.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,19 +17,22 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::Mode;
+use rustix::thread::CapabilitySet;
 
+use super::descriptor::FdKind;
 use super::memory::Sealed;
 
-/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images come from. Where
-/// pages are larger, slots are too, and the estimates made with this constant err on the safe side.
+/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images
+/// come from. Where pages are larger, slots are too, and the estimates made with this constant err
+/// on the safe side.
 pub const SLOT: usize = 4096;
 
 /// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
 
-/// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB (PROTOCOL.md, section 1),
-/// and beyond 1 MiB the benchmark shows no gain for the other pipes.
+/// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB
+/// (docs/protocol.md, section 1), and beyond 1 MiB the benchmark shows no gain for the other pipes.
 pub const LARGEST: usize = 4 << 20;
 
 /// The end of a pipe that data comes out of.
@@ -112,6 +118,42 @@ impl AsFd for WriteEnd {
     }
 }
 
+/// A pipe of our own, both ends of which are one descriptor, that does not block.
+#[derive(Debug)]
+pub(crate) struct BothEnds(OwnedFd);
+
+impl BothEnds {
+    /// A new pipe that holds up to `bytes`, or as many as the kernel allows if that is fewer, and
+    /// its capacity in bytes.
+    ///
+    /// # Errors
+    /// Where there is no /proc, and when no more descriptors can be had.
+    pub(crate) fn new(bytes: usize) -> io::Result<(Self, usize)> {
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let path = format!("/proc/self/fd/{}", write.as_raw_fd());
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let both = open(path.as_str(), flags, Mode::empty())?;
+        drop((read, write));
+        // Refused where the user's pipes hold too much: the pipe stays as it is.
+        let wanted = bytes.next_power_of_two() as libc::c_int;
+        let _ = fcntl(&both, FcntlArg::F_SETPIPE_SZ(wanted));
+        let capacity = slots(&both)? * SLOT;
+        Ok((Self(both), capacity))
+    }
+}
+
+impl AsFd for BothEnds {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Where data can be spliced from.
+pub trait Source: AsFd {}
+
+impl Source for ReadEnd {}
+impl Source for BothEnds {}
+
 /// A new pipe, both ends close-on-exec and blocking.
 ///
 /// # Errors
@@ -121,32 +163,11 @@ pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     Ok((ReadEnd(read), WriteEnd(write)))
 }
 
-/// Whether a descriptor is an end of a pipe.
-pub fn is_pipe(fd: impl AsFd) -> bool {
-    describe(fd.as_fd()) == "a pipe"
-}
-
-/// What kind of file a descriptor is, in words for an error message.
-pub fn describe(fd: BorrowedFd) -> &'static str {
-    let Ok(stat) = fstat(fd) else {
-        return "not open";
-    };
-    match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-        SFlag::S_IFREG => "a regular file",
-        SFlag::S_IFDIR => "a directory",
-        SFlag::S_IFIFO => "a pipe",
-        SFlag::S_IFSOCK => "a socket",
-        SFlag::S_IFBLK => "a block device",
-        SFlag::S_IFCHR if nix::unistd::isatty(fd).unwrap_or(false) => "a terminal",
-        SFlag::S_IFCHR => "a character device",
-        _ => "a special file",
-    }
-}
-
-/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way to find out that it is no pipe.
+/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way
+/// to find out that it is no pipe.
 fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
     let Ok(slots) = slots(fd) else {
-        bail!("it is {}, not a pipe", describe(fd));
+        bail!("it is {}, not a pipe", FdKind::of(fd));
     };
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).context("reading its flags")?);
     if flags & OFlag::O_ACCMODE == wrong_mode {
@@ -172,11 +193,12 @@ pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
     Ok(usize::try_from(bytes).unwrap_or(SLOT) / SLOT)
 }
 
-/// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it in slots.
+/// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it
+/// in slots.
 ///
-/// Asking for too much is refused outright (`EPERM` beyond `/proc/sys/fs/pipe-max-size`, or when the user's pipes hold
-/// more than `pipe-user-pages-soft`), and capacities are powers of two: so this halves until it is not refused. A pipe is
-/// never made smaller.
+/// Asking for too much is refused outright (`EPERM` beyond `/proc/sys/fs/pipe-max-size`, or when
+/// the user's pipes hold more than `pipe-user-pages-soft`), and capacities are powers of two: so
+/// this halves until it is not refused. A pipe is never made smaller.
 ///
 /// # Errors
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
@@ -195,13 +217,34 @@ pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
     Ok(current)
 }
 
-/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and how many it has.
+/// Whether the kernel lets this process's user have any amount of memory in pipes: others share
+/// `pipe-user-pages-soft` pages (64 MiB by default) between all their processes.
+pub(crate) fn are_unlimited() -> bool {
+    let unlimited = || {
+        let limit = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").ok()?;
+        if limit.trim() == "0" {
+            return Some(true);
+        }
+        // The kernel asks for one of these in the initial user namespace, which is the one that
+        // maps every user to itself.
+        let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
+        let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
+        let mine = rustix::thread::capabilities(None).ok()?.effective;
+        let exempting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
+        Some(is_initial && mine.intersects(exempting))
+    };
+    unlimited().unwrap_or(false)
+}
+
+/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and
+/// how many it has.
 ///
 /// # Errors
 /// When no more descriptors can be had, and those of `F_GETPIPE_SZ`.
 pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
-    // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it is.
+    // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
+    // is.
     let _ = fcntl(
         &write,
         FcntlArg::F_SETPIPE_SZ((wanted * SLOT) as libc::c_int),
@@ -210,11 +253,12 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     Ok((read, write, got))
 }
 
-/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the same end.
+/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the
+/// same end.
 ///
-/// The flag belongs to the open file description, which the shell or a supervisor may share; opening the pipe anew
-/// through /proc gives a description of our own. Where that is not possible (no /proc, a pipe of another user), the
-/// shared one is changed.
+/// The flag belongs to the open file description, which the shell or a supervisor may share;
+/// opening the pipe anew through /proc gives a description of our own. Where that is not possible
+/// (no /proc, a pipe of another user), the shared one is changed.
 ///
 /// # Errors
 /// When neither way works.
@@ -277,7 +321,7 @@ pub fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Res
 ///
 /// # Errors
 /// `EPIPE` when the target's reader is gone, and what writing to a file can lead to.
-pub fn splice(from: &ReadEnd, to: impl AsFd, len: usize) -> io::Result<Moved> {
+pub fn splice(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     moved(|| nix::fcntl::splice(from, None, &to, None, len, flags))
 }
@@ -295,7 +339,7 @@ pub(crate) fn vmsplice(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
 ///
 /// # Errors
 /// Those of `read`; none for an open pipe.
-pub fn read(from: &ReadEnd, buffer: &mut [u8]) -> io::Result<Moved> {
+pub fn read(from: &impl Source, buffer: &mut [u8]) -> io::Result<Moved> {
     moved(|| nix::unistd::read(from, buffer))
 }
 

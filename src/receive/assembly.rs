@@ -1,22 +1,22 @@
 //! Makes files of a store out of the steps of an image, each in its turn.
 //!
-//! What is wrong with the order or the contents of an image is found here, and blamed on a shard and
-//! an offset.
+//! What is wrong with the order or the contents of an image is found here, and blamed on a shard
+//! and an offset.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::order::{Order, Place, Then};
+use super::order::{Behind, Order, Place};
 use crate::format::{Body, ImageName};
-use crate::store::{Ahead, Extent, Store, Target};
+use crate::store::{Ahead, Piece, Store, Target};
 
-/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A stream
-/// of nothing but markers that leaves out one must not fill the memory.
+/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A
+/// stream of nothing but markers that leaves out one must not fill the memory.
 const MOST_WAITING: usize = 1 << 20;
 
-/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead can
-/// as well wait in its pipe.
+/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead
+/// can as well wait in its pipe.
 const MANY_WAITING: usize = 16 << 10;
 
 /// One step in the making of the image.
@@ -25,14 +25,14 @@ pub(super) enum Step {
     /// A marker that no data follows.
     Marker(Body),
     /// Some of the data behind a marker, and whether more of it comes.
-    Data(Extent, Then),
+    Data(Piece, Behind),
 }
 
 impl Step {
     /// Bytes of data that come with it.
     fn len(&self) -> usize {
         match self {
-            Step::Data(extent, _) => extent.len(),
+            Step::Data(piece, _) => piece.len(),
             Step::Marker(_) => 0,
         }
     }
@@ -114,9 +114,9 @@ impl<S: Store> Assembly<S> {
     pub(super) fn target(&self, place: Place) -> Option<Target<'_>> {
         match &self.current {
             // Data that belongs to no file is an error, which is found when it is applied.
-            None if place == self.order.next() => Some(Target::Memory),
+            None if place == self.order.next() => Some(Target::Piece),
             Some((_, file)) if place == self.order.next() => Some(self.store.target(file)),
-            _ if self.ahead() == Ahead::Memory => Some(Target::Memory),
+            _ if self.ahead() == Ahead::Piece => Some(Target::Piece),
             _ => None,
         }
     }
@@ -131,8 +131,8 @@ impl<S: Store> Assembly<S> {
     ///
     /// # Errors
     /// As [`Assembly::submit`].
-    pub(super) fn written(&mut self, then: Then) -> Result<()> {
-        self.pass(then)?;
+    pub(super) fn written(&mut self, behind: Behind) -> Result<()> {
+        self.pass(behind)?;
         self.catch_up()
     }
 
@@ -164,9 +164,9 @@ impl<S: Store> Assembly<S> {
         Ok(())
     }
 
-    fn pass(&mut self, then: Then) -> Result<()> {
+    fn pass(&mut self, behind: Behind) -> Result<()> {
         self.order
-            .pass(then)
+            .pass(behind)
             .context("the image has more markers than can be counted")
     }
 
@@ -175,7 +175,7 @@ impl<S: Store> Assembly<S> {
             !self.complete,
             self.error(origin, "something follows the end of the image")
         );
-        let mut then = Then::Marker;
+        let mut behind = Behind::Marker;
         match step {
             Step::Marker(Body::File(name)) => {
                 self.open.extend(self.current.take());
@@ -185,14 +185,14 @@ impl<S: Store> Assembly<S> {
                 };
                 self.current = Some((name, file));
             }
-            Step::Data(extent, more) => {
+            Step::Data(piece, more) => {
                 let Some((name, file)) = &mut self.current else {
                     bail!(self.error(origin, "data comes before the name of its file"));
                 };
                 self.store
-                    .append(file, extent)
+                    .append(file, piece)
                     .with_context(|| format!("writing {name}"))?;
-                then = more;
+                behind = more;
             }
             Step::Marker(Body::Data(_)) => {
                 ensure!(
@@ -217,7 +217,7 @@ impl<S: Store> Assembly<S> {
                 self.complete = true;
             }
         }
-        self.pass(then)
+        self.pass(behind)
     }
 
     /// The store, once the image is complete.
@@ -267,7 +267,7 @@ mod tests {
         let mut block = arena.reserve(bytes.len()).unwrap();
         block.unfilled().copy_from_slice(bytes);
         block.filled(bytes.len());
-        Step::Data(arena.seal(block), Then::Marker)
+        Step::Data(Piece::Memory(arena.seal(block)), Behind::Marker)
     }
 
     const NO_DATA: Step = Step::Marker(Body::Data(0));
@@ -276,6 +276,10 @@ mod tests {
 
     fn assembly() -> Assembly<Catalog> {
         Assembly::new(Catalog::new(), vec!["shard fd 0".into()])
+    }
+
+    fn read<const N: usize>(mut files: Catalog, names: [&str; N]) -> [Vec<u8>; N] {
+        names.map(|text| files.read(&name(text), &mut Arena::new()).unwrap().unwrap())
     }
 
     #[test]
@@ -299,9 +303,8 @@ mod tests {
             }
             image.submit(Place::of(7), HERE, IMAGE_END).unwrap();
             assert!(image.is_complete());
-            let store = image.into_store().unwrap();
-            assert_eq!(store.read(&name("a")).unwrap(), b"12345");
-            assert_eq!(store.read(&name("b")).unwrap(), b"");
+            let files = image.into_store().unwrap();
+            assert_eq!(read(files, ["a", "b"]), [&b"12345"[..], b""]);
         }
     }
 
@@ -326,9 +329,8 @@ mod tests {
         for (seq, step) in (0..).zip(steps) {
             image.submit(Place::of(seq), HERE, step).unwrap();
         }
-        let store = image.into_store().unwrap();
-        assert_eq!(store.read(&name("a")).unwrap(), b"a1a2");
-        assert_eq!(store.read(&name("b")).unwrap(), b"new");
+        let files = image.into_store().unwrap();
+        assert_eq!(read(files, ["a", "b"]), [&b"a1a2"[..], b"new"]);
     }
 
     fn error_of(steps: Vec<(u64, Step)>) -> String {

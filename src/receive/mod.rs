@@ -1,13 +1,13 @@
 //! Receives an image: from the shards, in order, into a store.
 //!
-//! Shards are read as their data comes, never one after another: when a capture is connected directly,
-//! waiting for an empty shard while another is full is a deadlock. What is ahead of its turn goes to
-//! memory, where a store in memory keeps it anyway. For files on disk that is a detour: a shard that is
-//! ahead is left alone for as long as the image makes progress without it, and then taken to memory up
-//! to a limit.
+//! Shards are read as their data comes, never one after another: when a capture is connected
+//! directly, waiting for an empty shard while another is full is a deadlock. What is ahead of its
+//! turn becomes a piece, in memory or in a pipe that holds it, which it becomes anyway where the
+//! image is kept. For files on disk that is a detour: a shard that is ahead is left alone for as
+//! long as the image makes progress without it, and then taken to memory up to a limit.
 //!
-//! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker that
-//! is behind the last one of every shard will not come.
+//! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker
+//! that is behind the last one of every shard will not come.
 
 mod assembly;
 mod order;
@@ -19,36 +19,41 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::format::{Body, ImageName};
+use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
 use crate::store::external::External;
-use crate::store::{Ahead, Arena, Store, Target};
-use crate::supervision::signals::Interrupts;
+use crate::store::held::Holder;
+use crate::store::{Ahead, Arena, Piece, Store, Target};
+use crate::supervision::Interrupts;
 use assembly::{Assembly, Origin, Step};
 use order::Place;
-use reader::{Found, Reader, Stage};
+use reader::{Found, Holding, Reader, Stage};
 
 /// Bytes spliced from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
 
-/// When extracting to disk: the time without progress after which data that arrived early is read into
-/// memory. It is longer than other processes take to fill the pipe that the image waits for.
+/// When extracting to disk: the time without progress after which data that arrived early is read
+/// into memory. It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
 
 /// The most that waits in memory for its turn on the way to disk, in bytes.
 const MOST_AHEAD: usize = 256 << 20;
 
-/// How long the end of the shards is waited for after the image's end, to find out whether something
-/// follows. It is there already when the shards come from other programs' output; a supervisor may keep
-/// its write end open, and need not.
+/// How long the end of the shards is waited for after the image's end, to find out whether
+/// something follows. It is there already when the shards come from other programs' output; a
+/// supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long a full pipe of an external file is left alone if no event comes, should the kernel have
 /// ended a call for another reason than a full pipe.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// What must be left of the machine's memory, or of our cgroup's, in bytes.
+const LEAST_MEMORY: u64 = 32 << 20;
 
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +79,14 @@ enum Turn {
     Busy,
 }
 
+/// What follows a step of a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// It moved something, and there may be more.
+    GoOn,
+    Stop(Turn),
+}
+
 struct Receiver<'a, S: Store> {
     poller: Poller<Watched>,
     interrupts: &'a Interrupts,
@@ -82,6 +95,10 @@ struct Receiver<'a, S: Store> {
     busy: Vec<bool>,
     image: Assembly<External<S>>,
     arena: &'a mut Arena,
+    /// What holds data in pipes, where that is possible.
+    holder: Option<Holder>,
+    /// How many bytes are taken when memory is looked at again.
+    look_at_memory: u64,
     /// Made for the first file on disk.
     stage: Option<Stage>,
     /// When the image last made progress.
@@ -115,6 +132,8 @@ pub fn receive<S: Store>(
         shards,
         image: Assembly::new(External::new(store, external_files)?, labels),
         arena,
+        holder: Holder::new(),
+        look_at_memory: 0,
         stage: None,
         progress: Instant::now(),
         start: None,
@@ -151,6 +170,7 @@ impl<S: Store> Receiver<'_, S> {
             }
             let (moved, found, room) = self.round()?;
             turn = moved;
+            self.check_memory()?;
             let (sent, room_to_send) = self.image.store().send()?;
             wait = match turn {
                 Turn::Busy => {
@@ -215,8 +235,8 @@ impl<S: Store> Receiver<'_, S> {
         open.into_iter().for_each(|number| store.made_room(number));
     }
 
-    /// Gives every shard that may have something one turn. Tells how the busiest fared, how many bytes
-    /// were taken, and how many the pipes hold that they were taken from.
+    /// Gives every shard that may have something one turn. Tells how the busiest fared, how many
+    /// bytes were taken, and how many the pipes hold that they were taken from.
     fn round(&mut self) -> Result<(Turn, u64, u64)> {
         let before = self.image.next();
         let taken_before = self.taken();
@@ -241,6 +261,30 @@ impl<S: Store> Receiver<'_, S> {
         Ok((overall, self.taken() - taken_before, room))
     }
 
+    /// Fails before an image that is kept takes the last of the memory. Pages in pipes belong to no
+    /// process, so that the kernel would kill others for them.
+    fn check_memory(&mut self) -> Result<()> {
+        let taken = self.taken();
+        if taken < self.look_at_memory || self.image.ahead() != Ahead::Piece {
+            return Ok(());
+        }
+        let Some(available) = memory::available() else {
+            self.look_at_memory = u64::MAX;
+            return Ok(());
+        };
+        if available < LEAST_MEMORY {
+            bail!(
+                "keeping the image in memory: {} MB of it are here, and only {} MB of memory are \
+                 left on this machine or in this cgroup: it does not fit",
+                taken / 1_000_000,
+                available / 1_000_000
+            );
+        }
+        // Less and less may come before the next look.
+        self.look_at_memory = taken + available / 8;
+        Ok(())
+    }
+
     /// Bytes taken from all shards so far.
     fn taken(&self) -> u64 {
         self.shards.iter().map(Reader::offset).sum()
@@ -254,7 +298,7 @@ impl<S: Store> Receiver<'_, S> {
     /// Takes from one shard what it has, up to a limit.
     fn turn(&mut self, index: usize) -> Result<Turn> {
         let mut turn = Turn::Idle;
-        let mut allowance = Allowance::new(self.image.ahead(), &self.shards[index]);
+        let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
         while !self.image.is_complete() {
             let next = self.image.next().seq;
             if self.image.is_far_ahead(false)
@@ -263,71 +307,87 @@ impl<S: Store> Receiver<'_, S> {
             {
                 return Ok(turn.max(Turn::Ahead));
             }
-            let moved = match self.shards[index].chunk() {
+            let then = match self.shards[index].chunk() {
                 Some(place) => self.take_data(index, place, &mut allowance)?,
                 None => self.take_marker(index, &mut allowance)?,
             };
-            match moved {
-                Turn::Busy => turn = Turn::Busy,
-                stopped => return Ok(turn.max(stopped)),
+            match then {
+                Then::GoOn => turn = Turn::Busy,
+                Then::Stop(last) => return Ok(turn.max(last)),
             }
         }
         Ok(turn)
     }
 
-    fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Turn> {
+    fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Then> {
         let shard = &mut self.shards[index];
         let Some(marker) = shard.next_marker()? else {
-            let most = match allowance.ahead {
-                Ahead::Memory => usize::MAX,
-                Ahead::Shard => shard.ahead_for_markers(),
+            let most = match allowance.way {
+                Way::Read => usize::MAX,
+                Way::Splice => shard.ahead_for_marker(),
             };
             return allowance.read(shard, self.arena, most);
         };
         match marker.body {
-            Body::Data(1..) => return Ok(Turn::Busy),
+            Body::Data(1..) => return Ok(Then::GoOn),
             Body::FileEnd => self.files.add(1),
             _ => {}
         }
         let step = Step::Marker(marker.body);
         self.submit(index, Place::of(marker.seq), step)?;
-        Ok(Turn::Busy)
+        Ok(Then::GoOn)
     }
 
-    /// Takes data of a chunk: what was read already, or else by splicing if it goes to a file, or else
-    /// by reading more.
-    fn take_data(&mut self, index: usize, place: Place, allowance: &mut Allowance) -> Result<Turn> {
+    /// How data is best taken from a shard at present.
+    fn way(&self, index: usize) -> Way {
+        let holder = self.holder.as_ref();
+        let holds = holder.is_some_and(Holder::has_room) && self.shards[index].may_hold();
+        match self.image.ahead() {
+            Ahead::Piece if !holds => Way::Read,
+            Ahead::Piece | Ahead::Shard => Way::Splice,
+        }
+    }
+
+    /// Takes data of a chunk: what was read already, or else by splicing it to its file or to a
+    /// pipe that holds it, or else by reading more.
+    fn take_data(&mut self, index: usize, place: Place, allowance: &mut Allowance) -> Result<Then> {
         let target = match self.image.target(place) {
             Some(target) => target,
-            None if self.image.waiting_bytes() < MOST_AHEAD && self.is_stalled() => Target::Memory,
-            None => return Ok(Turn::Ahead),
+            None if self.image.waiting_bytes() < MOST_AHEAD && self.is_stalled() => Target::Piece,
+            None => return Ok(Then::Stop(Turn::Ahead)),
         };
         let shard = &mut self.shards[index];
-        if shard.is_read_out() {
-            let most = match (target, allowance.ahead) {
-                (Target::File(file), _) => {
-                    let stage = match &mut self.stage {
-                        Some(stage) => stage,
-                        none => none.insert(Stage::new()?),
-                    };
-                    let Some(then) = shard.splice(stage, file, &self.image.current())? else {
-                        return Ok(Turn::Idle);
-                    };
-                    self.image.written(then)?;
-                    return Ok(Turn::Busy);
-                }
-                (Target::Memory, Ahead::Memory) => usize::MAX,
-                (Target::Memory, Ahead::Shard) => shard.left_of_chunk(),
+        if !shard.is_read_out() {
+            let (extent, behind) = shard.take_data().expect("something was read");
+            self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
+            return Ok(Then::GoOn);
+        }
+        if let Target::File(file) = target {
+            let stage = match &mut self.stage {
+                Some(stage) => stage,
+                none => none.insert(Stage::new()?),
             };
-            let turn = allowance.read(shard, self.arena, most)?;
-            if turn != Turn::Busy {
-                return Ok(turn);
-            }
+            let spliced = shard.splice(stage, file, &self.image.current())?;
+            let Some(behind) = spliced else {
+                return Ok(Then::Stop(Turn::Idle));
+            };
+            self.image.written(behind)?;
+            return Ok(Then::GoOn);
         }
-        if let Some((extent, then)) = self.shards[index].take_data() {
-            self.submit(index, place, Step::Data(extent, then))?;
-        }
-        Ok(Turn::Busy)
+        let most = match (allowance.way, &mut self.holder) {
+            (Way::Splice, Some(holder)) => match shard.hold(holder)? {
+                Holding::Piece(held, behind) => {
+                    self.submit(index, place, Step::Data(Piece::held(held), behind))?;
+                    return Ok(Then::GoOn);
+                }
+                Holding::Some => return Ok(Then::Stop(Turn::Busy)),
+                Holding::Nothing => return Ok(Then::Stop(Turn::Idle)),
+                Holding::Refused => shard.ahead_for_data(),
+            },
+            (Way::Splice, None) => shard.left_of_chunk(),
+            (Way::Read, _) => usize::MAX,
+        };
+        allowance.read(shard, self.arena, most)
     }
 
     fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
@@ -393,35 +453,45 @@ impl<S: Store> Receiver<'_, S> {
     }
 }
 
-/// How much more may be taken from a shard in its turn: to memory, what one read brings, because a
-/// reader that reads on at once takes what the shard's writer has written meanwhile, block by block,
-/// and meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB).
+/// How data is taken from a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Spliced, with as little read as possible.
+    Splice,
+    /// Read, as much as there is.
+    Read,
+}
+
+/// How much more may be taken from a shard in its turn. By reading, what one read brings: a reader
+/// that reads on at once takes what the shard's writer has written meanwhile, block by block, and
+/// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By splicing, about
+/// as much as a pipe holds, and for the same reason no more once the pipe was emptied.
 struct Allowance {
-    ahead: Ahead,
+    way: Way,
     has_read: bool,
-    /// Where in the stream the turn ends, on the way to disk.
+    /// Where in the stream the turn ends when splicing.
     end: u64,
 }
 
 impl Allowance {
-    fn new(ahead: Ahead, shard: &Reader) -> Self {
+    fn new(way: Way, shard: &Reader) -> Self {
         Self {
-            ahead,
+            way,
             has_read: false,
             end: shard.offset() + TURN,
         }
     }
 
     /// Reads up to `most` bytes if the turn is not over.
-    fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Turn> {
-        let is_over = match self.ahead {
-            Ahead::Memory => self.has_read,
-            Ahead::Shard => shard.offset() >= self.end,
+    fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Then> {
+        let is_over = match self.way {
+            Way::Read => self.has_read,
+            Way::Splice => shard.offset() >= self.end,
         };
         if is_over || shard.read(arena, most)? == Found::Nothing {
-            return Ok(Turn::Idle);
+            return Ok(Then::Stop(Turn::Idle));
         }
         self.has_read = true;
-        Ok(Turn::Busy)
+        Ok(Then::GoOn)
     }
 }

@@ -21,7 +21,7 @@ impl Place {
 
 /// What comes behind a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Then {
+pub(super) enum Behind {
     /// Another part of the same marker's data.
     Part,
     /// Another marker.
@@ -81,13 +81,13 @@ impl<T> Order<T> {
 
     /// The turn passes on. `None`: there are no more places.
     #[must_use]
-    pub(super) fn pass(&mut self, then: Then) -> Option<()> {
-        self.next = match then {
-            Then::Part => Place {
+    pub(super) fn pass(&mut self, behind: Behind) -> Option<()> {
+        self.next = match behind {
+            Behind::Part => Place {
                 seq: self.next.seq,
                 part: self.next.part.checked_add(1)?,
             },
-            Then::Marker => Place::of(self.next.seq.checked_add(1)?),
+            Behind::Marker => Place::of(self.next.seq.checked_add(1)?),
         };
         Some(())
     }
@@ -104,9 +104,9 @@ mod tests {
         for place in [part(2, 0), part(1, 1), part(1, 0), part(0, 0)] {
             order.insert(place, place).unwrap();
         }
-        for then in [Then::Marker, Then::Part, Then::Marker, Then::Marker] {
+        for behind in [Behind::Marker, Behind::Part, Behind::Marker, Behind::Marker] {
             assert_eq!(order.pop(), Some(order.next()));
-            order.pass(then).unwrap();
+            order.pass(behind).unwrap();
         }
         assert_eq!(order.next(), Place::of(3));
         assert_eq!((order.pop(), order.len()), (None, 0));
@@ -117,7 +117,7 @@ mod tests {
         let mut order = Order::new();
         order.insert(Place::of(1), 'a').unwrap();
         assert_eq!(order.insert(Place::of(1), 'b'), Err(Twice));
-        order.pass(Then::Marker).unwrap();
+        order.pass(Behind::Marker).unwrap();
         assert_eq!(order.insert(Place::of(0), 'c'), Err(Twice));
         assert_eq!(order.pop(), Some('a'));
     }
@@ -126,6 +126,6 @@ mod tests {
     fn there_is_an_end_to_counting() {
         let mut order = Order::<()>::new();
         order.next = Place::of(u64::MAX);
-        assert_eq!(order.pass(Then::Marker), None);
+        assert_eq!(order.pass(Behind::Marker), None);
     }
 }

@@ -1,13 +1,14 @@
 //! A shard's stream, cut into markers and their data.
 //!
-//! On the way to memory, what a pipe holds is read in one call, markers and data together, straight to
-//! where the data stays: into the rest of a huge page, or into memory for exactly as many bytes as
-//! there are. The data of a chunk is then a part of that memory, found in place. One large read for a
-//! full pipe costs half the CPU of reading marker, data, marker, data, because each read but the last
-//! meets the pipe's writer, woken by the one before, at the pipe's mutex.
+//! Data should not come to memory at all, so that only as much is read as the next marker takes,
+//! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
+//! are read together with their markers.
 //!
-//! On the way to disk, data should not come to memory at all, so that only as much is read ahead as
-//! the next markers take.
+//! Where nothing can be held, what a pipe has is read in one call, markers and data together,
+//! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
+//! many bytes as there are. The data of a chunk is then a part of that memory, found in place. One
+//! large read for a full pipe costs half the CPU of reading marker, data, marker, data, because
+//! each read but the last meets the pipe's writer, woken by the one before, at the pipe's mutex.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,22 +16,16 @@ use std::io;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::order::{Place, Then};
+use super::order::{Behind, Place};
 use crate::format::marker::{self, BadMarker};
 use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::report::meter::Meter;
+use crate::store::held::{Filled, Held, Holder, WORTH_HOLDING};
 use crate::store::{Arena, Extent};
 
-/// Bytes read ahead among small files, when data should rather be spliced.
-const AHEAD: usize = 16 << 10;
-
-/// Bytes read ahead after a large chunk: the end of a file, the name of another, and the size of the
-/// next chunk.
-const AHEAD_OF_LARGE: usize = 64;
-
-/// A chunk that is worth splicing, in bytes.
-const LARGE: usize = AHEAD;
+/// Bytes read ahead among small chunks. What is less is read and not spliced.
+const AHEAD: usize = WORTH_HOLDING;
 
 /// What one look at a pipe brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,9 +37,9 @@ pub(super) enum Found {
 
 /// A pipe of our own between a shard's pipe and a file.
 ///
-/// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could not
-/// write meanwhile, and then we would wait for it. Moving references to a pipe of our own first takes
-/// 0.12 CPU s/GB off the 0.2 spent so.
+/// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could
+/// not write meanwhile, and then we would wait for it. Moving references to a pipe of our own first
+/// takes 0.12 CPU s/GB off the 0.2 spent so.
 pub(super) struct Stage {
     read: ReadEnd,
     write: WriteEnd,
@@ -74,6 +69,19 @@ impl Stage {
     }
 }
 
+/// What came of holding data.
+#[derive(Debug)]
+pub(super) enum Holding {
+    /// All of a chunk's data, or as much as fits into a pipe.
+    Piece(Held, Behind),
+    /// Some of the data, which is not whole yet.
+    Some,
+    /// Nothing came.
+    Nothing,
+    /// It should be read to memory: it is too small, or a limit is reached.
+    Refused,
+}
+
 /// A chunk whose data was not taken whole yet.
 #[derive(Debug)]
 struct Chunk {
@@ -90,7 +98,13 @@ pub(super) struct Reader {
     /// What was read and not taken yet.
     ahead: VecDeque<Extent>,
     chunk: Option<Chunk>,
-    last_was_large: bool,
+    /// Data of the current chunk, on its way into this pipe.
+    held: Option<Held>,
+    /// Slots are well filled, so that a page that is held is about as large as its data.
+    may_hold: bool,
+    /// Bytes of the last marker with data, if that was large: the next one takes as many, as a
+    /// rule.
+    last_large: Option<usize>,
     /// The pipe's writers are gone: what is in it is the last of the stream.
     hung_up: bool,
     ended: bool,
@@ -117,7 +131,9 @@ impl Reader {
             label,
             ahead: VecDeque::new(),
             chunk: None,
-            last_was_large: false,
+            held: None,
+            may_hold: true,
+            last_large: None,
             hung_up: false,
             ended: false,
             last_seq: None,
@@ -199,7 +215,7 @@ impl Reader {
         self.last_seq = Some(marker.seq);
         if let Body::Data(left @ 1..) = marker.body {
             let left = left as usize;
-            self.last_was_large = left >= LARGE;
+            self.last_large = (left >= AHEAD).then_some(size);
             self.chunk = Some(Chunk {
                 place: Place::of(marker.seq),
                 left,
@@ -239,22 +255,22 @@ impl Reader {
     }
 
     /// Takes the data of the current chunk that was read, as far as it lies together.
-    pub(super) fn take_data(&mut self) -> Option<(Extent, Then)> {
+    pub(super) fn take_data(&mut self) -> Option<(Extent, Behind)> {
         let left = self.chunk.as_ref()?.left;
         let extent = self.take_front(left)?;
-        let then = self.advance_chunk(extent.len());
-        Some((extent, then))
+        let behind = self.advance_chunk(extent.len());
+        Some((extent, behind))
     }
 
-    fn advance_chunk(&mut self, bytes: usize) -> Then {
+    fn advance_chunk(&mut self, bytes: usize) -> Behind {
         let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
         chunk.left -= bytes;
         if chunk.left == 0 {
             self.chunk = None;
-            return Then::Marker;
+            return Behind::Marker;
         }
         chunk.place.part += 1;
-        Then::Part
+        Behind::Part
     }
 
     /// Whether nothing of what was read is left.
@@ -262,32 +278,94 @@ impl Reader {
         self.ahead.is_empty()
     }
 
-    /// How much to read when data should rather be spliced: what the next markers take.
-    pub(super) fn ahead_for_markers(&self) -> usize {
-        if self.last_was_large {
-            AHEAD_OF_LARGE
-        } else {
-            AHEAD
+    /// How much to read for the next marker when data should rather be spliced: behind a large
+    /// chunk, exactly what the marker takes, as far as that is known.
+    pub(super) fn ahead_for_marker(&self) -> usize {
+        let Some(expected) = self.last_large else {
+            return AHEAD;
+        };
+        let bytes = self.ahead.iter().flat_map(Extent::bytes).copied();
+        let begun: Vec<_> = bytes.take(marker::LENGTH).collect();
+        match begun.first_chunk() {
+            None => expected.max(marker::LENGTH) - begun.len(),
+            Some(field) => {
+                let read: usize = self.ahead.iter().map(Extent::len).sum();
+                let frame = u32::from_le_bytes(*field) as usize;
+                (marker::LENGTH + frame).saturating_sub(read).max(1)
+            }
         }
     }
 
-    /// Reads what the pipe holds, up to `most` bytes. Called when what was read before is not enough
-    /// to go on.
+    /// How much to read for data that is not to be spliced.
+    pub(super) fn ahead_for_data(&self) -> usize {
+        self.left_of_chunk().max(AHEAD)
+    }
+
+    /// Whether data may be held in pipes.
+    pub(super) fn may_hold(&self) -> bool {
+        self.may_hold
+    }
+
+    /// Moves data of the current chunk into a pipe that holds it.
     ///
-    /// A few bytes, or what is left of a huge page begun, are read without asking first how much there
-    /// is, because the question takes the pipe's mutex too, and has to wait for a writer that is in
-    /// the middle of a block as long as the read itself. For the same reason a read ends with the huge
-    /// page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill huge pages of
-    /// 2 MiB in two reads each.
+    /// # Errors
+    /// When the stream was cut off.
+    pub(super) fn hold(&mut self, holder: &mut Holder) -> Result<Holding> {
+        let left = self.left_of_chunk();
+        let mut held = match self.held.take() {
+            Some(held) => held,
+            None if !self.may_hold || left < WORTH_HOLDING => return Ok(Holding::Refused),
+            None => match holder.hold(left) {
+                Some(held) => held,
+                None => return Ok(Holding::Refused),
+            },
+        };
+        let filled = held
+            .fill(&self.pipe, left)
+            .with_context(|| format!("reading {}", self.label))?;
+        let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
+        match filled {
+            Filled::Moved(Moved::Bytes(bytes)) => {
+                self.meter.add(bytes);
+                self.taken += bytes as u64;
+                chunk.left -= bytes;
+                if chunk.left == 0 {
+                    self.chunk = None;
+                    return Ok(Holding::Piece(held, Behind::Marker));
+                }
+                self.held = Some(held);
+                return Ok(Holding::Some);
+            }
+            Filled::Full => {
+                self.may_hold = !held.is_wasteful();
+                chunk.place.part += 1;
+                return Ok(Holding::Piece(held, Behind::Part));
+            }
+            Filled::Moved(Moved::WouldBlock) => {}
+            Filled::Moved(Moved::End) => self.hung_up = true,
+        }
+        self.held = Some(held);
+        self.check_for_end()?;
+        Ok(Holding::Nothing)
+    }
+
+    /// Reads what the pipe holds, up to `most` bytes. Called when what was read before is not
+    /// enough to go on.
+    ///
+    /// A few bytes, or what is left of a huge page begun, are read without asking first how much
+    /// there is, because the question takes the pipe's mutex too, and has to wait for a writer that
+    /// is in the middle of a block as long as the read itself. For the same reason a read ends with
+    /// the huge page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill
+    /// huge pages of 2 MiB in two reads each.
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
     pub(super) fn read(&mut self, arena: &mut Arena, most: usize) -> Result<Found> {
         let unasked = match arena.left_of_huge_page() {
-            _ if most <= LARGE => most,
+            _ if most <= AHEAD => most,
             left => left.min(most),
         };
-        if unasked >= LARGE.min(most) {
+        if unasked >= AHEAD.min(most) {
             match self.read_block(arena, unasked)? {
                 0 => {
                     self.check_for_end()?;
@@ -350,12 +428,17 @@ impl Reader {
         Ok(taken)
     }
 
-    /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None` when
-    /// the pipe is empty.
+    /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None`
+    /// when the pipe is empty.
     ///
     /// # Errors
     /// When the file cannot take it, and when the stream was cut off.
-    pub(super) fn splice(&mut self, stage: &Stage, to: &File, name: &str) -> Result<Option<Then>> {
+    pub(super) fn splice(
+        &mut self,
+        stage: &Stage,
+        to: &File,
+        name: &str,
+    ) -> Result<Option<Behind>> {
         let moved = stage
             .splice(&self.pipe, to, self.left_of_chunk())
             .with_context(|| format!("writing {name}"))?;

@@ -1,18 +1,21 @@
 //! What a person sees while an image is on its way: `--progress-bar`.
 //!
-//! The transfer only counts; a thread of its own draws, so that drawing to a
-//! slow terminal holds up nothing, and a transfer that stands still is seen to stand still. It goes to standard error, and never to
-//! a descriptor that carries progress lines: programs read those.
+//! The transfer only counts. A thread of its own draws, so that a slow terminal holds up nothing,
+//! and a transfer that stands still is seen to stand still. The display goes to standard error, and
+//! never to a descriptor that carries progress lines: programs read those.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, stderr};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
+use std::io::stderr;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::report::meter::{Counter, Counters};
-use crate::report::notice::{write_line, write_text};
-use crate::report::progress::Stats;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use indicatif::{ProgressBar as Line, ProgressStyle};
+
+use super::meter::{Counter, Counters};
+use super::notice::write_text;
+use super::progress::Stats;
+use crate::os::descriptor::Direction;
 
 /// Between two drawings on a terminal.
 const REDRAW: Duration = Duration::from_millis(200);
@@ -20,153 +23,128 @@ const REDRAW: Duration = Duration::from_millis(200);
 /// Between two lines elsewhere.
 const NEXT_LINE: Duration = Duration::from_secs(3);
 
-/// Bytes of the drawing thread's stack.
-const STACK: usize = 64 << 10;
-
-/// Begins a line anew, and keeps one that is too long from going on in the next, where it would stay.
-const REWIND: &str = "\r\x1b[K\x1b[?7l";
-const UNWIND: &str = "\x1b[?7h";
-
-/// Which way an image goes, for the words to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Journey {
-    Captured,
-    Received,
-}
+/// How long the end of the display may hold up the program.
+const LONGEST_END: Duration = Duration::from_secs(2);
 
 /// The display. Dropped, it leaves an empty line for what comes next, such as an error.
-pub struct ProgressBar {
-    counters: Counters,
-    journey: Journey,
-    labels: Vec<String>,
-    stop: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+pub(crate) struct ProgressBar {
+    statistics: Option<Sender<Stats>>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
 }
 
 impl ProgressBar {
-    /// Starts drawing. `labels` names the shards. A thread that cannot be had costs the display only.
-    pub fn start(journey: Journey, labels: Vec<String>, counters: Counters) -> Self {
-        let (stop, stopped) = mpsc::channel();
-        let mut display = Display {
-            counters: counters.clone(),
-            journey,
-            before: (Instant::now(), 0),
-        };
-        let draw = move || {
-            let on_terminal = stderr().is_terminal();
-            let interval = if on_terminal { REDRAW } else { NEXT_LINE };
-            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-                let line = display.line();
-                // Nobody can be told that the display does not work.
-                let _ = if on_terminal {
-                    write_text(stderr(), &format!("{REWIND}{line}{UNWIND}"))
-                } else {
-                    write_line(stderr(), &line)
-                };
+    /// Starts drawing. `labels` names the shards. Without a thread there is no display, and no
+    /// failure.
+    pub(crate) fn start(direction: Direction, labels: Vec<String>, counters: Counters) -> Self {
+        let (statistics, at_the_end) = bounded(1);
+        let (end, ended) = bounded(0);
+        let display = move || {
+            if let Some(stats) = draw(direction, &counters, &at_the_end) {
+                let text = summary(direction, counters.files.get(), &labels, &stats);
+                let _ = write_text(stderr(), &text);
             }
-            if on_terminal {
-                let _ = write_text(stderr(), &format!("{REWIND}{UNWIND}"));
-            }
+            drop(end);
         };
-        let thread = thread::Builder::new()
+        // It is waited for by its channel: one that is stuck in a stopped terminal is left behind.
+        let _ = thread::Builder::new()
             .name("progress bar".into())
-            .stack_size(STACK)
-            .spawn(draw)
-            .ok();
+            .spawn(display);
         Self {
-            counters,
-            journey,
-            labels,
-            stop: Some(stop),
-            thread,
+            statistics: Some(statistics),
+            ended,
         }
     }
 
     /// Ends the display with a line for the image and one for each shard.
-    pub fn conclude(mut self, stats: &Stats) {
-        self.stop();
-        let files = self.counters.files.get();
-        let _ = write_text(stderr(), &summary(self.journey, files, &self.labels, stats));
-    }
-
-    fn stop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // It does not panic, and if it did, only the display would be gone.
-            let _ = thread.join();
+    pub(crate) fn conclude(self, stats: &Stats) {
+        if let Some(statistics) = &self.statistics {
+            let _ = statistics.send(stats.clone());
         }
     }
 }
 
 impl Drop for ProgressBar {
     fn drop(&mut self) {
-        self.stop();
+        drop(self.statistics.take());
+        let _: Result<(), _> = self.ended.recv_timeout(LONGEST_END);
     }
 }
 
-struct Display {
-    counters: Counters,
-    journey: Journey,
-    before: (Instant, u64),
-}
-
-impl Display {
-    fn line(&mut self) -> String {
-        let shards: Vec<_> = self.counters.shards.iter().map(Counter::get).collect();
-        let bytes: u64 = shards.iter().sum();
-        let (before, bytes_before) = std::mem::replace(&mut self.before, (Instant::now(), bytes));
-        if bytes == 0 {
-            return match self.journey {
-                Journey::Captured => "waiting for CRIU: run `criu dump --stream`".into(),
-                Journey::Received => "waiting for the image".into(),
-            };
-        }
-        let mut line = format!(
-            "{} files, {}, {}",
-            self.counters.files.get(),
-            size(bytes),
-            speed(bytes - bytes_before, before.elapsed()),
-        );
-        if shards.len() > 1 {
-            line.push_str(", shards");
-            for share in shards {
-                let _ = write!(line, " {}%", percent(share, bytes));
+/// Draws until the statistics come: one line again and again on a terminal, lines elsewhere.
+fn draw(direction: Direction, counters: &Counters, statistics: &Receiver<Stats>) -> Option<Stats> {
+    let style = ProgressStyle::with_template("{wide_msg}").expect("the template is well-formed");
+    let line = Line::new_spinner().with_style(style);
+    let interval = if line.is_hidden() { NEXT_LINE } else { REDRAW };
+    let mut before = (Instant::now(), 0);
+    loop {
+        match statistics.recv_timeout(interval) {
+            Err(RecvTimeoutError::Timeout) => {}
+            ended => {
+                line.finish_and_clear();
+                return ended.ok();
             }
         }
-        line
+        let text = text(direction, counters, &mut before);
+        if line.is_hidden() {
+            let _ = write_text(stderr(), &format!("{text}\n"));
+        } else {
+            line.set_message(text);
+        }
     }
+}
+
+/// How far the image is. `before` is when this was last asked, and the bytes at that time.
+fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) -> String {
+    let shards: Vec<_> = counters.shards.iter().map(Counter::get).collect();
+    let bytes: u64 = shards.iter().sum();
+    let (then, bytes_then) = std::mem::replace(before, (Instant::now(), bytes));
+    if bytes == 0 {
+        return match direction {
+            Direction::Out => "waiting for CRIU: run `criu dump --stream`".into(),
+            Direction::In => "waiting for the image".into(),
+        };
+    }
+    let (files, speed) = (
+        counters.files.get(),
+        speed(bytes - bytes_then, then.elapsed()),
+    );
+    let mut text = format!("{files} files, {}, {speed}", size(bytes));
+    if shards.len() > 1 {
+        text.push_str(", shards");
+        for share in shards {
+            let _ = write!(text, " {}%", percent(share, bytes));
+        }
+    }
+    text
 }
 
 /// What passed, in lines that end the display.
-fn summary(journey: Journey, files: u64, labels: &[String], stats: &Stats) -> String {
+fn summary(direction: Direction, files: u64, labels: &[String], stats: &Stats) -> String {
     let bytes = stats.shards.iter().map(|shard| shard.size).sum();
     let millis = stats
         .shards
         .iter()
-        .map(|shard| shard.transfer_duration_millis);
-    let duration = Duration::from_millis(millis.max().unwrap_or(0));
-    let verb = match journey {
-        Journey::Captured => "captured",
-        Journey::Received => "received",
+        .map(|s| s.transfer_duration_millis)
+        .max()
+        .unwrap_or(0);
+    let verb = match direction {
+        Direction::Out => "captured",
+        Direction::In => "received",
     };
-    let mut text = format!(
-        "{verb} {files} files, {} in {:.1} s, {}\n",
-        size(bytes),
-        duration.as_secs_f64(),
-        speed(bytes, duration)
-    );
+    let mut text = format!("{verb} {files} files, {}\n", transfer(bytes, millis));
     for (label, shard) in labels.iter().zip(&stats.shards) {
-        let duration = Duration::from_millis(shard.transfer_duration_millis);
-        let _ = writeln!(
-            text,
-            "  {label}: {} in {:.1} s, {}, {}% of the image",
-            size(shard.size),
-            duration.as_secs_f64(),
-            speed(shard.size, duration),
-            percent(shard.size, bytes)
-        );
+        let transfer = transfer(shard.size, shard.transfer_duration_millis);
+        let share = percent(shard.size, bytes);
+        let _ = writeln!(text, "  {label}: {transfer}, {share}% of the image");
     }
     text
+}
+
+fn transfer(bytes: u64, millis: u64) -> String {
+    let duration = Duration::from_millis(millis);
+    let (size, speed) = (size(bytes), speed(bytes, duration));
+    format!("{size} in {:.1} s, {speed}", duration.as_secs_f64())
 }
 
 fn percent(part: u64, whole: u64) -> u64 {
@@ -209,7 +187,7 @@ mod tests {
         };
         let labels = ["shard fd 10".to_owned(), "shard command 2".to_owned()];
         assert_eq!(
-            summary(Journey::Captured, 12, &labels, &stats),
+            summary(Direction::Out, 12, &labels, &stats),
             "captured 12 files, 4.00 GB in 2.0 s, 2.00 GB/s\n  \
              shard fd 10: 3.00 GB in 1.5 s, 2.00 GB/s, 75% of the image\n  \
              shard command 2: 1.00 GB in 2.0 s, 500.0 MB/s, 25% of the image\n"
@@ -218,7 +196,7 @@ mod tests {
 
     #[test]
     fn an_empty_image_is_summed_up_too() {
-        let text = summary(Journey::Received, 0, &["a".into()], &Stats::default());
+        let text = summary(Direction::In, 0, &["a".into()], &Stats::default());
         assert_eq!(text, "received 0 files, 0 bytes in 0.0 s, 0 bytes/s\n");
     }
 

@@ -34,10 +34,7 @@ impl Counters {
     pub fn new(shards: usize) -> Self {
         Self {
             files: Counter::default(),
-            shards: vec![(); shards]
-                .into_iter()
-                .map(|()| Counter::default())
-                .collect(),
+            shards: (0..shards).map(|_| Counter::default()).collect(),
         }
     }
 }

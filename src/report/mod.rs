@@ -1,7 +1,9 @@
-//! What is counted ([`meter`]), and what is told to programs ([`progress`]) and to people ([`bar`],
-//! [`notice`]).
+//! What is counted ([`meter`]), and what is told to programs ([`progress`]) and to people (`bar`,
+//! `notice`).
 
-pub mod bar;
+pub(crate) mod bar;
 pub mod meter;
-pub mod notice;
-pub mod progress;
+pub(crate) mod notice;
+pub(crate) mod progress;
+
+pub(crate) use notice::{error, warn};

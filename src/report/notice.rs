@@ -1,8 +1,10 @@
-//! What people are told on standard error, whoever reads it.
+//! What people are told on standard error.
 //!
-//! `eprintln!` panics when standard error is a pipe whose reader is gone, and waits for ever when it is full and nobody empties
-//! it. Neither may end or hold up a transfer: a line that cannot be written is lost after a moment.
+//! `eprintln!` panics when standard error is a pipe without a reader, and waits for ever when its
+//! reader reads nothing. Neither may end or hold up a transfer: a line that cannot be written is
+//! lost after a moment.
 
+use std::fmt::Display;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -11,39 +13,29 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::os::pipe::uninterrupted;
 
-/// How long a pipe that nobody empties may hold up the transfer, in milliseconds, for each piece of a line.
+/// How long a full pipe may hold up the transfer for each piece of a line, in milliseconds.
 const PATIENCE: u16 = 1000;
 
-/// Bytes that a pipe with a free slot takes without blocking, and at once (`PIPE_BUF`).
+/// Bytes that a pipe with a free slot takes at once (`PIPE_BUF`).
 const PIECE: usize = 4096;
 
-/// Tells a line to whoever reads standard error.
-pub fn tell(what: impl std::fmt::Display) {
-    // There is nobody left to be told of a failure.
-    let _ = write_line(io::stderr(), &format!("criu-image-streamer: {what}"));
+/// Warns of something that does not end the program.
+pub(crate) fn warn(what: impl Display) {
+    // A failure to tell cannot be told either.
+    let _ = write_text(io::stderr(), &format!("criu-image-streamer: {what}\n"));
 }
 
-/// Tells why the program failed.
-pub fn tell_error(error: &anyhow::Error) {
-    let _ = write_line(
+/// Says why the program failed.
+pub(crate) fn error(error: &anyhow::Error) {
+    let _ = write_text(
         io::stderr(),
-        &format!("criu-image-streamer Error: {error:#}"),
+        &format!("criu-image-streamer Error: {error:#}\n"),
     );
 }
 
-/// Writes a line whole to a descriptor that may block.
-///
-/// # Errors
-/// Those of `write`, and `ETIMEDOUT` when the other side takes nothing.
-pub fn write_line(fd: impl AsFd, line: &str) -> io::Result<()> {
-    write_text(fd, &format!("{line}\n"))
-}
-
-/// Writes text to a descriptor that may block.
-///
-/// # Errors
-/// As [`write_line`].
-pub fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
+/// Writes text to a descriptor that may block, and fails (`ETIMEDOUT`) when the reader takes
+/// nothing.
+pub(super) fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
     let mut left = text.as_bytes();
     while !left.is_empty() {
         let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
@@ -63,18 +55,18 @@ mod tests {
     use crate::os::pipe;
 
     #[test]
-    fn a_full_pipe_that_nobody_empties_is_given_up() {
+    fn a_full_pipe_whose_reader_reads_nothing_is_given_up() {
         let (_read, write) = pipe::new().unwrap();
         let capacity = pipe::slots(&write).unwrap() * pipe::SLOT;
-        let error = write_line(&write, &"x".repeat(capacity)).unwrap_err();
+        let error = write_text(&write, &"x".repeat(capacity + 1)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::ETIMEDOUT as i32));
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_is_an_error_and_no_panic() {
+    fn a_pipe_without_a_reader_is_an_error_and_no_panic() {
         let (read, write) = pipe::new().unwrap();
         drop(read);
-        let error = write_line(&write, "socket-init").unwrap_err();
+        let error = write_text(&write, "socket-init\n").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::EPIPE as i32));
     }
 }

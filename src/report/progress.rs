@@ -1,18 +1,18 @@
 //! The lines that supervisors wait for, and the statistics of an image.
 //!
-//! Supervisors parse these lines exactly, and close their end when they have seen enough: a progress descriptor that cannot be
-//! written to, or that nobody empties, is no failure of the transfer.
+//! Supervisors parse these lines exactly, and close their end when they have seen enough. So the
+//! transfer goes on when a progress descriptor is closed or full (docs/protocol.md, section 3).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
-use crate::report::notice;
+use super::notice::write_text;
 
 /// A moment that supervisors wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Milestone {
+pub(crate) enum Milestone {
     /// CRIU can connect.
     SocketInit,
     /// The application is frozen: the first file other than `cpuinfo.img` was requested.
@@ -20,7 +20,7 @@ pub enum Milestone {
 }
 
 /// What passed through each shard, in the order of `--shard-fds`.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Stats {
     pub shards: Vec<ShardStats>,
 }
@@ -36,21 +36,21 @@ pub struct ShardStats {
 
 /// The progress descriptor.
 #[derive(Debug)]
-pub struct Progress(Option<File>);
+pub(crate) struct Progress(Option<File>);
 
 impl Progress {
     /// Reports to `fd`.
-    pub fn new(fd: OwnedFd) -> Self {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
         Self(Some(File::from(fd)))
     }
 
-    /// Reports to nobody.
-    pub fn silent() -> Self {
+    /// Reports nothing.
+    pub(crate) fn silent() -> Self {
         Self(None)
     }
 
     /// Reports a milestone.
-    pub fn reached(&mut self, milestone: Milestone) {
+    pub(crate) fn reached(&mut self, milestone: Milestone) {
         self.line(match milestone {
             Milestone::SocketInit => "socket-init",
             Milestone::CheckpointStart => "checkpoint-start",
@@ -58,16 +58,14 @@ impl Progress {
     }
 
     /// Reports the statistics, as one line of JSON.
-    pub fn stats(&mut self, stats: &Stats) {
-        self.line(
-            &serde_json::to_string(stats)
-                .expect("numbers and names of fields can be written as JSON"),
-        );
+    pub(crate) fn stats(&mut self, stats: &Stats) {
+        self.line(&serde_json::to_string(stats).expect("plain numbers make JSON"));
     }
 
     fn line(&mut self, line: &str) {
-        let Some(file) = &self.0 else { return };
-        if notice::write_line(file, line).is_err() {
+        if let Some(file) = &self.0
+            && write_text(file, &format!("{line}\n")).is_err()
+        {
             self.0 = None;
         }
     }

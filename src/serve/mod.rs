@@ -1,14 +1,14 @@
 //! Serves an image from memory to CRIU, which treats it as a directory of files.
 //!
-//! CRIU opens a file and closes it unread, opens another before the first is finished, hands one to a
-//! child process, opens one twice, and does so from several processes. So requests are answered at
-//! once, whatever the state of earlier files, and any number of files is under way at the same time,
-//! each moving whenever its own reader makes room.
+//! CRIU opens a file and closes it unread, opens another before the first is finished, hands one to
+//! a child process, opens one twice, and does so from several processes. So requests are answered
+//! at once, whatever the state of earlier files, and any number of files is under way at the same
+//! time, each moving whenever its own reader makes room.
 //!
 //! A file's memory goes back to the kernel as soon as the pipe holds references to its pages, since
-//! CRIU copies what it reads: keeping it would take twice the memory. [`Catalog`] says which files are
-//! kept for being asked for again. Asking for another one again is answered with "does not exist", and
-//! the program then fails naming it.
+//! CRIU copies what it reads: keeping it would take twice the memory. [`Catalog`] says which files
+//! are kept for being asked for again. Asking for another one again is answered with "does not
+//! exist", and the program then fails naming it.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -20,10 +20,11 @@ use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
-use crate::report::notice;
+use crate::report;
+use crate::store::Arena;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::signals::Interrupts;
+use crate::supervision::Interrupts;
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -63,6 +64,7 @@ struct Server<'a> {
     listener: Option<Listener>,
     clients: Clients<ImageName>,
     files: Catalog,
+    arena: Arena,
     transfers: HashMap<u64, Sending>,
     /// Transfers whose pipes may have room.
     busy: Vec<u64>,
@@ -71,13 +73,15 @@ struct Server<'a> {
     refused: BTreeSet<ImageName>,
 }
 
-/// Serves `files` until `criu_clients` clients have come and all are gone.
+/// Serves `files`, whose memory came from `arena`, until `criu_clients` clients have come and all
+/// are gone.
 ///
 /// # Errors
 /// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
 pub fn serve(
     listener: Listener,
     files: Catalog,
+    arena: Arena,
     criu_clients: usize,
     interrupts: &Interrupts,
 ) -> Result<()> {
@@ -94,6 +98,7 @@ pub fn serve(
         listener: Some(listener),
         clients: Clients::new(criu_clients),
         files,
+        arena,
         transfers: HashMap::new(),
         busy: Vec::new(),
         next_transfer: 0,
@@ -168,6 +173,7 @@ impl Server<'_> {
         let Server {
             clients,
             files,
+            arena,
             refused,
             ..
         } = self;
@@ -193,7 +199,10 @@ impl Server<'_> {
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
                     // it.
-                    let cursor = files.take(&name).with_context(|| {
+                    let cursor = files
+                        .take(&name, arena)
+                        .with_context(|| format!("serving {name}"))?;
+                    let cursor = cursor.with_context(|| {
                         format!(
                             "serving {name}: two clients asked for it at a time, and it can be sent \
                              once"
@@ -231,8 +240,8 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Lets every transfer that may have room send. Tells how many slots were filled, and how many the
-    /// pipes have that took something.
+    /// Lets every transfer that may have room send. Tells how many slots were filled, and how many
+    /// the pipes have that took something.
     fn send(&mut self) -> Result<(usize, usize)> {
         let (mut filled, mut room) = (0, 0);
         for id in std::mem::take(&mut self.busy) {
@@ -271,7 +280,7 @@ fn present(files: &Catalog, refused: &mut BTreeSet<ImageName>, name: &str) -> Op
         Lookup::Present => Some(name),
         Lookup::Absent => None,
         Lookup::Gone => {
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "{name} was asked for again, but it has been sent and freed"
             ));
             refused.insert(name);

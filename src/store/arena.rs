@@ -1,17 +1,18 @@
 //! Memory for an image: filled once, never written again, given back to the kernel piece by piece.
 //!
-//! On restore nearly all CPU goes to page faults when the data is read into fresh 4 KiB pages (1.1 to
-//! 1.5 CPU s/GB on the reference machine; 0.3 to 0.5 with huge pages: docs/protocol.md, section 5). So
-//! memory is mapped in regions that ask for huge pages, and handed out front to back in the order in
-//! which data arrives, whichever file and shard it belongs to: small files share a page, at most one
-//! huge page is begun, and what arrived together, and is mostly sent together, lies together. Where
-//! huge pages are off or scarce the kernel gives small ones, and all else stays the same.
+//! On restore nearly all CPU goes to page faults when the data is read into fresh 4 KiB pages (1.1
+//! to 1.5 CPU s/GB on the reference machine; 0.3 to 0.5 with huge pages: docs/protocol.md, section
+//! 5). So memory is mapped in regions that ask for huge pages, and handed out front to back in the
+//! order in which data arrives, whichever file and shard it belongs to: small files share a page,
+//! at most one huge page is begun, and what arrived together, and is mostly sent together, lies
+//! together. Where huge pages are off or scarce the kernel gives small ones, and all else stays the
+//! same.
 //!
 //! An [`Extent`] owns its bytes, and gives them back when it is dropped. They are never written to
 //! again and never handed out twice, because a pipe may hold references to their pages long after.
-//! Whole pages go back at once, and a region's addresses with the last extent in it. Pages are given
-//! back as small ones from the middle of a huge page; the kernel frees the memory behind them when it
-//! is short of memory, or when the rest of the huge page is given back too.
+//! Whole pages go back at once, and a region's addresses with the last extent in it. Pages are
+//! given back as small ones from the middle of a huge page; the kernel frees the memory behind them
+//! when it is short of memory, or when the rest of the huge page is given back too.
 
 #![allow(unsafe_code)]
 
@@ -31,8 +32,8 @@ const REGION: usize = 64 << 20;
 const WORTH_SPLITTING: usize = 64 << 10;
 
 /// A huge page is begun for at least this number of bytes, or after as many have gone into small
-/// pages: what is left of the last huge page is memory that the image does not need, and most images
-/// end with a few small files.
+/// pages: what is left of the last huge page is memory that the image does not need, and most
+/// images end with a few small files.
 const WORTH_A_HUGE_PAGE: usize = 256 << 10;
 
 /// A part of the memory, and how much of it is in use.
@@ -68,8 +69,8 @@ impl Region {
         }
     }
 
-    /// Gives a range back to the kernel that nothing refers to any more. The lock is held meanwhile:
-    /// a huge page that is found unused must not be handed out before it is discarded.
+    /// Gives a range back to the kernel that nothing refers to any more. The lock is held
+    /// meanwhile: a huge page that is found unused must not be handed out before it is discarded.
     fn release(&self, range: Range<usize>) {
         self.live.fetch_sub(range.len(), Ordering::Relaxed);
         let mut in_use = self.in_use();
@@ -82,8 +83,8 @@ impl Region {
             } else {
                 continue;
             };
-            // SAFETY: no byte of a huge page that is not in use belongs to an extent or a block, and
-            // the part belongs to the caller, who is done with it.
+            // SAFETY: no byte of a huge page that is not in use belongs to an extent or a block,
+            // and the part belongs to the caller, who is done with it.
             unsafe { self.mapping.discard(unused) };
         }
     }
@@ -140,8 +141,8 @@ impl Extent {
 
     /// The bytes behind the first `skip`, for a pipe.
     pub(crate) fn sealed(&self, skip: usize) -> Sealed<'_> {
-        // SAFETY: sealed memory is never handed out again. When the extent is dropped, its pages are
-        // discarded or unmapped, or stay as they are.
+        // SAFETY: sealed memory is never handed out again. When the extent is dropped, its pages
+        // are discarded or unmapped, or stay as they are.
         unsafe { Sealed::new(&self.bytes()[skip..]) }
     }
 }
@@ -280,8 +281,8 @@ impl Arena {
         Ok(Block { extent, filled: 0 })
     }
 
-    /// What was filled of a block. The rest is taken back: the next block comes from there if nothing
-    /// was handed out meanwhile.
+    /// What was filled of a block. The rest is taken back: the next block comes from there if
+    /// nothing was handed out meanwhile.
     pub fn seal(&mut self, block: Block) -> Extent {
         let Block {
             extent: mut rest,

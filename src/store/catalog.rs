@@ -1,9 +1,10 @@
 //! The files of an image in memory, and what has become of each: served once or kept.
 //!
-//! Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when sent,
-//! as long as they come to no more than [`MOST_KEPT`] together. CRIU's files other than memory pages
-//! weigh far less: some hundred bytes to a few KiB for each task, mapping list and descriptor table; a
-//! pagemap takes about 20 bytes for each stretch of memory. What was sent and not kept is gone.
+//! Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when
+//! sent, as long as they come to no more than [`MOST_KEPT`] together. CRIU's files other than
+//! memory pages weigh far less: some hundred bytes to a few KiB for each task, mapping list and
+//! descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What was sent and
+//! not kept is gone.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +13,7 @@ use std::rc::Rc;
 use anyhow::Result;
 
 use super::transfer::Cursor;
-use super::{Ahead, Arena, Contents, Extent, Store, Target};
+use super::{Ahead, Arena, Contents, Extent, Piece, Store, Target};
 use crate::criu::files;
 use crate::format::ImageName;
 
@@ -62,42 +63,53 @@ impl Catalog {
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time.
-    pub(crate) fn take(&mut self, name: &ImageName) -> Option<Cursor> {
-        let state = self.files.get_mut(name)?;
+    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time,
+    /// in memory.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn take(
+        &mut self,
+        name: &ImageName,
+        arena: &mut Arena,
+    ) -> io::Result<Option<Cursor>> {
+        let Some(state) = self.files.get_mut(name) else {
+            return Ok(None);
+        };
         let (next, cursor) = match std::mem::replace(state, State::Gone) {
-            State::Gone => return None,
+            State::Gone => return Ok(None),
             State::Complete(contents) => {
-                let size = contents.size();
+                let size = contents.len();
                 let keep = size <= LARGEST_KEPT
                     && self.kept + size <= MOST_KEPT
                     && !files::is_pages(name.as_str());
                 if !keep {
-                    return Some(Cursor::Once(contents));
+                    return Ok(Some(Cursor::Once(contents)));
                 }
                 self.kept += size;
-                kept(Rc::new(contents))
+                kept(Rc::new(contents.into_memory(arena)?))
             }
             State::Kept(contents) => kept(contents),
         };
         *state = next;
-        Some(cursor)
+        Ok(Some(cursor))
     }
 
-    /// A file's bytes in one piece.
-    pub fn read(&self, name: &ImageName) -> Option<Vec<u8>> {
-        let contents = match self.files.get(name)? {
-            State::Complete(contents) => contents,
-            State::Kept(contents) => contents,
-            State::Gone => return None,
+    /// A copy of a file's bytes, if they are there.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub fn read(&mut self, name: &ImageName, arena: &mut Arena) -> io::Result<Option<Vec<u8>>> {
+        let contents = match self.files.get_mut(name) {
+            Some(State::Complete(contents)) => {
+                *contents = std::mem::take(contents).into_memory(arena)?;
+                contents
+            }
+            Some(State::Kept(contents)) => &**contents,
+            Some(State::Gone) | None => return Ok(None),
         };
-        Some(
-            contents
-                .extents()
-                .flat_map(Extent::bytes)
-                .copied()
-                .collect(),
-        )
+        let bytes = contents.memory().flat_map(Extent::bytes);
+        Ok(Some(bytes.copied().collect()))
     }
 
     /// Adds a file with these bytes. One of the same name is replaced.
@@ -117,7 +129,7 @@ impl Catalog {
             let (front, rest) = bytes.split_at(unfilled.len());
             unfilled.copy_from_slice(front);
             block.filled(front.len());
-            contents.push(arena.seal(block));
+            contents.push(Piece::Memory(arena.seal(block)))?;
             bytes = rest;
         }
         self.files.insert(name, State::Complete(contents));
@@ -142,7 +154,7 @@ impl Store for Catalog {
     type File = Contents;
 
     fn ahead(&self, _current: Option<&Contents>) -> Ahead {
-        Ahead::Memory
+        Ahead::Piece
     }
 
     fn create(&mut self, _name: &ImageName) -> Result<Contents> {
@@ -150,12 +162,11 @@ impl Store for Catalog {
     }
 
     fn target<'a>(&'a self, _file: &'a Contents) -> Target<'a> {
-        Target::Memory
+        Target::Piece
     }
 
-    fn append(&mut self, file: &mut Contents, data: Extent) -> Result<()> {
-        file.push(data);
-        Ok(())
+    fn append(&mut self, file: &mut Contents, data: Piece) -> Result<()> {
+        Ok(file.push(data)?)
     }
 
     fn finish(&mut self, name: ImageName, file: Contents) -> Result<()> {
@@ -185,7 +196,7 @@ mod tests {
         for bytes in [&b"first, longer"[..], b"second"] {
             catalog.write(name.clone(), bytes, &mut arena).unwrap();
         }
-        assert_eq!(catalog.read(&name).unwrap(), b"second");
+        assert_eq!(catalog.read(&name, &mut arena).unwrap().unwrap(), b"second");
         assert_eq!(arena.live(), 6);
     }
 
@@ -202,13 +213,13 @@ mod tests {
         assert_eq!(catalog.look_up(&name("none.img")), Lookup::Absent);
         let (last, first) = several.split_last().unwrap();
         for name in first {
-            assert!(catalog.take(name).is_some());
+            assert!(catalog.take(name, &mut arena).unwrap().is_some());
             assert_eq!(catalog.look_up(name), Lookup::Present);
         }
         for name in [last, &name("pages-1.img")] {
-            assert!(catalog.take(name).is_some());
+            assert!(catalog.take(name, &mut arena).unwrap().is_some());
             assert_eq!(catalog.look_up(name), Lookup::Gone);
-            assert!(catalog.take(name).is_none());
+            assert!(catalog.take(name, &mut arena).unwrap().is_none());
         }
         assert_eq!(arena.live(), MOST_KEPT);
     }

@@ -1,13 +1,15 @@
 //! Files on disk, none of which is in place before all of them are.
 //!
-//! A directory that looks like an image is taken for one, so the files are first written to a private directory beside their
-//! destination, under numbers: no name from the stream is used in there. When the image is complete they are flushed to disk and
-//! moved into place, `inventory.img` last, without which CRIU restores nothing. What they replace is set aside and
-//! comes back if a move fails. If anything goes wrong before, the private directory goes, and nothing has changed. What a streamer
-//! that was killed could not remove, the next one removes: a lock on the images directory shows that nobody uses it.
+//! A directory that looks like an image is taken for one, so the files are first written to a
+//! private directory beside their destination, under numbers: no name from the stream is used in
+//! there. When the image is complete they are flushed to disk and moved into place, `inventory.img`
+//! last, without which CRIU restores nothing. What they replace is set aside and comes back if a
+//! move fails. If anything goes wrong before, the private directory goes, and nothing has changed.
+//! What a streamer that was killed could not remove, the next one removes: a lock on the images
+//! directory shows that nobody uses it.
 //!
-//! Moving does not follow a symbolic link that somebody planted at the destination but replaces it; all paths are
-//! relative to the open directory. A directory in the way is an error.
+//! Moving does not follow a symbolic link that somebody planted at the destination but replaces it;
+//! all paths are relative to the open directory. A directory in the way is an error.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -23,11 +25,11 @@ use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 
-use super::{Ahead, Extent, Store, Target};
+use super::{Ahead, Piece, Store, Target};
 use crate::criu::files::INVENTORY;
 use crate::format::ImageName;
-use crate::report::notice;
-use crate::supervision::signals::Interrupts;
+use crate::report;
+use crate::supervision::Interrupts;
 
 /// How the name of a private directory starts; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
@@ -50,7 +52,8 @@ pub struct StagedFile {
 }
 
 impl DiskStore {
-    /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed left there.
+    /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed
+    /// left there.
     ///
     /// # Errors
     /// When nothing can be written there, and when another streamer does so.
@@ -73,8 +76,8 @@ impl DiskStore {
 
     /// Moves the files into place, when the image is complete.
     ///
-    /// # Errors
-    /// When they cannot be flushed or moved, or a signal came before; what was there before is then there again.
+    /// # Errors When they cannot be flushed or moved, or a signal came before; what was there
+    /// before is then there again.
     pub fn commit(mut self, interrupts: &Interrupts) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
         interrupts.check()?;
@@ -101,11 +104,11 @@ impl Drop for DiskStore {
                 &self.images,
                 kept.as_str(),
             );
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "what could not be put back is in {kept} in the images directory"
             ));
         } else if let Err(error) = self.images.remove(&self.private_name) {
-            notice::tell(format_args!(
+            report::warn(format_args!(
                 "removing {}: {error}; remove it yourself",
                 self.private_name
             ));
@@ -153,7 +156,7 @@ impl Images {
             let is_stale = fstatat(self, name, AtFlags::AT_SYMLINK_NOFOLLOW)
                 .is_ok_and(|stat| file_type(&stat) == SFlag::S_IFDIR && stat.st_uid == ours);
             if is_stale && let Err(error) = self.remove(name) {
-                notice::tell(format_args!(
+                report::warn(format_args!(
                     "removing {name}, which a streamer that was killed has left: {error}"
                 ));
             }
@@ -281,8 +284,8 @@ impl<'a> Commit<'a> {
         Ok(())
     }
 
-    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to go, is the last to come back,
-    /// and only then.
+    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to
+    /// go, is the last to come back, and only then.
     fn undo(&mut self) -> bool {
         let DiskStore {
             images, private, ..
@@ -302,7 +305,7 @@ impl<'a> Commit<'a> {
             }
             if let Err(error) = result {
                 all = false;
-                notice::tell(format_args!(
+                report::warn(format_args!(
                     "putting {} back as it was: {error}",
                     step.name
                 ));
@@ -346,8 +349,12 @@ impl Store for DiskStore {
         Target::File(&file.file)
     }
 
-    fn append(&mut self, file: &mut StagedFile, data: Extent) -> Result<()> {
-        Ok(file.file.write_all(data.bytes())?)
+    fn append(&mut self, file: &mut StagedFile, data: Piece) -> Result<()> {
+        match data {
+            Piece::Memory(extent) => file.file.write_all(extent.bytes())?,
+            Piece::Pipe(mut held) => held.write_to(&file.file)?,
+        }
+        Ok(())
     }
 
     fn finish(&mut self, name: ImageName, file: StagedFile) -> Result<()> {

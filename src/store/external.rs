@@ -1,16 +1,16 @@
 //! External files, in front of another store: what belongs to them goes to their readers' pipes.
 //!
-//! What a reader does not take is held in memory, and never stops the image: a supervisor may read a
-//! second external file before the first. A reader that is slow, but takes something now and then,
-//! is waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was reached, because supervisors wait for the
-//! reader's end while the image still comes in.
+//! What a reader does not take is held, and never stops the image: a supervisor may read a second
+//! external file before the first. A reader that is slow, but takes something now and then, is
+//! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
+//! reached, because supervisors wait for the reader's end while the image still comes in.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::transfer::{Cursor, Progress, Transfer};
-use super::{Ahead, Contents, Extent, Store, Target};
+use super::{Ahead, Contents, Piece, Store, Target};
 use crate::format::ImageName;
 use crate::os::pipe::{self, WriteEnd};
 
@@ -65,7 +65,11 @@ impl<S> External<S> {
             Ok(Outlet {
                 name,
                 state: State::Awaited,
-                transfer: Some(Transfer::new(pipe, slots, Cursor::Once(Contents::Empty))),
+                transfer: Some(Transfer::new(
+                    pipe,
+                    slots,
+                    Cursor::Once(Contents::default()),
+                )),
                 full: false,
                 took: None,
             })
@@ -164,8 +168,8 @@ impl<S> External<S> {
 impl<S: Store> Store for External<S> {
     type File = File<S::File>;
 
-    /// While an external file is current, what is ahead may be more of it, which would fill the memory
-    /// to no avail.
+    /// While an external file is current, what is ahead may be more of it, which would fill the
+    /// memory to no avail.
     fn ahead(&self, current: Option<&Self::File>) -> Ahead {
         match current {
             None => self.behind.ahead(None),
@@ -190,16 +194,16 @@ impl<S: Store> Store for External<S> {
 
     fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a> {
         match file {
-            File::External(_) => Target::Memory,
+            File::External(_) => Target::Piece,
             File::Stored(file) => self.behind.target(file),
         }
     }
 
-    fn append(&mut self, file: &mut Self::File, data: Extent) -> Result<()> {
+    fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()> {
         match file {
             File::External(number) => {
                 if let Some(transfer) = &mut self.outlets[*number].transfer {
-                    transfer.add(data);
+                    transfer.add(data)?;
                 }
                 Ok(())
             }
@@ -225,12 +229,12 @@ mod tests {
     use crate::store::Arena;
     use crate::store::catalog::Catalog;
 
-    fn extent(bytes: &[u8]) -> Extent {
+    fn piece(bytes: &[u8]) -> Piece {
         let mut arena = Arena::new();
         let mut block = arena.reserve(bytes.len()).unwrap();
         block.unfilled().copy_from_slice(bytes);
         block.filled(bytes.len());
-        arena.seal(block)
+        Piece::Memory(arena.seal(block))
     }
 
     #[test]
@@ -243,11 +247,11 @@ mod tests {
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
-        store.append(&mut file, extent(&large)).unwrap();
+        store.append(&mut file, piece(&large)).unwrap();
         store.finish(first, file).unwrap();
         store.send().unwrap();
         let mut file = store.create(&second).unwrap();
-        store.append(&mut file, extent(b"small")).unwrap();
+        store.append(&mut file, piece(b"small")).unwrap();
         store.finish(second, file).unwrap();
         store.send().unwrap();
 

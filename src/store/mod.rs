@@ -1,13 +1,14 @@
 //! Where the files of an image go on restore: into memory, to disk, or to the reader of an external
 //! file.
 //!
-//! A store says where the next bytes of a file go, and the receiver puts them there. How they came and
-//! in which order is not the store's business.
+//! A store says where the next bytes of a file go, and the receiver puts them there. How they came
+//! and in which order is not the store's business.
 
 mod arena;
 pub mod catalog;
 pub mod disk;
 pub mod external;
+pub(crate) mod held;
 mod piece;
 pub(crate) mod transfer;
 
@@ -16,15 +17,15 @@ use std::fs::File;
 use anyhow::Result;
 
 pub use arena::{Arena, Block, Extent};
-pub use piece::Contents;
+pub use piece::{Contents, Piece};
 
 use crate::format::ImageName;
 
 /// Where the next bytes of a file go.
 #[derive(Debug, Clone, Copy)]
 pub enum Target<'a> {
-    /// Into memory, and from there to [`Store::append`].
-    Memory,
+    /// Into memory or a pipe of ours, and from there to [`Store::append`].
+    Piece,
     /// To the end of this file, which is as good as appended.
     File(&'a File),
 }
@@ -32,8 +33,8 @@ pub enum Target<'a> {
 /// Where data waits whose turn has not come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ahead {
-    /// In memory, where it goes anyway.
-    Memory,
+    /// As a piece, which it becomes anyway.
+    Piece,
     /// In its shard, for as long as the image makes progress without it.
     Shard,
 }
@@ -46,7 +47,8 @@ pub trait Store {
     /// Where data waits while `current` is the file whose turn it is.
     fn ahead(&self, current: Option<&Self::File>) -> Ahead;
 
-    /// Starts a file. One of the same name that is complete is replaced when the new one is complete.
+    /// Starts a file. One of the same name that is complete is replaced when the new one is
+    /// complete.
     ///
     /// # Errors
     /// When there is no place for it.
@@ -54,11 +56,11 @@ pub trait Store {
 
     fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a>;
 
-    /// Appends memory to the file.
+    /// Appends a piece to the file.
     ///
     /// # Errors
     /// When the file cannot take it.
-    fn append(&mut self, file: &mut Self::File, data: Extent) -> Result<()>;
+    fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()>;
 
     /// Completes a file.
     ///

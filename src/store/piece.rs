@@ -1,66 +1,203 @@
-//! What a file is made of, front to back.
+//! What a file is made of, front to back: memory, and pipes that hold pages.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
 
-use super::Extent;
+use super::held::Held;
+use super::{Arena, Extent};
+use crate::os::pipe::Moved;
 
-/// The contents of a file. Most files are one extent, which lies in the entry itself: with its name,
-/// a small file costs less than 150 bytes beside its contents.
+/// Some of a file's data. It owns itself: dropped, it is given back to the kernel.
+#[derive(Debug)]
+pub enum Piece {
+    Memory(Extent),
+    Pipe(HeldPiece),
+}
+
+/// Data in a pipe of ours.
+#[derive(Debug)]
+pub struct HeldPiece(pub(super) Held);
+
+impl HeldPiece {
+    /// Moves all of it to the end of a file.
+    ///
+    /// # Errors
+    /// When the file cannot take it.
+    pub(super) fn write_to(&mut self, file: &File) -> io::Result<()> {
+        while self.0.len() > 0 {
+            match self.0.send(file)? {
+                Moved::Bytes(_) => {}
+                Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Piece {
+    pub(crate) fn held(held: Held) -> Self {
+        Piece::Pipe(HeldPiece(held))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Piece::Memory(extent) => extent.len(),
+            Piece::Pipe(HeldPiece(held)) => held.len(),
+        }
+    }
+}
+
+/// The contents of a file. Most files are one extent, which lies in the entry itself: with its
+/// name, a small file costs less than 150 bytes beside its contents.
 #[derive(Debug, Default)]
-pub enum Contents {
+pub struct Contents(Pieces);
+
+#[derive(Debug, Default)]
+enum Pieces {
     #[default]
-    Empty,
+    None,
     One(Extent),
-    Many(VecDeque<Extent>),
+    Many(VecDeque<Piece>),
 }
 
 impl Contents {
-    pub(crate) fn push(&mut self, extent: Extent) {
-        *self = match std::mem::take(self) {
-            Contents::Empty => Contents::One(extent),
-            Contents::One(first) => Contents::Many(VecDeque::from([first, extent])),
-            Contents::Many(mut extents) => {
-                extents.push_back(extent);
-                Contents::Many(extents)
+    /// Adds a piece. What a pipe holds is moved into that of the last piece where there is room.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn push(&mut self, piece: Piece) -> io::Result<()> {
+        let pieces = match std::mem::take(&mut self.0) {
+            Pieces::None => match piece {
+                Piece::Memory(extent) => {
+                    self.0 = Pieces::One(extent);
+                    return Ok(());
+                }
+                Piece::Pipe(_) => VecDeque::new(),
+            },
+            Pieces::One(first) => VecDeque::from([Piece::Memory(first)]),
+            Pieces::Many(pieces) => pieces,
+        };
+        let pieces = self.0.insert(pieces);
+        let mut piece = piece;
+        if let (Piece::Pipe(HeldPiece(next)), Some(Piece::Pipe(HeldPiece(last)))) =
+            (&mut piece, pieces.back_mut())
+            && last.may_absorb(next)
+        {
+            last.absorb(next)?;
+            if next.len() == 0 {
+                return Ok(());
             }
-        };
-    }
-
-    pub fn extents(&self) -> impl Iterator<Item = &Extent> {
-        let (one, many) = match self {
-            Contents::Empty => (None, None),
-            Contents::One(extent) => (Some(extent), None),
-            Contents::Many(extents) => (None, Some(extents)),
-        };
-        one.into_iter().chain(many.into_iter().flatten())
-    }
-
-    /// Bytes in all.
-    pub(crate) fn size(&self) -> usize {
-        self.extents().map(Extent::len).sum()
+        }
+        pieces.push_back(piece);
+        Ok(())
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        matches!(self, Contents::Empty)
+        matches!(self.0, Pieces::None)
     }
 
-    /// Gives back the first `bytes`.
+    /// Bytes in all.
+    pub(crate) fn len(&self) -> usize {
+        match &self.0 {
+            Pieces::None => 0,
+            Pieces::One(extent) => extent.len(),
+            Pieces::Many(pieces) => pieces.iter().map(Piece::len).sum(),
+        }
+    }
+
+    /// The extents at the front, up to the first pipe.
+    pub(crate) fn memory(&self) -> impl Iterator<Item = &Extent> {
+        let (one, many) = match &self.0 {
+            Pieces::None => (None, None),
+            Pieces::One(extent) => (Some(extent), None),
+            Pieces::Many(pieces) => (None, Some(pieces)),
+        };
+        let many = many.into_iter().flatten().map_while(|piece| match piece {
+            Piece::Memory(extent) => Some(extent),
+            Piece::Pipe(_) => None,
+        });
+        one.into_iter().chain(many)
+    }
+
+    /// The pipe at the front, if one is there.
+    pub(crate) fn front_pipe(&mut self) -> Option<&mut Held> {
+        match &mut self.0 {
+            Pieces::Many(pieces) => match pieces.front_mut()? {
+                Piece::Pipe(HeldPiece(held)) => Some(held),
+                Piece::Memory(_) => None,
+            },
+            Pieces::None | Pieces::One(_) => None,
+        }
+    }
+
+    /// Drops the pipe at the front if it was emptied.
+    pub(crate) fn drop_emptied_pipe(&mut self) {
+        if self.front_pipe().is_some_and(|held| held.len() == 0) {
+            self.drop_piece();
+        }
+    }
+
+    /// Drops the first `bytes`, which lie in memory.
     pub(crate) fn drop_front(&mut self, mut bytes: usize) {
         while bytes > 0 {
-            let front = match self {
-                Contents::Empty => return,
-                Contents::One(extent) => extent,
-                Contents::Many(extents) => extents.front_mut().expect("it has several"),
+            let front = match &mut self.0 {
+                Pieces::None => return,
+                Pieces::One(extent) => extent,
+                Pieces::Many(pieces) => match pieces.front_mut() {
+                    Some(Piece::Memory(extent)) => extent,
+                    Some(Piece::Pipe(_)) | None => return,
+                },
             };
             if bytes < front.len() {
                 drop(front.split_front(bytes));
                 return;
             }
             bytes -= front.len();
-            match self {
-                Contents::Many(extents) if extents.len() > 1 => drop(extents.pop_front()),
-                _ => *self = Contents::Empty,
+            self.drop_piece();
+        }
+    }
+
+    fn drop_piece(&mut self) {
+        match &mut self.0 {
+            Pieces::Many(pieces) if pieces.len() > 1 => drop(pieces.pop_front()),
+            _ => self.0 = Pieces::None,
+        }
+    }
+
+    /// Copies what pipes hold to memory.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn into_memory(self, arena: &mut Arena) -> io::Result<Self> {
+        let Pieces::Many(pieces) = self.0 else {
+            return Ok(self);
+        };
+        let mut copied = Self::default();
+        for piece in pieces {
+            match piece {
+                Piece::Memory(_) => copied.push(piece)?,
+                Piece::Pipe(HeldPiece(mut held)) => {
+                    while held.len() > 0 {
+                        let mut block = arena.reserve(held.len())?;
+                        let bytes = held.read(block.unfilled())?;
+                        block.filled(bytes);
+                        copied.push(Piece::Memory(arena.seal(block)))?;
+                    }
+                }
             }
+        }
+        Ok(copied)
+    }
+}
+
+impl Pieces {
+    /// Takes the place of what is here.
+    fn insert(&mut self, pieces: VecDeque<Piece>) -> &mut VecDeque<Piece> {
+        *self = Pieces::Many(pieces);
+        match self {
+            Pieces::Many(pieces) => pieces,
+            Pieces::None | Pieces::One(_) => unreachable!("it was put there above"),
         }
     }
 }

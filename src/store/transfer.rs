@@ -1,14 +1,15 @@
-//! One file on its way out: from memory into the pipe of whoever reads it, freed while it is sent.
+//! One file on its way out: into its reader's pipe, freed while it is sent.
 //!
-//! The pipe is given references to the pages (`vmsplice`). The pipe of a large file is given the
-//! largest capacity allowed; most files fit into any pipe.
+//! The pipe is given references to pages: to those of memory (`vmsplice`), or to those that a pipe
+//! of ours holds (`splice`). The pipe of a large file is given the largest capacity allowed; most
+//! files fit into any pipe.
 
 use std::io;
 use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::{Contents, Extent};
+use super::{Contents, Piece};
 use crate::os::memory::Sealed;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
 
@@ -27,8 +28,8 @@ pub(crate) enum Cursor {
 impl Cursor {
     fn left(&self) -> usize {
         match self {
-            Cursor::Once(contents) => contents.size(),
-            Cursor::Kept { contents, sent } => contents.size() - sent,
+            Cursor::Once(contents) => contents.len(),
+            Cursor::Kept { contents, sent } => contents.len() - sent,
         }
     }
 
@@ -39,15 +40,45 @@ impl Cursor {
         }
     }
 
-    /// The next bytes to send: as much as fits into a pipe of this number of slots, or everything.
-    fn next(&self, slots: usize) -> Vec<Sealed<'_>> {
+    /// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number
+    /// of slots. Tells how many bytes were offered, what moved, and how many slots that took.
+    fn send(&mut self, to: &WriteEnd, slots: usize) -> (usize, io::Result<(Moved, usize)>) {
+        if let Cursor::Once(contents) = self
+            && let Some(held) = contents.front_pipe()
+        {
+            let offered = held.len();
+            let moved = held.send(to);
+            contents.drop_emptied_pipe();
+            let slots = |moved| match moved {
+                Moved::Bytes(bytes) => bytes.div_ceil(SLOT),
+                Moved::WouldBlock | Moved::End => 0,
+            };
+            return (offered, moved.map(|moved| (moved, slots(moved))));
+        }
+        let pieces = self.memory(slots);
+        let offered = pieces.iter().map(|piece| piece.bytes().len()).sum();
+        let sent = pipe::vmsplice(to, &pieces).map(|moved| match moved {
+            Moved::Bytes(bytes) => (moved, slots_for(&pieces, bytes)),
+            Moved::WouldBlock | Moved::End => (moved, 0),
+        });
+        if let Ok((Moved::Bytes(bytes), _)) = sent {
+            match self {
+                Cursor::Once(contents) => contents.drop_front(bytes),
+                Cursor::Kept { sent, .. } => *sent += bytes,
+            }
+        }
+        (offered, sent)
+    }
+
+    /// The memory at the front: as much as fits into a pipe of this number of slots.
+    fn memory(&self, slots: usize) -> Vec<Sealed<'_>> {
         let (contents, mut skip) = match self {
             Cursor::Once(contents) => (contents, 0),
             Cursor::Kept { contents, sent } => (&**contents, *sent),
         };
         let mut room = slots * SLOT;
         let mut pieces = Vec::new();
-        for extent in contents.extents() {
+        for extent in contents.memory() {
             if extent.len() <= skip {
                 skip -= extent.len();
                 continue;
@@ -60,13 +91,6 @@ impl Cursor {
             pieces.push(piece);
         }
         pieces
-    }
-
-    fn advance(&mut self, bytes: usize) {
-        match self {
-            Cursor::Once(contents) => contents.drop_front(bytes),
-            Cursor::Kept { sent, .. } => *sent += bytes,
-        }
     }
 }
 
@@ -116,9 +140,13 @@ impl Transfer {
     }
 
     /// Adds to what is sent once.
-    pub(crate) fn add(&mut self, data: Extent) {
-        if let Cursor::Once(contents) = &mut self.cursor {
-            contents.push(data);
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn add(&mut self, data: Piece) -> io::Result<()> {
+        match &mut self.cursor {
+            Cursor::Once(contents) => contents.push(data),
+            Cursor::Kept { .. } => unreachable!("what is kept is complete"),
         }
     }
 
@@ -129,7 +157,7 @@ impl Transfer {
     /// spin.
     ///
     /// # Errors
-    /// Those of `vmsplice` but for a broken pipe.
+    /// Those of `splice` and `vmsplice` but for a broken pipe.
     pub(crate) fn send(&mut self) -> io::Result<Progress> {
         if !self.grown && self.cursor.left() > DEFAULT_SLOTS * SLOT {
             self.grown = true;
@@ -137,21 +165,19 @@ impl Transfer {
         }
         let mut filled = 0;
         while !self.cursor.is_empty() {
-            let pieces = self.cursor.next(self.slots);
-            let offered: usize = pieces.iter().map(|piece| piece.bytes().len()).sum();
-            match pipe::vmsplice(&self.pipe, &pieces) {
-                Ok(Moved::Bytes(bytes)) => {
-                    filled += slots_for(&pieces, bytes);
-                    self.cursor.advance(bytes);
+            let (offered, sent) = self.cursor.send(&self.pipe, self.slots);
+            match sent {
+                Ok((Moved::Bytes(bytes), slots)) => {
+                    filled += slots;
                     if bytes < offered {
                         return Ok(Progress::Partial { slots: filled });
                     }
                 }
-                Ok(Moved::WouldBlock | Moved::End) => {
+                Ok((Moved::WouldBlock | Moved::End, _)) => {
                     return Ok(Progress::Partial { slots: filled });
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
-                    self.cursor = Cursor::Once(Contents::Empty);
+                    self.cursor = Cursor::Once(Contents::default());
                     return Ok(Progress::ReaderGone);
                 }
                 Err(error) => return Err(error),
@@ -189,7 +215,7 @@ mod tests {
             assert_eq!(block.unfilled().len(), size);
             block.unfilled().fill(byte);
             block.filled(size);
-            contents.push(arena.seal(block));
+            contents.push(Piece::Memory(arena.seal(block))).unwrap();
             expected.extend(std::iter::repeat_n(byte, size));
         }
         (contents, expected)

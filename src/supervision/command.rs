@@ -1,33 +1,37 @@
 //! Shell commands that take the shards away, or bring them: `--shard-cmd`.
 //!
-//! With `exec 10> >(lz4 | aws …)` nobody ever learns that an upload failed. Here each command is started and waited for by the
-//! streamer, and the transfer has succeeded only if every one did.
+//! With `exec 10> >(lz4 | aws …)` a failed upload goes unnoticed. Here the streamer starts each
+//! command and waits for it, and the transfer has succeeded only if every command did.
 //!
-//! **Ends.** Each command is a process group of its own, so that a whole pipeline can be ended. When a transfer fails, the groups
-//! get SIGTERM, and what is left of them after [`GRACE`] gets SIGKILL. Only then are their standard inputs closed: an upload
-//! that was cut short must not take the end of its input for the end of the data. Processes whose shell is gone
-//! become our children (we are a subreaper), so that they can be waited for, and no group is signalled that has ended.
+//! **Ends.** Each command is a process group of its own, so that a whole pipeline can be ended.
+//! When a transfer fails, the groups get SIGTERM, and what is left of them after [`GRACE`] gets
+//! SIGKILL. Only then are their standard inputs closed: an upload that was cut short must not take
+//! the end of its input for the end of the data. Processes whose shell is gone become our children
+//! (we are a subreaper). So they can be waited for, and no group is signalled that has ended.
 //!
-//! **What they inherit.** Standard error, and on capture standard output; on restore standard input is /dev/null. No other
-//! descriptor, no blocked signal, no ignored one: this process blocks the signals that it waits for, and Rust ignores SIGPIPE.
+//! **What they inherit.** Standard error, and on capture standard output; on restore standard input
+//! is /dev/null. No other descriptor, no blocked signal, no ignored one: this process blocks the
+//! signals that it waits for, and Rust ignores SIGPIPE.
 
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigHandler, SigSet, Signal, killpg, signal};
+use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
+use nix::sys::signal::{SigHandler, SigSet, killpg, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, access};
 
-use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
-use crate::supervision::signals::Interrupts;
+use crate::os::descriptor::Direction;
+use crate::os::pipe::uninterrupted;
 
 /// How long a command may take to clean up after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -36,29 +40,24 @@ const GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Between two looks at commands that are about to end.
-const LOOK: Duration = Duration::from_millis(5);
+const NEXT_LOOK: Duration = Duration::from_millis(5);
 
-/// Signals whose handling a shell or supervisor may have changed for us, and commands should not inherit.
-const RESET: [Signal; 5] = [
-    Signal::SIGHUP,
-    Signal::SIGINT,
-    Signal::SIGQUIT,
-    Signal::SIGPIPE,
-    Signal::SIGTERM,
-];
+/// Signals whose handling a shell or supervisor may have changed for us, and commands should not
+/// inherit.
+const RESET: [Signal; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM];
 
 /// A command for one shard.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ShardCommand {
+#[derive(Debug, Clone)]
+pub(crate) struct ShardCommand {
     /// From 1.
-    pub number: usize,
+    number: usize,
     /// What the shell is given.
-    pub text: String,
+    text: String,
 }
 
 impl ShardCommand {
-    /// The commands for so many shards: `{}` in the text is the shard's number.
-    pub fn all(text: &str, shards: usize) -> Vec<Self> {
+    /// One command for each shard: `{}` in the text is the shard's number.
+    pub(crate) fn all(text: &str, shards: usize) -> Vec<Self> {
         (1..=shards)
             .map(|number| Self {
                 number,
@@ -68,14 +67,18 @@ impl ShardCommand {
     }
 
     /// What messages call it.
-    pub fn label(&self) -> String {
+    pub(crate) fn label(&self) -> String {
         format!("shard command {}", self.number)
+    }
+
+    fn with_text(&self) -> String {
+        format!("{}, `{}`", self.label(), self.text)
     }
 }
 
 /// What became of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum CommandState {
     Running,
     Succeeded,
     Failed(WaitStatus),
@@ -83,140 +86,86 @@ enum Fate {
 
 struct Running {
     command: ShardCommand,
+    /// Which way its shard goes.
+    direction: Direction,
     group: Pid,
-    /// A copy of our end of the pipe. It tells whether the command has closed its own, and keeps its input from ending.
+    /// A copy of our end of the pipe. It tells whether the command has closed its own, and keeps
+    /// its input from ending.
     pipe: Option<OwnedFd>,
-    fate: Fate,
-}
-
-/// Which end of its pipe a command has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Task {
-    Reads,
-    Writes,
+    state: Cell<CommandState>,
 }
 
 /// Commands at work. Dropped before they have ended, they are ended.
-pub struct Commands {
-    task: Task,
-    running: Vec<Running>,
-}
+#[derive(Default)]
+pub(super) struct Commands(Vec<Running>);
 
 impl Commands {
-    /// Starts commands that read from the pipes that are returned, with their labels.
-    ///
-    /// # Errors
-    /// When one cannot be started.
-    pub fn start_readers(commands: Vec<ShardCommand>) -> Result<(Self, Vec<(WriteEnd, String)>)> {
-        let start = |command: &ShardCommand| {
-            let (read, write) = pipe::new()?;
-            let group = spawn(command, Stdio::from(OwnedFd::from(read)), Stdio::inherit())?;
-            Ok((group, write.as_fd().try_clone_to_owned()?, write))
+    /// Starts a command whose shard goes in `direction`, with its end of a pipe. `ours` is the
+    /// other end.
+    pub(super) fn start(
+        &mut self,
+        command: ShardCommand,
+        direction: Direction,
+        theirs: OwnedFd,
+        ours: impl AsFd,
+    ) -> Result<()> {
+        let pipe = Some(ours.as_fd().try_clone_to_owned()?);
+        let (stdin, stdout) = match direction {
+            Direction::Out => (theirs.into(), Stdio::inherit()),
+            Direction::In => (Stdio::null(), theirs.into()),
         };
-        Self::start(Task::Reads, commands, start)
+        let group = spawn(&command.text, stdin, stdout)
+            .with_context(|| format!("starting {}", command.with_text()))?;
+        self.0.push(Running {
+            command,
+            direction,
+            group,
+            pipe,
+            state: Cell::new(CommandState::Running),
+        });
+        Ok(())
     }
 
-    /// Starts commands that write to the pipes that are returned, with their labels.
-    ///
-    /// # Errors
-    /// When one cannot be started.
-    pub fn start_writers(commands: Vec<ShardCommand>) -> Result<(Self, Vec<(ReadEnd, String)>)> {
-        let start = |command: &ShardCommand| {
-            let (read, write) = pipe::new()?;
-            let group = spawn(command, Stdio::null(), Stdio::from(OwnedFd::from(write)))?;
-            Ok((group, read.as_fd().try_clone_to_owned()?, read))
-        };
-        Self::start(Task::Writes, commands, start)
+    /// Fails if a command has failed, with its number, text and status.
+    pub(super) fn check(&self) -> Result<()> {
+        self.0.iter().try_for_each(Running::check)
     }
 
-    fn start<E>(
-        task: Task,
-        commands: Vec<ShardCommand>,
-        start: impl Fn(&ShardCommand) -> Result<(Pid, OwnedFd, E)>,
-    ) -> Result<(Self, Vec<(E, String)>)> {
-        prepare_to_wait().context("preparing to start the shard commands")?;
-        let mut started = Self {
-            task,
-            running: Vec::new(),
-        };
-        let mut pipes = Vec::new();
-        for command in commands {
-            let label = command.label();
-            let (group, pipe, end) =
-                start(&command).with_context(|| format!("starting {label}, `{}`", command.text))?;
-            started.running.push(Running {
-                command,
-                group,
-                pipe: Some(pipe),
-                fate: Fate::Running,
-            });
-            pipes.push((end, label));
-        }
-        Ok((started, pipes))
-    }
-
-    /// Fails if a command has failed.
-    ///
-    /// # Errors
-    /// With the command's number, its text and its status.
-    pub fn check(&mut self) -> Result<()> {
-        for running in &mut self.running {
-            running.look()?;
-        }
-        match self.running.iter().find_map(Running::failure) {
-            Some(failure) => Err(failure),
-            None => Ok(()),
-        }
-    }
-
-    /// Waits for the end of all commands, which see the end of their input now.
-    ///
-    /// # Errors
-    /// When one failed, and for a signal.
-    pub fn finish(&mut self, interrupts: &Interrupts) -> Result<()> {
-        for running in &mut self.running {
+    /// Lets the commands see the end of their input.
+    pub(super) fn close_pipes(&mut self) {
+        for running in &mut self.0 {
             running.pipe = None;
         }
-        loop {
-            // A command's end is a signal too, and looked at in there.
-            interrupts.check()?;
-            self.check()?;
-            if self
-                .running
-                .iter()
-                .all(|running| running.fate == Fate::Succeeded)
-            {
-                return Ok(());
-            }
-            let mut fds = [PollFd::new(interrupts.as_fd(), PollFlags::POLLIN)];
-            uninterrupted(|| poll(&mut fds, PollTimeout::NONE))
-                .context("waiting for the shard commands")?;
-        }
     }
 
-    /// The reason behind an error of the transfer: a command that closed its pipe is given the time to end and say why.
-    pub fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+    /// Whether all have ended well, as far as [`Commands::check`] has seen.
+    pub(super) fn have_succeeded(&self) -> bool {
+        let mut states = self.0.iter().map(|running| running.state.get());
+        states.all(|state| state == CommandState::Succeeded)
+    }
+
+    /// The reason behind an error of the transfer: a command that closed its pipe is given the time
+    /// to end and say why.
+    pub(super) fn explain(&self, error: Error) -> Error {
         let end = Instant::now() + LAST_WORDS;
         loop {
             if let Err(reason) = self.check() {
                 return reason;
             }
-            let about_to_end = self
-                .running
-                .iter()
-                .any(|running| running.fate == Fate::Running && running.has_closed_pipe());
-            if !about_to_end || Instant::now() > end {
+            if Instant::now() > end || !self.0.iter().any(Running::is_about_to_end) {
                 break;
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(NEXT_LOOK);
         }
-        let early = self.running.iter().find(|running| {
-            self.task == Task::Reads && running.fate == Fate::Succeeded && running.pipe.is_some()
+        let early = self.0.iter().find(|running| {
+            running.direction == Direction::Out
+                && running.state.get() == CommandState::Succeeded
+                && running.pipe.is_some()
         });
         match early {
             Some(running) => anyhow!(
                 "{}: it ended with exit status 0 before it had read the whole shard, which is lost",
-                running.name()
+                running.command.with_text()
             ),
             None => error,
         }
@@ -224,60 +173,51 @@ impl Commands {
 }
 
 impl Running {
-    fn name(&self) -> String {
-        format!("{}, `{}`", self.command.label(), self.command.text)
-    }
-
-    /// Finds out whether the shell has ended. It is left to be waited for, so that its group stays its own.
-    fn look(&mut self) -> Result<()> {
-        if self.fate != Fate::Running {
-            return Ok(());
+    /// Finds out what became of the command, and fails if it has failed. An ended shell is left to
+    /// be waited for, so that its group stays its own.
+    fn check(&self) -> Result<()> {
+        if self.state.get() == CommandState::Running {
+            let flags = WaitPidFlag::WEXITED
+                | WaitPidFlag::WSTOPPED
+                | WaitPidFlag::WNOHANG
+                | WaitPidFlag::WNOWAIT;
+            let status = uninterrupted(|| waitid(Id::Pid(self.group), flags))
+                .with_context(|| format!("asking how {} ended", self.command.label()))?;
+            self.state.set(match status {
+                // It is not in the terminal's foreground, where it could ask: it would stop for
+                // ever.
+                WaitStatus::Stopped(_, Signal::SIGTTIN | Signal::SIGTTOU) => {
+                    CommandState::Failed(status)
+                }
+                // Another process stopped it, and will have it go on.
+                WaitStatus::StillAlive | WaitStatus::Stopped(..) => CommandState::Running,
+                WaitStatus::Exited(_, 0) => CommandState::Succeeded,
+                _ => CommandState::Failed(status),
+            });
         }
-        let flags = WaitPidFlag::WEXITED
-            | WaitPidFlag::WSTOPPED
-            | WaitPidFlag::WNOHANG
-            | WaitPidFlag::WNOWAIT;
-        self.fate = match uninterrupted(|| waitid(Id::Pid(self.group), flags)) {
-            // Nobody can bring it to the terminal's foreground: it would stand still for ever.
-            Ok(status @ WaitStatus::Stopped(_, Signal::SIGTTIN | Signal::SIGTTOU)) => {
-                Fate::Failed(status)
+        let how = match self.state.get() {
+            CommandState::Running | CommandState::Succeeded => return Ok(()),
+            CommandState::Failed(WaitStatus::Exited(_, status)) => {
+                format!("failed with exit status {status}")
             }
-            // Whoever stopped it will have it go on.
-            Ok(WaitStatus::StillAlive | WaitStatus::Stopped(..)) => Fate::Running,
-            Ok(WaitStatus::Exited(_, 0)) => Fate::Succeeded,
-            Ok(status) => Fate::Failed(status),
-            Err(error) => {
-                bail!("{}: its exit status cannot be had: {error}", self.name())
+            CommandState::Failed(WaitStatus::Signaled(_, signal, _)) => {
+                format!("failed with signal {} ({signal})", signal as i32)
             }
+            CommandState::Failed(WaitStatus::Stopped(_, signal)) => format!(
+                "wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask"
+            ),
+            CommandState::Failed(other) => format!("failed with {other:?}"),
         };
-        Ok(())
+        bail!("{}: it {how}", self.command.with_text())
     }
 
-    fn failure(&self) -> Option<anyhow::Error> {
-        let Fate::Failed(status) = self.fate else {
-            return None;
-        };
-        let how = match status {
-            WaitStatus::Exited(_, status) => format!("exit status {status}"),
-            WaitStatus::Signaled(_, signal, _) => {
-                format!("signal {} ({signal})", signal as i32)
-            }
-            WaitStatus::Stopped(_, signal) => {
-                return Some(anyhow!(
-                    "{}: it wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask",
-                    self.name()
-                ));
-            }
-            other => format!("{other:?}"),
-        };
-        Some(anyhow!("{}: it failed with {how}", self.name()))
-    }
-
-    fn has_closed_pipe(&self) -> bool {
+    /// Whether the command runs on although its end of the pipe is closed.
+    fn is_about_to_end(&self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
-        uninterrupted(|| poll(&mut fds, PollTimeout::ZERO)).is_ok()
+        self.state.get() == CommandState::Running
+            && uninterrupted(|| poll(&mut fds, PollTimeout::ZERO)).is_ok()
             && fds[0]
                 .revents()
                 .is_some_and(|events| events.intersects(gone))
@@ -285,12 +225,12 @@ impl Running {
 
     /// Waits for what has ended of the group, and tells whether something is left of it.
     fn reap(&self) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         loop {
-            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
             match uninterrupted(|| waitid(Id::PGid(self.group), flags)) {
                 Ok(WaitStatus::StillAlive) => return true,
                 Ok(_) => {}
-                // The kernel's word that there is no child in the group; anything else leaves nothing to wait for either.
+                // There is no child of ours in the group, or none that can be waited for.
                 Err(_) => return false,
             }
         }
@@ -299,37 +239,30 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let all_well = self
-            .running
-            .iter()
-            .all(|running| running.fate == Fate::Succeeded && running.pipe.is_none());
-        if all_well {
-            for running in &self.running {
-                running.reap();
-            }
+        let has_ended_well = self.have_succeeded() && self.0.iter().all(|r| r.pipe.is_none());
+        let mut left: Vec<_> = self.0.iter().collect();
+        left.retain(|running| running.reap());
+        if has_ended_well {
             return;
         }
-        let mut left: Vec<_> = self
-            .running
-            .iter()
-            .filter(|running| running.reap())
-            .collect();
-        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        for signal in [SIGTERM, Signal::SIGKILL] {
             for running in &left {
-                // It was there a moment ago, and is ours; if it has ended by itself, all the better.
+                // It was there a moment ago, and is ours. If it has ended by itself, so much the
+                // better.
                 let _ = killpg(running.group, signal);
                 let _ = killpg(running.group, Signal::SIGCONT);
             }
             let end = Instant::now() + GRACE;
             while !left.is_empty() && Instant::now() < end {
                 left.retain(|running| running.reap());
-                std::thread::sleep(LOOK);
+                std::thread::sleep(NEXT_LOOK);
             }
         }
     }
 }
 
-/// Children whose parents are gone become ours, and the ends of children are kept for us even if whoever started us wanted to hear of none.
+/// Children whose parents are gone become ours, and the ends of children are kept for us even if
+/// the program was started to ignore SIGCHLD.
 fn prepare_to_wait() -> io::Result<()> {
     nix::sys::prctl::set_child_subreaper(true)?;
     // SAFETY: the default is no function, so that none of ours can run at the wrong time.
@@ -337,13 +270,17 @@ fn prepare_to_wait() -> io::Result<()> {
     Ok(())
 }
 
-/// Starts a command in a process group of its own, whose number is returned.
-fn spawn(command: &ShardCommand, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
-    let mut bash = Command::new("bash");
-    bash.args(["-o", "pipefail", "-c", &command.text]);
-    let mut sh = Command::new("sh");
-    sh.args(["-c", &command.text]);
-    let shell = if has_bash() { &mut bash } else { &mut sh };
+/// Starts a shell in a process group of its own, whose number is returned.
+fn spawn(text: &str, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
+    prepare_to_wait().context("preparing to wait for it")?;
+    let mut shell = if has_bash() {
+        let mut bash = Command::new("bash");
+        bash.args(["-o", "pipefail"]);
+        bash
+    } else {
+        Command::new("sh")
+    };
+    shell.args(["-c", text]);
     shell.stdin(stdin).stdout(stdout).process_group(0);
     // SAFETY: between fork and exec, `prepare_child` makes system calls only and allocates nothing.
     unsafe { shell.pre_exec(prepare_child) };
@@ -353,8 +290,7 @@ fn spawn(command: &ShardCommand, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
 
 fn has_bash() -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .any(|dir| nix::unistd::access(&dir.join("bash"), nix::unistd::AccessFlags::X_OK).is_ok())
+    std::env::split_paths(&path).any(|dir| access(&dir.join("bash"), AccessFlags::X_OK).is_ok())
 }
 
 /// In the new process: gives it the signals and descriptors that a program expects.
@@ -364,18 +300,11 @@ fn prepare_child() -> io::Result<()> {
         unsafe { signal(number, SigHandler::SigDfl) }?;
     }
     SigSet::empty().thread_set_mask()?;
-    const FIRST: libc::c_uint = 3;
+    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
     // SAFETY: it only sets a flag on descriptors; no memory is involved.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            FIRST,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     match Errno::result(result) {
-        // Older kernels (before 5.11) cannot; what we were given for ourselves is close-on-exec anyway.
+        // Kernels before 5.11 cannot. Our own descriptors are close-on-exec anyway.
         Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL) => Ok(()),
         Err(error) => Err(error.into()),
     }

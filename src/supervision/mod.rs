@@ -1,160 +1,171 @@
-//! What is at the far ends of the pipes: another program's pipe, a file or socket with a [`pump`] before it, or a [`command`]
-//! that we started.
+//! All that can end a transfer: a signal, a pump that fails, a shard command that fails.
 //!
-//! The rest of the program knows only pipes. A descriptor that is one already is passed on as it is, at no cost. For
-//! anything else a pipe is put before it, and a thread moves the data between the two.
+//! The rest of the program knows only pipes. A descriptor that is one already is used as it is, at
+//! no cost. For anything else a `pump` moves the data between a pipe and the descriptor, and a
+//! `command` has a pipe for its standard input or output.
 //!
-//! A pipe cannot tell *why* its other end is gone, and to a reader a failure looks like the end. So the failures of pumps and
-//! commands are looked at whenever it matters: by [`Interrupts::check`] while the transfer goes on, before the image's end is
-//! written, and before an image counts as received. Where the transfer fails because an end is gone, the
-//! error that is shown is the reason why it is gone.
+//! A pipe cannot tell *why* its other end is gone, and to a reader a failure looks like the end. So
+//! [`Interrupts::check`] is asked whenever it matters: while the transfer goes on, before the end
+//! of the image is written, and before an image counts as received. Where a transfer fails because
+//! an end is gone, [`Interrupts::conclude`] gives the reason why it is gone.
 
 mod command;
 mod pump;
-pub mod signals;
+mod signals;
 
-use std::cell::RefCell;
-use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::os::pipe::{self, ReadEnd, WriteEnd};
-use signals::Interrupts;
-
+use crate::os::descriptor::{Direction, FdKind};
+use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
 use command::Commands;
-pub use command::ShardCommand;
-use pump::{Pump, Way};
+pub(crate) use command::ShardCommand;
+use pump::Failure;
+use signals::Signals;
+pub(crate) use signals::{Interrupted, signal_behind};
 
-/// What is at the far ends of all pipes of one transfer.
-#[derive(Default)]
-pub struct Endpoints {
-    parties: Rc<Parties>,
+/// Our ends of the shards' pipes, with what messages call them.
+type Pipes<E> = Vec<(E, String)>;
+
+/// The signals that came, and what is at the far ends of the pipes.
+pub struct Interrupts {
+    signals: Signals,
+    commands: Commands,
+    /// The first failure of a pump.
+    failure: Arc<OnceLock<Failure>>,
+    /// One for each pump that writes. It closes when everything is written.
+    writing: Vec<ReadEnd>,
 }
 
-#[derive(Default)]
-struct Parties {
-    pumps: RefCell<Vec<Pump>>,
-    commands: RefCell<Option<Commands>>,
-}
-
-impl Endpoints {
-    /// Endpoints whose failures end the transfer that `interrupts` is for.
-    pub fn new(interrupts: &Interrupts) -> Self {
-        let endpoints = Self::default();
-        let parties = Rc::downgrade(&endpoints.parties);
-        interrupts.also_check(move || match parties.upgrade() {
-            Some(parties) => parties.check(),
-            None => Ok(()),
-        });
-        endpoints
+impl Interrupts {
+    /// From now on signals no longer end the process but are caught. Must be called before there
+    /// are other threads.
+    pub fn catch() -> io::Result<Self> {
+        Ok(Self {
+            signals: Signals::catch()?,
+            commands: Commands::default(),
+            failure: Arc::default(),
+            writing: Vec::new(),
+        })
     }
 
-    /// A pipe whose data goes to `fd`.
-    ///
-    /// # Errors
-    /// When there is no thread or pipe to be had.
-    pub fn sink(&self, fd: OwnedFd, label: &str) -> Result<WriteEnd> {
-        if pipe::is_pipe(&fd) {
+    /// A pipe whose data goes to `fd`, which errors call `label`.
+    pub(crate) fn sink(&mut self, fd: OwnedFd, label: &str) -> Result<WriteEnd> {
+        if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
-        let (read, write) = wide_pipe(label)?;
-        self.add(Pump::start(Way::Out(read, fd), label)?);
-        Ok(write)
+        let (pipe, writing) = pump::write_to(fd, label, Arc::clone(&self.failure))
+            .with_context(|| format!("preparing {label}"))?;
+        self.writing.push(writing);
+        Ok(pipe)
     }
 
-    /// A pipe that is filled from `fd`.
-    ///
-    /// # Errors
-    /// When there is no thread or pipe to be had.
-    pub fn source(&self, fd: OwnedFd, label: &str) -> Result<ReadEnd> {
-        if pipe::is_pipe(&fd) {
+    /// A pipe that is filled from `fd`, which errors call `label`.
+    pub(crate) fn source(&self, fd: OwnedFd, label: &str) -> Result<ReadEnd> {
+        if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
-        let (read, write) = wide_pipe(label)?;
-        self.add(Pump::start(Way::In(fd, write), label)?);
-        Ok(read)
-    }
-
-    fn add(&self, pump: Pump) {
-        self.parties.pumps.borrow_mut().push(pump);
+        pump::read_from(fd, label, Arc::clone(&self.failure))
+            .with_context(|| format!("preparing {label}"))
     }
 
     /// Starts commands that read a shard each from their standard input.
-    ///
-    /// # Errors
-    /// When one cannot be started; the others are ended.
-    pub fn start_readers(&self, commands: Vec<ShardCommand>) -> Result<Vec<(WriteEnd, String)>> {
-        let (commands, pipes) = Commands::start_readers(commands)?;
-        *self.parties.commands.borrow_mut() = Some(commands);
-        Ok(pipes)
+    pub(crate) fn start_readers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<WriteEnd>> {
+        let deal = |(read, write): (ReadEnd, _)| (read.into(), write);
+        self.start(Direction::Out, commands, deal)
     }
 
     /// Starts commands that write a shard each to their standard output.
-    ///
-    /// # Errors
-    /// When one cannot be started; the others are ended.
-    pub fn start_writers(&self, commands: Vec<ShardCommand>) -> Result<Vec<(ReadEnd, String)>> {
-        let (commands, pipes) = Commands::start_writers(commands)?;
-        *self.parties.commands.borrow_mut() = Some(commands);
-        Ok(pipes)
+    pub(crate) fn start_writers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<ReadEnd>> {
+        let deal = |(read, write): (_, WriteEnd)| (write.into(), read);
+        self.start(Direction::In, commands, deal)
     }
 
-    /// Whether commands take the shards, so that their ends have to be waited for.
-    pub fn has_commands(&self) -> bool {
-        self.parties.commands.borrow().is_some()
+    /// Starts commands. `deal` makes one end of a pipe theirs, and the other one ours.
+    fn start<E: AsFd>(
+        &mut self,
+        direction: Direction,
+        commands: Vec<ShardCommand>,
+        deal: impl Fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
+    ) -> Result<Pipes<E>> {
+        let start = |command: ShardCommand| {
+            let (theirs, ours) = deal(pipe::new()?);
+            let label = command.label();
+            self.commands.start(command, direction, theirs, &ours)?;
+            Ok((ours, label))
+        };
+        commands.into_iter().map(start).collect()
     }
 
-    /// Ends the transfer that led to `result`: when it succeeded by waiting for everything to be written and every command to
-    /// end well, otherwise by ending the commands.
-    ///
-    /// # Errors
-    /// When not all of it succeeded: with the first reason.
-    pub fn conclude<T>(self, result: Result<T>, interrupts: &Interrupts) -> Result<T> {
-        let pumps = self.parties.pumps.take();
-        let mut commands = self.parties.commands.take();
-        let concluded = result.and_then(|value| {
-            for pump in &pumps {
-                pump.finish(interrupts)?;
+    /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), or a pump or a
+    /// command has failed.
+    pub fn check(&self) -> Result<()> {
+        self.signals.check()?;
+        self.check_pumps()?;
+        self.commands.check()
+    }
+
+    fn check_pumps(&self) -> Result<()> {
+        let failure = self.failure.get();
+        failure.map_or(Ok(()), |failure| Err(failure.error()))
+    }
+
+    /// Ends the transfer that led to `result`. After a success everything is written, and every
+    /// command has ended well. After a failure the commands are ended, and the error is the first
+    /// reason.
+    pub(crate) fn conclude<T>(&mut self, result: Result<T>) -> Result<T> {
+        let concluded = result.and_then(|value| self.finish().map(|()| value));
+        let concluded = concluded.map_err(|error| self.explain(error));
+        drop(mem::take(&mut self.commands));
+        concluded
+    }
+
+    /// Waits until the pumps have written everything and the commands have ended.
+    fn finish(&mut self) -> Result<()> {
+        while let Some(writing) = self.writing.last() {
+            let closed = self
+                .wait(Some(writing))
+                .context("waiting until all is written")?;
+            if closed {
+                self.writing.pop();
             }
-            if let Some(commands) = &mut commands {
-                commands.finish(interrupts)?;
-            }
-            Ok(value)
-        });
-        concluded.map_err(|error| explain(error, &pumps, commands.as_mut()))
-    }
-}
-
-/// The reason behind an error: a pipe that broke did so because of what was at its far end.
-fn explain(error: anyhow::Error, pumps: &[Pump], commands: Option<&mut Commands>) -> anyhow::Error {
-    if signals::signal_behind(&error).is_some() {
-        return error;
-    }
-    if let Some(reason) = pumps.iter().find_map(|pump| pump.check().err()) {
-        return reason;
-    }
-    match commands {
-        Some(commands) => commands.explain(error),
-        None => error,
-    }
-}
-
-impl Parties {
-    fn check(&self) -> Result<()> {
-        for pump in self.pumps.borrow().iter() {
-            pump.check()?;
+            self.check()?;
         }
-        match &mut *self.commands.borrow_mut() {
-            Some(commands) => commands.check(),
-            None => Ok(()),
+        self.check_pumps()?;
+        self.commands.close_pipes();
+        while !self.commands.have_succeeded() {
+            self.wait(None).context("waiting for the shard commands")?;
+            self.check()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a signal, such as that of a command's end, or until the other end of `pipe` is
+    /// closed, and tells whether it is.
+    fn wait(&self, pipe: Option<&ReadEnd>) -> Result<bool> {
+        let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        fds.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
+        uninterrupted(|| poll(&mut fds, PollTimeout::NONE))?;
+        Ok(fds[1..].iter().any(|pipe| pipe.any() == Some(true)))
+    }
+
+    /// The reason behind an error: a pipe that broke did so because of what was at its far end.
+    fn explain(&self, error: Error) -> Error {
+        match (signal_behind(&error), self.failure.get()) {
+            (Some(_), _) => error,
+            (None, Some(failure)) => failure.error(),
+            (None, None) => self.commands.explain(error),
         }
     }
 }
 
-/// A pipe of the largest capacity allowed.
-fn wide_pipe(label: &str) -> Result<(ReadEnd, WriteEnd)> {
-    let (read, write) = pipe::new().with_context(|| format!("preparing {label}"))?;
-    pipe::grow(&write, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
-    Ok((read, write))
+impl AsFd for Interrupts {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.signals.as_fd()
+    }
 }

@@ -1,25 +1,26 @@
-//! SIGTERM, SIGINT and SIGHUP as something to wait for, so that a transfer ends in order: the socket and temporary files
-//! removed, CRIU's pipes closed (which makes it resume the application).
+//! SIGTERM, SIGINT and SIGHUP as something to wait for, so that a transfer ends in order: the
+//! socket and temporary files removed, CRIU's pipes closed (CRIU then resumes the application).
 //!
-//! SIGCHLD wakes the transfer in the same way, so that it ends as soon as a command that it depends on has failed. SIGXFSZ is kept
-//! off: writing beyond a limit is an error like a full disk.
+//! SIGCHLD wakes the transfer in the same way, so that it ends as soon as a command has failed.
+//! SIGXFSZ is kept off: writing beyond a limit is an error like a full disk.
 //!
-//! SIGPIPE needs nothing: Rust programs ignore it from the start, so that writing to a broken pipe is an error (`EPIPE`).
+//! SIGPIPE needs nothing: Rust programs ignore it from the start, so that writing to a broken pipe
+//! is an error (`EPIPE`).
 
-use std::cell::RefCell;
+#![allow(unsafe_code)]
+
 use std::fmt;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-/// The signals that end a transfer.
-const SIGNALS: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
-
 /// An error that stands for a signal; the exit status is then 128 and the signal's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Interrupted(pub i32);
+pub(crate) struct Interrupted(pub(crate) i32);
 
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -31,82 +32,59 @@ impl fmt::Display for Interrupted {
 impl std::error::Error for Interrupted {}
 
 /// The signal that led to an error, if one did.
-pub fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
-    let of_cause =
-        |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<io::Error>() {
-            Some(error) => error.get_ref()?.downcast_ref::<Interrupted>().copied(),
-            None => cause.downcast_ref::<Interrupted>().copied(),
-        };
-    error.chain().find_map(of_cause)
+pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
+    error.chain().find_map(|cause| {
+        let inside = cause.downcast_ref().and_then(io::Error::get_ref);
+        inside
+            .map_or_else(|| cause.downcast_ref(), |inner| inner.downcast_ref())
+            .copied()
+    })
 }
 
-type Check = Box<dyn Fn() -> anyhow::Result<()>>;
+/// The signals that came.
+pub(super) struct Signals(SignalFd);
 
-/// The signals that came, and whatever else may speak against going on.
-pub struct Interrupts {
-    signals: SignalFd,
-    also: RefCell<Option<Check>>,
-}
-
-impl Interrupts {
-    /// From now on signals no longer end the process but wait here. Must be called before there are other threads.
-    ///
-    /// # Errors
-    /// When no descriptor can be had.
-    pub fn catch() -> io::Result<Self> {
-        let mut mask = SigSet::empty();
-        for signal in SIGNALS {
-            if signal != Signal::SIGHUP || !is_ignored(signal) {
-                mask.add(signal);
-            }
+impl Signals {
+    /// From now on signals no longer end the process but wait here. Must be called before there are
+    /// other threads.
+    pub(super) fn catch() -> io::Result<Self> {
+        let mut caught = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD]);
+        if !is_ignored(Signal::SIGHUP) {
+            caught.add(Signal::SIGHUP);
         }
-        mask.add(Signal::SIGCHLD);
-        mask.thread_block()?;
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        SigSet::from(Signal::SIGXFSZ).thread_block()?;
-        Ok(Self {
-            signals,
-            also: RefCell::new(None),
-        })
+        let mut blocked = caught;
+        blocked.add(Signal::SIGXFSZ);
+        blocked.thread_block()?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        Ok(Self(SignalFd::with_flags(&caught, flags)?))
     }
 
-    /// Has [`Interrupts::check`] make this check too.
-    pub fn also_check(&self, check: impl Fn() -> anyhow::Result<()> + 'static) {
-        *self.also.borrow_mut() = Some(Box::new(check));
-    }
-
-    /// Fails if a signal came that ends the transfer, or something it depends on has failed.
-    ///
-    /// # Errors
-    /// [`Interrupted`], with the signal; and the other check's.
-    pub fn check(&self) -> anyhow::Result<()> {
-        while let Some(info) = self.signals.read_signal()? {
+    /// Fails with [`Interrupted`] if a signal came that ends the transfer.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        while let Some(info) = self.0.read_signal()? {
             let number = info.ssi_signo as i32;
             if number != Signal::SIGCHLD as i32 {
                 return Err(Interrupted(number).into());
             }
         }
-        match &*self.also.borrow() {
-            Some(check) => check(),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
-/// Whether whoever started us wants us to ignore a signal, as `nohup` does. Where that cannot be read, nobody is taken to.
-fn is_ignored(signal: Signal) -> bool {
-    let ignored = || {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let mask = status
-            .lines()
-            .find_map(|line| line.strip_prefix("SigIgn:"))?;
-        u64::from_str_radix(mask.trim(), 16).ok()
-    };
-    ignored().is_some_and(|mask| mask & (1 << (signal as u32 - 1)) != 0)
-}
-
-impl AsFd for Interrupts {
+impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.signals.as_fd()
+        self.0.as_fd()
     }
+}
+
+/// Whether the program was started to ignore a signal, as `nohup` does.
+fn is_ignored(signal: Signal) -> bool {
+    // SAFETY: without a new action the call changes nothing. It writes the present action to
+    // `action`, a plain C structure for which zeroes are valid.
+    let action = unsafe {
+        let mut action: libc::sigaction = mem::zeroed();
+        libc::sigaction(signal as i32, ptr::null(), &mut action);
+        action
+    };
+    action.sa_sigaction == libc::SIG_IGN
 }

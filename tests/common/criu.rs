@@ -1,4 +1,4 @@
-//! CRIU's side of the image socket (PROTOCOL.md, section 1).
+//! CRIU's side of the image socket (docs/protocol.md, section 1).
 //!
 //! ```text
 //!            CRIU                         streamer
@@ -6,7 +6,7 @@
 //!            1 byte + read end   ──────▶           splices the pipe's data away until its end
 //!   serve    request(name)       ──────▶
 //!                                ◀──────  reply(exists)
-//!            1 byte + write end  ──────▶           fills the pipe, and closes it   (only if it exists)
+//!            1 byte + write end  ──────▶           fills the pipe (if it exists)
 //! ```
 //!
 //! The messages are put together by hand, without the program's protobuf definitions. Every

@@ -1,4 +1,5 @@
-//! The image format (PROTOCOL.md, section 2), written down a second time, as simply as possible.
+//! The image format (docs/protocol.md, section 2), written down a second time, as simply as
+//! possible.
 //!
 //! A file that is named again after its end is a new version and replaces the first. One that is
 //! named again before its end goes on. Everything else that is not exactly the format is an error

@@ -15,9 +15,11 @@
 //! onto a number that something else may be using. The watchdog kills a streamer that is still
 //! there after [`HANG_TIMEOUT`]: what waits for it then sees a broken pipe.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -405,6 +407,27 @@ impl Streamer {
             .find(|line| line.starts_with(&format!("{field}:")));
         let value = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
         value.unwrap_or_else(|| panic!("no {field} in {status}"))
+    }
+
+    /// What the image takes of the machine's memory, in KiB: the process's own, and what its pipes
+    /// hold.
+    pub fn image_kib(&self) -> u64 {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list the descriptors");
+        let paths: Vec<_> = fds.map(|entry| entry.unwrap().path()).collect();
+        let pipes: BTreeMap<_, _> = paths
+            .iter()
+            .filter_map(|path| Some((fs::read_link(path).ok()?, path)))
+            .filter(|(target, _)| target.to_string_lossy().starts_with("pipe:"))
+            .collect();
+        let queued = pipes.values().filter_map(|path| {
+            let flags = libc::O_NONBLOCK;
+            let pipe = fs::File::options()
+                .read(true)
+                .custom_flags(flags)
+                .open(path);
+            pipe.ok().map(|pipe| child::queued(&pipe) as u64)
+        });
+        self.memory_kib("VmRSS") + (queued.sum::<u64>() >> 10)
     }
 
     pub fn open_fds(&self) -> usize {

@@ -118,7 +118,10 @@ fn listening_port(socket: &[Field]) -> Option<u64> {
 fn fields(mut message: &[u8]) -> Option<Vec<Field>> {
     let mut fields = Vec::new();
     while !message.is_empty() {
-        let tag = varint(&mut message)?;
+        let tag = u32::try_from(varint(&mut message)?).ok()?;
+        if tag >> 3 == 0 {
+            return None;
+        }
         let value = match tag & 7 {
             0 => Value::Number(varint(&mut message)?),
             1 => Value::Fixed(take(&mut message, 8)?.to_vec()),
@@ -130,7 +133,7 @@ fn fields(mut message: &[u8]) -> Option<Vec<Field>> {
             _ => return None,
         };
         fields.push(Field {
-            number: tag >> 3,
+            number: u64::from(tag >> 3),
             value,
         });
     }

@@ -18,7 +18,7 @@ use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::catalog::Catalog;
 use criu_image_streamer::store::disk::DiskStore;
 use criu_image_streamer::store::{Arena, Store};
-use criu_image_streamer::supervision::signals::Interrupts;
+use criu_image_streamer::supervision::Interrupts;
 use prost::Message;
 
 /// Fits into a pipe of the default size, so that no thread is needed to write while the program
@@ -74,9 +74,14 @@ type Files = BTreeMap<String, Vec<u8>>;
 
 fn in_memory(shards: &[&[u8]], expected: &Option<Files>) {
     let mut arena = Arena::new();
-    let found = receive(shards, Catalog::new(), &mut arena).map(|store| {
-        let names = store.names().cloned().collect::<Vec<_>>();
-        let file = |name: ImageName| (name.as_str().to_owned(), store.read(&name).unwrap());
+    let found = receive(shards, Catalog::new(), &mut arena).map(|mut files| {
+        let names = files.names().cloned().collect::<Vec<_>>();
+        let file = |name: ImageName| {
+            (
+                name.as_str().to_owned(),
+                files.read(&name, &mut Arena::new()).unwrap().unwrap(),
+            )
+        };
         names.into_iter().map(file).collect::<Files>()
     });
     compare(&found, expected);

@@ -1,0 +1,110 @@
+//! A chunk: the part of a file that goes to one shard in one piece.
+//!
+//! **How many slots a chunk takes.** A shard must have room for all of a chunk that it is given
+//! (see [`super::balancer`]). But `FIONREAD` counts bytes, and a slot of a pipe holds anything from
+//! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
+//! [`Route`] the number of slots is certain.
+
+use crate::os::pipe::SLOT;
+
+/// What a chunk's markers take at most, in bytes: a name has up to 255.
+const MARKERS: usize = 512;
+
+/// How a chunk's bytes get from the source to the shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Spliced. Each slot of the source holds a whole page.
+    Direct,
+    /// Spliced into the staging pipe, and from there to the shard. The slots of the source may hold
+    /// less than a page; what fits into the staging pipe takes no more slots than that has.
+    Staged,
+    /// Spliced into the staging pipe, and read from there into the shard's queue, to be written
+    /// with the markers: copied bytes fill their slots.
+    Copied,
+}
+
+/// A part of a file.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub(super) bytes: usize,
+    /// The most slots that the bytes take in a shard.
+    pub(super) slots: usize,
+    pub(super) route: Route,
+    /// The file has no bytes after these.
+    pub(super) is_last: bool,
+}
+
+impl Chunk {
+    /// Cuts the chunk to `slots`. With none left, for a shard of a single slot, it gets what fits
+    /// into the slot of its markers.
+    pub(super) fn cut(&mut self, slots: usize) {
+        if slots >= self.slots {
+            return;
+        }
+        if slots == 0 {
+            self.shorten(SLOT - MARKERS);
+            self.route = Route::Copied;
+        } else {
+            self.shorten(slots * SLOT);
+            if self.route == Route::Staged {
+                self.route = Route::Copied;
+            }
+        }
+        self.slots = slots;
+    }
+
+    /// Leaves at most `bytes` in the chunk.
+    pub(super) fn shorten(&mut self, bytes: usize) {
+        if bytes < self.bytes {
+            self.bytes = bytes;
+            self.is_last = false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(bytes: usize, route: Route, slots: usize) -> (usize, Route, bool) {
+        let mut chunk = Chunk {
+            bytes,
+            slots: 16,
+            route,
+            is_last: true,
+        };
+        chunk.cut(slots);
+        (chunk.bytes, chunk.route, chunk.is_last)
+    }
+
+    #[test]
+    fn a_chunk_is_cut_at_a_page_if_it_is_cut_at_all() {
+        let bytes = 16 * SLOT;
+        assert_eq!(cut(bytes, Route::Direct, 16), (bytes, Route::Direct, true));
+        assert_eq!(
+            cut(bytes, Route::Direct, 3),
+            (3 * SLOT, Route::Direct, false)
+        );
+    }
+
+    #[test]
+    fn pieces_are_copied_where_their_slots_are_too_many() {
+        assert_eq!(
+            cut(16 * SLOT, Route::Staged, 3),
+            (3 * SLOT, Route::Copied, false)
+        );
+        assert_eq!(
+            cut(2 * SLOT + 1, Route::Staged, 3),
+            (2 * SLOT + 1, Route::Copied, true)
+        );
+    }
+
+    #[test]
+    fn a_shard_of_one_slot_takes_a_chunk_in_the_slot_of_its_markers() {
+        for route in [Route::Direct, Route::Staged, Route::Copied] {
+            let (bytes, route, is_last) = cut(16 * SLOT, route, 0);
+            assert_eq!((route, is_last), (Route::Copied, false));
+            assert!((1..=SLOT - MARKERS).contains(&bytes));
+        }
+    }
+}

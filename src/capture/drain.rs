@@ -1,0 +1,96 @@
+//! The end of a capture: the end marker, and readers that take what is left.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::shard::{Flushed, Shard};
+use super::{CaptureLoop, Watched};
+use crate::os::poller::Wait;
+use crate::pace::Pace;
+use crate::report::progress::Stats;
+
+/// How long to wait for the readers if that is to be brief.
+const BRIEFLY: Duration = Duration::from_secs(1);
+
+/// Whether the shards' readers must have taken everything before their pipes are closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// Wait a moment, to notice readers that fail on the last bytes. One that is slow, or waits for
+    /// our end, is left to itself.
+    Briefly,
+    /// Wait until the readers have drained their pipes. Needed when we also wait for them to exit:
+    /// a reader that quits early would look like one that finished.
+    Completely,
+}
+
+impl CaptureLoop<'_> {
+    /// Writes all that is left of a complete image, and its end marker, and waits for the readers.
+    ///
+    /// # Errors
+    /// When a reader leaves before it has everything, and when a signal came.
+    pub(super) fn finish(mut self, drain: Drain) -> Result<Stats> {
+        // An external file that could not be read looks like one that has ended.
+        self.interrupts.check()?;
+        let mut pace = Pace::new();
+        loop {
+            // Before there is an end marker to be seen, no reader has seen it all.
+            self.check_readers(|_| false)?;
+            if self.sequence.end_image()?.is_some() {
+                break;
+            }
+            // The queues take room as well.
+            self.sequence.flush()?;
+            pace.nap_longer();
+        }
+        while self.sequence.flush()? == Flushed::Partly {
+            self.wait_for_readers(&mut pace)?;
+        }
+        let written = Instant::now();
+        while (drain == Drain::Completely || written.elapsed() < BRIEFLY) && !self.is_drained()? {
+            self.wait_for_readers(&mut pace)?;
+        }
+        Ok(self.sequence.stats())
+    }
+
+    fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
+        pace.nap_longer();
+        // A reader may leave when it has seen the end marker; not while something is left for it.
+        self.check_readers(|shard| shard.is_drained().unwrap_or(false))
+    }
+
+    /// Fails when a shard's reader has left that `may_leave` does not let go, and when a signal
+    /// came.
+    fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
+        let mut events = Vec::new();
+        self.poller
+            .wait(Wait::Now, &mut events)
+            .context("waiting for the shards' readers")?;
+        for event in events {
+            match event.kind {
+                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Shard if event.hung_up => {
+                    let shard = &self.sequence.shards()[event.id as usize];
+                    if !may_leave(shard) {
+                        return Err(shard.reader_gone());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the readers have taken everything.
+    fn is_drained(&self) -> Result<bool> {
+        for shard in self.sequence.shards() {
+            if !shard
+                .is_drained()
+                .with_context(|| format!("waiting for the reader of {}", shard.label()))?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,273 @@
+//! The image on its way out: one sequence of markers, spread over all shards.
+//!
+//! One file is current at a time, and a chunk of another one is preceded by its name. A chunk goes,
+//! with its markers, to the shard that [`super::balancer`] chooses, and is cut to what that shard
+//! has room for.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::balancer::{self, Placement, Slots};
+use super::chunk::{Chunk, Route};
+use super::shard::{Flushed, Shard};
+use super::source::Source;
+use super::staging::Staging;
+use crate::format::{Body, Marker};
+use crate::os::pipe::SLOT;
+use crate::report;
+use crate::report::progress::Stats;
+
+/// The slots that the markers of a chunk take.
+const MARKER_SLOTS: usize = 1;
+
+/// Below this capacity, in bytes, a shard costs speed that a setting could give back.
+const GOOD_CAPACITY: usize = 1 << 20;
+
+/// How far a source, or the busiest of all, got in one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Activity {
+    /// Nothing to do until an event comes.
+    Idle,
+    /// It waits for room in the shards.
+    NoRoom,
+    /// It has moved something, or will when it has filled.
+    Busy,
+    /// It is complete.
+    Complete,
+}
+
+/// An image that is being written.
+pub(super) struct Sequence {
+    shards: Vec<Shard>,
+    staging: Staging,
+    seq: u64,
+    /// The source whose file is current.
+    current: Option<u64>,
+    start: Option<Instant>,
+}
+
+impl Sequence {
+    /// Writes to these shards.
+    pub(super) fn new(shards: Vec<Shard>) -> Result<Self> {
+        let smallest = shards.iter().min_by_key(|shard| shard.slots());
+        smallest.inspect(|shard| warn_of_small_pipe(shard));
+        Ok(Self {
+            staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
+            shards,
+            seq: 0,
+            current: None,
+            start: None,
+        })
+    }
+
+    pub(super) fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// The slots of the staging pipe.
+    pub(super) fn staging(&self) -> usize {
+        self.staging.slots()
+    }
+
+    /// Gives a chunk to the shard with the most room, if any has enough.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
+        let Some(Placement { shard, slots }) = self.place(chunk.slots + MARKER_SLOTS)? else {
+            return Ok(Activity::NoRoom);
+        };
+        chunk.cut(slots - MARKER_SLOTS);
+        if chunk.route != Route::Direct {
+            chunk.shorten(self.staging.fill(source, chunk.bytes)?);
+        }
+        self.name_file(source, shard);
+        self.mark(shard, Body::Data(chunk.bytes as u32));
+        self.move_chunk(source, &chunk, shard)?;
+        if chunk.is_last {
+            self.mark_end(source, shard);
+            return Ok(Activity::Complete);
+        }
+        Ok(Activity::Busy)
+    }
+
+    /// Moves all of a chunk. What the shard has no room for after all goes into its queue.
+    fn move_chunk(&mut self, source: &mut Source, chunk: &Chunk, shard: usize) -> Result<()> {
+        let shard = &mut self.shards[shard];
+        let staged = self.staging.read_end();
+        match chunk.route {
+            Route::Copied => shard.copy(staged, chunk.bytes)?,
+            Route::Staged => {
+                let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
+                shard.copy(staged, chunk.bytes - spliced)?;
+            }
+            Route::Direct => {
+                let mut spliced = shard.splice(&source.pipe, chunk.bytes, chunk.slots)?;
+                while spliced < chunk.bytes {
+                    let bytes = self.staging.fill(source, chunk.bytes - spliced)?;
+                    shard.copy(staged, bytes)?;
+                    spliced += bytes;
+                }
+            }
+        }
+        source.moved(chunk.bytes);
+        Ok(())
+    }
+
+    /// Marks the end of a file that has nothing left.
+    pub(super) fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
+        let Some(Placement { shard, .. }) = self.place(MARKER_SLOTS)? else {
+            return Ok(Activity::NoRoom);
+        };
+        self.name_file(source, shard);
+        self.mark_end(source, shard);
+        Ok(Activity::Complete)
+    }
+
+    /// Marks the end of the image, which [`Sequence::flush`] writes, and tells where; `None` when
+    /// no shard has room for the marker.
+    pub(super) fn end_image(&mut self) -> Result<Option<Placement>> {
+        let placement = self.place(MARKER_SLOTS)?;
+        if let Some(placement) = placement {
+            self.mark(placement.shard, Body::ImageEnd);
+        }
+        Ok(placement)
+    }
+
+    fn place(&mut self, wanted: usize) -> Result<Option<Placement>> {
+        balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")
+    }
+
+    /// Makes a file the current one.
+    fn name_file(&mut self, source: &mut Source, shard: usize) {
+        if self.current != Some(source.id) {
+            self.mark(shard, Body::File(source.name.clone()));
+            self.current = Some(source.id);
+            source.is_named = true;
+        }
+    }
+
+    fn mark_end(&mut self, source: &mut Source, shard: usize) {
+        self.mark(shard, Body::FileEnd);
+        self.current = None;
+        source.is_named = false;
+    }
+
+    fn mark(&mut self, shard: usize, body: Body) {
+        self.start.get_or_insert_with(Instant::now);
+        let seq = self.seq;
+        self.shards[shard].mark(Marker { seq, body });
+        self.seq += 1;
+    }
+
+    /// Writes all that is queued, as far as the shards have room.
+    ///
+    /// # Errors
+    /// When a shard's reader is gone.
+    pub(super) fn flush(&mut self) -> Result<Flushed> {
+        let mut flushed = Flushed::All;
+        for shard in &mut self.shards {
+            if shard.flush()? == Flushed::Partly {
+                flushed = Flushed::Partly;
+            }
+        }
+        Ok(flushed)
+    }
+
+    /// What passed through each shard.
+    pub(super) fn stats(&self) -> Stats {
+        let shards = self.shards.iter();
+        Stats {
+            shards: shards.map(|shard| shard.stats(self.start)).collect(),
+        }
+    }
+}
+
+fn warn_of_small_pipe(shard: &Shard) {
+    let capacity = shard.slots() * SLOT;
+    if capacity < GOOD_CAPACITY {
+        report::warn(format_args!(
+            "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
+            shard.label(),
+            capacity / 1024,
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+    use crate::capture::source::{Owner, Ready};
+    use crate::format::ImageName;
+    use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
+    use crate::report::meter::Meter;
+
+    /// A sequence of one shard, the shard's reader, and another writer of the shard.
+    fn sequence() -> (Sequence, ReadEnd, WriteEnd) {
+        let (read, write) = pipe::new().unwrap();
+        let write = OwnedFd::from(write.nonblocking().unwrap());
+        let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
+        let write = WriteEnd::new(write).unwrap();
+        let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
+        let sequence = Sequence::new(vec![shard]).unwrap();
+        (sequence, read.nonblocking().unwrap(), other)
+    }
+
+    /// A source whose pipe is full, its pages, and a chunk of them all.
+    fn source(staging: usize) -> (Source, Vec<u8>, Chunk) {
+        let (read, write) = pipe::new().unwrap();
+        let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
+        let pages: Vec<_> = (0..slots * SLOT).map(|i| (i % 251) as u8).collect();
+        let written = pipe::write(&write, &pages).unwrap();
+        assert_eq!(written, Moved::Bytes(pages.len()));
+        let name = ImageName::new("pages-1.img").unwrap();
+        let mut source = Source::new(name, read, slots, Owner::Criu);
+        let Ready::Chunk(chunk) = source.inspect(staging).unwrap() else {
+            panic!("a full pipe is ready");
+        };
+        (source, pages, chunk)
+    }
+
+    #[test]
+    fn a_chunk_leaves_its_source_where_a_shard_has_less_room_than_is_known() {
+        for route in [Route::Direct, Route::Staged] {
+            let (mut sequence, reader, other) = sequence();
+            let slots = sequence.shards[0].slots();
+            let (mut source, pages, mut chunk) = source(sequence.staging());
+            let foreign = (slots - 3) * SLOT;
+            pipe::write(&other, &vec![1; foreign]).unwrap();
+            if route == Route::Staged {
+                (chunk.route, chunk.slots) = (route, sequence.staging());
+            }
+            let activity = sequence.give(&mut source, chunk).unwrap();
+            assert_eq!(activity, Activity::Busy);
+            let moved = pages.len() - pipe::available(&source.pipe).unwrap();
+            assert!(moved > 3 * SLOT, "{moved} bytes fit into the shard");
+
+            let mut arrived = Vec::new();
+            let mut buffer = vec![0; 1 << 16];
+            while let Moved::Bytes(bytes) = pipe::read(&reader, &mut buffer).unwrap() {
+                arrived.extend(&buffer[..bytes]);
+                sequence.flush().unwrap();
+            }
+            assert_eq!(sequence.flush().unwrap(), Flushed::All);
+            assert!(arrived.ends_with(&pages[..moved]), "{route:?}");
+            assert!((1..100).contains(&(arrived.len() - foreign - moved)));
+        }
+    }
+
+    #[test]
+    fn a_source_that_another_process_reads_from_is_an_error() {
+        for route in [Route::Direct, Route::Staged, Route::Copied] {
+            let (mut sequence, _reader, _other) = sequence();
+            let (mut source, pages, mut chunk) = source(sequence.staging());
+            chunk.route = route;
+            pipe::read(&source.pipe, &mut vec![0; pages.len()]).unwrap();
+            let error = sequence.give(&mut source, chunk).unwrap_err();
+            assert!(error.to_string().contains("another process"), "{error:#}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The descriptors that the command line names: the only place that handles raw numbers.
+//!
+//! Each number is checked before any is claimed, and all before this program opens a descriptor of
+//! its own: otherwise a number that was not open could be mistaken for one of ours.
+
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::sys::stat::{fstat, makedev};
+
+use crate::os::descriptor::{Direction, FdKind};
+
+/// The number of a descriptor, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct FdNumber(RawFd);
+
+pub(super) const STDIN: FdNumber = FdNumber(0);
+pub(super) const STDOUT: FdNumber = FdNumber(1);
+pub(super) const STDERR: FdNumber = FdNumber(2);
+
+impl FromStr for FdNumber {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.parse().ok().filter(|&number| number >= 0);
+        let why = || format!("{text:?} is no file descriptor: give its number, such as 10");
+        number.map(Self).ok_or_else(why)
+    }
+}
+
+impl fmt::Display for FdNumber {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FdNumber {
+    fn peek<T>(self, look: impl FnOnce(BorrowedFd) -> T) -> T {
+        // SAFETY: the borrow lasts for this call, in which nothing closes descriptors: there are
+        // no threads yet. If the number belongs to no open file, system calls on it say so.
+        look(unsafe { BorrowedFd::borrow_raw(self.0) })
+    }
+
+    fn kind(self) -> FdKind {
+        self.peek(|fd| FdKind::of(fd))
+    }
+
+    fn flags(self) -> nix::Result<OFlag> {
+        self.peek(|fd| fcntl(fd, FcntlArg::F_GETFL))
+            .map(OFlag::from_bits_retain)
+    }
+
+    /// Whether text written here lands where standard error's text lands. A terminal or another
+    /// device may well show both.
+    pub(super) fn is_stderr(self) -> bool {
+        let place = |fd: Self| {
+            fd.peek(|fd| fstat(fd))
+                .map(|stat| (stat.st_dev, stat.st_ino))
+        };
+        let is_device = matches!(self.kind(), FdKind::Terminal | FdKind::CharacterDevice);
+        self == STDERR || (place(self) == place(STDERR) && !is_device)
+    }
+
+    /// Whether a standard stream was closed when the program started: Rust's runtime then opens
+    /// /dev/null in its place, and an image written there is lost. Shells do not open /dev/null
+    /// for both reading and writing, which tells the two apart.
+    pub(super) fn was_closed_at_start(self) -> bool {
+        let device = self.peek(|fd| fstat(fd)).map(|stat| stat.st_rdev);
+        let mode = self.flags().map(|flags| flags & OFlag::O_ACCMODE);
+        self.0 <= 2 && device == Ok(makedev(1, 3)) && mode == Ok(OFlag::O_RDWR)
+    }
+
+    /// Looks whether an image can go through in this direction.
+    fn check_transfer(self, what: &str, direction: Direction) -> Result<()> {
+        let (wrong_mode, redirect, purpose) = match direction {
+            Direction::Out => (OFlag::O_RDONLY, format!("{self}>file"), "writing"),
+            Direction::In => (OFlag::O_WRONLY, format!("{self}<file"), "reading"),
+        };
+        let kind = self.kind();
+        match kind {
+            FdKind::Terminal => bail!(
+                "{what} is a terminal, and an image is no text: redirect it to a pipe or file, such as {redirect}, or give --shard-fds or --shard-cmd"
+            ),
+            FdKind::Directory | FdKind::Special => bail!(
+                "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}"
+            ),
+            _ => {}
+        }
+        let flags = self.flags()?;
+        ensure!(
+            flags & OFlag::O_ACCMODE != wrong_mode && !flags.contains(OFlag::O_PATH),
+            "{what} is {kind} that is not open for {purpose}: exchange < and >"
+        );
+        if kind == FdKind::Socket {
+            let socket = self.peek(|fd| getsockopt(&fd, sockopt::SockType));
+            ensure!(
+                socket == Ok(SockType::Stream),
+                "{what} is a socket that does not carry a stream: give a TCP or UNIX stream socket"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The descriptors named so far, each with the option that names it.
+#[derive(Default)]
+pub(super) struct Checks(HashMap<FdNumber, String>);
+
+/// A descriptor that is open and has one purpose.
+pub(super) struct Checked(FdNumber);
+
+impl Checks {
+    /// Checks a descriptor that `option` names; `what` is it in errors. With a direction, an image
+    /// goes through it.
+    pub(super) fn check(
+        &mut self,
+        number: FdNumber,
+        option: &str,
+        what: &str,
+        direction: Option<Direction>,
+    ) -> Result<Checked> {
+        let what = format!("{option}: {what}");
+        if let Some(other) = self.0.insert(number, option.to_owned()) {
+            bail!("{what} is used twice (also by {other}): give each its own descriptor");
+        }
+        ensure!(
+            number.kind() != FdKind::NotOpen && !number.was_closed_at_start(),
+            "{what} is not open: redirect it, such as {number}>… or {number}<…"
+        );
+        if let Some(direction) = direction {
+            number.check_transfer(&what, direction)?;
+        }
+        Ok(Checked(number))
+    }
+}
+
+impl Checked {
+    /// Takes ownership of the descriptor, and keeps it from being passed on.
+    pub(super) fn claim(self) -> Result<OwnedFd> {
+        let number = self.0;
+        if number.0 > 2 {
+            // SAFETY: the descriptor is open, and the command line gave it to us. `Plan::new`
+            // checks all numbers with the same `Checks`, so that it has no second owner here.
+            let fd = unsafe { OwnedFd::from_raw_fd(number.0) };
+            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("claiming a descriptor")?;
+            return Ok(fd);
+        }
+        let copy = number
+            .peek(|fd| fd.try_clone_to_owned())
+            .context("claiming a descriptor")?;
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.context("opening /dev/null")?;
+        match number {
+            STDIN => nix::unistd::dup2_stdin(null)?,
+            STDOUT => nix::unistd::dup2_stdout(null)?,
+            // Errors still go there.
+            _ => {}
+        }
+        Ok(copy)
+    }
+}

@@ -1,0 +1,194 @@
+//! What the command line means, checked.
+//!
+//! Bad usage is refused before anything happens: a plan owns the descriptors that were named, and
+//! nothing else has been touched when it exists.
+
+use std::collections::HashSet;
+use std::hash::Hash;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::descriptor::{Checks, FdNumber, STDERR, STDIN, STDOUT};
+use super::{Args, Command, ExternalFile, List};
+use crate::format::ImageName;
+use crate::listen_ports::Remap;
+use crate::os::descriptor::Direction;
+use crate::report::progress::Progress;
+use crate::supervision::ShardCommand;
+
+/// The most shards that commands are started for: each is a pipe of 1 MiB and a pipeline of
+/// processes, and more have never been faster.
+const MOST_COMMANDS: usize = 32;
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    Capture,
+    Extract,
+    Serve,
+}
+
+impl Action {
+    /// Which way the shards go.
+    pub(crate) fn direction(self) -> Direction {
+        match self {
+            Action::Capture => Direction::Out,
+            Action::Extract | Action::Serve => Direction::In,
+        }
+    }
+}
+
+/// Where the shards go to, or come from.
+pub(crate) enum Shards {
+    /// With what messages call them.
+    Descriptors(Vec<(OwnedFd, String)>),
+    Commands(Vec<ShardCommand>),
+}
+
+impl Shards {
+    /// What messages call them.
+    pub(crate) fn labels(&self) -> Vec<String> {
+        match self {
+            Shards::Descriptors(fds) => fds.iter().map(|(_, label)| label.clone()).collect(),
+            Shards::Commands(commands) => commands.iter().map(ShardCommand::label).collect(),
+        }
+    }
+}
+
+/// A checked command line.
+pub(crate) struct Plan {
+    pub(crate) action: Action,
+    pub(crate) images_dir: PathBuf,
+    pub(crate) shards: Shards,
+    pub(crate) external_files: Vec<(ImageName, OwnedFd)>,
+    pub(crate) remaps: Vec<Remap>,
+    pub(crate) progress: Progress,
+    pub(crate) progress_bar: bool,
+    pub(crate) criu_clients: usize,
+}
+
+impl Plan {
+    /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
+    pub(crate) fn new(args: Args) -> Result<Self> {
+        let remaps = args.tcp_listen_remap.map_or_else(Vec::new, |list| list.0);
+        if let Some(remap) = first_repeated(&remaps, |remap| remap.old) {
+            bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
+        }
+        let action = match args.command {
+            Command::Capture => Action::Capture,
+            Command::Extract { serve: false } => Action::Extract,
+            Command::Extract { serve: true } | Command::Serve => Action::Serve,
+        };
+        ensure!(
+            remaps.is_empty() || action == Action::Serve,
+            "--tcp-listen-remap: only `serve` changes ports"
+        );
+        let shards_go = action.direction();
+        let (files_go, standard) = match shards_go {
+            Direction::Out => (Direction::In, STDOUT),
+            Direction::In => (Direction::Out, STDIN),
+        };
+        let commands = shard_commands(args.shard_cmd, args.num_shards, &args.shard_fds)?;
+        let shard_fds = match (&commands, args.shard_fds) {
+            (Some(_), _) => Vec::new(),
+            (None, Some(fds)) => fds.0,
+            (None, None) => vec![standard],
+        };
+        let external_files = args.ext_file_fds.map_or_else(Vec::new, |list| list.0);
+        if let Some(file) = first_repeated(&external_files, |file| &file.name) {
+            bail!("--ext-file-fds: {} is named twice", file.name);
+        }
+        let progress_fd = match args.progress_fd {
+            None if args.progress_bar || STDERR.was_closed_at_start() => None,
+            None => Some(STDERR),
+            given => given,
+        };
+
+        let mut checks = Checks::default();
+        let shard_fds = shard_fds
+            .into_iter()
+            .map(|fd| {
+                let label = format!("shard fd {fd}");
+                let checked = checks.check(fd, "--shard-fds", &label, Some(shards_go))?;
+                Ok((checked, label))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let external_files = external_files
+            .into_iter()
+            .map(|ExternalFile { name, fd }| {
+                let (option, what) = (format!("--ext-file-fds {name}"), format!("its fd {fd}"));
+                Ok((name, checks.check(fd, &option, &what, Some(files_go))?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let progress_fd = progress_fd
+            .map(|fd| {
+                ensure!(
+                    !args.progress_bar || !fd.is_stderr(),
+                    "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
+                );
+                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), None)
+            })
+            .transpose()?;
+
+        Ok(Self {
+            action,
+            images_dir: args.images_dir.context(
+                "--images-dir <images-dir> is needed: the directory that CRIU is given too",
+            )?,
+            shards: match commands {
+                Some(commands) => Shards::Commands(commands),
+                None => Shards::Descriptors(
+                    shard_fds
+                        .into_iter()
+                        .map(|(fd, label)| Ok((fd.claim()?, label)))
+                        .collect::<Result<_>>()?,
+                ),
+            },
+            external_files: external_files
+                .into_iter()
+                .map(|(name, fd)| Ok((name, fd.claim()?)))
+                .collect::<Result<_>>()?,
+            remaps,
+            progress: match progress_fd {
+                Some(fd) => Progress::new(fd.claim()?),
+                None => Progress::silent(),
+            },
+            progress_bar: args.progress_bar,
+            criu_clients: args.criu_clients.get(),
+        })
+    }
+}
+
+/// The commands that take or bring the shards, if any.
+fn shard_commands(
+    text: Option<String>,
+    count: Option<usize>,
+    shard_fds: &Option<List<FdNumber>>,
+) -> Result<Option<Vec<ShardCommand>>> {
+    let Some(text) = text else {
+        ensure!(
+            count.is_none(),
+            "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard"
+        );
+        return Ok(None);
+    };
+    ensure!(
+        shard_fds.is_none(),
+        "--shard-cmd: it takes the place of --shard-fds: give one of them"
+    );
+    ensure!(!text.trim().is_empty(), "--shard-cmd: the command is empty");
+    let count = count.unwrap_or(1);
+    ensure!(
+        (1..=MOST_COMMANDS).contains(&count),
+        "--num-shards: it takes a number from 1 to {MOST_COMMANDS}"
+    );
+    Ok(Some(ShardCommand::all(&text, count)))
+}
+
+/// The first item whose key an earlier one has.
+fn first_repeated<'a, T, K: Eq + Hash>(items: &'a [T], key: impl Fn(&'a T) -> K) -> Option<&'a T> {
+    let mut seen = HashSet::new();
+    items.iter().find(|item| !seen.insert(key(item)))
+}

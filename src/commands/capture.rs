@@ -1,0 +1,44 @@
+//! `capture`: from `criu dump --stream` to the shards.
+
+use anyhow::Result;
+
+use super::Transfer;
+use crate::capture::{Capture, Drain};
+use crate::cli::{Plan, Shards};
+use crate::criu::{Listener, Role};
+
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+    let interrupts = &mut transfer.interrupts;
+    let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
+    let external_files = plan
+        .external_files
+        .into_iter()
+        .map(|(name, fd)| {
+            let pipe = interrupts.source(fd, name.as_str())?;
+            Ok((name, pipe))
+        })
+        .collect::<Result<_>>()?;
+    let (shards, drain) = match plan.shards {
+        Shards::Descriptors(fds) => {
+            let pipes = fds
+                .into_iter()
+                .map(|(fd, label)| Ok((interrupts.sink(fd, &label)?, label)))
+                .collect::<Result<_>>()?;
+            (pipes, Drain::Briefly)
+        }
+        Shards::Commands(commands) => (interrupts.start_readers(commands)?, Drain::Completely),
+    };
+    let captured = Capture {
+        listener,
+        shards,
+        external_files,
+        progress: &mut plan.progress,
+        criu_clients: plan.criu_clients,
+        drain,
+        counters: transfer.counters.clone(),
+    }
+    .run(interrupts);
+    let stats = interrupts.conclude(captured)?;
+    transfer.report(&mut plan.progress, &stats);
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! What the subcommands do: each wires its parts, and reports. No other module knows all parts.
+
+mod capture;
+mod extract;
+mod serve;
+
+use std::fs::DirBuilder;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Error, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::cli::{Action, Plan, Shards};
+use crate::format::ImageName;
+use crate::receive;
+use crate::report;
+use crate::report::bar::ProgressBar;
+use crate::report::meter::Counters;
+use crate::report::progress::{Progress, Stats};
+use crate::store::{Arena, Store};
+use crate::supervision::{Interrupted, Interrupts, signal_behind};
+
+/// What all transfers have.
+struct Transfer {
+    interrupts: Interrupts,
+    counters: Counters,
+    bar: Option<ProgressBar>,
+}
+
+/// Carries out a plan.
+pub(crate) fn run(plan: Plan) -> Result<()> {
+    let interrupts = Interrupts::catch().context("preparing for signals")?;
+    raise_descriptor_limit();
+    create_images_dir(&plan.images_dir)?;
+    let labels = plan.shards.labels();
+    let counters = Counters::new(labels.len());
+    let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
+    let transfer = Transfer {
+        interrupts,
+        bar: plan.progress_bar.then(start_bar),
+        counters,
+    };
+    match plan.action {
+        Action::Capture => capture::run(plan, transfer),
+        Action::Extract => extract::run(plan, transfer),
+        Action::Serve => serve::run(plan, transfer),
+    }
+}
+
+impl Transfer {
+    /// Receives an image. When this returns, all that it depends on has ended well.
+    fn receive<S: Store>(
+        &mut self,
+        shards: Shards,
+        external_files: Vec<(ImageName, OwnedFd)>,
+        store: S,
+        arena: &mut Arena,
+    ) -> Result<(S, Stats)> {
+        let external_files = external_files
+            .into_iter()
+            .map(|(name, fd)| {
+                let pipe = self.interrupts.sink(fd, name.as_str())?;
+                Ok((name, pipe))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let shards = match shards {
+            Shards::Descriptors(fds) => fds
+                .into_iter()
+                .map(|(fd, label)| Ok((self.interrupts.source(fd, &label)?, label)))
+                .collect::<Result<_>>()?,
+            Shards::Commands(commands) => self.interrupts.start_writers(commands)?,
+        };
+        let received = receive::receive(
+            shards,
+            external_files,
+            store,
+            arena,
+            &self.counters,
+            &self.interrupts,
+        );
+        self.interrupts.conclude(received)
+    }
+
+    /// Reports what passed, to programs and to people.
+    fn report(&mut self, progress: &mut Progress, stats: &Stats) {
+        progress.stats(stats);
+        if let Some(bar) = self.bar.take() {
+            bar.conclude(stats);
+        }
+    }
+}
+
+/// Tells why the program failed. The exit status is 128 and the number of the signal that ended the
+/// program, otherwise 1.
+pub fn exit_status(error: &Error) -> ExitCode {
+    report::error(error);
+    match signal_behind(error) {
+        Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// CRIU has many files open at once, and each is a descriptor here: use all that the hard limit
+/// allows.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // If it is refused, the soft limit has to do.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// An image is its owner's memory: a directory made for it is closed to other users.
+fn create_images_dir(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(path)
+        .with_context(|| format!("--images-dir: creating {}", path.display()))
+}

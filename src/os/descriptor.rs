@@ -1,0 +1,61 @@
+//! What a descriptor leads to, and which way data goes through it.
+
+use std::fmt;
+use std::os::fd::AsFd;
+
+use nix::sys::stat::{SFlag, fstat};
+
+/// Which way data goes, seen from this program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    In,
+    Out,
+}
+
+/// The kind of file that a descriptor leads to. Displayed, it is a phrase for an error message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FdKind {
+    NotOpen,
+    RegularFile,
+    Directory,
+    Pipe,
+    Socket,
+    BlockDevice,
+    Terminal,
+    CharacterDevice,
+    Special,
+}
+
+impl FdKind {
+    pub(crate) fn of(fd: impl AsFd) -> Self {
+        let Ok(stat) = fstat(&fd) else {
+            return Self::NotOpen;
+        };
+        match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+            SFlag::S_IFREG => Self::RegularFile,
+            SFlag::S_IFDIR => Self::Directory,
+            SFlag::S_IFIFO => Self::Pipe,
+            SFlag::S_IFSOCK => Self::Socket,
+            SFlag::S_IFBLK => Self::BlockDevice,
+            SFlag::S_IFCHR if nix::unistd::isatty(fd).unwrap_or(false) => Self::Terminal,
+            SFlag::S_IFCHR => Self::CharacterDevice,
+            _ => Self::Special,
+        }
+    }
+}
+
+impl fmt::Display for FdKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotOpen => "not open",
+            Self::RegularFile => "a regular file",
+            Self::Directory => "a directory",
+            Self::Pipe => "a pipe",
+            Self::Socket => "a socket",
+            Self::BlockDevice => "a block device",
+            Self::Terminal => "a terminal",
+            Self::CharacterDevice => "a character device",
+            Self::Special => "a special file",
+        })
+    }
+}
