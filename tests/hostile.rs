@@ -365,7 +365,10 @@ fn assert_truth(seed: u64, shards: &[Vec<u8>], dir: &Path, exit: &Exit) {
         exit.stderr
     );
     match (exit.status.code(), image::decode(shards)) {
-        (Some(0), Ok(files)) => assert!(runs::read_dir(dir) == files, "seed {seed}: another image"),
+        (Some(0), Ok(files)) => {
+            assert!(runs::read_dir(dir) == files, "seed {seed}: another image");
+            assert!(files.contains_key("inventory.img"), "seed {seed}");
+        }
         (Some(0), Err(why)) => panic!("seed {seed}: accepted, although: {why}"),
         (Some(1), _) => {
             exit.error();

@@ -4,13 +4,14 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Command;
 
 use crate::common::child::Limit;
 use crate::common::image::{self, Files, Shard};
 use crate::common::random;
-use crate::common::runs::{self, assert_same_files};
-use crate::common::shards::{self, Collector, pipe};
-use crate::common::streamer::{Launch, Streamer};
+use crate::common::runs::{self, assert_same_bytes, assert_same_files};
+use crate::common::shards::{self, Collector, Feeder, pipe};
+use crate::common::streamer::{Launch, REFUSED_CALL, Streamer};
 use crate::common::{PAGE, root_or_skip};
 use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::TempDir;
@@ -84,7 +85,7 @@ fn extracted_files_belong_to_the_user_who_extracts() {
     );
     streamer.expect_success();
     let metadata = fs::metadata(dir.path().join("inventory.img")).unwrap();
-    assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (NOBODY, 0o600));
+    assert_eq!(metadata.uid(), NOBODY);
 }
 
 /// Fills the account that a user has for pipes, so that no further pipe can be made larger without
@@ -258,3 +259,83 @@ fn a_disk_that_takes_no_more_leaves_nothing_behind() {
     streamer.expect_failure(&["pages-1.img"]);
     assert_eq!(runs::read_dir(streamer.images_dir()), Files::new());
 }
+
+/// The calls that a container engine's seccomp profile may refuse.
+const REFUSABLE: [libc::c_long; 2] = [libc::SYS_vmsplice, libc::SYS_splice];
+
+#[test]
+fn images_come_through_where_splice_or_vmsplice_is_refused() {
+    for call in REFUSABLE {
+        for (shard_count, pipe_size) in [(1, Some(PAGE)), (3, None)] {
+            let files = runs::sample_files(call as u64);
+            let refused = |launch: Launch| launch.limit(Limit::Refused(call));
+            round_trip(refused, &files, shard_count, pipe_size);
+        }
+    }
+}
+
+#[test]
+fn external_files_and_regular_files_come_through_where_splice_or_vmsplice_is_refused() {
+    for call in REFUSABLE {
+        let content = random::bytes(1, 3 << 20);
+        let dir = TempDir::new().unwrap();
+        let shard = dir.path().join("shard");
+        let (tar_reader, tar_writer) = pipe();
+        let mut capture = Streamer::capture()
+            .limit(Limit::Refused(call))
+            .shards([File::create(&shard).unwrap().into()])
+            .ext_file("fs.tar", tar_reader)
+            .start();
+        let tar = Feeder::start(vec![tar_writer], std::slice::from_ref(&content));
+        let criu = capture.criu();
+        criu.write_file("inventory.img", b"inventory");
+        drop(criu);
+        capture.expect_success();
+        tar.finish().into_iter().for_each(Result::unwrap);
+
+        let restore = |launch: Launch| {
+            let (tar_reader, tar_writer) = pipe();
+            let tar = Collector::start(vec![tar_reader]);
+            let streamer = launch
+                .limit(Limit::Refused(call))
+                .shards([File::open(&shard).unwrap().into()])
+                .ext_file("fs.tar", tar_writer)
+                .start();
+            assert_same_bytes("fs.tar", &tar.finish()[0], &content);
+            streamer
+        };
+        restore(Streamer::extract()).expect_success();
+        let inventory = [("inventory.img".to_owned(), b"inventory".to_vec())].into();
+        runs::assert_served(&mut restore(Streamer::serve()), &inventory);
+    }
+}
+
+/// The tests of what the program does, once more, in a process of their own, with every streamer
+/// refused one of the calls.
+#[test]
+fn the_core_of_the_tests_passes_where_splice_or_vmsplice_is_refused() {
+    if std::env::var_os(REFUSED_CALL).is_some() {
+        return;
+    }
+    for call in ["vmsplice", "splice"] {
+        let tests = Command::new(std::env::current_exe().unwrap())
+            .args(CORE)
+            .args(["--skip", "memory", "--test-threads", "4"])
+            .env(REFUSED_CALL, call)
+            .env("SERVING_SEEDS", "100")
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&tests.stdout);
+        assert!(tests.status.success(), "{call} refused:\n{output}");
+        assert!(!output.contains(" 0 passed"), "{output}");
+    }
+}
+
+const CORE: [&str; 6] = [
+    "round_trip::",
+    "capture::",
+    "extract::",
+    "serve::",
+    "serving::",
+    "any_descriptor::",
+];

@@ -8,7 +8,7 @@
 //! the streamer, again and again. They need root; see tests/criu/mod.rs.
 
 use crate::common::skip;
-use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine};
 
 /// How often an application goes through the streamer: what goes wrong here depends on who is
@@ -82,7 +82,12 @@ impl Case {
             return skip(&format!("CRIU alone cannot do this here: {why}"));
         }
         for round in 1..=ROUNDS {
-            if let Err(why) = self.restores(&machine, &mut application, CAPTURE, RESTORE) {
+            // Every other time with an index, while the image arrives.
+            let (dump, restore) = match round % 2 {
+                0 => (CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX),
+                _ => (CAPTURE, RESTORE),
+            };
+            if let Err(why) = self.restores(&machine, &mut application, dump, restore) {
                 panic!("round {round} of {ROUNDS}: {why}");
             }
         }

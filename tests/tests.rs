@@ -53,6 +53,9 @@ mod fuzz_inputs;
 /// Broken and hostile images are refused, with the place of the defect.
 mod hostile;
 
+/// An image with an index is served while it arrives, and never if it is damaged.
+mod index;
+
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.
@@ -63,6 +66,8 @@ mod readme;
 mod real_criu;
 /// A real CRIU's dumps and restores that fail leave the application unharmed.
 mod real_criu_failures;
+/// A damaged image with an index leaves nothing running.
+mod real_criu_index;
 /// The object store recipe, with the real AWS command line.
 mod s3;
 /// A supervisor's whole cycle, and the example script that stands in for one.

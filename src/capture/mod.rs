@@ -41,6 +41,7 @@ use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::Interrupts;
 pub(crate) use drain::Drain;
 use dump::Dump;
+pub(crate) use sequence::HasIndex;
 use sequence::{Activity, Sequence};
 use shard::{Flushed, Shard};
 use source::{Ready, Source};
@@ -66,6 +67,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) listener: Listener,
     /// The shards' pipes, with what error messages call them.
     pub(crate) shards: Vec<(WriteEnd, String)>,
+    pub(crate) has_index: HasIndex,
     pub(crate) external_files: Vec<(ImageName, ReadEnd)>,
     pub(crate) progress: &'a mut Progress,
     /// How many CRIU processes must have come and gone.
@@ -129,7 +131,7 @@ impl Capture<'_> {
             listener: Some(self.listener),
             clients: Clients::new(self.criu_clients),
             dump: Dump::default(),
-            sequence: Sequence::new(shards)?,
+            sequence: Sequence::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(1),
             idle_since: None,
             is_frozen: false,

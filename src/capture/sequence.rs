@@ -3,6 +3,9 @@
 //! One file is current at a time, and a chunk of another one is preceded by its name. A chunk goes,
 //! with its markers, to the shard that [`super::balancer`] chooses, and is cut to what that shard
 //! has room for.
+//!
+//! Where the image has an index, that is the last of the shards. It gets all markers but those of the
+//! data of large files, which go to the other shards, and the data of all other files.
 
 use std::time::Instant;
 
@@ -15,6 +18,7 @@ use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
 use crate::os::pipe::SLOT;
+use crate::os::process::Origin;
 use crate::report;
 use crate::report::progress::Stats;
 
@@ -37,23 +41,45 @@ pub(super) enum Activity {
     Complete,
 }
 
+/// Whether the last of the shards is an index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HasIndex {
+    Yes,
+    No,
+}
+
+/// Which shards something may go to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Among {
+    /// Data of a large file: any but the index.
+    Spread,
+    /// All else: the index, where there is one.
+    Rest,
+}
+
 /// An image that is being written.
 pub(super) struct Sequence {
     shards: Vec<Shard>,
+    /// The number of the index.
+    index: Option<usize>,
     staging: Staging,
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
     start: Option<Instant>,
+    /// This process, for the first marker of each shard.
+    origins: Vec<Option<Origin>>,
 }
 
 impl Sequence {
-    /// Writes to these shards.
-    pub(super) fn new(shards: Vec<Shard>) -> Result<Self> {
+    /// Writes to these shards, of which the last may be an index.
+    pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| warn_of_small_pipe(shard));
         Ok(Self {
             staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
+            index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
+            origins: vec![Origin::own(); shards.len()],
             shards,
             seq: 0,
             current: None,
@@ -75,7 +101,13 @@ impl Sequence {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
-        let Some(Placement { shard, slots }) = self.place(chunk.slots + MARKER_SLOTS)? else {
+        let among = if source.is_spread() {
+            Among::Spread
+        } else {
+            Among::Rest
+        };
+        let wanted = chunk.slots + MARKER_SLOTS;
+        let Some(Placement { shard, slots }) = self.place(among, wanted)? else {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots - MARKER_SLOTS);
@@ -117,7 +149,7 @@ impl Sequence {
 
     /// Marks the end of a file that has nothing left.
     pub(super) fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
-        let Some(Placement { shard, .. }) = self.place(MARKER_SLOTS)? else {
+        let Some(Placement { shard, .. }) = self.place(Among::Rest, MARKER_SLOTS)? else {
             return Ok(Activity::NoRoom);
         };
         self.name_file(source, shard);
@@ -128,28 +160,48 @@ impl Sequence {
     /// Marks the end of the image, which [`Sequence::flush`] writes, and tells where; `None` when
     /// no shard has room for the marker.
     pub(super) fn end_image(&mut self) -> Result<Option<Placement>> {
-        let placement = self.place(MARKER_SLOTS)?;
+        let placement = self.place(Among::Rest, MARKER_SLOTS)?;
         if let Some(placement) = placement {
             self.mark(placement.shard, Body::ImageEnd);
         }
         Ok(placement)
     }
 
-    fn place(&mut self, wanted: usize) -> Result<Option<Placement>> {
-        balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")
+    fn place(&mut self, among: Among, wanted: usize) -> Result<Option<Placement>> {
+        let shards = &mut self.shards;
+        let placement = match (self.index, among) {
+            (None, _) => balancer::choose(shards, wanted),
+            (Some(index), Among::Rest) => {
+                let placement = balancer::choose(&mut shards[index..], wanted);
+                placement.map(|placed| {
+                    placed.map(|Placement { slots, .. }| Placement {
+                        shard: index,
+                        slots,
+                    })
+                })
+            }
+            (Some(index), Among::Spread) => {
+                // The name of the file, and later its end, go to the index.
+                match balancer::choose(&mut shards[index..], MARKER_SLOTS) {
+                    Ok(Some(_)) => balancer::choose(&mut shards[..index], wanted),
+                    no_room => no_room,
+                }
+            }
+        };
+        placement.context("looking for a shard with room")
     }
 
     /// Makes a file the current one.
     fn name_file(&mut self, source: &mut Source, shard: usize) {
         if self.current != Some(source.id) {
-            self.mark(shard, Body::File(source.name.clone()));
+            self.mark(self.index.unwrap_or(shard), Body::File(source.name.clone()));
             self.current = Some(source.id);
             source.is_named = true;
         }
     }
 
     fn mark_end(&mut self, source: &mut Source, shard: usize) {
-        self.mark(shard, Body::FileEnd);
+        self.mark(self.index.unwrap_or(shard), Body::FileEnd);
         self.current = None;
         source.is_named = false;
     }
@@ -157,7 +209,10 @@ impl Sequence {
     fn mark(&mut self, shard: usize, body: Body) {
         self.start.get_or_insert_with(Instant::now);
         let seq = self.seq;
-        self.shards[shard].mark(Marker { seq, body });
+        let mut marker = Marker::new(seq, body);
+        marker.origin = self.origins[shard].take();
+        marker.is_index = seq == 0 && self.index.is_some();
+        self.shards[shard].mark(marker);
         self.seq += 1;
     }
 
@@ -212,7 +267,7 @@ mod tests {
         let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
         let write = WriteEnd::new(write).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
-        let sequence = Sequence::new(vec![shard]).unwrap();
+        let sequence = Sequence::new(vec![shard], HasIndex::No).unwrap();
         (sequence, read.nonblocking().unwrap(), other)
     }
 

@@ -277,7 +277,7 @@ mod tests {
         }
 
         fn mark(&mut self, body: Body) {
-            let marker = Marker { seq: 7, body };
+            let marker = Marker::new(7, body);
             let before = self.shard.queue.len();
             self.shard.mark(marker);
             self.unread.extend(&self.shard.queue[before..]);

@@ -13,8 +13,13 @@
 use std::io;
 
 use super::chunk::{Chunk, Route};
+use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
+
+/// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
+/// (docs/protocol.md, section 2).
+const LARGEST_IN_INDEX: usize = 1 << 20;
 
 /// Bytes in a pipe that show that a file is not small: half of a pipe of the default size.
 const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;
@@ -134,6 +139,12 @@ impl Source {
     /// It filled the staging pipe to the last byte.
     pub(super) fn holds_pages(&mut self) {
         self.whole_pages = true;
+    }
+
+    /// Whether the data of this file goes to all shards, where the rest of the image has an index of
+    /// its own: pages always, other files once they have brought much.
+    pub(super) fn is_spread(&self) -> bool {
+        files::is_pages(self.name.as_str()) || self.moved > LARGEST_IN_INDEX
     }
 
     /// This number of bytes was moved.

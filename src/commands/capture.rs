@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::Transfer;
-use crate::capture::{Capture, Drain};
+use crate::capture::{Capture, Drain, HasIndex};
 use crate::cli::{Plan, Shards};
 use crate::criu::{Listener, Role};
 
@@ -31,6 +31,11 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
     let captured = Capture {
         listener,
         shards,
+        has_index: if plan.has_index {
+            HasIndex::Yes
+        } else {
+            HasIndex::No
+        },
         external_files,
         progress: &mut plan.progress,
         criu_clients: plan.criu_clients,

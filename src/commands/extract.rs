@@ -2,15 +2,15 @@
 
 use anyhow::Result;
 
-use super::Transfer;
+use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
-use crate::store::Arena;
-use crate::store::disk::DiskStore;
+use crate::store::disk::{DiskStore, Origin};
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
-    let store = DiskStore::new(&plan.images_dir)?;
-    let (store, stats) =
-        transfer.receive(plan.shards, plan.external_files, store, &mut Arena::new())?;
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer, origin: Origin) -> Result<()> {
+    let external = ExternalFiles::of(&plan);
+    let store = DiskStore::new(&plan.images_dir, origin)?;
+    let (store, stats) = transfer.receive(plan.shards, plan.external_files, store)?;
+    check_whole(store.names(), external)?;
     store.commit(&transfer.interrupts)?;
     transfer.report(&mut plan.progress, &stats);
     Ok(())

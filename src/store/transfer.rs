@@ -19,7 +19,7 @@ const MOST_PIECES: usize = 1024;
 /// What is left to send of a file.
 #[derive(Debug)]
 pub(crate) enum Cursor {
-    /// Freed while it is sent. More may be added.
+    /// Freed while it is sent.
     Once(Contents),
     /// Kept for the next time; `sent` bytes of it are sent.
     Kept { contents: Rc<Contents>, sent: usize },
@@ -97,8 +97,10 @@ impl Cursor {
 /// How far a transfer got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// There is nothing left to send.
+    /// All is sent.
     Done,
+    /// All that is here is sent, and more is to come.
+    Waiting,
     /// The pipe is full. This number of its slots was filled, maybe none.
     Partial { slots: usize },
     /// The reader closed the pipe.
@@ -111,6 +113,10 @@ pub(crate) struct Transfer {
     pipe: WriteEnd,
     slots: usize,
     cursor: Cursor,
+    /// Bytes that are here and not sent.
+    left: usize,
+    /// More is to come.
+    is_open: bool,
     grown: bool,
 }
 
@@ -120,7 +126,9 @@ impl Transfer {
         Self {
             pipe,
             slots,
+            left: cursor.left(),
             cursor,
+            is_open: false,
             grown: false,
         }
     }
@@ -134,9 +142,27 @@ impl Transfer {
         self.slots
     }
 
-    /// Bytes that are still to be sent.
+    /// The same for a file of which nothing may be here yet.
+    pub(crate) fn open(pipe: WriteEnd, slots: usize, begin: Contents) -> Self {
+        Self {
+            is_open: true,
+            ..Self::new(pipe, slots, Cursor::Once(begin))
+        }
+    }
+
+    /// Nothing is to come any more.
+    pub(crate) fn close(&mut self) {
+        self.is_open = false;
+    }
+
+    /// Whether more is to come.
+    pub(crate) fn is_open(&self) -> bool {
+        self.is_open
+    }
+
+    /// Bytes that are here and not sent.
     pub(crate) fn left(&self) -> usize {
-        self.cursor.left()
+        self.left
     }
 
     /// Adds to what is sent once.
@@ -145,9 +171,20 @@ impl Transfer {
     /// Those of `splice`; none for pipes of ours.
     pub(crate) fn add(&mut self, data: Piece) -> io::Result<()> {
         match &mut self.cursor {
-            Cursor::Once(contents) => contents.push(data),
+            Cursor::Once(contents) => {
+                self.left += data.len();
+                contents.push(data)
+            }
             Cursor::Kept { .. } => unreachable!("what is kept is complete"),
         }
+    }
+
+    /// Adds all of this to what is sent once.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn add_all(&mut self, data: Contents) -> io::Result<()> {
+        data.into_pieces().try_for_each(|piece| self.add(piece))
     }
 
     /// Sends as much as the pipe takes.
@@ -159,7 +196,7 @@ impl Transfer {
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
     pub(crate) fn send(&mut self) -> io::Result<Progress> {
-        if !self.grown && self.cursor.left() > DEFAULT_SLOTS * SLOT {
+        if !self.grown && (self.is_open || self.left > DEFAULT_SLOTS * SLOT) {
             self.grown = true;
             self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
@@ -169,6 +206,7 @@ impl Transfer {
             match sent {
                 Ok((Moved::Bytes(bytes), slots)) => {
                     filled += slots;
+                    self.left -= bytes;
                     if bytes < offered {
                         return Ok(Progress::Partial { slots: filled });
                     }
@@ -178,12 +216,17 @@ impl Transfer {
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                     self.cursor = Cursor::Once(Contents::default());
+                    self.left = 0;
                     return Ok(Progress::ReaderGone);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Progress::Done)
+        Ok(if self.is_open {
+            Progress::Waiting
+        } else {
+            Progress::Done
+        })
     }
 }
 

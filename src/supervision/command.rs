@@ -49,21 +49,23 @@ const RESET: [Signal; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM];
 /// A command for one shard.
 #[derive(Debug, Clone)]
 pub(crate) struct ShardCommand {
-    /// From 1.
-    number: usize,
+    /// What `{}` stands for: a number from 1, or `index`.
+    number: String,
     /// What the shell is given.
     text: String,
 }
 
 impl ShardCommand {
-    /// One command for each shard: `{}` in the text is the shard's number.
-    pub(crate) fn all(text: &str, shards: usize) -> Vec<Self> {
-        (1..=shards)
-            .map(|number| Self {
-                number,
-                text: text.replace("{}", &number.to_string()),
-            })
-            .collect()
+    /// One command for each shard: `{}` in the text is the shard's number, and `index` for one more
+    /// where there is an index.
+    pub(crate) fn all(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
+        let numbers = (1..=shards).map(|number| number.to_string());
+        let all = numbers.chain(has_index.then(|| "index".to_owned()));
+        all.map(|number| Self {
+            text: text.replace("{}", &number),
+            number,
+        })
+        .collect()
     }
 
     /// What messages call it.
@@ -142,6 +144,12 @@ impl Commands {
     pub(super) fn have_succeeded(&self) -> bool {
         let mut states = self.0.iter().map(|running| running.state.get());
         states.all(|state| state == CommandState::Succeeded)
+    }
+
+    /// Whether the command of this number, from 0, has; true where there is none.
+    pub(super) fn has_succeeded(&self, number: usize) -> bool {
+        let running = self.0.get(number);
+        running.is_none_or(|running| running.state.get() == CommandState::Succeeded)
     }
 
     /// The reason behind an error of the transfer: a command that closed its pipe is given the time

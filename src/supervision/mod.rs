@@ -110,6 +110,16 @@ impl Interrupts {
         self.commands.check()
     }
 
+    /// Whether all commands have ended well; true where there are none.
+    pub(crate) fn commands_have_succeeded(&self) -> bool {
+        self.commands.have_succeeded()
+    }
+
+    /// Whether the command of this shard, from 0, has ended well; true where there are no commands.
+    pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
+        self.commands.has_succeeded(shard)
+    }
+
     fn check_pumps(&self) -> Result<()> {
         let failure = self.failure.get();
         failure.map_or(Ok(()), |failure| Err(failure.error()))

@@ -116,13 +116,13 @@ fn transfer(from: impl AsFd, to: impl AsFd, stage: &Stage, wait_for: WaitFor) ->
     'splicing: loop {
         let mut left = match retry(wait_for, || splice(&from, &stage.1, LARGEST)) {
             Ok(0) => return Ok(()),
-            Err(Errno::EINVAL) if !moved => break,
+            Err(errno) if !moved && pipe::is_refusal(errno) => break,
             result => result?,
         };
         while left > 0 {
             match retry(wait_for, || splice(&stage.0, &to, left)) {
                 Ok(0) => return Err(Errno::EIO),
-                Err(Errno::EINVAL) if !moved => {
+                Err(errno) if !moved && pipe::is_refusal(errno) => {
                     copy(&stage.0, &to, left, wait_for)?;
                     break 'splicing;
                 }

@@ -100,7 +100,7 @@ impl Launch {
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             user: None,
-            limits: Vec::new(),
+            limits: refused_calls(),
         }
     }
 
@@ -268,6 +268,18 @@ impl Launch {
     /// Starts it and waits for its end: for what is refused at once.
     pub fn run(self) -> Exit {
         self.start().wait()
+    }
+}
+
+/// The variable that names a system call which every streamer of this run of the tests is refused.
+pub const REFUSED_CALL: &str = "REFUSED_CALL";
+
+fn refused_calls() -> Vec<Limit> {
+    match std::env::var(REFUSED_CALL).as_deref() {
+        Err(_) => Vec::new(),
+        Ok("splice") => vec![Limit::Refused(libc::SYS_splice)],
+        Ok("vmsplice") => vec![Limit::Refused(libc::SYS_vmsplice)],
+        Ok(other) => panic!("{REFUSED_CALL}: no test refuses {other}"),
     }
 }
 
