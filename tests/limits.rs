@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::common::child::Limit;
 use crate::common::image::{self, Files, Shard};
@@ -12,8 +14,9 @@ use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
 use crate::common::shards::{self, Collector, Feeder, pipe};
 use crate::common::streamer::{Launch, REFUSED_CALL, Streamer};
-use crate::common::{PAGE, root_or_skip};
+use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip, skip};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use tempfile::TempDir;
 
 const NOBODY: u32 = 65_534;
@@ -166,6 +169,41 @@ fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
 fn few_descriptors_are_enough_for_files_one_after_another() {
     let files = runs::small_files(500, 5000, 1);
     round_trip(|launch| launch.limit(Limit::OpenFiles(64)), &files, 8, None);
+}
+
+/// Each waits in a pipe of its own until the shard has room, and must not be looked at again and
+/// again until then.
+#[test]
+fn thousands_of_files_behind_a_stalled_shard_cost_little() {
+    const FILES: usize = 15_000;
+    const WAITING: usize = 8_000;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    if most < FILES as u64 + 1000 {
+        return skip("needs a hard limit of 16,000 descriptors");
+    }
+    let (readers, writers) = shards::pipes(1, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let criu = streamer.criu();
+    let content = random::bytes(1, 1000);
+    for i in 0..FILES {
+        criu.write_file(&format!("file-{i}.img"), &content);
+    }
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while streamer.open_fds() < WAITING {
+        assert!(Instant::now() < deadline, "too few files wait");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(streamer.outlasts(Duration::from_millis(500)));
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let collector = Collector::start(readers);
+    // Its times are gone when it is.
+    streamer.wait_for_stats();
+    let seconds = streamer.cpu_seconds();
+    streamer.expect_success();
+    let found = image::decode(&collector.finish()).unwrap();
+    assert!((0..FILES).all(|i| found[&format!("file-{i}.img")] == content));
+    assert!(seconds < 5.0, "{seconds} s of CPU time");
 }
 
 #[test]

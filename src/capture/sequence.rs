@@ -129,7 +129,7 @@ impl Sequence {
         let shard = &mut self.shards[shard];
         let staged = self.staging.read_end();
         match chunk.route {
-            Route::Copied => shard.copy(staged, chunk.bytes)?,
+            Route::Copied => source.copied(shard.copy(staged, chunk.bytes)?),
             Route::Staged => {
                 let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
                 shard.copy(staged, chunk.bytes - spliced)?;

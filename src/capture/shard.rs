@@ -139,11 +139,11 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// Queues the next `len` bytes of a pipe, which must hold them.
+    /// Queues the next `len` bytes of a pipe, which must hold them, and gives them to look at.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<()> {
+    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<&[u8]> {
         if self.queue.len() + len > LONG_QUEUE {
             self.flush()?;
         }
@@ -157,7 +157,7 @@ impl Shard {
             };
             rest = &mut rest[bytes..];
         }
-        Ok(())
+        Ok(&self.queue[start..])
     }
 
     /// Whether the reader has taken everything.
@@ -299,7 +299,10 @@ mod tests {
                     let moved = self.shard.splice(&source, bytes, slots).unwrap();
                     assert_eq!(moved, bytes, "{slots} slots were not free");
                 }
-                Way::Copied => self.shard.copy(&source, bytes).unwrap(),
+                Way::Copied => {
+                    let copied = self.shard.copy(&source, bytes).unwrap();
+                    assert_eq!(copied, pieces.concat());
+                }
             }
             self.unread.extend(pieces.iter().flatten());
         }

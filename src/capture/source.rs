@@ -9,10 +9,14 @@
 //! once seen so full, and ever since held a multiple of a page, hands over memory, page by page.
 //! The slots of any other may hold less than a page each, which decides the [`Route`] of its
 //! chunks.
+//!
+//! CRIU's files of messages are always copied: what they say decides whether the dump is whole (see
+//! [`super::delivered`]). Even those of a large application hold a few megabytes.
 
 use std::io;
 
 use super::chunk::{Chunk, Route};
+use crate::criu::contents::{Contents, Defect, Reader};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
@@ -27,6 +31,9 @@ const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;
 /// The largest chunk that is copied, in bytes. One `write` then brings dozens of small files to a
 /// shard and wakes its reader once; spliced, each would wake it twice.
 const LARGEST_COPIED: usize = 16 << 10;
+
+/// The largest chunk of a file that is looked into, in bytes.
+const LARGEST_READ: usize = 64 << 10;
 
 /// Whose file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,17 +71,27 @@ pub(super) struct Source {
     pub(super) is_replaced: bool,
     /// The source that this one replaces; its end must be marked first.
     pub(super) replaces: Option<u64>,
+    /// It comes from a CRIU that is known to have been asked for a dump.
+    pub(super) is_of_dump: bool,
+    /// It stands in one of the queues of [`super::dump::Dump`].
+    pub(super) is_queued: bool,
     /// The pipe's capacity.
     slots: usize,
     is_grown: bool,
     last_seen: usize,
     moved: usize,
     whole_pages: bool,
+    /// Looks into the file while it passes.
+    reader: Option<Reader>,
 }
 
 impl Source {
     /// `slots` is the capacity of the pipe.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
+        let reader = match owner {
+            Owner::Criu => Reader::new(name.as_str()),
+            Owner::External => None,
+        };
         Self {
             id: 0,
             name,
@@ -84,11 +101,14 @@ impl Source {
             is_named: false,
             is_replaced: false,
             replaces: None,
+            is_of_dump: false,
+            is_queued: false,
             slots,
             is_grown: false,
             last_seen: 0,
             moved: 0,
             whole_pages: false,
+            reader,
         }
     }
 
@@ -120,6 +140,15 @@ impl Source {
     }
 
     fn chunk(&self, available: usize, staging: usize) -> Chunk {
+        if self.reader.is_some() {
+            let bytes = available.min(staging * SLOT).min(LARGEST_READ);
+            return Chunk {
+                bytes,
+                slots: bytes.div_ceil(SLOT),
+                route: Route::Copied,
+                is_last: self.has_ended && bytes == available,
+            };
+        }
         let pages = available.div_ceil(SLOT);
         let (route, slots) = if available <= LARGEST_COPIED {
             (Route::Copied, pages)
@@ -153,9 +182,21 @@ impl Source {
         self.last_seen = 0;
     }
 
-    /// Whether it sent anything at all so far.
-    pub(super) fn has_content(&self) -> bool {
-        self.moved > 0
+    /// These bytes of it were copied.
+    pub(super) fn copied(&mut self, bytes: &[u8]) {
+        if let Some(reader) = &mut self.reader {
+            reader.read(bytes);
+        }
+    }
+
+    /// How many bytes it sent so far.
+    pub(super) fn bytes(&self) -> usize {
+        self.moved
+    }
+
+    /// What a file of messages said, now that it has ended; `None` for all others.
+    pub(super) fn contents(&mut self) -> Option<Result<Contents, Defect>> {
+        self.reader.take().map(Reader::finish)
     }
 
     /// The error for bytes that were there before they were taken, and then not.

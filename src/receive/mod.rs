@@ -31,7 +31,7 @@ use crate::store::catalog::Catalog;
 use crate::store::external::{External, Outlets};
 use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 use assembly::{Assembly, Image, Origin, Step};
 use index::Indexed;
 use order::Place;
@@ -122,24 +122,23 @@ struct Receiver<'a, I> {
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
-pub fn receive<S: Store>(
+pub fn receive<S: Store + 'static>(
     shards: Vec<(ReadEnd, String)>,
     external_files: Vec<(ImageName, WriteEnd)>,
     store: S,
     counters: &Counters,
     interrupts: &Interrupts,
-) -> Result<(S, Stats)> {
+) -> Result<(S, Stats), Failure> {
     let store = External::new(store, Outlets::new(external_files)?);
     let image = |labels| Assembly::new(store, labels);
     let mut receiver = Receiver::new(shards, image, counters, interrupts)?;
-    let mut pace = Pace::new();
-    let mut wait = Wait::Now;
-    while !receiver.image.is_complete() || receiver.image.outlets().is_sending() {
-        wait = pace.after(receiver.step(wait, Reading::All)?);
-    }
-    receiver.check_end()?;
+    let received = receiver.receive_all();
     let stats = receiver.stats();
-    Ok((receiver.image.into_store()?, stats))
+    let (shards, mut image) = (receiver.shards, receiver.image);
+    match received.and_then(|()| image.outlets().check_complete()) {
+        Ok(()) => Ok((image.into_store()?, stats)),
+        Err(error) => Err(Failure::new(error, (shards, image))),
+    }
 }
 
 /// What is read of an image.
@@ -228,6 +227,15 @@ impl<'a, I: Image> Receiver<'a, I> {
         let wait = Wait::Forever.or_until(sending.then_some(self.try_again));
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
         Ok(Activity::Idle(wait.or_until(stall)))
+    }
+
+    fn receive_all(&mut self) -> Result<()> {
+        let mut pace = Pace::new();
+        let mut wait = Wait::Now;
+        while !self.image.is_complete() || self.image.outlets().is_sending() {
+            wait = pace.after(self.step(wait, Reading::All)?);
+        }
+        self.check_end()
     }
 
     fn stats(&self) -> Stats {

@@ -21,6 +21,8 @@ use nix::sys::signal::Signal;
 #[derive(Debug, Clone, Copy)]
 pub enum Limit {
     OpenFiles(u64),
+    /// The soft limit alone, which the child may raise again.
+    SoftOpenFiles(u64),
     /// In bytes.
     AddressSpace(u64),
     /// In bytes. Writing more is an error (SIGXFSZ is ignored), as on a full disk.
@@ -142,7 +144,7 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         for &limit in &limits {
             let (resource, max) = match limit {
-                Limit::OpenFiles(max) => (libc::RLIMIT_NOFILE, max),
+                Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
                 Limit::Refused(call) => {
@@ -158,14 +160,21 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
                     continue;
                 }
             };
-            let limit = libc::rlimit {
+            let mut to_set = libc::rlimit {
                 rlim_cur: max,
                 rlim_max: max,
             };
+            if matches!(limit, Limit::SoftOpenFiles(_)) {
+                // SAFETY: the pointer is to a local variable that outlives the call.
+                if unsafe { libc::getrlimit(resource, &mut to_set) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                to_set.rlim_cur = max;
+            }
             // SAFETY: takes integers; ignoring a signal sets up no handler.
             unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
             // SAFETY: the pointer is to a local variable that outlives the call.
-            if unsafe { libc::setrlimit(resource, &limit) } < 0 {
+            if unsafe { libc::setrlimit(resource, &to_set) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }

@@ -139,7 +139,7 @@ fn read_dir(dir: &Path) -> Files {
         .collect()
 }
 
-fn receive<S: Store>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
+fn receive<S: Store + 'static>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
     let pipes = shards
         .iter()
         .enumerate()
@@ -152,6 +152,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
         interrupts(),
     )
     .map(|(store, _)| store)
+    .map_err(|failure| anyhow::anyhow!("{:#}", failure.error()))
 }
 
 fn interrupts() -> &'static Interrupts {
