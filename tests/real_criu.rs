@@ -19,8 +19,8 @@ const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir im
 
 const PLAIN_RESTORE: &str = "criu restore --images-dir images --restore-detached $RESTORE_OPTIONS";
 
-/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them.
-/// In the mounts of the host CRIU gets lost.
+/// Runs a program in a root file system of its own: the files of this one, without what is mounted
+/// there, and a few mounts beside them. In the mounts of the host CRIU gets lost.
 const IN_ITS_ROOT: &str = r#"
 mkdir root
 mount --bind / root
@@ -35,6 +35,7 @@ umount -l /mnt
 mount -t tmpfs tmpfs /mnt
 cp -r /etc /mnt
 cd "$directory"
+PATH=$directory:$PATH
 exec "$@"
 "#;
 
@@ -56,15 +57,21 @@ struct Case {
 impl Case {
     /// Takes the application through CRIU alone, and then through the streamer.
     fn goes_through(&self) {
-        let Some(machine) = Machine::new() else {
+        let machine = if self.own_root {
+            Machine::new_on_root_file_system()
+        } else {
+            Machine::new()
+        };
+        let Some(machine) = machine else {
             return;
         };
         let mut command = self.command.to_owned();
         if self.own_root {
             command += " bash -e in-its-root";
             std::fs::write(machine.path("in-its-root"), IN_ITS_ROOT).expect("in-its-root");
+            // Its directory may be on a mount, and that root has none.
             machine
-                .run("mkdir new-root; mount --bind / new-root")
+                .run("cp \"$(command -v application)\" .; mkdir new-root; mount --bind / new-root")
                 .success();
         }
         let mut application = machine.start_in(&command, self.parts);
