@@ -2,9 +2,9 @@
 //! that stands for the machine. Pages in pipes belong to no process, so that the kernel's
 //! out-of-memory killer would take the wrong one.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio, id};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::common::child::Limit;
 use crate::common::image::Shard;
 use crate::common::keeping::Keeping;
 use crate::common::shards::pipe;
@@ -28,6 +29,7 @@ const LIMIT: u64 = 256 * MIB;
 struct Cgroup {
     path: PathBuf,
     version: Version,
+    members: File,
 }
 
 #[derive(Clone, Copy)]
@@ -53,7 +55,12 @@ impl Cgroup {
             (root.join(name), Version::V2)
         };
         fs::create_dir(&path)?;
-        let cgroup = Self { path, version };
+        let members = File::options().write(true).open(path.join("cgroup.procs"));
+        let cgroup = Self {
+            members: members?,
+            path,
+            version,
+        };
         let (file, swapping) = match version {
             Version::V1 => ("memory.limit_in_bytes", "memory.swappiness"),
             Version::V2 => ("memory.max", "memory.swap.max"),
@@ -64,12 +71,8 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    fn members(&self) -> PathBuf {
-        self.path.join("cgroup.procs")
-    }
-
-    fn add(&self, pid: u32) {
-        fs::write(self.members(), pid.to_string()).expect("move a process to the cgroup");
+    fn limit(&self) -> Limit {
+        Limit::Cgroup(self.members.as_raw_fd())
     }
 
     /// How many processes the kernel has killed in it.
@@ -127,7 +130,7 @@ fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
     // The directory goes when the script has opened what is in it.
     let mut producer = Command::new("bash")
         .args(["-ec", SCRIPT, "bash"])
-        .arg(cgroup.members())
+        .arg(cgroup.path.join("cgroup.procs"))
         .arg((size >> 16).to_string())
         .current_dir(dir.path())
         .stdin(Stdio::null())
@@ -144,8 +147,8 @@ fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
 /// A `serve` in the cgroup, and what writes its image.
 fn receive(cgroup: &Cgroup, size: u64, keeping: Keeping) -> (Streamer, Child) {
     let (reader, writer) = pipe();
-    let streamer = keeping.serve().shards([reader]).start();
-    cgroup.add(streamer.pid());
+    let launch = keeping.serve().shards([reader]);
+    let streamer = launch.limit(cgroup.limit()).start();
     (streamer, produce(cgroup, size, writer))
 }
 
@@ -154,7 +157,9 @@ fn an_image_larger_than_the_memory_is_refused_before_the_kernel_kills() {
     for keeping in Keeping::ALL {
         let Some(cgroup) = cgroup() else { return };
         let (mut streamer, mut producer) = receive(&cgroup, 2 * LIMIT, keeping);
-        let exit = streamer.expect_failure(&["memory", "does not fit"]);
+        let exit = streamer.wait();
+        assert_eq!(exit.status.code(), Some(1), "{keeping:?}: {}", exit.status);
+        exit.expect_failure(&["memory", "does not fit"]);
         assert_eq!(exit.progress, [""; 0], "{keeping:?}");
         // Its pipe is broken, or dd's, which bash tells.
         assert!(!producer.wait().unwrap().success(), "{keeping:?}");

@@ -306,6 +306,12 @@ impl Reader {
         self.may_hold
     }
 
+    /// Whether some of the current chunk's data is in a pipe that is not full yet. Only what is
+    /// spliced next may come behind it.
+    pub(super) fn is_holding(&self) -> bool {
+        self.held.is_some()
+    }
+
     /// Moves data of the current chunk into a pipe that holds it.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ pub enum Limit {
     AddressSpace(u64),
     /// In bytes. Writing more is an error (SIGXFSZ is ignored), as on a full disk.
     FileSize(u64),
+    /// Those of the cgroup whose `cgroup.procs` is open there.
+    Cgroup(RawFd),
 }
 
 /// A running child. It is reaped by [`Child::reap`] only, so its pid stays its own until then.
@@ -136,6 +138,13 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         for &limit in &limits {
             let (resource, max) = match limit {
+                Limit::Cgroup(members) => {
+                    // SAFETY: the pointer is to one constant byte. 0 is the process that writes.
+                    if unsafe { libc::write(members, b"0".as_ptr().cast(), 1) } < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    continue;
+                }
                 Limit::OpenFiles(max) => (libc::RLIMIT_NOFILE, max),
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
@@ -153,7 +162,7 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `prepare` calls only fcntl, signal and setrlimit, which are
+    // SAFETY: between fork and exec `prepare` calls only fcntl, write, signal and setrlimit, which are
     // async-signal-safe, and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
 }
