@@ -3,15 +3,17 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::child;
 use crate::common::criu::{Criu, Role};
-use crate::common::image::{self, Files};
+use crate::common::image::{self, Files, Shard};
 use crate::common::keeping::Keeping;
 use crate::common::random::{self, Random, for_each_seed};
 use crate::common::runs::{self, assert_same_bytes};
+use crate::common::shards::pipe;
 use crate::common::streamer::Streamer;
 use crate::common::{PAGE, setting, skip};
 
@@ -147,11 +149,40 @@ fn an_image_is_kept_where_limits_say() {
         let criu = streamer.criu();
         let held = streamer.image_kib() - streamer.memory_kib("VmRSS");
         let expected = match keeping {
-            Keeping::Pipes => size_kib - 512..size_kib,
+            // The few bytes by which a chunk exceeds a pipe are read, with what follows them.
+            Keeping::Pipes => size_kib / 8 * 7..size_kib,
             Keeping::Memory => 0..1,
             Keeping::Both => 32..Keeping::FEW_PIPES * 1024 + 1,
         };
         assert!(expected.contains(&held), "{keeping:?}: {held} KiB in pipes");
+        criu.expect_file("pages-1.img", &pages);
+        drop(criu);
+        streamer.expect_success();
+    }
+}
+
+/// The last pipe that limits allow is half full when nothing more comes for a while.
+#[test]
+fn a_chunk_that_comes_in_parts_is_kept_whole() {
+    let pages = random::bytes(1, 3 * MIB);
+    let begin = Shard::new()
+        .filename(0, "pages-1.img")
+        .data(1, &pages[..5 * MIB / 2])
+        .bytes;
+    let mut parts = Shard::new().filename(0, "pages-1.img");
+    parts = parts.data(1, &pages).file_eof(2).image_eof(3);
+    let (first, rest) = parts.bytes.split_at(begin.len());
+    for keeping in Keeping::ALL {
+        let (reader, writer) = pipe();
+        let mut streamer = keeping.serve().shards([reader]).start();
+        let mut writer = File::from(writer);
+        writer.write_all(first).unwrap();
+        while child::queued(&writer) > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        writer.write_all(rest).unwrap();
+        drop(writer);
+        let criu = streamer.criu();
         criu.expect_file("pages-1.img", &pages);
         drop(criu);
         streamer.expect_success();

@@ -44,17 +44,18 @@ const WORTH_SPLITTING: usize = 64 << 10;
 /// images end with a few small files.
 const WORTH_A_HUGE_PAGE: usize = 256 << 10;
 
-/// Filling a block of less than this is not timed: it takes hardly longer than asking for the time.
-const WORTH_TIMING: usize = 64 << 10;
+/// Filling a block of less than this, in bytes, is not timed, as asking for the time takes long
+/// beside it; unless it begins a huge page, which the kernel then clears as a whole.
+const WORTH_TIMING: usize = 16 << 10;
 
 /// Timed bytes after which the kind of pages is chosen anew. Half of a huge page, so that a huge
 /// page is judged when it is full, whatever part of it was filled untimed.
 const STRETCH: usize = HUGE_PAGE / 2;
 
 /// Bytes until the dearer kind of pages is tried again for a stretch. Each trial doubles the time
-/// until the next one, up to the rarest: trials in huge pages at 2.9 CPU s/GB then add 0.03 to
-/// small pages' 0.45 for an image of 1 GiB, and 0.02 for a large one.
-const FIRST_TRIAL: usize = 16 << 20;
+/// until the next one, up to the rarest: trials in huge pages at 2.9 CPU s/GB then add 0.02 to the
+/// 0.45 of small ones, for an image of 1 GiB and for a large one.
+const FIRST_TRIAL: usize = 64 << 20;
 const RAREST_TRIAL: usize = 256 << 20;
 
 /// A part of the memory, and how much of it is in use.
@@ -378,7 +379,8 @@ impl Arena {
         };
         cursor.region.take(extent.range());
         cursor.used += len;
-        let timed = (len >= WORTH_TIMING).then(|| (pages, cpu_time()));
+        let begins = pages == Pages::Huge && begun == 0;
+        let timed = (begins || len >= WORTH_TIMING).then(|| (pages, cpu_time()));
         Ok(Block {
             extent,
             filled: 0,
@@ -394,9 +396,7 @@ impl Arena {
             filled,
             timed,
         } = block;
-        if let Some((pages, since)) = timed
-            && filled >= WORTH_TIMING
-        {
+        if let Some((pages, since)) = timed {
             self.choice
                 .note(pages, filled, cpu_time().saturating_sub(since));
         }

@@ -134,11 +134,11 @@ impl Report {
             "\nrestore: the streamer, the streamer that holds nothing in pipes, and the naive receiver"
         );
         println!(
-            "{:<42} {:<9} {:>8} {:>9} {:>8} {:>8} {:>9} {:>8} {:>11}",
+            "{:<50} {:<9} {:>8} {:>9} {:>8} {:>8} {:>9} {:>8} {:>11}",
             "", "", "receive", "CPU s/GB", "", "", "all pro-", "serve", "memory over"
         );
         println!(
-            "{:<42} {:<9} {:>8} {:>9} {:>8} {:>8} {:>9} {:>8} {:>11}",
+            "{:<50} {:<9} {:>8} {:>9} {:>8} {:>8} {:>9} {:>8} {:>11}",
             "scenario", "", "GB/s", "receiving", "serving", "both", "cesses", "GB/s", "image, MiB"
         );
         for row in &self.restore {
@@ -150,7 +150,7 @@ impl Report {
             for (program, side) in sides {
                 let Some(side) = side else { continue };
                 println!(
-                    "{:<42} {:<9} {:>8.2} {:>9.3} {:>8.3} {:>8.3} {:>9.3} {:>8.2} {:>11.1}",
+                    "{:<50} {:<9} {:>8.2} {:>9.3} {:>8.3} {:>8.3} {:>9.3} {:>8.2} {:>11.1}",
                     row.scenario,
                     program,
                     side.receive_gb_per_s,
@@ -313,7 +313,11 @@ fn bounds_of_row(row: &restore::Figures) -> Vec<Bound> {
         ]);
     }
     if let Some(in_memory) = &row.in_memory
-        && row.scenario.starts_with("restore/4-shards-64KiB-blocks")
+        && [
+            "restore/4-shards-64KiB-blocks",
+            "restore/4-shards-64KiB-blocks-cold",
+        ]
+        .contains(&row.scenario.as_str())
     {
         bounds.push(Bound::at_most(
             of("CPU s/GB of all processes, times in memory"),
