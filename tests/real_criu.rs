@@ -7,6 +7,7 @@
 //! dump and restore first, which shows that this CRIU can do it on this machine, and then through
 //! the streamer, again and again. They need root; see tests/criu/mod.rs.
 
+use crate::common::keeping::Keeping;
 use crate::common::skip;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine};
@@ -87,8 +88,10 @@ impl Case {
                 0 => (CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX),
                 _ => (CAPTURE, RESTORE),
             };
-            if let Err(why) = self.restores(&machine, &mut application, dump, restore) {
-                panic!("round {round} of {ROUNDS}: {why}");
+            let keeping = Keeping::in_turn(round);
+            let restore = keeping.in_script(restore);
+            if let Err(why) = self.restores(&machine, &mut application, dump, &restore) {
+                panic!("round {round} of {ROUNDS}, {keeping:?}: {why}");
             }
         }
     }
@@ -282,11 +285,13 @@ fn a_process_with_a_gibibyte_of_memory() {
         return;
     };
     let application = machine.start("memory=1024");
-    let before = application.goes_on();
-    application.run(CAPTURE).success();
-    application.is_gone();
-    application.run(RESTORE).success();
-    application.goes_on_from(before);
+    for keeping in Keeping::ALL {
+        let before = application.goes_on();
+        application.run(CAPTURE).success();
+        application.is_gone();
+        application.run(&keeping.in_script(RESTORE)).success();
+        application.goes_on_from(before);
+    }
 }
 
 #[test]

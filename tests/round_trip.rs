@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::common::child::queued;
 use crate::common::image::{self, Files, Shard};
+use crate::common::keeping::Keeping;
 use crate::common::random::Random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards;
@@ -39,34 +40,42 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
         assert!(exit.status.success(), "{}", exit.stderr);
         assert_same_files(&runs::read_dir(dir.path()), &files);
 
-        let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
-        runs::assert_served(&mut streamer, &files);
-        feeder.finish().into_iter().for_each(Result::unwrap);
+        for keeping in Keeping::ALL {
+            let (mut streamer, feeder) = runs::feed(keeping.serve(), &shards);
+            runs::assert_served(&mut streamer, &files);
+            feeder.finish().into_iter().for_each(Result::unwrap);
+        }
     }
 }
 
 #[test]
 fn capture_connected_straight_to_serve() {
-    for (shard_count, pipe_size) in [
-        (1, None),
-        (1, Some(PAGE)),
-        (4, None),
-        (4, Some(PAGE)),
-        (32, Some(256 * PAGE)),
-    ] {
-        let files = runs::sample_files(shard_count as u64);
-        let (readers, writers) = shards::pipes(shard_count, pipe_size);
-        let mut capture = Streamer::capture().shards(writers).start();
-        let mut serve = Streamer::serve().shards(readers).start();
-        let dumping = capture.criu();
-        for (name, content) in runs::inventory_last(&files) {
-            dumping.write_file(name, content);
+    for keeping in Keeping::ALL {
+        for (shard_count, pipe_size) in [
+            (1, None),
+            (1, Some(PAGE)),
+            (4, None),
+            (4, Some(PAGE)),
+            (32, Some(256 * PAGE)),
+        ] {
+            connect_capture_to_serve(shard_count, pipe_size, keeping);
         }
-        drop(dumping);
-        capture.expect_success();
-
-        runs::assert_served(&mut serve, &files);
     }
+}
+
+fn connect_capture_to_serve(shard_count: usize, pipe_size: Option<usize>, keeping: Keeping) {
+    let files = runs::sample_files(shard_count as u64);
+    let (readers, writers) = shards::pipes(shard_count, pipe_size);
+    let mut capture = Streamer::capture().shards(writers).start();
+    let mut serve = keeping.serve().shards(readers).start();
+    let dumping = capture.criu();
+    for (name, content) in runs::inventory_last(&files) {
+        dumping.write_file(name, content);
+    }
+    drop(dumping);
+    capture.expect_success();
+
+    runs::assert_served(&mut serve, &files);
 }
 
 #[test]
@@ -111,12 +120,18 @@ fn many_writers_and_many_readers_at_once() {
             crate::common::random::bytes(i, 300 * PAGE + i as usize),
         );
     }
+    for keeping in Keeping::ALL {
+        write_and_read_at_once(&files, keeping);
+    }
+}
+
+fn write_and_read_at_once(files: &Files, keeping: Keeping) {
     let (readers, writers) = shards::pipes(3, None);
     let mut capture = Streamer::capture().shards(writers).start();
-    let mut serve = Streamer::serve().shards(readers).start();
+    let mut serve = keeping.serve().shards(readers).start();
     let dumping = capture.criu();
     thread::scope(|scope| {
-        for (name, content) in &files {
+        for (name, content) in files {
             let mut file = dumping.create_file(name);
             scope.spawn(move || {
                 content
@@ -132,7 +147,7 @@ fn many_writers_and_many_readers_at_once() {
     let restoring = serve.criu();
     restoring.expect_file("inventory.img", b"inventory");
     thread::scope(|scope| {
-        for (name, content) in &files {
+        for (name, content) in files {
             let restoring = &restoring;
             scope.spawn(move || restoring.expect_file(name, content));
         }

@@ -59,6 +59,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// What must be left of the machine's memory, or of our cgroup's, in bytes.
 const LEAST_MEMORY: u64 = 32 << 20;
 
+/// The most that is taken before memory is looked at again, in bytes.
+const MOST_UNSEEN: u64 = 256 << 20;
+
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Watched {
@@ -327,8 +330,8 @@ impl<'a, I: Image> Receiver<'a, I> {
                 available / 1_000_000
             );
         }
-        // Less and less may come before the next look.
-        self.look_at_memory = taken + available / 8;
+        // Less and less may come before the next look, and never much: others take memory too.
+        self.look_at_memory = taken + (available / 8).min(MOST_UNSEEN);
         Ok(())
     }
 
@@ -393,8 +396,9 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// How data is best taken from a shard at present.
     fn way(&self, index: usize) -> Way {
-        let holder = self.holder.as_ref();
-        let holds = holder.is_some_and(Holder::has_room) && self.shards[index].may_hold();
+        let (holder, shard) = (self.holder.as_ref(), &self.shards[index]);
+        // A pipe that was begun is filled, and may be the last one that there is room for.
+        let holds = shard.is_holding() || holder.is_some_and(Holder::has_room) && shard.may_hold();
         match self.image.ahead() {
             Ahead::Piece if !holds => Way::Read,
             Ahead::Piece | Ahead::Shard => Way::Splice,

@@ -33,6 +33,8 @@ pub enum Limit {
     Deadly(libc::c_long),
     /// A user namespace of its own, whose root is the child's user and which maps no one else.
     OwnUserNamespace,
+    /// Those of the cgroup whose `cgroup.procs` is open there.
+    Cgroup(RawFd),
 }
 
 /// A running child. It is reaped by [`Child::reap`] only, so its pid stays its own until then.
@@ -145,6 +147,13 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         for &limit in &limits {
             let (resource, max) = match limit {
+                Limit::Cgroup(members) => {
+                    // SAFETY: the pointer is to one constant byte. 0 is the process that writes.
+                    if unsafe { libc::write(members, b"0".as_ptr().cast(), 1) } < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    continue;
+                }
                 Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),

@@ -8,6 +8,7 @@
 //! * [`shards`]: pipes that are collected into or fed from memory;
 //! * [`image`]: the image format, written down a second time. It shares no code with the program,
 //!   so that an error in the program's encoder cannot hide behind the same error in its decoder;
+//! * [`keeping`]: where a restore keeps an image: in pipes, in memory or in both;
 //! * [`random`]: reproducible bytes and decisions;
 //! * [`runs`]: whole captures and restores in one call.
 //!
@@ -19,6 +20,7 @@ pub mod child;
 pub mod criu;
 pub mod dump;
 pub mod image;
+pub mod keeping;
 pub mod lines;
 pub mod random;
 pub mod runs;

@@ -368,6 +368,14 @@ impl Streamer {
         }
     }
 
+    /// Waits until it listens, or has ended.
+    pub fn listens(&self) -> bool {
+        let found = self
+            .progress
+            .wait_for(HANG_TIMEOUT, |line| line == "socket-init");
+        found.is_some()
+    }
+
     pub fn wait_for_line(&self, line: &str) {
         self.wait_for(&format!("the progress line {line}"), |found| found == line);
     }
