@@ -147,10 +147,9 @@ fn unknown_user(number: u32) -> u32 {
     20_000 + (std::process::id() * 8 + number) % 40_000
 }
 
-/// Captures, as an ordinary user, through shards that were as large as `pipe_size`, what a CRIU of
-/// the same user sends through pipes of 1 MiB, four files at a time.
+/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user sends
+/// through a pipe of 1 MiB for each file, all of them open at once.
 fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<usize>) {
-    const LARGE: usize = 1 << 20;
     let dir = open_dir();
     let (readers, writers) = child::as_user(user, || shards::pipes(shard_count, pipe_size));
     let mut capture = Streamer::capture()
@@ -160,22 +159,20 @@ fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<u
         .start();
     let collector = Collector::start(readers);
     let criu = capture.criu();
-    let mut files: Files = (1..=8)
-        .map(|i| (format!("pages-{i}.img"), random::bytes(i, LARGE + 7)))
+    let mut files: Files = (1..=17)
+        .map(|i| (format!("pages-{i}.img"), random::bytes(i, 300_000)))
         .collect();
-    for names in files.keys().collect::<Vec<_>>().chunks(4) {
-        let create = |name: &&String| criu.try_create_file(name, Some(LARGE)).unwrap();
-        let open: Vec<_> = child::as_user(user, || names.iter().map(create).collect());
-        for (name, mut file) in names.iter().zip(open) {
-            file.write_all(&files[*name]).unwrap();
-        }
+    let create = |name| criu.create_file_in_pipe(name, Some(1 << 20));
+    let open: Vec<_> = child::as_user(user, || files.keys().map(|name| create(name)).collect());
+    for (mut file, content) in open.into_iter().zip(files.values()) {
+        file.write_all(content).unwrap();
     }
     criu.write_file("inventory.img", b"inventory");
     drop(criu);
     let exit = capture.expect_success();
     files.insert("inventory.img".into(), b"inventory".to_vec());
     assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
-    // Larger pipes would leave CRIU still less.
+    // With larger pipes the shards would leave CRIU still less.
     assert!(!exit.stderr.contains("pipe-max-size"), "{}", exit.stderr);
 }
 

@@ -262,6 +262,7 @@ mod tests {
     /// A sequence of one shard, the shard's reader, and another writer of the shard.
     fn sequence() -> (Sequence, ReadEnd, WriteEnd) {
         let (read, write) = pipe::new().unwrap();
+        pipe::grow(&write, pipe::LARGEST).unwrap();
         let write = OwnedFd::from(write.nonblocking().unwrap());
         let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
         let write = WriteEnd::new(write).unwrap();
@@ -322,6 +323,37 @@ mod tests {
             pipe::read(&source.pipe, &mut vec![0; pages.len()]).unwrap();
             let error = sequence.give(&mut source, chunk).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
+        }
+    }
+    #[test]
+    fn a_source_that_shows_pieces_where_pages_were_expected_is_measured_from_then_on() {
+        let (mut sequence, reader, _other) = sequence();
+        let (read, write) = pipe::new().unwrap();
+        let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
+        let name = ImageName::new("fs.tar").unwrap();
+        let mut source = Source::new(name, read, slots, Owner::External);
+        let fill = || {
+            for _ in 0..slots {
+                let (page, half) = pipe::new().unwrap();
+                pipe::write(&half, &vec![0; slot() / 2]).unwrap();
+                let moved = pipe::splice(&page, &write, slot()).unwrap();
+                assert_eq!(moved, Moved::Bytes(slot() / 2));
+            }
+        };
+        fill();
+        source.holds_pages();
+        for route in [Route::Direct, Route::Staged] {
+            let Ready::Chunk(chunk) = source.inspect(sequence.staging()).unwrap() else {
+                panic!("half of a full pipe is ready");
+            };
+            assert_eq!(chunk.route, route);
+            sequence.give(&mut source, chunk).unwrap();
+            while pipe::read(&reader, &mut vec![0; 64 * slot()]).unwrap() != Moved::WouldBlock {
+                sequence.flush().unwrap();
+            }
+            if route == Route::Direct {
+                fill();
+            }
         }
     }
 }
