@@ -7,8 +7,10 @@
 //!
 //! **Into sockets the data is copied.** A socket's queue would refer to the application's pages
 //! until the peer has acknowledged them, long after the capture may have ended and the application
-//! may have gone on. In 5 runs of 2 GB on a busy machine of 2 cores (2026-11-25, pipes of 1 MiB,
-//! readers of 64 KiB) a pump took FIGURES
+//! may have gone on. Over loopback that costs a pump 0.45 CPU s/GB in place of 0.20, of which the
+//! reader saves as much as it costs, and over a UNIX socket 0.28 in place of 0.035 (2026-11-25, a
+//! pump alone between a pipe of 1 MiB and a reader of 64 KiB, medians of 5 to 10 runs of 2 GB on a
+//! busy machine). Buffers of 32 to 128 KiB made no difference there.
 //!
 //! **Written is not safe.** A socket still has to deliver what was written, and closing it with
 //! something unread throws that away; a disk's error shows when its cache is flushed. So a pump
