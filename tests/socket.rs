@@ -405,8 +405,9 @@ fn the_socket_has_no_name_before_it_listens() {
         let exit = listening.streamer.wait();
         assert_eq!(exit.signalled(), Some(libc::SIGSYS), "{}", exit.stderr);
         assert!(!role.socket(dir.path()).exists(), "{role:?}");
-        // What is left of it does not disturb the next one.
+        // What is left of it does not outlive the next one.
         Listening::start_with(role, |launch| launch.images_dir(dir.path())).expect_unharmed();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{role:?}");
     }
 }
 

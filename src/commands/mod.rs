@@ -110,7 +110,7 @@ impl Transfer {
     }
 }
 
-/// Checks that an image that was received is something to restore from.
+/// Checks that an image is something to restore from.
 fn check_whole<'a>(
     names: impl Iterator<Item = &'a ImageName>,
     external: ExternalFiles,

@@ -30,9 +30,7 @@ pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
 fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
     let (mut files, stats) = transfer.receive(plan.shards, plan.external_files, Catalog::new())?;
-    files.expect_clients(plan.criu_clients);
-    check_whole(files.names(), external)?;
-    serve::warn_of_losses(&files);
+    check_files(&mut files, external, plan.criu_clients)?;
     remap_ports(&mut files, &plan.remaps)?;
     transfer.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
@@ -77,9 +75,12 @@ fn serve_arriving(
     let most = plan.hold_at_most.unwrap_or(u64::MAX);
     let mut pace = Pace::new();
     let mut wait = Wait::Now;
-    // The index, with the files of which something must be known before CRIU may connect.
+    // The index, with the files of which something must be known before CRIU may connect, or which
+    // several clients read.
     let is_whole = |arriving: &mut Arriving| {
-        plan.remaps.is_empty() || arriving.catalog().is_whole(listen_ports::FILE)
+        let catalog = arriving.catalog();
+        catalog.shared_are_whole()
+            && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
     };
     let mut is_laid_out = false;
     while !is_laid_out || !is_whole(&mut arriving) {
@@ -96,14 +97,12 @@ fn serve_arriving(
             && interrupts.command_has_succeeded(index)
         {
             arriving.lay_out()?;
-            check_whole(arriving.catalog().names(), external)?;
+            check_files(arriving.catalog(), external, plan.criu_clients)?;
             is_laid_out = true;
             wait = Wait::Now;
         }
     }
-    serve::warn_of_losses(arriving.catalog());
     remap_ports(arriving.catalog(), &plan.remaps)?;
-    arriving.catalog().expect_clients(plan.criu_clients);
 
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
     let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
@@ -160,6 +159,14 @@ fn serve_arriving(
     if let (Some(stats), Some(bar)) = (stats, transfer.bar.take()) {
         bar.conclude(&stats);
     }
+    Ok(())
+}
+
+/// Checks what the image consists of, and prepares for those who will ask for it.
+fn check_files(files: &mut Catalog, external: ExternalFiles, clients: usize) -> Result<()> {
+    check_whole(files.names(), external)?;
+    serve::warn_of_losses(files);
+    files.expect_clients(clients);
     Ok(())
 }
 

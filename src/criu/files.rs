@@ -221,8 +221,8 @@ pub(crate) fn check_whole<'a>(names: impl Iterator<Item = &'a str>) -> Result<()
     let names: Vec<_> = names.filter(|name| is_image_file(name)).collect();
     ensure!(
         names.contains(&INVENTORY) || names.iter().all(|&name| name == CPUINFO),
-        "checking the image: it has {} files of CRIU's and no {INVENTORY}, without which CRIU \
-         restores nothing: it is of a dump that failed; use another one",
+        "checking the image: there is no {INVENTORY} among its {} image files, and without it CRIU \
+         restores nothing: the dump failed; use another image",
         names.len()
     );
     Ok(())

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, RenameFlags, open, renameat2};
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -95,7 +96,9 @@ impl Listener {
         .context("creating CRIU's socket")?;
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
             .context("setting the mode of CRIU's socket")?;
-        let aside = format!(".{name}.{}", std::process::id());
+        let asides = format!(".{name}.");
+        directory.remove_all_stale(&asides);
+        let aside = format!("{asides}{}", std::process::id());
         directory.remove_stale(&aside)?;
         bind(socket.as_raw_fd(), &directory.address(&aside)?)
             .with_context(|| format!("binding the socket {}", directory.path_of(&aside)))?;
@@ -256,6 +259,22 @@ impl Directory {
             renamed = rename();
         }
         renamed.with_context(|| format!("naming the socket {}", self.path_of(to)))
+    }
+
+    /// Removes what streamers have left that were killed before their sockets got their names.
+    fn remove_all_stale(&self, start: &str) {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let Ok(mut directory) = Dir::openat(&self.fd, ".", flags, Mode::empty()) else {
+            return;
+        };
+        for entry in directory.iter().flatten() {
+            if let Ok(name) = entry.file_name().to_str()
+                && name.starts_with(start)
+            {
+                // One that is in use, or is no socket, stays.
+                let _ = self.remove_stale(name);
+            }
+        }
     }
 
     /// Removes a socket that nobody listens on.

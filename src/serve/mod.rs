@@ -79,9 +79,8 @@ pub(crate) struct Server<'a> {
 
 /// Says what CRIU will not restore of these files, whatever is served.
 pub(crate) fn warn_of_losses(files: &Catalog) {
-    let is_lost = |name: &&ImageName| {
-        files::is_nftables(name.as_str()) && files.size(name).is_some_and(|size| size > 0)
-    };
+    let is_lost =
+        |name: &&ImageName| files::is_nftables(name.as_str()) && files.holds_something(name);
     for name in files.names().filter(is_lost) {
         report::warn(format_args!(
             "{name} holds firewall rules, and `criu restore --stream` restores none of them (CRIU \

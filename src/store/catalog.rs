@@ -99,12 +99,21 @@ impl Catalog {
         };
     }
 
-    /// The size of a file that was not asked for yet, in bytes.
-    pub(crate) fn size(&self, name: &ImageName) -> Option<usize> {
-        match self.files.get(name)? {
-            State::Complete(contents) => Some(contents.len()),
-            State::Kept(contents) => Some(contents.len()),
-            State::Arriving(_) | State::Asked(_) | State::Gone => None,
+    /// Whether all files are whole that several clients may read, if there are several.
+    pub(crate) fn shared_are_whole(&self) -> bool {
+        let is_shared = |name: &ImageName| !files::is_application_data(name.as_str());
+        let is_whole = |state: &State| !matches!(state, State::Arriving(_) | State::Asked(_));
+        let mut files = self.files.iter();
+        self.keep == Keep::Small || files.all(|(name, state)| is_whole(state) || !is_shared(name))
+    }
+
+    /// Whether a file has contents that were not sent and freed. One that is not whole yet has.
+    pub(crate) fn holds_something(&self, name: &ImageName) -> bool {
+        match self.files.get(name) {
+            Some(State::Complete(contents)) => !contents.is_empty(),
+            Some(State::Kept(contents)) => !contents.is_empty(),
+            Some(State::Arriving(_) | State::Asked(_)) => true,
+            Some(State::Gone) | None => false,
         }
     }
 
