@@ -94,6 +94,7 @@ fn marker_streams() -> Seeds {
         "ahead".into(),
         marker_stream::input(&ahead.map(|shard| shard.bytes), true),
     ));
+    seeds.extend(large_chunks());
     seeds.push((
         "original".into(),
         marker_stream::input(&[start_of_original()], true),
@@ -110,6 +111,51 @@ fn marker_streams() -> Seeds {
         marker_stream::input(&[unknown.bytes], false),
     ));
     seeds
+}
+
+/// Chunks that are held in pipes, in their order and ahead of it, and files that take turns.
+fn large_chunks() -> Seeds {
+    let content = |len: usize| (0..len).map(|i| (i / 7) as u8).collect::<Vec<_>>();
+    let (pages, more) = (content(150_000), content(70_001));
+    let files = [
+        ("pages-1.img", &pages[..]),
+        ("pages-2.img", &more[..]),
+        ("inventory.img", b"inventory"),
+    ];
+    let turns = Shard::new()
+        .filename(0, "pages-1.img")
+        .data(1, &pages[..80_000])
+        .filename(2, "pages-2.img")
+        .data(3, &more[..40_000])
+        .filename(4, "pages-1.img")
+        .data(5, &pages[80_000..115_000])
+        .data(6, b"a few bytes")
+        .data(7, &pages[115_000..])
+        .file_eof(8)
+        .filename(9, "pages-2.img")
+        .file_eof(10)
+        .image_eof(11);
+    let ahead = [
+        Shard::new()
+            .data(1, &pages[..90_000])
+            .data(2, &pages[90_000..])
+            .file_eof(3),
+        Shard::new()
+            .filename(0, "pages-1.img")
+            .filename(4, "pages-2.img")
+            .data(5, &more)
+            .file_eof(6)
+            .image_eof(7),
+    ];
+    let input = |name: &str, shards: &[Vec<u8>], on_disk| {
+        (name.to_owned(), marker_stream::input(shards, on_disk))
+    };
+    vec![
+        input("large-chunks-1", &image::encode(files, 1, 75_000), false),
+        input("large-chunks-3", &image::encode(files, 3, 75_000), true),
+        input("large-chunks-in-turns", &[turns.bytes], false),
+        input("large-chunks-ahead", &ahead.map(|shard| shard.bytes), true),
+    ]
 }
 
 fn criu_messages() -> Seeds {

@@ -9,13 +9,20 @@ use std::time::Duration;
 
 use crate::common::child;
 use crate::common::image::{self, Files, Shard};
+use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards;
 use crate::common::streamer::{Exit, Launch, Streamer};
 use crate::common::{report, setting};
 
-const LAUNCHES: [fn() -> Launch; 2] = [Streamer::extract, Streamer::serve];
+/// All that receive an image, wherever they keep it.
+const LAUNCHES: [fn() -> Launch; 4] = [
+    Streamer::extract,
+    || Keeping::Pipes.serve(),
+    || Keeping::Memory.serve(),
+    || Keeping::Both.serve(),
+];
 
 /// Refused by `extract` and by `serve`: exit status 1, an error with all of `words` that names the
 /// shard and a place between `from` and the shard's end, no file, and no progress line tells of an
@@ -341,8 +348,19 @@ fn damaged_images_are_refused_or_read_as_they_stand() {
         for _ in 0..1 + random.below(3) {
             damage(&mut shards, &mut random);
         }
-        let (dir, exit) = runs::extract(&shards);
-        assert_truth(seed, &shards, dir.path(), &exit);
+        let exit = if random.one_in(2) {
+            let (dir, exit) = runs::extract(&shards);
+            assert_truth(seed, &shards, &exit, |files| {
+                runs::read_dir(dir.path()) == *files
+            });
+            if !exit.status.success() {
+                let left = fs::read_dir(dir.path()).unwrap().count();
+                assert_eq!(left, 0, "seed {seed}: files of a refused image");
+            }
+            exit
+        } else {
+            serve_damaged(seed, &shards, *random.pick(&Keeping::ALL))
+        };
         if exit.status.success() {
             accepted += 1
         } else {
@@ -358,7 +376,27 @@ fn damaged_images_are_refused_or_read_as_they_stand() {
     );
 }
 
-fn assert_truth(seed: u64, shards: &[Vec<u8>], dir: &Path, exit: &Exit) {
+/// Serves an image that may be refused, and asks for all its files if it is not.
+fn serve_damaged(seed: u64, shards: &[Vec<u8>], keeping: Keeping) -> Exit {
+    let (mut streamer, _feeder) = runs::feed(keeping.serve(), shards);
+    if streamer.listens() {
+        let criu = streamer.criu();
+        let files = image::decode(shards)
+            .unwrap_or_else(|why| panic!("seed {seed}, {keeping:?}: accepted, although: {why}"));
+        for (name, content) in &files {
+            criu.expect_file(name, content);
+        }
+        drop(criu);
+        return streamer.expect_success();
+    }
+    let exit = streamer.wait();
+    assert_eq!(exit.progress, [""; 0], "seed {seed}, {keeping:?}");
+    assert_truth(seed, shards, &exit, |_| false);
+    exit
+}
+
+/// Accepted is only what the reference decoder takes, and then `is_there` says that it is the same.
+fn assert_truth(seed: u64, shards: &[Vec<u8>], exit: &Exit, is_there: impl Fn(&Files) -> bool) {
     assert!(
         !exit.stderr.contains("panicked"),
         "seed {seed}: {}",
@@ -366,33 +404,38 @@ fn assert_truth(seed: u64, shards: &[Vec<u8>], dir: &Path, exit: &Exit) {
     );
     match (exit.status.code(), image::decode(shards)) {
         (Some(0), Ok(files)) => {
-            assert!(runs::read_dir(dir) == files, "seed {seed}: another image");
+            assert!(is_there(&files), "seed {seed}: another image");
             assert!(files.contains_key("inventory.img"), "seed {seed}");
         }
         (Some(0), Err(why)) => panic!("seed {seed}: accepted, although: {why}"),
-        (Some(1), _) => {
-            exit.error();
-            assert_eq!(
-                fs::read_dir(dir).unwrap().count(),
-                0,
-                "seed {seed}: files of a refused image"
-            );
-        }
+        (Some(1), _) => drop(exit.error()),
         (_, _) => panic!("seed {seed}: {}\n{}", exit.status, exit.stderr),
     }
 }
 
-/// Half of the time an image of our own, with few bytes that are not markers; else the original
-/// streamer's.
+/// An image of our own, with few bytes that are not markers, or with chunks large enough to be held
+/// in pipes, or else the original streamer's.
 fn start_of_damage(random: &mut Random) -> Vec<Vec<u8>> {
-    if random.one_in(2) {
-        let files = [
-            ("a.img", &b"some bytes"[..]),
-            ("b.img", b""),
-            ("a.img", b"again"),
-            ("inventory.img", b"inventory"),
-        ];
-        return image::encode(files, 1 + random.below(3), 4);
+    match random.below(4) {
+        0 => {
+            let files = [
+                ("a.img", &b"some bytes"[..]),
+                ("b.img", b""),
+                ("a.img", b"again"),
+                ("inventory.img", b"inventory"),
+            ];
+            return image::encode(files, 1 + random.below(3), 4);
+        }
+        1 => {
+            let (first, second) = (random.bytes(500_000), random.bytes(150_000));
+            let files = [
+                ("pages-1.img", &first[..]),
+                ("pages-2.img", &second[..]),
+                ("inventory.img", b"inventory"),
+            ];
+            return image::encode(files, 1 + random.below(3), 100_000);
+        }
+        _ => {}
     }
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     match random.one_in(2) {

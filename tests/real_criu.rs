@@ -7,6 +7,7 @@
 //! dump and restore first, which shows that this CRIU can do it on this machine, and then through
 //! the streamer, again and again. They need root; see tests/criu/mod.rs.
 
+use crate::common::keeping::Keeping;
 use crate::common::skip;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine};
@@ -19,8 +20,8 @@ const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir im
 
 const PLAIN_RESTORE: &str = "criu restore --images-dir images --restore-detached $RESTORE_OPTIONS";
 
-/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them.
-/// In the mounts of the host CRIU gets lost.
+/// Runs a program in a root file system of its own: the files of this one, without what is mounted
+/// there, and a few mounts beside them. In the mounts of the host CRIU gets lost.
 const IN_ITS_ROOT: &str = r#"
 mkdir root
 mount --bind / root
@@ -35,6 +36,7 @@ umount -l /mnt
 mount -t tmpfs tmpfs /mnt
 cp -r /etc /mnt
 cd "$directory"
+PATH=$directory:$PATH
 exec "$@"
 "#;
 
@@ -56,15 +58,21 @@ struct Case {
 impl Case {
     /// Takes the application through CRIU alone, and then through the streamer.
     fn goes_through(&self) {
-        let Some(machine) = Machine::new() else {
+        let machine = if self.own_root {
+            Machine::new_on_root_file_system()
+        } else {
+            Machine::new()
+        };
+        let Some(machine) = machine else {
             return;
         };
         let mut command = self.command.to_owned();
         if self.own_root {
             command += " bash -e in-its-root";
             std::fs::write(machine.path("in-its-root"), IN_ITS_ROOT).expect("in-its-root");
+            // Its directory may be on a mount, and that root has none.
             machine
-                .run("mkdir new-root; mount --bind / new-root")
+                .run("cp \"$(command -v application)\" .; mkdir new-root; mount --bind / new-root")
                 .success();
         }
         let mut application = machine.start_in(&command, self.parts);
@@ -80,8 +88,10 @@ impl Case {
                 0 => (CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX),
                 _ => (CAPTURE, RESTORE),
             };
-            if let Err(why) = self.restores(&machine, &mut application, dump, restore) {
-                panic!("round {round} of {ROUNDS}: {why}");
+            let keeping = Keeping::in_turn(round);
+            let restore = keeping.in_script(restore);
+            if let Err(why) = self.restores(&machine, &mut application, dump, &restore) {
+                panic!("round {round} of {ROUNDS}, {keeping:?}: {why}");
             }
         }
     }
@@ -275,11 +285,13 @@ fn a_process_with_a_gibibyte_of_memory() {
         return;
     };
     let application = machine.start("memory=1024");
-    let before = application.goes_on();
-    application.run(CAPTURE).success();
-    application.is_gone();
-    application.run(RESTORE).success();
-    application.goes_on_from(before);
+    for keeping in Keeping::ALL {
+        let before = application.goes_on();
+        application.run(CAPTURE).success();
+        application.is_gone();
+        application.run(&keeping.in_script(RESTORE)).success();
+        application.goes_on_from(before);
+    }
 }
 
 #[test]

@@ -1,15 +1,19 @@
 //! What went in comes out: capture and serve, and capture and extract, with the image kept in
 //! between or handed straight from one streamer to the other.
 
+use std::fs::File;
 use std::io::Write;
 use std::thread;
+use std::time::Instant;
 
-use crate::common::PAGE;
-use crate::common::image::{self, Files};
+use crate::common::child::queued;
+use crate::common::image::{self, Files, Shard};
+use crate::common::keeping::Keeping;
 use crate::common::random::Random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards;
 use crate::common::streamer::Streamer;
+use crate::common::{HANG_TIMEOUT, PAGE};
 
 /// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
 fn random_files(seed: u64) -> Files {
@@ -36,34 +40,42 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
         assert!(exit.status.success(), "{}", exit.stderr);
         assert_same_files(&runs::read_dir(dir.path()), &files);
 
-        let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
-        runs::assert_served(&mut streamer, &files);
-        feeder.finish().into_iter().for_each(Result::unwrap);
+        for keeping in Keeping::ALL {
+            let (mut streamer, feeder) = runs::feed(keeping.serve(), &shards);
+            runs::assert_served(&mut streamer, &files);
+            feeder.finish().into_iter().for_each(Result::unwrap);
+        }
     }
 }
 
 #[test]
 fn capture_connected_straight_to_serve() {
-    for (shard_count, pipe_size) in [
-        (1, None),
-        (1, Some(PAGE)),
-        (4, None),
-        (4, Some(PAGE)),
-        (32, Some(256 * PAGE)),
-    ] {
-        let files = runs::sample_files(shard_count as u64);
-        let (readers, writers) = shards::pipes(shard_count, pipe_size);
-        let mut capture = Streamer::capture().shards(writers).start();
-        let mut serve = Streamer::serve().shards(readers).start();
-        let dumping = capture.criu();
-        for (name, content) in runs::inventory_last(&files) {
-            dumping.write_file(name, content);
+    for keeping in Keeping::ALL {
+        for (shard_count, pipe_size) in [
+            (1, None),
+            (1, Some(PAGE)),
+            (4, None),
+            (4, Some(PAGE)),
+            (32, Some(256 * PAGE)),
+        ] {
+            connect_capture_to_serve(shard_count, pipe_size, keeping);
         }
-        drop(dumping);
-        capture.expect_success();
-
-        runs::assert_served(&mut serve, &files);
     }
+}
+
+fn connect_capture_to_serve(shard_count: usize, pipe_size: Option<usize>, keeping: Keeping) {
+    let files = runs::sample_files(shard_count as u64);
+    let (readers, writers) = shards::pipes(shard_count, pipe_size);
+    let mut capture = Streamer::capture().shards(writers).start();
+    let mut serve = keeping.serve().shards(readers).start();
+    let dumping = capture.criu();
+    for (name, content) in runs::inventory_last(&files) {
+        dumping.write_file(name, content);
+    }
+    drop(dumping);
+    capture.expect_success();
+
+    runs::assert_served(&mut serve, &files);
 }
 
 #[test]
@@ -108,12 +120,18 @@ fn many_writers_and_many_readers_at_once() {
             crate::common::random::bytes(i, 300 * PAGE + i as usize),
         );
     }
+    for keeping in Keeping::ALL {
+        write_and_read_at_once(&files, keeping);
+    }
+}
+
+fn write_and_read_at_once(files: &Files, keeping: Keeping) {
     let (readers, writers) = shards::pipes(3, None);
     let mut capture = Streamer::capture().shards(writers).start();
-    let mut serve = Streamer::serve().shards(readers).start();
+    let mut serve = keeping.serve().shards(readers).start();
     let dumping = capture.criu();
     thread::scope(|scope| {
-        for (name, content) in &files {
+        for (name, content) in files {
             let mut file = dumping.create_file(name);
             scope.spawn(move || {
                 content
@@ -129,11 +147,44 @@ fn many_writers_and_many_readers_at_once() {
     let restoring = serve.criu();
     restoring.expect_file("inventory.img", b"inventory");
     thread::scope(|scope| {
-        for (name, content) in &files {
+        for (name, content) in files {
             let restoring = &restoring;
             scope.spawn(move || restoring.expect_file(name, content));
         }
     });
     drop(restoring);
     serve.expect_success();
+}
+
+/// What came of a chunk before its turn is held in a pipe, and the rest goes straight to its file.
+#[test]
+fn a_chunk_whose_turn_comes_when_half_of_it_is_here_is_whole() {
+    let content = crate::common::random::bytes(7, 200_000);
+    let (before, after) = content.split_at(100_000);
+    let files = Files::from([("inventory.img".to_owned(), content.clone())]);
+    let first = Shard::new().filename(0, "inventory.img").bytes;
+    let marker = Shard::new().data_marker(1, content.len() as u32);
+    let ahead = marker.raw(before).bytes;
+    let rest = Shard::new().raw(after).file_eof(2).image_eof(3).bytes;
+    for (launch, serves) in [(Streamer::extract(), false), (Streamer::serve(), true)] {
+        let (readers, writers) = shards::pipes(2, Some(256 * PAGE));
+        let looking = readers[1].try_clone().unwrap();
+        let mut streamer = launch.shards(readers).start();
+        let mut writers: Vec<_> = writers.into_iter().map(File::from).collect();
+        writers[1].write_all(&ahead).unwrap();
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while queued(&looking) > 0 {
+            assert!(Instant::now() < deadline, "what is ahead is not taken");
+            thread::yield_now();
+        }
+        writers[0].write_all(&first).unwrap();
+        writers[1].write_all(&rest).unwrap();
+        drop((writers, looking));
+        if serves {
+            runs::assert_served(&mut streamer, &files);
+        } else {
+            streamer.expect_success();
+            assert_same_files(&runs::read_dir(streamer.images_dir()), &files);
+        }
+    }
 }

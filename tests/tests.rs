@@ -21,12 +21,18 @@ mod any_descriptor;
 mod capture;
 /// The command line: what is accepted, and how the rest is refused.
 mod cli;
+/// A capture ends when its readers have taken everything.
+mod drain;
+/// A dump that falls short is refused, and named.
+mod dumps;
 /// `extract`: a whole image comes to the disk, or nothing.
 mod extract;
 /// Images of the original program are read, and ours look like them.
 mod fixtures;
 /// Ordinary users and exhausted limits: slower or a clear error.
 mod limits;
+/// An image that does not fit is refused before the machine suffers.
+mod memory_cgroup;
 /// Progress lines: what supervisors read.
 mod progress;
 /// The progress bar: what people see.
@@ -68,6 +74,8 @@ mod real_criu;
 mod real_criu_failures;
 /// A damaged image with an index leaves nothing running.
 mod real_criu_index;
+/// A real CRIU that delivers less than a dump is found out.
+mod real_criu_partial;
 /// The object store recipe, with the real AWS command line.
 mod s3;
 /// A supervisor's whole cycle, and the example script that stands in for one.

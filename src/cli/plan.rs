@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::descriptor::{Checks, FdNumber, STDERR, STDIN, STDOUT};
+use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, Command, ExternalFile, List};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
@@ -130,25 +130,29 @@ impl Plan {
             given => given,
         };
 
-        let mut checks = Checks::default();
+        let mut checks = Checks::new();
         let mut shard_fds = shard_fds
             .into_iter()
             .map(|fd| {
                 let label = format!("shard fd {fd}");
-                let checked = checks.check(fd, "--shard-fds", &label, Some(shards_go))?;
+                let checked = checks.check(fd, "--shard-fds", &label, Purpose::Image(shards_go))?;
                 Ok((checked, label))
             })
             .collect::<Result<Vec<_>>>()?;
         if let Some(fd) = args.index_fd {
             let label = format!("index fd {fd}");
-            let checked = checks.check(fd, "--index-fd", &label, Some(shards_go))?;
+            let checked = checks.check(fd, "--index-fd", &label, Purpose::Image(shards_go))?;
             shard_fds.push((checked, label));
         }
         let external_files = external_files
             .into_iter()
             .map(|ExternalFile { name, fd }| {
-                let (option, what) = (format!("--ext-file-fds {name}"), format!("its fd {fd}"));
-                Ok((name, checks.check(fd, &option, &what, Some(files_go))?))
+                let option = format!("--ext-file-fds {name}");
+                let what = format!("external file fd {fd}");
+                Ok((
+                    name,
+                    checks.check(fd, &option, &what, Purpose::Image(files_go))?,
+                ))
             })
             .collect::<Result<Vec<_>>>()?;
         let progress_fd = progress_fd
@@ -157,7 +161,7 @@ impl Plan {
                     !args.progress_bar || !fd.is_stderr(),
                     "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
                 );
-                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), None)
+                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Progress)
             })
             .transpose()?;
 

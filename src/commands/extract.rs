@@ -1,12 +1,11 @@
 //! `extract`: from the shards to files, for a plain `criu restore`.
 
-use anyhow::Result;
-
 use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
 use crate::store::disk::{DiskStore, Origin};
+use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer, origin: Origin) -> Result<()> {
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer, origin: Origin) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
     let store = DiskStore::new(&plan.images_dir, origin)?;
     let (store, stats) = transfer.receive(plan.shards, plan.external_files, store)?;

@@ -10,7 +10,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Action, Plan, Shards};
@@ -24,7 +24,7 @@ use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
 use crate::store::disk::Origin;
-use crate::supervision::{Interrupted, Interrupts, signal_behind};
+use crate::supervision::{Failure, Interrupted, Interrupts, signal_behind};
 
 /// The shards of a restore, with what messages call them.
 type ShardPipes = Vec<(ReadEnd, String)>;
@@ -40,7 +40,7 @@ struct Transfer {
 }
 
 /// Carries out a plan.
-pub(crate) fn run(plan: Plan) -> Result<()> {
+pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
     let origin = create_images_dir(&plan.images_dir)?;
@@ -61,12 +61,12 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
 
 impl Transfer {
     /// Receives an image. When this returns, all that it depends on has ended well.
-    fn receive<S: Store>(
+    fn receive<S: Store + 'static>(
         &mut self,
         shards: Shards,
         external_files: Vec<(ImageName, OwnedFd)>,
         store: S,
-    ) -> Result<(S, Stats)> {
+    ) -> Result<(S, Stats), Failure> {
         let (shards, external_files) = self.open(shards, external_files)?;
         let received = receive::receive(
             shards,
@@ -139,14 +139,16 @@ impl ExternalFiles {
     }
 }
 
-/// Tells why the program failed. The exit status is 128 and the number of the signal that ended the
-/// program, otherwise 1.
-pub fn exit_status(error: &Error) -> ExitCode {
-    report::error(error);
-    match signal_behind(error) {
+/// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
+/// and the number of the signal that ended the program, otherwise 1.
+pub fn exit_status(failure: Failure) -> ExitCode {
+    report::error(failure.error());
+    let status = match signal_behind(failure.error()) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,
-    }
+    };
+    drop(failure);
+    status
 }
 
 /// CRIU has many files open at once, and each is a descriptor here: use all that the hard limit

@@ -17,8 +17,9 @@ use crate::report;
 use crate::report::progress::Milestone;
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
+use crate::supervision::Failure;
 
-pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<()> {
+pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve)?;
     if plan.has_index {
         return while_it_arrives(plan, transfer);
@@ -26,7 +27,7 @@ pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<()> {
     when_it_is_here(plan, transfer)
 }
 
-fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
     let (mut files, stats) = transfer.receive(plan.shards, plan.external_files, Catalog::new())?;
     check_files(&mut files, external, plan.criu_clients)?;
@@ -40,15 +41,15 @@ fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
     serve::serve(listener, files, plan.criu_clients, &transfer.interrupts)
 }
 
-fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
     let (shards, external_files) = transfer.open(
         std::mem::take(&mut plan.shards),
         std::mem::take(&mut plan.external_files),
     )?;
     // When anything fails, this closes CRIU's connection and pipes at once.
-    let served = serve_arriving(&mut plan, &mut transfer, shards, external_files, external);
-    transfer.interrupts.conclude(served)
+    let served = serve_arriving(&mut plan, &mut transfer, external, shards, external_files);
+    transfer.interrupts.conclude(served.map_err(Failure::from))
 }
 
 /// What the loop of an arriving image watches.
@@ -65,9 +66,9 @@ impl Kind for Watched {
 fn serve_arriving(
     plan: &mut Plan,
     transfer: &mut Transfer,
+    external: ExternalFiles,
     shards: super::ShardPipes,
     external_files: super::FilePipes,
-    external: ExternalFiles,
 ) -> Result<()> {
     let interrupts = &transfer.interrupts;
     let mut arriving = Arriving::new(shards, external_files, &transfer.counters, interrupts)?;

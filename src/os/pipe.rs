@@ -17,6 +17,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
@@ -27,13 +28,8 @@ use nix::sys::stat::Mode;
 use rustix::thread::CapabilitySet;
 
 use super::descriptor::FdKind;
-use super::memory::Sealed;
+use super::memory::{Sealed, page_size};
 use super::namespace;
-
-/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images
-/// come from. Where pages are larger, slots are too, and the estimates made with this constant err
-/// on the safe side.
-pub const SLOT: usize = 4096;
 
 /// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
@@ -41,6 +37,17 @@ pub const DEFAULT_SLOTS: usize = 16;
 /// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB
 /// (docs/protocol.md, section 1), and beyond 1 MiB the benchmark shows no gain for the other pipes.
 pub const LARGEST: usize = 4 << 20;
+
+/// Bytes that a pipe of each user may have, without a setting of the administrator.
+const DEFAULT_MAX_SIZE: usize = 1 << 20;
+
+/// Pages that the pipes of each user may have, without a setting of the administrator.
+const DEFAULT_USER_PAGES: usize = 16384;
+
+/// Bytes that one slot of a pipe can hold: a page.
+pub fn slot() -> usize {
+    page_size()
+}
 
 /// The end of a pipe that data comes out of.
 #[derive(Debug)]
@@ -144,7 +151,7 @@ impl BothEnds {
         // Refused where the user's pipes hold too much: the pipe stays as it is.
         let wanted = bytes.next_power_of_two() as libc::c_int;
         let _ = fcntl(&both, FcntlArg::F_SETPIPE_SZ(wanted));
-        let capacity = slots(&both)? * SLOT;
+        let capacity = slots(&both)? * slot();
         Ok((Self(both), capacity))
     }
 }
@@ -197,7 +204,22 @@ pub fn available(pipe: impl AsFd) -> io::Result<usize> {
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
 pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
     let bytes = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?;
-    Ok(usize::try_from(bytes).unwrap_or(SLOT) / SLOT)
+    Ok(slots_in(bytes, slot()))
+}
+
+/// The slots, of `slot` bytes each, of a pipe whose capacity the kernel tells in bytes.
+fn slots_in(bytes: libc::c_int, slot: usize) -> usize {
+    usize::try_from(bytes).map_or(1, |bytes| bytes / slot)
+}
+
+/// Gives a pipe a capacity of `bytes` (a power of two), and returns it in slots.
+///
+/// # Errors
+/// `EPERM` where a limit is in the way of a larger one, `EBUSY` where the pipe holds too much for a
+/// smaller one.
+pub(crate) fn resize(pipe: impl AsFd, bytes: usize) -> io::Result<usize> {
+    let got = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int))?;
+    Ok(slots_in(got, slot()))
 }
 
 /// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it
@@ -210,26 +232,38 @@ pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
 /// # Errors
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
 pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
-    let mut current = slots(&pipe)?;
+    let current = slots(&pipe)?;
     let mut bytes = wanted.next_power_of_two();
-    while bytes > current * SLOT {
-        match fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int)) {
-            Ok(got) => {
-                current = usize::try_from(got).unwrap_or(SLOT) / SLOT;
-                break;
-            }
+    while bytes > current * slot() {
+        match resize(&pipe, bytes) {
+            Ok(got) => return Ok(got),
             Err(_) => bytes /= 2,
         }
     }
     Ok(current)
 }
 
+fn setting(name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(format!("/proc/sys/fs/{name}")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// The largest capacity, in bytes, that a pipe of an ordinary user can be given.
+pub(crate) fn max_size() -> usize {
+    setting("pipe-max-size").unwrap_or(DEFAULT_MAX_SIZE)
+}
+
+/// How many pages the pipes of an ordinary user may have, over all processes. 0 is no limit.
+pub(crate) fn user_pages() -> usize {
+    setting("pipe-user-pages-soft").unwrap_or(DEFAULT_USER_PAGES)
+}
+
 /// Whether the kernel lets this process's user have any amount of memory in pipes: others share
 /// `pipe-user-pages-soft` pages (64 MiB by default) between all their processes.
 pub(crate) fn are_unlimited() -> bool {
+    static UNLIMITED: OnceLock<bool> = OnceLock::new();
     let unlimited = || {
-        let limit = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").ok()?;
-        if limit.trim() == "0" {
+        if setting("pipe-user-pages-soft")? == 0 {
             return Some(true);
         }
         // The kernel asks for one of these in the initial user namespace.
@@ -238,7 +272,36 @@ pub(crate) fn are_unlimited() -> bool {
         let exempting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
         Some(is_initial && mine.intersects(exempting))
     };
-    unlimited().unwrap_or(false)
+    *UNLIMITED.get_or_init(|| unlimited().unwrap_or(false))
+}
+
+/// A part of what the user's pipes may have, taken for as long as this lives, so that what grows
+/// meanwhile leaves it to others.
+pub(crate) struct Reserve {
+    _pipes: Vec<OwnedFd>,
+}
+
+impl Reserve {
+    /// Takes `bytes`, in pipes of 1 MiB or the most that is allowed. `None`: the user's pipes may
+    /// not have that much more.
+    pub(crate) fn take(bytes: usize) -> Option<Self> {
+        let mut pipes = Vec::new();
+        if !are_unlimited() {
+            let each = max_size().min(DEFAULT_MAX_SIZE);
+            for _ in 0..bytes.div_ceil(each) {
+                match nix::unistd::pipe2(OFlag::O_CLOEXEC) {
+                    Ok((read, _)) => {
+                        resize(&read, each).ok()?;
+                        pipes.push(read);
+                    }
+                    // Descriptors run out before pages do.
+                    Err(Errno::EMFILE) => break,
+                    Err(_) => return None,
+                }
+            }
+        }
+        Some(Self { _pipes: pipes })
+    }
 }
 
 /// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and
@@ -250,10 +313,7 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
     // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
     // is.
-    let _ = fcntl(
-        &write,
-        FcntlArg::F_SETPIPE_SZ((wanted * SLOT) as libc::c_int),
-    );
+    let _ = resize(&write, wanted * slot());
     let got = slots(&write).context("measuring a pipe")?;
     Ok((read, write, got))
 }
@@ -504,10 +564,33 @@ mod tests {
         assert_eq!(super::write(&write, b"abc").unwrap(), Moved::Bytes(3));
         assert_eq!(available(&read).unwrap(), 3);
         assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::Bytes(3));
-        while super::write(&write, &[0; SLOT]).unwrap() != Moved::WouldBlock {}
-        assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * SLOT);
+        while super::write(&write, &vec![0; slot()]).unwrap() != Moved::WouldBlock {}
+        assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * slot());
         drop(write);
-        while super::read(&read, &mut [0; SLOT]).unwrap() != Moved::End {}
+        while super::read(&read, &mut vec![0; slot()]).unwrap() != Moved::End {}
+    }
+
+    #[test]
+    fn a_capacity_is_as_many_slots_as_it_has_pages() {
+        for (bytes, page, slots) in [
+            (1 << 16, 4 << 10, 16),
+            (1 << 20, 4 << 10, 256),
+            (1 << 20, 16 << 10, 64),
+            (1 << 20, 64 << 10, 16),
+            (64 << 10, 64 << 10, 1),
+        ] {
+            assert_eq!(slots_in(bytes, page), slots, "pages of {page} bytes");
+        }
+    }
+
+    #[test]
+    fn a_slot_of_a_pipe_holds_a_page() {
+        let (read, write, got) = with_slots(4).unwrap();
+        assert_eq!(got, 4);
+        let write = write.nonblocking().unwrap();
+        let written = super::write(&write, &vec![0; 5 * slot()]).unwrap();
+        assert_eq!(written, Moved::Bytes(4 * slot()));
+        assert_eq!(available(&read).unwrap(), 4 * slot());
     }
 
     /// Fills a pipe by turns of a writer that leaves odd pieces, and empties it into `to`.
@@ -561,7 +644,7 @@ mod tests {
         let (read, _write) = new().unwrap();
         let grown = grow(&read, LARGEST).unwrap();
         assert!(grown >= DEFAULT_SLOTS);
-        assert_eq!(grow(&read, SLOT).unwrap(), grown);
+        assert_eq!(grow(&read, slot()).unwrap(), grown);
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::store::catalog::Catalog;
 use crate::store::external::{External, Outlets};
 use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 use assembly::{Assembly, Image, Origin, Step};
 use index::Indexed;
 use order::Place;
@@ -58,6 +58,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// What must be left of the machine's memory, or of our cgroup's, in bytes.
 const LEAST_MEMORY: u64 = 32 << 20;
+
+/// The most that is taken before memory is looked at again, in bytes.
+const MOST_UNSEEN: u64 = 256 << 20;
 
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,24 +125,23 @@ struct Receiver<'a, I> {
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
-pub fn receive<S: Store>(
+pub fn receive<S: Store + 'static>(
     shards: Vec<(ReadEnd, String)>,
     external_files: Vec<(ImageName, WriteEnd)>,
     store: S,
     counters: &Counters,
     interrupts: &Interrupts,
-) -> Result<(S, Stats)> {
+) -> Result<(S, Stats), Failure> {
     let store = External::new(store, Outlets::new(external_files)?);
     let image = |labels| Assembly::new(store, labels);
     let mut receiver = Receiver::new(shards, image, counters, interrupts)?;
-    let mut pace = Pace::new();
-    let mut wait = Wait::Now;
-    while !receiver.image.is_complete() || receiver.image.outlets().is_sending() {
-        wait = pace.after(receiver.step(wait, Reading::All)?);
-    }
-    receiver.check_end()?;
+    let received = receiver.receive_all();
     let stats = receiver.stats();
-    Ok((receiver.image.into_store()?, stats))
+    let (shards, mut image) = (receiver.shards, receiver.image);
+    match received.and_then(|()| image.outlets().check_complete()) {
+        Ok(()) => Ok((image.into_store()?, stats)),
+        Err(error) => Err(Failure::new(error, (shards, image))),
+    }
 }
 
 /// What is read of an image.
@@ -228,6 +230,15 @@ impl<'a, I: Image> Receiver<'a, I> {
         let wait = Wait::Forever.or_until(sending.then_some(self.try_again));
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
         Ok(Activity::Idle(wait.or_until(stall)))
+    }
+
+    fn receive_all(&mut self) -> Result<()> {
+        let mut pace = Pace::new();
+        let mut wait = Wait::Now;
+        while !self.image.is_complete() || self.image.outlets().is_sending() {
+            wait = pace.after(self.step(wait, Reading::All)?);
+        }
+        self.check_end()
     }
 
     fn stats(&self) -> Stats {
@@ -319,8 +330,8 @@ impl<'a, I: Image> Receiver<'a, I> {
                 available / 1_000_000
             );
         }
-        // Less and less may come before the next look.
-        self.look_at_memory = taken + available / 8;
+        // Less and less may come before the next look, and never much: others take memory too.
+        self.look_at_memory = taken + (available / 8).min(MOST_UNSEEN);
         Ok(())
     }
 
@@ -385,8 +396,9 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// How data is best taken from a shard at present.
     fn way(&self, index: usize) -> Way {
-        let holder = self.holder.as_ref();
-        let holds = holder.is_some_and(Holder::has_room) && self.shards[index].may_hold();
+        let (holder, shard) = (self.holder.as_ref(), &self.shards[index]);
+        // A pipe that was begun is filled, and may be the last one that there is room for.
+        let holds = shard.is_holding() || holder.is_some_and(Holder::has_room) && shard.may_hold();
         match self.image.ahead() {
             Ahead::Piece if !holds => Way::Read,
             Ahead::Piece | Ahead::Shard => Way::Splice,

@@ -128,7 +128,7 @@ impl Reader {
             pipe::grow(&pipe, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
         Ok(Self {
             pipe,
-            capacity: slots * pipe::SLOT,
+            capacity: slots * pipe::slot(),
             label,
             ahead: VecDeque::new(),
             chunk: None,

@@ -25,7 +25,7 @@ use crate::pace::{Activity, Pace};
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup, Taken};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -99,14 +99,17 @@ pub(crate) fn serve(
     mut files: Catalog,
     criu_clients: usize,
     interrupts: &Interrupts,
-) -> Result<()> {
+) -> Result<(), Failure> {
     let mut server = Server::new(listener, criu_clients, interrupts)?;
     let mut pace = Pace::new();
     let mut wait = Wait::Forever;
     while !server.is_done() {
-        wait = pace.after(server.step(&mut files, wait)?);
+        match server.step(&mut files, wait) {
+            Ok(activity) => wait = pace.after(activity),
+            Err(error) => return Err(Failure::new(error, (server.clients, server.transfers))),
+        }
     }
-    server.conclude()
+    Ok(server.conclude()?)
 }
 
 impl<'a> Server<'a> {

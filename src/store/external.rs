@@ -243,8 +243,6 @@ impl<S> External<S> {
         &mut self.outlets
     }
 
-    /// The store behind, when the image is complete.
-    ///
     /// # Errors
     /// When an external file that was asked for is not in the image.
     pub(crate) fn into_behind(self) -> Result<S> {

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::{Contents, Piece};
 use crate::os::memory::Sealed;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, WriteEnd, slot};
 
 /// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
 const MOST_PIECES: usize = 1024;
@@ -50,7 +50,7 @@ impl Cursor {
             let moved = held.send(to);
             contents.drop_emptied_pipe();
             let slots = |moved| match moved {
-                Moved::Bytes(bytes) => bytes.div_ceil(SLOT),
+                Moved::Bytes(bytes) => bytes.div_ceil(slot()),
                 Moved::WouldBlock | Moved::End => 0,
             };
             return (offered, moved.map(|moved| (moved, slots(moved))));
@@ -76,7 +76,7 @@ impl Cursor {
             Cursor::Once(contents) => (contents, 0),
             Cursor::Kept { contents, sent } => (&**contents, *sent),
         };
-        let mut room = slots * SLOT;
+        let mut room = slots * slot();
         let mut pieces = Vec::new();
         for extent in contents.memory() {
             if extent.len() <= skip {
@@ -196,7 +196,7 @@ impl Transfer {
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
     pub(crate) fn send(&mut self) -> io::Result<Progress> {
-        if !self.grown && (self.is_open || self.left > DEFAULT_SLOTS * SLOT) {
+        if !self.grown && (self.is_open || self.left > DEFAULT_SLOTS * slot()) {
             self.grown = true;
             self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
@@ -238,7 +238,7 @@ fn slots_for(pieces: &[Sealed], mut bytes: usize) -> usize {
         if len == 0 {
             break;
         }
-        slots += (piece.as_ptr().addr() % SLOT + len).div_ceil(SLOT);
+        slots += (piece.as_ptr().addr() % slot() + len).div_ceil(slot());
         bytes -= len;
     }
     slots
@@ -270,7 +270,7 @@ mod tests {
         let read = read.nonblocking().unwrap();
         let mut transfer = Transfer::new(write, DEFAULT_SLOTS, cursor);
         let mut received = Vec::new();
-        let mut buffer = [0; 3 * SLOT + 7];
+        let mut buffer = vec![0; 3 * slot() + 7];
         loop {
             let progress = transfer.send().unwrap();
             while let Moved::Bytes(bytes) = pipe::read(&read, &mut buffer).unwrap() {
@@ -311,17 +311,17 @@ mod tests {
 
     #[test]
     fn every_page_that_is_touched_takes_a_slot() {
-        let memory = vec![0; 4 * SLOT];
-        let start = memory.as_ptr().align_offset(SLOT);
+        let memory = vec![0; 4 * slot()];
+        let start = memory.as_ptr().align_offset(slot());
         // SAFETY: this memory goes into no pipe.
         #[expect(unsafe_code)]
         let piece = |range| unsafe { Sealed::new(&memory[range]) };
         let pieces = [
-            piece(start..start + SLOT),
-            piece(start + SLOT - 1..start + SLOT + 1),
+            piece(start..start + slot()),
+            piece(start + slot() - 1..start + slot() + 1),
         ];
-        assert_eq!(slots_for(&pieces, SLOT + 2), 3);
-        assert_eq!(slots_for(&pieces, SLOT + 1), 2);
+        assert_eq!(slots_for(&pieces, slot() + 2), 3);
+        assert_eq!(slots_for(&pieces, slot() + 1), 2);
         assert_eq!(slots_for(&pieces, 1), 1);
         assert_eq!(slots_for(&pieces, 0), 0);
     }

@@ -4,8 +4,8 @@
 //! sinks, the producers. All but the streamer are simulated by this same program (see `role`), so
 //! that the figures are the streamer's alone and the same on every machine with the same kernel.
 //! Each capture is measured beside the same writer feeding the same sinks without a streamer, each
-//! restore beside a naive receiver, in turns, because figures of a machine only mean something
-//! beside others of the same minute.
+//! restore beside a naive receiver and the streamer without its pipes, in turns, because figures of
+//! a machine only mean something beside others of the same minute.
 
 #[allow(
     dead_code,

@@ -4,14 +4,19 @@
 
 use crate::memory::{PageMemory, Pages};
 use crate::role::Role;
+use crate::streamer::pipe;
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::utsname::uname;
 use serde::{Deserialize, Serialize};
 use std::{
     env, fs, io,
+    os::fd::OwnedFd,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio, id},
+    sync::Arc,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -76,6 +81,31 @@ pub fn drop_resource_capability() {
     unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0) };
 }
 
+/// Pipes that use up what one user may have in pipes: without privileges, no further pipe of root's
+/// can be made larger while they are there.
+pub struct UsedUpPipes {
+    _pipes: Vec<OwnedFd>,
+}
+
+impl UsedUpPipes {
+    pub fn new() -> Result<Self> {
+        let soft = fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft")?;
+        let soft: usize = soft.trim().parse().context("Malformed limit of pipes")?;
+        let size = pipe_max_size()?;
+        let mut pipes = vec![];
+        for _ in 0..soft.div_ceil(size / 4096) {
+            let (read_end, write_end) = pipe()?;
+            // Refused: the limit is reached.
+            let grown = fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(size as i32));
+            pipes.extend([read_end, write_end]);
+            if grown.is_err() {
+                break;
+            }
+        }
+        Ok(Self { _pipes: pipes })
+    }
+}
+
 /// Larger pipes for a while.
 pub struct RaisedLimit {
     before: usize,
@@ -101,6 +131,100 @@ impl Drop for RaisedLimit {
                 "Failed to set {PIPE_MAX_SIZE} back to {}: {error}",
                 self.before
             );
+        }
+    }
+}
+
+/// The most memory of the machine that is in use at a time, over what was in use at the start.
+///
+/// What pipes hold belongs to no process. So this asks the kernel what is available, again and
+/// again, in a thread that takes under 1 % of a processor.
+pub struct MemoryWatch {
+    before: u64,
+    ended: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Result<u64>>,
+}
+
+impl MemoryWatch {
+    const INTERVAL: Duration = Duration::from_millis(5);
+
+    pub fn start() -> Result<Self> {
+        let before = available_bytes()?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&ended);
+        let thread = thread::spawn(move || {
+            let mut least = before;
+            while !stop.load(Ordering::Relaxed) {
+                least = least.min(available_bytes()?);
+                thread::sleep(Self::INTERVAL);
+            }
+            Ok(least)
+        });
+        Ok(Self {
+            before,
+            ended,
+            thread,
+        })
+    }
+
+    /// Bytes.
+    pub fn finish(self) -> Result<u64> {
+        self.ended.store(true, Ordering::Relaxed);
+        let least = self.thread.join().expect("the watch does not panic")?;
+        Ok(self.before - least)
+    }
+}
+
+fn available_bytes() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = (text.lines())
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .context("No MemAvailable in /proc/meminfo")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib << 10)
+}
+
+/// How long ago memory was in use.
+#[derive(Clone, Copy, PartialEq, Serialize)]
+pub enum Temperature {
+    /// A moment.
+    Warm,
+    /// A while: a virtual machine has given it back to its host.
+    Cold,
+}
+
+/// The memory that a run finds.
+pub enum Memory {
+    Warm(Reserve),
+    Cold,
+}
+
+impl Memory {
+    /// Twice the kernel's time between two looks for memory to give back, and some: it does not take
+    /// all at once.
+    const COOLING: Duration = Duration::from_secs(6);
+
+    /// Memory for runs that fill `image` bytes.
+    pub fn new(temperature: Temperature, image: u64) -> Result<Self> {
+        Ok(match temperature {
+            Temperature::Warm => Self::Warm(Reserve::new(image)?),
+            Temperature::Cold => Self::Cold,
+        })
+    }
+
+    /// Makes it ready for a run, which follows at once.
+    pub fn prepare(&mut self) {
+        match self {
+            Self::Warm(reserve) => reserve.let_go(),
+            Self::Cold => thread::sleep(Self::COOLING),
+        }
+    }
+
+    /// The run is over.
+    pub fn finish(&mut self) -> Result<()> {
+        match self {
+            Self::Warm(reserve) => reserve.take(),
+            Self::Cold => Ok(()),
         }
     }
 }

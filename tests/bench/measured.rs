@@ -10,6 +10,8 @@
 use crate::clock::now_ns;
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 use std::{
     fs, io, mem,
     os::{
@@ -158,9 +160,16 @@ fn watch(pid: i32, seized: bool) -> Result<Finished> {
     }
 }
 
+/// CPU time of all our children that have ended and been waited for.
+pub fn cpu_s_of_ended_children() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
 /// The threads' exact times, or what the kernel's coarser clock counted where threads have ended
 /// meanwhile.
-fn cpu_s(pid: i32) -> Result<f64> {
+pub fn cpu_s(pid: i32) -> Result<f64> {
     let mut running_ns = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let times = fs::read_to_string(task?.path().join("schedstat"))?;

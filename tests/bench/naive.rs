@@ -58,7 +58,10 @@ fn receive(mut shards: Vec<File>, pipe_size: usize) -> Result<Store> {
     let mut current = None;
     let mut next: Vec<Option<Marker>> = vec![];
     for shard in &mut shards {
-        fcntl(&*shard, FcntlArg::F_SETPIPE_SZ(pipe_size as i32))?;
+        let mut size = pipe_size;
+        while fcntl(&*shard, FcntlArg::F_SETPIPE_SZ(size as i32)).is_err() && size > PAGE {
+            size /= 2;
+        }
         next.push(read_marker(shard)?);
     }
     for seq in 0.. {

@@ -2,23 +2,30 @@
 //!
 //! Receiving lasts from the start of the process, when the producers have filled their pipes
 //! already, until it listens for CRIU; serving lasts from CRIU's first request to its last byte.
-//! What the process has used up when it listens was for receiving, the rest for serving.
+//! What the process has used up when it listens was for receiving, the rest for serving. What all
+//! processes use together, from there to the end, counts too, as a receiver can leave its work to
+//! others.
+//!
+//! Each round runs the naive receiver, the streamer, and the streamer under a limit that has it hold
+//! nothing in pipes: on memory that was in use a moment ago, and on cold memory.
 
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};
 use crate::image::{Content, Image};
-use crate::machine::{Reserve, WorkDir, pipe_max_size};
-use crate::measured::spawn_with_fds;
+use crate::machine::{Memory, MemoryWatch, Temperature, UsedUpPipes, WorkDir, pipe_max_size};
+use crate::measured::{cpu_s, cpu_s_of_ended_children, spawn_with_fds};
 use crate::naive::Naive;
 use crate::producer::Producer;
 use crate::reader::Reader;
 use crate::role::{Performer, Role};
 use crate::statistics::{GB, median_of};
-use crate::streamer::{Streamer, pipe};
+use crate::streamer::{Executable, Restriction, Streamer, pipe};
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Uid;
 use serde::Serialize;
 use std::{
+    env::current_exe,
     fs::File,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::Path,
@@ -33,16 +40,43 @@ pub enum Source {
     Lz4,
 }
 
+/// What the receiver is not allowed.
+#[derive(Clone, Copy, PartialEq)]
+enum Limits {
+    None,
+    Restricted(Restriction),
+    /// It is an ordinary user, and root, whose pipes the shards are, has used up what one user may
+    /// have in pipes.
+    NoPipePages,
+}
+
+impl Limits {
+    fn restriction(self) -> Restriction {
+        match self {
+            Self::None => Restriction::None,
+            Self::Restricted(restriction) => restriction,
+            Self::NoPipePages => Restriction::User,
+        }
+    }
+}
+
 pub struct Scenario {
     pub name: String,
     content: Content,
     shards: usize,
     source: Source,
+    temperature: Temperature,
+    limits: Limits,
+    /// CRIU keeps what it reads.
+    kept: bool,
 }
 
 pub const SMALL_FILES: usize = 50_000;
 
 pub const EXTRACT: &str = "extract/1-shard";
+
+const LITTLE: Source = Source::Blocks(64 << 10);
+const LARGE: Source = Source::Blocks(4 << 20);
 
 pub fn scenarios(options: &Options) -> Vec<Scenario> {
     let pages = Content::Pages {
@@ -58,26 +92,67 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
         content,
         shards,
         source,
+        temperature: Temperature::Warm,
+        limits: Limits::None,
+        kept: false,
     };
-    let (little, large) = (Source::Blocks(64 << 10), Source::Blocks(4 << 20));
-    vec![
-        scenario("1-shard-64KiB-blocks", pages, 1, little),
-        scenario("4-shards-64KiB-blocks", pages, 4, little),
-        scenario("32-shards-64KiB-blocks", pages, 32, little),
-        scenario("1-shard-4MiB-blocks", pages, 1, large),
-        scenario("4-shards-4MiB-blocks", pages, 4, large),
-        scenario("4-shards-lz4", pages, 4, Source::Lz4),
-        scenario("small-files-1-shard", small, 1, little),
-        scenario("small-files-4-shards", small, 4, little),
-    ]
+    let cold = |scenario: Scenario| Scenario {
+        name: format!("{}-cold", scenario.name),
+        temperature: Temperature::Cold,
+        ..scenario
+    };
+    let mut scenarios = vec![];
+    for (source, name) in [
+        (LITTLE, "64KiB-blocks"),
+        (LARGE, "4MiB-blocks"),
+        (Source::Lz4, "lz4"),
+    ] {
+        let of = |shards: usize| {
+            let plural = if shards == 1 { "" } else { "s" };
+            scenario(
+                &format!("{shards}-shard{plural}-{name}"),
+                pages,
+                shards,
+                source,
+            )
+        };
+        scenarios.extend([of(1), of(4), of(32), cold(of(4))]);
+    }
+    scenarios.push(Scenario {
+        kept: true,
+        ..scenario("4-shards-64KiB-blocks-kept", pages, 4, LITTLE)
+    });
+    let restrictions = [
+        ("as-user", Limits::Restricted(Restriction::User)),
+        (
+            "64-descriptors",
+            Limits::Restricted(Restriction::OpenFiles(64)),
+        ),
+        ("no-pipe-pages", Limits::NoPipePages),
+    ];
+    // Only root can become another user.
+    let possible = if Uid::effective().is_root() {
+        restrictions.as_slice()
+    } else {
+        &[]
+    };
+    for &(name, limits) in possible {
+        let of = || Scenario {
+            limits,
+            ..scenario(&format!("4-shards-64KiB-blocks-{name}"), pages, 4, LITTLE)
+        };
+        scenarios.extend([of(), cold(of())]);
+    }
+    scenarios.push(scenario("small-files-1-shard", small, 1, LITTLE));
+    scenarios.push(scenario("small-files-4-shards", small, 4, LITTLE));
+    scenarios
 }
 
-/// It shall not matter who comes first of two.
-fn in_turn<T>(round: usize, mut pair: [T; 2]) -> [T; 2] {
-    if round % 2 == 1 {
-        pair.reverse();
-    }
-    pair
+/// It shall not matter who comes first.
+fn in_turn<T>(round: usize, programs: &mut [T]) -> &[T] {
+    let count = programs.len();
+    programs.rotate_left(round % count);
+    programs
 }
 
 struct Run {
@@ -86,7 +161,9 @@ struct Run {
     receive_peak_rss_bytes: f64,
     serve_s: f64,
     serve_cpu_s: f64,
-    peak_rss_bytes: f64,
+    /// Of the producers, the receiver and CRIU.
+    all_cpu_s: f64,
+    machine_peak_bytes: f64,
 }
 
 /// One program's medians.
@@ -99,8 +176,9 @@ pub struct Side {
     pub serve_cpu_s_per_gb: f64,
     pub cpu_s: f64,
     pub cpu_s_per_gb: f64,
+    pub all_cpu_s_per_gb: f64,
     pub receive_peak_rss_over_image_mb: f64,
-    pub peak_rss_over_image_mb: f64,
+    pub machine_peak_over_image_mib: f64,
 }
 
 #[derive(Serialize)]
@@ -108,14 +186,33 @@ pub struct Figures {
     pub scenario: String,
     pub runs: usize,
     pub bytes: u64,
+    pub memory: Temperature,
+    /// The receiver is not allowed everything, and nothing is held in pipes.
+    pub restricted: bool,
     pub streamer: Side,
+    /// The streamer with a limit under which it holds nothing in pipes, unless that is the scenario.
+    pub in_memory: Option<Side>,
     pub naive: Side,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Program {
     Streamer,
+    /// The streamer with few descriptors, so that all of the image goes to memory.
+    InMemory,
     Naive,
+}
+
+/// Few enough that nothing is held in pipes, and more than is needed for anything else.
+const FEW_DESCRIPTORS: u64 = 256;
+
+impl Program {
+    fn restriction(self, scenario: &Scenario) -> Restriction {
+        match self {
+            Self::InMemory => Restriction::OpenFiles(FEW_DESCRIPTORS),
+            Self::Streamer | Self::Naive => scenario.limits.restriction(),
+        }
+    }
 }
 
 pub fn measure(
@@ -128,44 +225,53 @@ pub fn measure(
         Source::Lz4 => Some(compressed(scenario, work_dir)?),
         Source::Blocks(_) => None,
     };
-    let mut reserve = Reserve::new(scenario.content.total_bytes())?;
-    let mut streamer = vec![];
-    let mut naive = vec![];
+    let bytes = scenario.content.total_bytes();
+    let mut memory = Memory::new(scenario.temperature, bytes)?;
+    let mut programs = vec![Program::Naive, Program::Streamer];
+    let holds =
+        scenario.limits == Limits::None && matches!(scenario.content, Content::Pages { .. });
+    if holds {
+        programs.push(Program::InMemory);
+    }
+    let mut runs: Vec<(Program, Run)> = vec![];
     for round in 1..=options.runs() {
         said(&format!("{} {round}/{}", scenario.name, options.runs()));
-        for program in in_turn(round, [Program::Naive, Program::Streamer]) {
+        for &program in in_turn(round, &mut programs) {
             let run = run(
                 program,
                 scenario,
                 image.as_ref(),
                 options,
                 work_dir,
-                &mut reserve,
+                &mut memory,
             );
-            let run = run.context(scenario.name.clone())?;
-            match program {
-                Program::Streamer => streamer.push(run),
-                Program::Naive => naive.push(run),
-            }
+            runs.push((program, run.context(scenario.name.clone())?));
         }
     }
-    let bytes = scenario.content.total_bytes();
+    let side = |program| {
+        let of_program = runs.iter().filter(|(of, _)| *of == program);
+        Side::of(&of_program.map(|(_, run)| run).collect::<Vec<_>>(), bytes)
+    };
     Ok(Figures {
         scenario: scenario.name.clone(),
         runs: options.runs(),
         bytes,
-        streamer: Side::of(&streamer, bytes),
-        naive: Side::of(&naive, bytes),
+        memory: scenario.temperature,
+        restricted: scenario.limits != Limits::None,
+        streamer: side(Program::Streamer),
+        in_memory: holds.then(|| side(Program::InMemory)),
+        naive: side(Program::Naive),
     })
 }
 
 impl Side {
-    fn of(runs: &[Run], bytes: u64) -> Self {
+    fn of(runs: &[&Run], bytes: u64) -> Self {
         let gb = bytes as f64 / GB;
-        let median = |figure: &dyn Fn(&Run) -> f64| median_of(runs.iter().map(figure));
+        let median = |figure: &dyn Fn(&Run) -> f64| median_of(runs.iter().map(|run| figure(run)));
         let serve_s = median(&|run| run.serve_s);
         let cpu_s = median(&|run| run.receive_cpu_s + run.serve_cpu_s);
-        let over_image_mb = |rss: f64| (rss - bytes as f64) / 1e6;
+        let receive_peak_rss_bytes = median(&|run| run.receive_peak_rss_bytes);
+        let machine_peak_bytes = median(&|run| run.machine_peak_bytes);
         Self {
             receive_gb_per_s: gb / median(&|run| run.receive_s),
             receive_cpu_s_per_gb: median(&|run| run.receive_cpu_s) / gb,
@@ -174,10 +280,9 @@ impl Side {
             serve_cpu_s_per_gb: median(&|run| run.serve_cpu_s) / gb,
             cpu_s,
             cpu_s_per_gb: cpu_s / gb,
-            receive_peak_rss_over_image_mb: over_image_mb(median(&|run| {
-                run.receive_peak_rss_bytes
-            })),
-            peak_rss_over_image_mb: over_image_mb(median(&|run| run.peak_rss_bytes)),
+            all_cpu_s_per_gb: median(&|run| run.all_cpu_s) / gb,
+            receive_peak_rss_over_image_mb: (receive_peak_rss_bytes - bytes as f64) / 1e6,
+            machine_peak_over_image_mib: (machine_peak_bytes - bytes as f64) / (1 << 20) as f64,
         }
     }
 }
@@ -254,18 +359,35 @@ fn run(
     image: Option<&Image>,
     options: &Options,
     work_dir: &WorkDir,
-    reserve: &mut Reserve,
+    memory: &mut Memory,
 ) -> Result<Run> {
+    let ended_before_s = cpu_s_of_ended_children()?;
     let reader = Role::Reader(Reader {
         content: scenario.content,
+        keeps: scenario.kept,
     });
     let mut reader = Performer::prepare(&reader, &[])?;
     let (producers, shards) = start_producers(producers(scenario, image)?)?;
-    reserve.let_go();
+    let mut prepared_s = reader.cpu_s()?;
+    for producer in &producers {
+        prepared_s += cpu_s(producer.id() as i32)?;
+    }
+    let _used_up = match scenario.limits {
+        Limits::NoPipePages => Some(UsedUpPipes::new()?),
+        Limits::None | Limits::Restricted(_) => None,
+    };
+    let restriction = program.restriction(scenario);
+    memory.prepare();
+    let watch = MemoryWatch::start()?;
     let mut streamer = match program {
-        Program::Streamer => Streamer::spawn(&options.streamer, "serve", shards, work_dir)?,
+        Program::Streamer | Program::InMemory => {
+            let streamer = Executable::open(&options.streamer)?;
+            let path = streamer.path();
+            Streamer::spawn_restricted(&path, "serve", shards, work_dir, restriction)?
+        }
         Program::Naive => {
             let numbers = shards.iter().map(AsRawFd::as_raw_fd).collect();
+            let this = Executable::open(&current_exe()?)?;
             Streamer::spawn_as(shards, work_dir, |images_dir, progress| {
                 let role = Role::Naive(Naive {
                     images_dir: images_dir.to_owned(),
@@ -273,7 +395,9 @@ fn run(
                     progress,
                     pipe_size: pipe_max_size()?,
                 });
-                role.command()
+                let mut command = role.command_of(&this.path())?;
+                restriction.apply(&mut command, images_dir)?;
+                Ok(command)
             })?
         }
     };
@@ -284,15 +408,18 @@ fn run(
     reader.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let span = reader.finish();
     let finished = streamer.finish()?;
-    reserve.take()?;
+    let machine_peak_bytes = watch.finish()? as f64;
     finish_producers(producers)?;
+    let all_cpu_s = cpu_s_of_ended_children()? - ended_before_s - prepared_s;
+    memory.finish()?;
     Ok(Run {
         receive_s,
         receive_cpu_s,
         receive_peak_rss_bytes,
         serve_s: span?.seconds(),
         serve_cpu_s: finished.cpu_s - receive_cpu_s,
-        peak_rss_bytes: finished.peak_rss_bytes as f64,
+        all_cpu_s,
+        machine_peak_bytes,
     })
 }
 
@@ -320,14 +447,18 @@ pub fn measure_extract(
         content: Content::Pages { files: 4, bytes },
         shards: 1,
         source: Source::Blocks(1 << 20),
+        temperature: Temperature::Warm,
+        limits: Limits::None,
+        kept: false,
     };
-    let mut reserve = Reserve::new(bytes)?;
+    let mut memory = Memory::new(scenario.temperature, bytes)?;
+    let mut programs = [Extractor::Cat, Extractor::Streamer];
     let mut extracts = vec![];
     let mut cats = vec![];
     for round in 1..=options.runs() {
         said(&format!("{EXTRACT} {round}/{}", options.runs()));
-        for program in in_turn(round, [Extractor::Cat, Extractor::Streamer]) {
-            let run = time_extraction(program, &scenario, options, work_dir, &mut reserve);
+        for &program in in_turn(round, &mut programs) {
+            let run = time_extraction(program, &scenario, options, work_dir, &mut memory);
             let run = run.context(EXTRACT)?;
             match program {
                 Extractor::Streamer => extracts.push(run),
@@ -367,10 +498,10 @@ fn time_extraction(
     scenario: &Scenario,
     options: &Options,
     work_dir: &WorkDir,
-    reserve: &mut Reserve,
+    memory: &mut Memory,
 ) -> Result<Extraction> {
     let (producers, mut shards) = start_producers(producers(scenario, None)?)?;
-    reserve.let_go();
+    memory.prepare();
     let streamer = match program {
         Extractor::Streamer => Streamer::spawn(&options.streamer, "extract", shards, work_dir)?,
         Extractor::Cat => Streamer::spawn_as(vec![], work_dir, |images_dir, _| {
@@ -385,7 +516,7 @@ fn time_extraction(
     let seconds = seconds_between(started_ns, finished.ended_ns);
     // Clears what the run left there.
     work_dir.subdirectory("images")?;
-    reserve.take()?;
+    memory.finish()?;
     finish_producers(producers)?;
     Ok(Extraction {
         seconds,

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)] // Claiming inherited descriptors has no safe form.
 
 use crate::clock::{now_ns, seconds_between};
-use crate::measured::spawn_with_fds;
+use crate::measured::{cpu_s, spawn_with_fds};
 use crate::{machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ use std::{
     env,
     io::{BufRead, BufReader, Write, stdin, stdout},
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    path::Path,
     process::{Child, ChildStdout, Command, Stdio},
 };
 
@@ -55,7 +56,12 @@ impl Role {
     }
 
     pub fn command(&self) -> Result<Command> {
-        let mut command = Command::new(env::current_exe()?);
+        self.command_of(&env::current_exe()?)
+    }
+
+    /// The same, with the path at which the program is found.
+    pub fn command_of(&self, program: &Path) -> Result<Command> {
+        let mut command = Command::new(program);
         command.arg(ROLE_ARGUMENT).arg(serde_json::to_string(self)?);
         Ok(command)
     }
@@ -117,6 +123,11 @@ impl Performer {
         let line = performer.line()?;
         ensure!(line == "ready", "Unexpected word from a role: {line}");
         Ok(performer)
+    }
+
+    /// CPU time so far.
+    pub fn cpu_s(&self) -> Result<f64> {
+        cpu_s(self.child.id() as i32)
     }
 
     /// Starts the work. The line goes to the role, as the argument of its work.

@@ -1,15 +1,20 @@
 //! The streamer's process, and others that stand in for it.
+#![allow(unsafe_code)] // A limit for a child has no safe form.
 
 use crate::clock::now_ns;
 use crate::machine::WorkDir;
 use crate::measured::{Finished, Measured};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::pipe2;
+use serde::Deserialize;
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader, Read},
     os::fd::{AsRawFd, OwnedFd},
+    os::unix::fs::PermissionsExt,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -22,6 +27,65 @@ pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
 pub fn fd_list(fds: &[OwnedFd]) -> String {
     let numbers: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
     numbers.join(",")
+}
+
+/// The streamer's statistics.
+#[derive(Deserialize)]
+struct Statistics {
+    shards: Vec<ShardStatistics>,
+}
+
+#[derive(Deserialize)]
+struct ShardStatistics {
+    size: u64,
+}
+
+/// What a receiver is not allowed.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Restriction {
+    None,
+    /// It is an ordinary user.
+    User,
+    /// `ulimit -n`.
+    OpenFiles(u64),
+}
+
+/// An ordinary user: nobody.
+const USER: u32 = 65_534;
+
+impl Restriction {
+    pub fn apply(self, command: &mut Command, images_dir: &Path) -> Result<()> {
+        match self {
+            Self::None => {}
+            Self::User => {
+                fs::set_permissions(images_dir, fs::Permissions::from_mode(0o777))?;
+                command.uid(USER).gid(USER);
+            }
+            Self::OpenFiles(most) => {
+                let limit =
+                    move || setrlimit(Resource::RLIMIT_NOFILE, most, most).map_err(io::Error::from);
+                // SAFETY: between fork and exec this calls only setrlimit, which is
+                // async-signal-safe.
+                unsafe { command.pre_exec(limit) };
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A program that another user may run too, who may not be able to walk to where it is.
+pub struct Executable(File);
+
+impl Executable {
+    pub fn open(program: &Path) -> Result<Self> {
+        let file = File::open(program).with_context(|| program.display().to_string())?;
+        Ok(Self(file))
+    }
+
+    /// It leads there while this value lives.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
 }
 
 /// A measured process that reports its progress.
@@ -41,6 +105,17 @@ impl Streamer {
         shards: Vec<OwnedFd>,
         work_dir: &WorkDir,
     ) -> Result<Self> {
+        Self::spawn_restricted(program, verb, shards, work_dir, Restriction::None)
+    }
+
+    /// The same under a restriction.
+    pub fn spawn_restricted(
+        program: &Path,
+        verb: &str,
+        shards: Vec<OwnedFd>,
+        work_dir: &WorkDir,
+        restriction: Restriction,
+    ) -> Result<Self> {
         let fds = fd_list(&shards);
         Self::spawn_as(shards, work_dir, |images_dir, progress| {
             let mut command = Command::new(program);
@@ -48,6 +123,7 @@ impl Streamer {
             command.args(["--shard-fds", &fds]);
             command.args(["--progress-fd", &progress.to_string(), verb]);
             command.stdin(Stdio::null()).stdout(Stdio::null());
+            restriction.apply(&mut command, images_dir)?;
             Ok(command)
         })
     }
@@ -91,12 +167,23 @@ impl Streamer {
     }
 
     pub fn finish(self) -> Result<Finished> {
-        let errors = self.errors.clone();
+        self.finish_with_sizes().map(|(finished, _)| finished)
+    }
+
+    /// The same, with the bytes of each shard out of its statistics.
+    pub fn finish_with_sizes(mut self) -> Result<(Finished, Vec<u64>)> {
+        let mut lines = String::new();
+        self.progress.read_to_string(&mut lines)?;
         let finished = self.process.wait()?;
         if !finished.status.success() {
-            let errors = fs::read_to_string(errors)?;
+            let errors = fs::read_to_string(self.errors)?;
             bail!("The streamer failed with {}: {errors}", finished.status);
         }
-        Ok(finished)
+        let statistics = lines.lines().find(|line| line.starts_with('{'));
+        let sizes = match statistics {
+            Some(line) => serde_json::from_str::<Statistics>(line)?.shards,
+            None => vec![],
+        };
+        Ok((finished, sizes.iter().map(|shard| shard.size).collect()))
     }
 }

@@ -21,6 +21,8 @@ use nix::sys::signal::Signal;
 #[derive(Debug, Clone, Copy)]
 pub enum Limit {
     OpenFiles(u64),
+    /// The soft limit alone, which the child may raise again.
+    SoftOpenFiles(u64),
     /// In bytes.
     AddressSpace(u64),
     /// In bytes. Writing more is an error (SIGXFSZ is ignored), as on a full disk.
@@ -31,6 +33,8 @@ pub enum Limit {
     Deadly(libc::c_long),
     /// A user namespace of its own, whose root is the child's user and which maps no one else.
     OwnUserNamespace,
+    /// Those of the cgroup whose `cgroup.procs` is open there.
+    Cgroup(RawFd),
 }
 
 /// A running child. It is reaped by [`Child::reap`] only, so its pid stays its own until then.
@@ -113,13 +117,14 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// Does something with another user's rights. They belong to a thread of its own, and end with it:
-/// the C library changes a whole process, the system call only the thread that makes it.
+/// Does something as another user, with this user's rights and limits: a pipe counts as the real
+/// user's. It is a thread of its own that becomes the user, and ends: the C library changes a whole
+/// process, the system call only the thread that makes it.
 pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
         // SAFETY: takes three integers; no memory is involved.
-        let result = unsafe { libc::syscall(libc::SYS_setresuid, unchanged, uid, unchanged) };
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, unchanged) };
         assert_eq!(
             result,
             0,
@@ -142,7 +147,14 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         }
         for &limit in &limits {
             let (resource, max) = match limit {
-                Limit::OpenFiles(max) => (libc::RLIMIT_NOFILE, max),
+                Limit::Cgroup(members) => {
+                    // SAFETY: the pointer is to one constant byte. 0 is the process that writes.
+                    if unsafe { libc::write(members, b"0".as_ptr().cast(), 1) } < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                    continue;
+                }
+                Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
                 Limit::Refused(call) => {
@@ -158,14 +170,21 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
                     continue;
                 }
             };
-            let limit = libc::rlimit {
+            let mut to_set = libc::rlimit {
                 rlim_cur: max,
                 rlim_max: max,
             };
+            if matches!(limit, Limit::SoftOpenFiles(_)) {
+                // SAFETY: the pointer is to a local variable that outlives the call.
+                if unsafe { libc::getrlimit(resource, &mut to_set) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                to_set.rlim_cur = max;
+            }
             // SAFETY: takes integers; ignoring a signal sets up no handler.
             unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
             // SAFETY: the pointer is to a local variable that outlives the call.
-            if unsafe { libc::setrlimit(resource, &limit) } < 0 {
+            if unsafe { libc::setrlimit(resource, &to_set) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }

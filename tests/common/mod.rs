@@ -2,11 +2,13 @@
 //! simulated.
 //!
 //! * [`criu`]: CRIU's side of the image socket;
+//! * [`dump`]: what CRIU's image files hold;
 //! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and
 //!   resource usage;
 //! * [`shards`]: pipes that are collected into or fed from memory;
 //! * [`image`]: the image format, written down a second time. It shares no code with the program,
 //!   so that an error in the program's encoder cannot hide behind the same error in its decoder;
+//! * [`keeping`]: where a restore keeps an image: in pipes, in memory or in both;
 //! * [`random`]: reproducible bytes and decisions;
 //! * [`runs`]: whole captures and restores in one call.
 //!
@@ -16,7 +18,9 @@
 
 pub mod child;
 pub mod criu;
+pub mod dump;
 pub mod image;
+pub mod keeping;
 pub mod lines;
 pub mod random;
 pub mod runs;

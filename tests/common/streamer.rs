@@ -368,6 +368,14 @@ impl Streamer {
         }
     }
 
+    /// Waits until it listens, or has ended.
+    pub fn listens(&self) -> bool {
+        let found = self
+            .progress
+            .wait_for(HANG_TIMEOUT, |line| line == "socket-init");
+        found.is_some()
+    }
+
     pub fn wait_for_line(&self, line: &str) {
         self.wait_for(&format!("the progress line {line}"), |found| found == line);
     }
@@ -404,6 +412,22 @@ impl Streamer {
 
     pub fn signal(&self, signal: Signal) {
         self.child.signal(signal).expect("signal the streamer");
+    }
+
+    /// Whether it is still running after that time.
+    pub fn outlasts(&self, time: Duration) -> bool {
+        self.exit.is_none() && !self.child.wait_for_end(time)
+    }
+
+    /// The CPU time that it has taken, in seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))
+            .expect("read the process's times");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+        let times = fields.split(' ').skip(11).take(2);
+        let ticks: u64 = times.map(|field| field.parse::<u64>().unwrap()).sum();
+        // The kernel counts in hundredths, whatever its own clock.
+        ticks as f64 / 100.0
     }
 
     pub fn is_running(&self) -> bool {

@@ -2,7 +2,7 @@
 //! files, in memory and on disk; otherwise an error, and the images directory is as it was before.
 //!
 //! ```text
-//! input: | flags | length (u16 LE) | length | … | first shard | second shard | … | last shard |
+//! input: | flags | length (u32 LE) | length | … | first shard | second shard | … | last shard |
 //! flags: bits 0 and 1 are the number of shards less one, bit 7 says whether to try it on disk too
 //! ```
 
@@ -21,9 +21,13 @@ use criu_image_streamer::store::disk::{DiskStore, Origin};
 use criu_image_streamer::supervision::Interrupts;
 use prost::Message;
 
-/// Fits into a pipe of the default size, so that no thread is needed to write while the program
-/// reads.
-const LARGEST: usize = 60 << 10;
+/// The largest shard. It has room for chunks that are held in pipes: those of 32 KiB or more, behind
+/// the 32 KiB that are read ahead of the first.
+const LARGEST: usize = 240 << 10;
+
+/// The size of the shards' pipes. A whole shard fits, so that no thread is needed to write while the
+/// program reads.
+const PIPE_SIZE: usize = 256 << 10;
 
 const DISK: u8 = 0x80;
 
@@ -32,7 +36,7 @@ pub fn input(shards: &[Vec<u8>], on_disk: bool) -> Vec<u8> {
     let flags = (shards.len() as u8 - 1) | if on_disk { DISK } else { 0 };
     let lengths = shards[..shards.len() - 1]
         .iter()
-        .flat_map(|shard| (shard.len() as u16).to_le_bytes());
+        .flat_map(|shard| (shard.len() as u32).to_le_bytes());
     [flags]
         .into_iter()
         .chain(lengths)
@@ -45,7 +49,7 @@ fn shards(input: &[u8]) -> Option<(Vec<&[u8]>, bool)> {
     let mut lengths = Vec::new();
     for _ in 0..flags & 3 {
         let (length, after) = rest.split_first_chunk()?;
-        lengths.push(usize::from(u16::from_le_bytes(*length)));
+        lengths.push(u32::from_le_bytes(*length) as usize);
         rest = after;
     }
     let mut shards = Vec::new();
@@ -139,7 +143,7 @@ fn read_dir(dir: &Path) -> Files {
         .collect()
 }
 
-fn receive<S: Store>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
+fn receive<S: Store + 'static>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
     let pipes = shards
         .iter()
         .enumerate()
@@ -152,6 +156,7 @@ fn receive<S: Store>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
         interrupts(),
     )
     .map(|(store, _)| store)
+    .map_err(|failure| anyhow::anyhow!("{:#}", failure.error()))
 }
 
 fn interrupts() -> &'static Interrupts {
@@ -164,6 +169,9 @@ fn interrupts() -> &'static Interrupts {
 /// A pipe that holds these bytes, and ends behind them.
 fn filled(bytes: &[u8]) -> ReadEnd {
     let (read, write) = pipe::new().unwrap();
+    if bytes.len() > pipe::DEFAULT_SLOTS * pipe::slot() {
+        pipe::grow(&write, PIPE_SIZE).unwrap();
+    }
     if !bytes.is_empty() {
         assert_eq!(
             pipe::write(&write, bytes).unwrap(),
