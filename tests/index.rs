@@ -381,7 +381,7 @@ fn an_index_without_inventory_is_refused_before_criu_may_connect() {
 #[test]
 fn several_clients_read_all_but_the_applications_data_of_an_image_with_an_index() {
     let mut files = files();
-    files.insert("pagemap-1.img".into(), random::bytes(9, 3 * MIB));
+    files.insert("shared.img".into(), random::bytes(9, 3 * MIB));
     let image = capture(&files, 2);
     let mut serving = serve(2, Streamer::serve().args(["--criu-clients", "2"]));
     File::from(serving.index).write_all(&image.index).unwrap();

@@ -116,7 +116,7 @@ fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
     let begin = Shard::new()
         .filename(0, "pages-1.img")
         .data_marker(1, size as u32);
-    let end = Shard::new().file_eof(2).image_eof(3);
+    let end = Shard::new().file_eof(2).inventory_and_end(3);
     fs::write(dir.path().join("begin"), begin.bytes).unwrap();
     fs::write(dir.path().join("end"), end.bytes).unwrap();
     const SCRIPT: &str = r#"

@@ -142,7 +142,8 @@ fn an_image_is_kept_where_limits_say() {
     }
     const SIZE: usize = 32 * MIB;
     let pages = random::bytes(1, SIZE);
-    let image = image::encode([("pages-1.img", &pages[..])], 2, MIB);
+    let files = [("pages-1.img".to_owned(), pages.clone())].into();
+    let image = image::encode_files(&files, 2, MIB);
     let size_kib = (SIZE >> 10) as u64;
     for keeping in Keeping::ALL {
         let (mut streamer, _feeder) = runs::feed(keeping.serve(), &image);
@@ -170,7 +171,7 @@ fn a_chunk_that_comes_in_parts_is_kept_whole() {
         .data(1, &pages[..5 * MIB / 2])
         .bytes;
     let mut parts = Shard::new().filename(0, "pages-1.img");
-    parts = parts.data(1, &pages).file_eof(2).image_eof(3);
+    parts = parts.data(1, &pages).file_eof(2).inventory_and_end(3);
     let (first, rest) = parts.bytes.split_at(begin.len());
     for keeping in Keeping::ALL {
         let (reader, writer) = pipe();
