@@ -36,12 +36,13 @@ use std::io::Write;
 
 use cli::{ParseResult, Plan};
 pub use commands::exit_status;
+use supervision::Failure;
 
 /// Does what the command line says.
 ///
 /// # Errors
 /// When not all of it worked.
-pub fn run() -> anyhow::Result<()> {
+pub fn run() -> Result<(), Failure> {
     match cli::parse() {
         ParseResult::Ok(args) => commands::run(Plan::new(args)?),
         ParseResult::Text(text) => {
@@ -49,6 +50,6 @@ pub fn run() -> anyhow::Result<()> {
             let _ = writeln!(std::io::stdout(), "{text}");
             Ok(())
         }
-        ParseResult::Err(error) => Err(error),
+        ParseResult::Err(error) => Err(error.into()),
     }
 }

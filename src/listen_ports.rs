@@ -12,7 +12,7 @@
 //! only `src_port` is written anew, with the lengths of the messages around it
 //! (docs/protocol.md, section 4).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -63,7 +63,9 @@ impl FromStr for Remap {
 /// Changes the listening ports in the contents of `files.img`.
 ///
 /// # Errors
-/// When the file is not what it should be, or a port belongs to no listening socket.
+/// When the file is not what it should be, a port belongs to no listening socket, or sockets that
+/// listened on different ports would listen on the same one: CRIU lets sockets share a port, and
+/// the kernel then gives each connection to one of them by chance.
 pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
     let mut rest = files_img
         .strip_prefix(&MAGIC)
@@ -80,6 +82,7 @@ pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
         result.extend_from_slice(&entry);
         rest = after;
     }
+    check_apart(&listening, remaps)?;
     if let Some(missing) = remaps.iter().find(|remap| !listening.contains(&remap.old)) {
         let ports: Vec<_> = listening.iter().map(u16::to_string).collect();
         bail!(
@@ -93,6 +96,24 @@ pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
         );
     }
     Ok(result)
+}
+
+/// Checks that no two ports become one. That the sockets may be of different addresses or network
+/// namespaces is not looked at.
+fn check_apart(listening: &BTreeSet<u16>, remaps: &[Remap]) -> Result<()> {
+    let mut taken = BTreeMap::new();
+    for &old in listening {
+        let remap = remaps.iter().find(|remap| remap.old == old);
+        let new = remap.map_or(old, |remap| remap.new);
+        if let Some(other) = taken.insert(new, old) {
+            bail!(
+                "sockets that listen on TCP ports {other} and {old} in the image would both listen \
+                 on port {new}, and each connection would go to one of them by chance: choose \
+                 another new port, or change the other socket's port too"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Changes the ports of one entry, and notes on which ports it listens.

@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use crate::os::poller::Wait;
+
 /// How long a loop leaves busy pipes alone. With the time that waking up takes, a pipe of 1 MiB is
 /// half full by then. `capture/4-shards` moved 14 to 21 GB/s with naps of 10 µs, and 8 with 50 µs
 /// (2026-11-21); with 1 µs it took half as much CPU time again.
@@ -34,6 +36,17 @@ fn be_exact() {
     let _ = nix::sys::prctl::set_timerslack(SLACK);
 }
 
+/// What came of one round of a loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Activity {
+    /// This number of bytes was found in pipes that hold as many as `room`.
+    Filled { found: u64, room: u64 },
+    /// This number of slots was filled in pipes that have as many as `room`.
+    Emptied { sent: u64, room: u64 },
+    /// Nothing moved. This is how long to wait for events.
+    Idle(Wait),
+}
+
 /// Naps that grow while nothing moves, and start short again when something did.
 #[derive(Debug)]
 pub struct Pace {
@@ -45,6 +58,16 @@ impl Pace {
     pub fn new() -> Self {
         be_exact();
         Self { next: NAP }
+    }
+
+    /// Naps as long as the pipes that are busy take, and tells how long to wait for events then.
+    pub(crate) fn after(&mut self, activity: Activity) -> Wait {
+        match activity {
+            Activity::Filled { found, room } => self.nap_until_filled(found, room),
+            Activity::Emptied { sent, room } => self.nap_until_emptied(sent, room),
+            Activity::Idle(wait) => return wait,
+        }
+        Wait::Now
     }
 
     /// Naps after data was moved, or may be moved once more of it has come.

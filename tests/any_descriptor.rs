@@ -3,20 +3,25 @@
 //! reason, and pipes cost nothing for it.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{IoSlice, Read, Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::common::PAGE;
-use crate::common::child::Limit;
+use crate::common::child::{Child, Limit, queued, wait_for_end};
+use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
 use crate::common::shards::{Collector, Feeder, pipe};
-use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::common::streamer::{Exit, Launch, Streamer, binary};
+use crate::common::{HANG_TIMEOUT, PAGE};
+use nix::fcntl::{SpliceFFlags, vmsplice};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
 use tempfile::TempDir;
 
 fn capture_to(ends: Vec<OwnedFd>, files: &Files) -> Exit {
@@ -437,6 +442,207 @@ fn a_socket_whose_reader_leaves_fails_the_capture() {
     let fd = ours.as_raw_fd();
     let exit = capture_to(vec![ours], &sample_files(12));
     exit.expect_failure(&[&format!("shard fd {fd}"), "Broken pipe"]);
+}
+
+/// A connection whose queue takes far more than its peer's kernel does.
+fn tcp_with_a_long_queue() -> (OwnedFd, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // What it accepts inherits the size.
+    setsockopt(&listener, sockopt::RcvBuf, &4096).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    setsockopt(&client, sockopt::SndBuf, &(4 << 20)).unwrap();
+    (client.into(), listener.accept().unwrap().0.into())
+}
+
+/// The streamer has written everything, and its peer has said something and read nothing yet.
+fn start_capture_that_is_queued(
+    pair: fn() -> (OwnedFd, OwnedFd),
+    files: &Files,
+) -> (Streamer, OwnedFd) {
+    let (ours, theirs) = pair();
+    let mut greeting = File::from(theirs);
+    greeting.write_all(b"220 ready").unwrap();
+    let streamer = Streamer::capture().shards([ours]).start();
+    runs::send(&streamer, files);
+    assert_waits(&streamer);
+    (streamer, greeting.into())
+}
+
+/// A streamer that has nothing to wait for is gone long before.
+#[track_caller]
+fn assert_waits(streamer: &Streamer) {
+    let ended = wait_for_end(&streamer.pidfd(), Duration::from_millis(500));
+    assert!(!ended, "it ended before its peer had everything");
+}
+
+fn small_enough_for_a_queue() -> Files {
+    Files::from([
+        (
+            "pages-1.img".to_owned(),
+            crate::common::random::bytes(14, 100_000),
+        ),
+        ("inventory.img".to_owned(), vec![2; 50]),
+    ])
+}
+
+#[test]
+fn a_success_means_that_a_sockets_peer_has_everything() {
+    let files = small_enough_for_a_queue();
+    for pair in [unix_pair as fn() -> _, tcp_with_a_long_queue] {
+        let (mut streamer, theirs) = start_capture_that_is_queued(pair, &files);
+        let shards = Collector::start(vec![theirs]).finish();
+        streamer.expect_success();
+        assert_same_files(&image::decode(&shards).unwrap(), &files);
+    }
+}
+
+/// A peer that goes on speaking, and never ends its own stream, has everything all the same.
+#[test]
+fn a_peer_need_not_close_its_socket() {
+    let files = small_enough_for_a_queue();
+    for pair in [unix_pair as fn() -> _, tcp_pair] {
+        let (ours, theirs) = pair();
+        let kept = theirs.try_clone().unwrap();
+        let collector = Collector::start(vec![theirs]);
+        let exit = capture_to(vec![ours], &files);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
+        drop(kept);
+    }
+}
+
+#[test]
+fn a_peer_that_refuses_the_rest_fails_the_capture() {
+    for pair in [unix_pair as fn() -> _, tcp_with_a_long_queue] {
+        let (mut streamer, theirs) =
+            start_capture_that_is_queued(pair, &small_enough_for_a_queue());
+        drop(theirs);
+        let exit = streamer.expect_failure(&["shard fd", "Connection reset by peer"]);
+        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+    }
+}
+
+#[test]
+fn an_external_file_that_a_sockets_peer_does_not_take_fails_the_restore() {
+    let files = Files::from([
+        ("fs.tar".to_owned(), vec![1; 50_000]),
+        ("inventory.img".to_owned(), vec![2; 50]),
+    ]);
+    let shards = image::encode_files(&files, 1, 4096);
+    for takes in [true, false] {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"220 ready").unwrap();
+        let launch = Streamer::extract().ext_file("fs.tar", ours.into());
+        let (mut streamer, _feeder) = runs::feed(launch, &shards);
+        assert_waits(&streamer);
+        if takes {
+            let mut got = Vec::new();
+            theirs.read_to_end(&mut got).unwrap();
+            runs::assert_same_bytes("fs.tar", &got, &files["fs.tar"]);
+            drop(theirs);
+            streamer.expect_success();
+        } else {
+            drop(theirs);
+            let exit = streamer.expect_failure(&["fs.tar", "Connection reset by peer"]);
+            assert_eq!(exit.progress, [""; 0]);
+        }
+    }
+}
+
+/// The application may go on when the capture has ended, and writes to its pages then.
+#[test]
+fn a_sockets_queue_holds_copies_of_the_pages() {
+    let (ours, theirs) = unix_pair();
+    let mut streamer = Streamer::capture().shards([ours]).start();
+    let criu = streamer.criu();
+    let mut pages = vec![1; 15 * PAGE];
+    let pipe = criu.create_file("pages-1.img");
+    let flags = SpliceFFlags::empty();
+    let sent = vmsplice(&pipe, &[IoSlice::new(&pages)], flags).unwrap();
+    assert_eq!(sent, pages.len());
+    drop(pipe);
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while queued(&theirs) < pages.len() {
+        assert!(Instant::now() < deadline, "the pages do not come");
+        thread::yield_now();
+    }
+    pages.fill(2);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let shards = Collector::start(vec![theirs]).finish();
+    streamer.expect_success();
+    let captured = &image::decode(&shards).unwrap()["pages-1.img"];
+    runs::assert_same_bytes("pages-1.img", captured, &[1; 15 * PAGE]);
+}
+
+/// What is in the page cache is lost with the machine, and a disk tells of its errors when it is
+/// written to. Here the disk is a file on a file system that is full.
+#[test]
+fn a_success_means_that_a_file_or_a_block_device_is_on_disk() {
+    if !crate::common::root_or_skip() {
+        return;
+    }
+    let device = "exec 3>$disk";
+    let file = "mkdir dir; mount $disk dir; exec 3>dir/shard";
+    for target in [device, file] {
+        for (subcommand, size) in [
+            ("-s 3 capture", 4 << 20),
+            ("-e fs.tar:3 extract <../image", 4 << 20),
+            ("-s 3 capture", 1000),
+            ("-e fs.tar:3 extract <../image", 1000),
+        ] {
+            let files = Files::from([
+                ("fs.tar".to_owned(), vec![1; size]),
+                ("inventory.img".to_owned(), vec![2; 50]),
+            ]);
+            let Some((succeeded, said)) = run_on_a_full_disk(target, subcommand, &files) else {
+                return crate::common::skip("needs a loop device");
+            };
+            assert_eq!(succeeded, size == 1000, "{target} {subcommand}: {said}");
+            let named = said.contains("Error: flushing to disk");
+            assert_eq!(named, size > 1000, "{target} {subcommand}: {said}");
+        }
+    }
+}
+
+/// Whether the streamer succeeded with `target` as descriptor 3, and what it said.
+fn run_on_a_full_disk(target: &str, subcommand: &str, files: &Files) -> Option<(bool, String)> {
+    let dir = TempDir::new().unwrap();
+    let (images, said) = (dir.path().join("images"), dir.path().join("said"));
+    fs::write(
+        dir.path().join("image"),
+        &image::encode_files(files, 1, 1 << 20)[0],
+    )
+    .unwrap();
+    let (progress, progress_end) = pipe();
+    let script = format!(
+        "mkdir disk; mount -t tmpfs -o size=1m none disk; cd disk; truncate -s 16M image
+        mkfs.ext4 -q -O ^has_journal -N 16 -F image
+        disk=$(losetup -f --show image) || exit 77
+        trap 'losetup -d $disk' EXIT
+        {target}
+        '{}' -D '{}' -p {} {subcommand}",
+        binary().display(),
+        images.display(),
+        progress_end.as_raw_fd(),
+    );
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "bash", "-euc", &script])
+        .current_dir(dir.path())
+        .stderr(File::create(&said).unwrap());
+    let mut child = Child::spawn(&mut command, &[progress_end], Vec::new()).unwrap();
+    let mut line = [0; "socket-init".len()];
+    let listens = File::from(progress).read_exact(&mut line).is_ok() && line == *b"socket-init";
+    if listens {
+        let criu = Criu::connect(&images, Role::Capture);
+        for (name, content) in runs::inventory_last(files) {
+            criu.write_file(name, content);
+        }
+    }
+    let status = child.reap().unwrap();
+    let said = fs::read_to_string(said).unwrap();
+    (status.code() != Some(77)).then_some((status.success(), said))
 }
 
 #[test]

@@ -2,24 +2,31 @@
 //! random moment, hundreds of times, and each time the exit status must tell the truth and no wreck
 //! may look like an image.
 //!
+//! The shards are pipes, sockets, files or shell commands, each in a campaign of its own.
+//!
 //! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and
 //! `CAMPAIGN_FIRST_SEED=<seed> CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and
-//! files, not in time; only what the kernel does between two processes is left to chance.
+//! files, not in time, but for a restore from files or commands, which feed themselves; only what
+//! the kernel does between two processes is left to chance.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
+use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
-use crate::common::shards::{self, pipe};
+use crate::common::shards::pipe;
 use crate::common::streamer::{Exit, Launch, Streamer};
 use crate::common::{PAGE, setting};
 use nix::sys::signal::Signal;
@@ -58,7 +65,7 @@ impl fmt::Display for Tally {
 fn campaign(kind: &str, round: impl Fn(&mut Random, &mut Tally)) {
     let mut tally = Tally::default();
     let first = setting("CAMPAIGN_FIRST_SEED", 0);
-    let seeds = first..first + setting("CAMPAIGN_ROUNDS", 300);
+    let seeds = first..first + setting("CAMPAIGN_ROUNDS", 150);
     for_each_seed(seeds, |seed| round(&mut Random::new(seed), &mut tally));
     crate::common::report(format_args!("{kind}: {tally}"));
 }
@@ -180,20 +187,158 @@ enum Then {
     Dies,
 }
 
-/// Reads a shard to its end, or leaves after some bytes.
+/// Reads a shard to its end, or leaves after some bytes. A socket whose writer was killed may end
+/// with an error.
 fn read_shard(shard: OwnedFd, leave_after: Option<usize>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let limit = leave_after.map_or(u64::MAX, |bytes| bytes as u64);
-    File::from(shard)
-        .take(limit)
-        .read_to_end(&mut bytes)
-        .unwrap();
+    let _end_or_reset = File::from(shard).take(limit).read_to_end(&mut bytes);
     bytes
+}
+
+/// What the shards are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Pipes,
+    UnixSockets,
+    TcpSockets,
+    Files,
+    Commands,
+}
+
+impl Kind {
+    const SOCKETS: [Self; 2] = [Self::UnixSockets, Self::TcpSockets];
+
+    /// The end that data comes out of, and the one that it goes into.
+    fn pair(self) -> (OwnedFd, OwnedFd) {
+        match self {
+            Self::UnixSockets => {
+                let (reader, writer) = UnixStream::pair().unwrap();
+                (reader.into(), writer.into())
+            }
+            Self::TcpSockets => {
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                let writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                (listener.accept().unwrap().0.into(), writer.into())
+            }
+            Self::Pipes | Self::Files | Self::Commands => pipe(),
+        }
+    }
+
+    /// Whether everything is sure to have been taken when the streamer says so. A pipe's reader may
+    /// take what is in the pipe with it, and a kernel acknowledges what its process never reads.
+    fn tells_of_readers(self) -> bool {
+        !matches!(self, Self::Pipes | Self::TcpSockets)
+    }
+}
+
+fn paths(dir: &Path, count: usize) -> Vec<PathBuf> {
+    (1..=count).map(|i| dir.join(format!("s{i}"))).collect()
+}
+
+fn with_commands(launch: Launch, count: usize, command: &str) -> Launch {
+    let count = count.to_string();
+    launch.args(["--num-shards", &count, "--shard-cmd", command])
+}
+
+/// What takes the shards of a capture.
+enum Readers {
+    Threads(Vec<thread::JoinHandle<Vec<u8>>>),
+    /// Written by the streamer, or by its commands.
+    Files(Vec<PathBuf>),
+}
+
+impl Readers {
+    /// `leaver` is the shard whose reader leaves, and after how many bytes.
+    fn start(
+        kind: Kind,
+        count: usize,
+        dir: &Path,
+        leaver: Option<(usize, usize)>,
+        launch: Launch,
+        random: &mut Random,
+    ) -> (Launch, Self) {
+        let paths = paths(dir, count);
+        match kind {
+            Kind::Pipes | Kind::UnixSockets | Kind::TcpSockets => {
+                let (readers, writers): (Vec<_>, Vec<_>) = (0..count).map(|_| kind.pair()).unzip();
+                let mut threads = Vec::new();
+                for (i, reader) in readers.into_iter().enumerate() {
+                    let leave_after = leaver.and_then(|(who, bytes)| (who == i).then_some(bytes));
+                    let greets = kind != Kind::Pipes && random.one_in(2);
+                    threads.push(thread::spawn(move || {
+                        let mut reader = File::from(reader);
+                        if greets {
+                            let _gone = reader.write_all(b"220 ready");
+                        }
+                        read_shard(reader.into(), leave_after)
+                    }));
+                }
+                (launch.shards(writers), Self::Threads(threads))
+            }
+            Kind::Files => {
+                let files = paths.iter().map(|path| File::create(path).unwrap().into());
+                let launch = launch.shards(files);
+                let launch = match leaver {
+                    Some((_, bytes)) => launch.limit(Limit::FileSize(bytes as u64)),
+                    None => launch,
+                };
+                (launch, Self::Files(paths))
+            }
+            Kind::Commands => {
+                let (dir, takes) = (dir.display(), format!("cat >'{}'/s{{}}", dir.display()));
+                let command = leaver.map(|(who, bytes)| {
+                    let who = who + 1;
+                    let ways = [
+                        format!("head -c {bytes} >'{dir}'/s{who}; exit 3"),
+                        format!("head -c {bytes} >'{dir}'/s{who}; exit 0"),
+                        format!("cat >'{dir}'/s{who}; exit 3"),
+                        format!("tee '{dir}'/s{who} > >(cat >/dev/null; exit 3)"),
+                        format!("cat >'{dir}'/s{who}; kill -KILL $$"),
+                    ];
+                    let fails = random.pick(&ways);
+                    format!("if test {{}} = {who}; then {fails}; else {takes}; fi")
+                });
+                let command = command.unwrap_or(takes);
+                (with_commands(launch, count, &command), Self::Files(paths))
+            }
+        }
+    }
+
+    /// What arrived, when the streamer has ended.
+    fn finish(self) -> Vec<Vec<u8>> {
+        match self {
+            Self::Threads(threads) => threads.into_iter().map(|t| t.join().unwrap()).collect(),
+            Self::Files(paths) => paths
+                .iter()
+                .map(|path| fs::read(path).unwrap_or_default())
+                .collect(),
+        }
+    }
 }
 
 #[test]
 fn captures() {
-    campaign("capture", |random, tally| {
+    captures_to("capture", &[Kind::Pipes]);
+}
+
+#[test]
+fn captures_to_sockets() {
+    captures_to("capture to sockets", &Kind::SOCKETS);
+}
+
+#[test]
+fn captures_to_files() {
+    captures_to("capture to files", &[Kind::Files]);
+}
+
+#[test]
+fn captures_to_commands() {
+    captures_to("capture to commands", &[Kind::Commands]);
+}
+
+fn captures_to(what: &str, kinds: &[Kind]) {
+    campaign(what, |random, tally| {
         let mut files = random_files(random);
         let total: usize = files.values().map(Vec::len).sum();
         let fault = *random.pick(&CaptureFault::ALL);
@@ -205,22 +350,19 @@ fn captures() {
             files.remove("inventory.img");
         }
 
+        let kind = *random.pick(kinds);
         let dir = TempDir::with_prefix("images-").unwrap();
-        let (readers, writers) = shards::pipes(shard_count, None);
-        let launch = Streamer::capture().images_dir(dir.path()).shards(writers);
+        let shards_dir = TempDir::with_prefix("shards-").unwrap();
+        let leaver =
+            (fault == CaptureFault::ShardReaderLeaves).then_some((leaver, moment / shard_count));
+        let launch = Streamer::capture().images_dir(dir.path());
         let launch = match fault {
             CaptureFault::ProgressReaderLeaves => launch.progress_reader_gone(),
             _ => launch,
         };
+        let (launch, readers) =
+            Readers::start(kind, shard_count, shards_dir.path(), leaver, launch, random);
         let mut streamer = launch.start();
-        let collecting: Vec<_> = readers
-            .into_iter()
-            .enumerate()
-            .map(|(i, reader)| {
-                let leaves = fault == CaptureFault::ShardReaderLeaves && i == leaver;
-                thread::spawn(move || read_shard(reader, leaves.then_some(moment / shard_count)))
-            })
-            .collect();
 
         let criu = connect(&streamer, Role::Capture);
         if let Some(criu) = criu {
@@ -238,11 +380,7 @@ fn captures() {
             });
         }
         let exit = streamer.wait();
-        let shards: Vec<_> = collecting
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect();
-        let decoded = image::decode(&shards);
+        let decoded = image::decode(&readers.finish());
 
         if fault != CaptureFault::Killed {
             assert_ended_by_itself(&exit);
@@ -252,12 +390,10 @@ fn captures() {
         if let Ok(decoded) = &decoded {
             assert!(*decoded == files, "{fault:?}: a broken image looks whole");
         }
-        // A reader that left last of all took what was in its pipe with it: no exit status can
-        // tell.
-        if succeeded && fault != CaptureFault::ShardReaderLeaves {
+        if succeeded && (fault != CaptureFault::ShardReaderLeaves || kind.tells_of_readers()) {
             assert!(
                 decoded.is_ok(),
-                "{fault:?}: success without an image: {decoded:?}"
+                "{fault:?}, {kind:?}: success without an image: {decoded:?}"
             );
         }
         match fault {
@@ -312,7 +448,14 @@ impl RestoreFault {
 struct Restore {
     streamer: Streamer,
     feeding: Vec<thread::JoinHandle<()>>,
-    external: thread::JoinHandle<Vec<u8>>,
+    external: ExternalReader,
+    _files: TempDir,
+}
+
+/// Where the external file goes.
+enum ExternalReader {
+    Thread(thread::JoinHandle<Vec<u8>>),
+    File(PathBuf),
 }
 
 const TAR: &str = "fs.tar";
@@ -320,30 +463,60 @@ const TAR: &str = "fs.tar";
 impl Restore {
     fn start(
         launch: Launch,
+        kind: Kind,
         fault: RestoreFault,
         shards: Vec<Vec<u8>>,
         random: &mut Random,
     ) -> Self {
-        let (readers, writers) = shards::pipes(shards.len(), None);
-        let (tar_reader, tar_writer) = pipe();
-        let launch = launch.shards(readers).ext_file(TAR, tar_writer);
+        let dir = TempDir::with_prefix("shards-").unwrap();
+        let reader_leaves = fault == RestoreFault::ExternalReaderLeaves;
+        let (launch, external) = if kind == Kind::Files && !reader_leaves {
+            let path = dir.path().join(TAR);
+            let file = File::create(&path).unwrap();
+            (
+                launch.ext_file(TAR, file.into()),
+                ExternalReader::File(path),
+            )
+        } else {
+            let (reader, writer) = kind.pair();
+            let leave_after = reader_leaves.then(|| random.below(1000));
+            let thread = thread::spawn(move || read_shard(reader, leave_after));
+            (launch.ext_file(TAR, writer), ExternalReader::Thread(thread))
+        };
         let launch = match fault {
             RestoreFault::ProgressReaderLeaves => launch.progress_reader_gone(),
             _ => launch,
         };
-        let streamer = launch.start();
-        let leave_after = (fault == RestoreFault::ExternalReaderLeaves).then(|| random.below(1000));
-        let external = thread::spawn(move || read_shard(tar_reader, leave_after));
-
         let culprit = random.below(shards.len());
         let moment = random.below(shards[culprit].len());
+        let signal = match fault {
+            RestoreFault::Terminated => Some(Signal::SIGTERM),
+            RestoreFault::Killed => Some(Signal::SIGKILL),
+            _ => None,
+        };
+        if matches!(kind, Kind::Files | Kind::Commands) {
+            let fails = (fault == RestoreFault::FeederDies).then_some((culprit, moment));
+            let launch = match kind {
+                Kind::Files => from_files(launch, dir.path(), &shards, fails),
+                _ => from_commands(launch, dir.path(), &shards, fails, random),
+            };
+            let streamer = launch.start();
+            if let Some(signal) = signal {
+                thread::sleep(Duration::from_micros(random.below(20_000) as u64));
+                streamer.signal(signal);
+            }
+            return Self {
+                streamer,
+                feeding: Vec::new(),
+                external,
+                _files: dir,
+            };
+        }
+
+        let (readers, writers): (Vec<_>, Vec<_>) = shards.iter().map(|_| kind.pair()).unzip();
+        let streamer = launch.shards(readers).start();
         let mut feeding = Vec::new();
         for (i, (writer, bytes)) in writers.into_iter().zip(shards).enumerate() {
-            let signal = match fault {
-                RestoreFault::Terminated => Some(Signal::SIGTERM),
-                RestoreFault::Killed => Some(Signal::SIGKILL),
-                _ => None,
-            };
             let pidfd = streamer.pidfd();
             feeding.push(thread::spawn(move || {
                 let mut shard = File::from(writer);
@@ -365,6 +538,7 @@ impl Restore {
             streamer,
             feeding,
             external,
+            _files: dir,
         }
     }
 
@@ -374,13 +548,84 @@ impl Restore {
         self.feeding
             .into_iter()
             .for_each(|thread| thread.join().unwrap());
-        (exit, self.external.join().unwrap())
+        let external = match self.external {
+            ExternalReader::Thread(thread) => thread.join().unwrap(),
+            ExternalReader::File(path) => fs::read(path).unwrap(),
+        };
+        (exit, external)
     }
+}
+
+/// `cut` is the shard that ends too early, and after how many bytes.
+fn from_files(
+    launch: Launch,
+    dir: &Path,
+    shards: &[Vec<u8>],
+    cut: Option<(usize, usize)>,
+) -> Launch {
+    let mut files = Vec::new();
+    for (i, (path, bytes)) in paths(dir, shards.len()).iter().zip(shards).enumerate() {
+        let len = match cut {
+            Some((culprit, moment)) if culprit == i => moment,
+            _ => bytes.len(),
+        };
+        fs::write(path, &bytes[..len]).unwrap();
+        files.push(File::open(path).unwrap().into());
+    }
+    launch.shards(files)
+}
+
+/// `fails` is the shard whose command fails, and after how many bytes if it does so in the middle.
+fn from_commands(
+    launch: Launch,
+    dir: &Path,
+    shards: &[Vec<u8>],
+    fails: Option<(usize, usize)>,
+    random: &mut Random,
+) -> Launch {
+    for (path, bytes) in paths(dir, shards.len()).iter().zip(shards) {
+        fs::write(path, bytes).unwrap();
+    }
+    let dir = dir.display();
+    let brings = format!("cat '{dir}'/s{{}}");
+    let command = fails.map(|(culprit, moment)| {
+        let culprit = culprit + 1;
+        let ways = [
+            format!("head -c {moment} '{dir}'/s{culprit}; exit 3"),
+            format!("head -c {moment} '{dir}'/s{culprit}; exit 0"),
+            format!("cat '{dir}'/s{culprit}; exit 3"),
+            format!("cat '{dir}'/s{culprit} > >(cat; exit 3)"),
+            format!("cat '{dir}'/s{culprit}; kill -KILL $$"),
+        ];
+        let fails = random.pick(&ways);
+        format!("if test {{}} = {culprit}; then {fails}; else {brings}; fi")
+    });
+    with_commands(launch, shards.len(), &command.unwrap_or(brings))
 }
 
 #[test]
 fn extracts() {
-    campaign("extract", |random, tally| {
+    extracts_from("extract", &[Kind::Pipes]);
+}
+
+#[test]
+fn extracts_from_sockets() {
+    extracts_from("extract from sockets", &Kind::SOCKETS);
+}
+
+#[test]
+fn extracts_from_files() {
+    extracts_from("extract from files", &[Kind::Files]);
+}
+
+#[test]
+fn extracts_from_commands() {
+    extracts_from("extract from commands", &[Kind::Commands]);
+}
+
+fn extracts_from(what: &str, kinds: &[Kind]) {
+    campaign(what, |random, tally| {
+        let kind = *random.pick(kinds);
         let files = random_files(random);
         let tar_size = random.below(200_000);
         let tar = random.bytes(tar_size);
@@ -406,6 +651,7 @@ fn extracts() {
         let shards = image::encode_files(&with_tar, 1 + random.below(3), 30_000);
         let (exit, got_tar) = Restore::start(
             Streamer::extract().images_dir(dir.path()),
+            kind,
             fault,
             shards,
             random,
@@ -463,7 +709,27 @@ fn regular_files(dir: &Path) -> Files {
 
 #[test]
 fn serves() {
-    campaign("serve", |random, tally| {
+    serves_from("serve", &[Kind::Pipes]);
+}
+
+#[test]
+fn serves_from_sockets() {
+    serves_from("serve from sockets", &Kind::SOCKETS);
+}
+
+#[test]
+fn serves_from_files() {
+    serves_from("serve from files", &[Kind::Files]);
+}
+
+#[test]
+fn serves_from_commands() {
+    serves_from("serve from commands", &[Kind::Commands]);
+}
+
+fn serves_from(what: &str, kinds: &[Kind]) {
+    campaign(what, |random, tally| {
+        let kind = *random.pick(kinds);
         let files = random_files(random);
         let tar_size = random.below(200_000);
         let tar = random.bytes(tar_size);
@@ -478,6 +744,7 @@ fn serves() {
         let keeping = *random.pick(&Keeping::ALL);
         let restore = Restore::start(
             keeping.serve().images_dir(dir.path()),
+            kind,
             fault,
             shards,
             random,

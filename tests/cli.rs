@@ -2,8 +2,10 @@
 //! the argument.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -181,6 +183,144 @@ fn a_descriptor_serves_one_purpose() {
             vec!["--shard-fds".into(), fd.clone(), "--progress-fd".into(), fd]
         });
     }
+}
+
+/// Runs a shell script in a directory of its own, in which `streamer` is the program. What is not
+/// refused waits for something for ever, and is ended.
+fn shell(dir: &Path, script: &str) -> Output {
+    let streamer = format!(
+        "streamer() {{ timeout 20 '{}' \"$@\"; }}",
+        binary().display()
+    );
+    Command::new("bash")
+        .args(["-c", &format!("{streamer}\n{script}")])
+        .current_dir(dir)
+        .output()
+        .unwrap()
+}
+
+/// Whatever names them: a message in the middle of an image, or two shards in one file, is an image
+/// lost.
+#[test]
+fn two_names_of_one_file_are_refused() {
+    let refused = [
+        // Where messages go.
+        (
+            "streamer -D images capture 2>&1 | cat >said; exit ${PIPESTATUS[0]}",
+            "standard error",
+        ),
+        ("streamer -D images capture >app.img 2>&1", "standard error"),
+        (
+            "streamer -D images capture >app.img 2>>app.img",
+            "standard error",
+        ),
+        (
+            "streamer -D images capture -p 3 3>/dev/null >app.img 2>&1",
+            "standard error",
+        ),
+        (
+            "streamer -D images --progress-bar capture >app.img 2>&1",
+            "standard error",
+        ),
+        (
+            "streamer -D images capture -p 3 >app.img 3>>app.img",
+            "--progress-fd",
+        ),
+        ("streamer -D images serve <whole 2>>whole", "standard error"),
+        (
+            "streamer -D images serve -e fs.tar:3 <whole 3>>said 2>>said",
+            "standard error",
+        ),
+        // Shards and external files.
+        (
+            "streamer -D images capture -s 3,4 3>app.img 4>>app.img",
+            "shard fd 3",
+        ),
+        (
+            ": >app.img; ln app.img link; streamer -D images capture -s 3,4 3>app.img 4>link",
+            "shard fd 3",
+        ),
+        (
+            "streamer -D images extract -s 3,4 3<whole 4<whole",
+            "shard fd 3",
+        ),
+        (
+            "streamer -D images capture -e fs.tar:3 3<whole >>whole",
+            "shard fd 1",
+        ),
+        (
+            "mkfifo fifo; exec 5<>fifo 3<fifo 4>fifo; streamer -D images capture -s 4 -e fs.tar:3",
+            "shard fd 4",
+        ),
+    ];
+    for (script, other) in refused {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("whole"), &image::inventory()[0]).unwrap();
+        let output = shell(dir.path(), script);
+        assert_eq!(output.status.code(), Some(1), "{script}: {output:?}");
+        // The message is where standard error leads.
+        let mut said = String::from_utf8_lossy(&output.stderr).into_owned();
+        for file in ["said", "app.img", "whole"] {
+            if let Ok(text) = fs::read(dir.path().join(file)) {
+                said.push_str(&String::from_utf8_lossy(&text));
+            }
+        }
+        for word in ["same file, pipe or socket", other] {
+            assert!(said.contains(word), "{script}: {said}");
+        }
+        assert!(!said.contains("socket-init"), "{script}: {said}");
+        assert!(!dir.path().join("images").exists(), "{script}");
+    }
+}
+
+/// /dev/null keeps nothing that could be mixed up, and lines for programs may stand beside errors.
+#[test]
+fn devices_are_shared_and_progress_lines_stand_beside_errors() {
+    for script in [
+        "streamer -D images extract -s 3 3<whole >/dev/null 2>/dev/null",
+        "streamer -D images extract -p 4 <whole 4>said 2>>said",
+        "streamer -D images extract -e null:3 -p 4 <whole 3>/dev/null 4>/dev/null 2>/dev/null || test $? = 1",
+    ] {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("whole"), &image::inventory()[0]).unwrap();
+        let output = shell(dir.path(), script);
+        assert!(output.status.success(), "{script}: {output:?}");
+    }
+    let null = || OwnedFd::from(fs::File::options().write(true).open("/dev/null").unwrap());
+    let mut streamer = Streamer::capture().shards([null(), null()]).start();
+    runs::send(&streamer, &runs::sample_files(1));
+    streamer.expect_success();
+}
+
+/// What comes out of a socket and what goes into it are two streams: sshd gives a command one socket
+/// for standard input and output. The two ends of a pair are two sockets.
+#[test]
+fn a_socket_carries_a_shard_one_way_and_progress_lines_the_other() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let dir = TempDir::new().unwrap();
+    let end = OwnedFd::from(ours);
+    let mut streamer = Command::new(binary())
+        .arg("-D")
+        .arg(dir.path())
+        .args(["--progress-fd", "1", "extract"])
+        .stdin(end.try_clone().unwrap())
+        .stdout(end)
+        .spawn()
+        .unwrap();
+    theirs.write_all(&image::inventory()[0]).unwrap();
+    theirs.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut lines = String::new();
+    theirs.read_to_string(&mut lines).unwrap();
+    assert!(streamer.wait().unwrap().success(), "{lines}");
+    assert!(lines.starts_with("{\"shards\""), "{lines}");
+
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = (OwnedFd::from(ours), OwnedFd::from(theirs));
+    let same = ours.try_clone().unwrap();
+    let fd = same.as_raw_fd().to_string();
+    let exit = Streamer::capture().shards([ours, same]).run();
+    exit.expect_failure(&[&fd, "same file, pipe or socket"]);
+    drop(theirs);
 }
 
 #[test]

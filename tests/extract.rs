@@ -1,10 +1,11 @@
-//! What `extract` promises to those who restore from disk: a whole image, readable by its owner
-//! alone, or nothing new in the directory.
+//! What `extract` promises to those who restore from disk: a whole image, and no file of another
+//! one, or nothing new in the directory.
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -27,19 +28,190 @@ fn tiny_image(shard_count: usize) -> Vec<Vec<u8>> {
     image::encode(files, shard_count, 3)
 }
 
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
 #[test]
-fn files_are_written_for_their_owner_alone() {
+fn files_in_a_directory_made_for_them_are_for_their_owner_alone() {
     let files = runs::sample_files(1);
-    let (dir, exit) = runs::extract(&image::encode_files(&files, 2, 100_000));
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_same_files(&runs::read_dir(dir.path()), &files);
+    let parent = TempDir::new().unwrap();
+    let dir = parent.path().join("of/the/image");
+    let shards = image::encode_files(&files, 2, 100_000);
+    let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(&dir), &shards);
+    streamer.expect_success();
+    assert_same_files(&runs::read_dir(&dir), &files);
+    assert_eq!(mode(&dir), 0o700);
     for name in files.keys() {
-        let mode = fs::metadata(dir.path().join(name))
-            .unwrap()
-            .permissions()
-            .mode();
-        assert_eq!(mode & 0o7777, 0o600, "{name}");
+        assert_eq!(mode(&dir.join(name)), 0o600, "{name}");
     }
+}
+
+/// A process in a user namespace opens image files as that namespace's root, who is another user
+/// here. So CRIU writes them with mode 0644, as the umask allows.
+#[test]
+fn files_in_a_directory_of_the_callers_choice_have_the_mode_of_crius_own() {
+    let dir = TempDir::new().unwrap();
+    let open_to_all = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(dir.path(), open_to_all).unwrap();
+    let like_criu = dir.path().join("like-criu");
+    let options = File::options().write(true).create(true).mode(0o644).clone();
+    options.open(&like_criu).unwrap();
+    let (mut streamer, _feeder) =
+        runs::feed(Streamer::extract().images_dir(dir.path()), &tiny_image(1));
+    streamer.expect_success();
+    for name in ["a.img", "b.img", "inventory.img"] {
+        let path = dir.path().join(name);
+        assert_eq!(mode(&path), mode(&like_criu), "{name}");
+        if nix::unistd::geteuid().is_root() && mode(&path) == 0o644 {
+            let read = child::as_user(65_534, || fs::read(&path));
+            assert!(read.is_ok(), "{name} for another user: {read:?}");
+        }
+    }
+}
+
+/// CRIU opens optional files by name: one of an earlier image would be restored with this one.
+#[test]
+fn after_an_extract_the_directory_holds_one_image_and_what_is_not_crius() {
+    const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 1, 2, 3, 4];
+    let dir = TempDir::new().unwrap();
+    let earlier = [
+        ("core-1.img", &b"core"[..]),
+        ("fs-1.img", b"fs"),
+        ("ghost-file-1f.img", b"a deleted file"),
+        ("pages-1.img", b"pages"),
+        ("tmpfs-dev-73.tar.gz.img", b"tar"),
+        ("of-a-newer-criu.img", &MAGIC),
+        ("inventory.img", b"inventory of the earlier image"),
+    ];
+    let (mut streamer, _feeder) = runs::feed(
+        Streamer::extract().images_dir(dir.path()),
+        &image::encode(earlier, 2, 10),
+    );
+    streamer.expect_success();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), earlier.len());
+    let at = |name: &str| dir.path().join(name);
+    let elsewhere = TempDir::new().unwrap();
+    fs::write(elsewhere.path().join("linked"), "elsewhere").unwrap();
+    symlink(elsewhere.path().join("linked"), at("ghost-file-2.img")).unwrap();
+    symlink("../earlier", at("parent")).unwrap();
+    fs::create_dir(at("core-2.img")).unwrap();
+    let kept = [
+        "disk.img",
+        "core-dump.img",
+        "stats-dump",
+        "restore.log",
+        "inventory.img.bak",
+    ];
+    for name in kept {
+        fs::write(at(name), "of the user").unwrap();
+    }
+
+    let later = [("core-1.img", &b"new core"[..]), ("inventory.img", b"new")];
+    let (mut streamer, _feeder) = runs::feed(
+        Streamer::extract().images_dir(dir.path()),
+        &image::encode(later, 2, 10),
+    );
+    streamer.expect_success();
+    let mut found: Vec<_> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    let mut expected = kept.to_vec();
+    expected.extend(["core-1.img", "core-2.img", "inventory.img", "parent"]);
+    expected.sort();
+    assert_eq!(found, expected);
+    assert_eq!(fs::read(at("core-1.img")).unwrap(), b"new core");
+    assert_eq!(
+        fs::read(elsewhere.path().join("linked")).unwrap(),
+        b"elsewhere"
+    );
+}
+
+/// The directory is in the way of the last file that is moved, when all that the new image does not
+/// have was set aside.
+#[test]
+fn a_move_that_fails_brings_all_of_an_earlier_image_back() {
+    let dir = TempDir::new().unwrap();
+    let earlier = [
+        "inventory.img",
+        "core-1.img",
+        "ghost-file-1.img",
+        "pages-9.img",
+    ];
+    for name in earlier {
+        fs::write(dir.path().join(name), name).unwrap();
+    }
+    let before = runs::read_dir(dir.path());
+    let in_the_way = dir.path().join("zzz.img");
+    fs::create_dir(&in_the_way).unwrap();
+    let image = image::encode(
+        [
+            ("core-1.img", &b"new"[..]),
+            ("zzz.img", b"new"),
+            ("inventory.img", b"new"),
+        ],
+        1,
+        10,
+    );
+    let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &image);
+    streamer.expect_failure(&["zzz.img"]);
+    fs::remove_dir(in_the_way).unwrap();
+    assert_same_files(&runs::read_dir(dir.path()), &before);
+}
+
+#[test]
+fn external_files_alone_are_extracted_and_leave_an_image_in_the_directory_alone() {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("inventory.img"), "of an image").unwrap();
+    fs::write(dir.path().join("ghost-file-1.img"), "of an image").unwrap();
+    let before = runs::read_dir(dir.path());
+    let (reader, writer) = pipe();
+    let tar = Collector::start(vec![reader]);
+    let launch = Streamer::extract().images_dir(dir.path());
+    let (mut streamer, _feeder) = runs::feed(
+        launch.ext_file("fs.tar", writer),
+        &image::encode([("fs.tar", &b"tar"[..])], 1, 10),
+    );
+    streamer.expect_success();
+    assert_eq!(tar.finish(), [b"tar"]);
+    assert_same_files(&runs::read_dir(dir.path()), &before);
+}
+
+#[test]
+fn an_image_without_inventory_is_refused_and_leaves_an_earlier_one_as_it_was() {
+    let broken: [&[(&str, &[u8])]; 3] = [
+        &[("core-1.img", b"core"), ("pages-1.img", b"pages")],
+        &[("cpuinfo.img", b"cpu"), ("core-1.img", b"core")],
+        &[],
+    ];
+    for files in broken {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("inventory.img"), "of an earlier image").unwrap();
+        fs::write(dir.path().join("core-1.img"), "of an earlier image").unwrap();
+        let before = runs::read_dir(dir.path());
+        let image = image::encode(files.iter().copied(), 2, 10);
+        let launch = Streamer::extract().images_dir(dir.path());
+        let (mut streamer, _feeder) = runs::feed(launch, &image);
+        let words: &[&str] = match files {
+            [] => &["no file"],
+            _ => &["inventory.img"],
+        };
+        let exit = streamer.expect_failure(words);
+        assert_eq!(exit.progress, [""; 0]);
+        assert_same_files(&runs::read_dir(dir.path()), &before);
+    }
+}
+
+/// `criu cpuinfo dump` sends nothing else.
+#[test]
+fn the_processors_features_alone_are_an_image() {
+    let image = image::encode([("cpuinfo.img", &b"cpu"[..])], 1, 10);
+    let (dir, exit) = runs::extract(&image);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let expected = Files::from([("cpuinfo.img".into(), b"cpu".to_vec())]);
+    assert_same_files(&runs::read_dir(dir.path()), &expected);
 }
 
 #[test]
@@ -102,7 +274,7 @@ fn of_a_file_that_was_sent_twice_the_last_one_is_written() {
         .filename(3, "a.img")
         .data(4, b"the last")
         .file_eof(5)
-        .image_eof(6);
+        .inventory_and_end(6);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"the last");
@@ -121,12 +293,13 @@ fn files_may_take_turns() {
         .filename(7, "b.img")
         .data(8, b"zwei")
         .file_eof(9)
-        .image_eof(10);
+        .inventory_and_end(10);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     let expected = Files::from([
         ("a.img".into(), b"one two".to_vec()),
         ("b.img".into(), b"eins zwei".to_vec()),
+        ("inventory.img".into(), image::INVENTORY.to_vec()),
     ]);
     assert_same_files(&runs::read_dir(dir.path()), &expected);
 }
@@ -137,15 +310,15 @@ fn unknown_fields_of_a_marker_are_skipped() {
     let with_unknown_fields = [
         &[2 << 3 | 2, 5][..],
         b"a.img",
-        &[0x98, 0x06, 42],
-        &[0xa2, 0x06, 3, 1, 2, 3],
+        &[0xc8, 0x0c, 42],
+        &[0xd2, 0x0c, 3, 1, 2, 3],
     ]
     .concat();
     let shard = image::Shard::new()
         .marker(0, &with_unknown_fields)
         .data(1, b"first")
         .file_eof(2)
-        .image_eof(3);
+        .inventory_and_end(3);
     let (dir, exit) = runs::extract(&[shard.bytes]);
     assert!(exit.status.success(), "{}", exit.stderr);
     assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"first");

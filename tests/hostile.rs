@@ -403,7 +403,10 @@ fn assert_truth(seed: u64, shards: &[Vec<u8>], exit: &Exit, is_there: impl Fn(&F
         exit.stderr
     );
     match (exit.status.code(), image::decode(shards)) {
-        (Some(0), Ok(files)) => assert!(is_there(&files), "seed {seed}: another image"),
+        (Some(0), Ok(files)) => {
+            assert!(is_there(&files), "seed {seed}: another image");
+            assert!(files.contains_key("inventory.img"), "seed {seed}");
+        }
         (Some(0), Err(why)) => panic!("seed {seed}: accepted, although: {why}"),
         (Some(1), _) => drop(exit.error()),
         (_, _) => panic!("seed {seed}: {}\n{}", exit.status, exit.stderr),

@@ -4,15 +4,20 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::common::child::Limit;
+use crate::common::child::{self, Limit};
 use crate::common::image::{self, Files, Shard};
 use crate::common::random;
-use crate::common::runs::{self, assert_same_files};
-use crate::common::shards::{self, Collector, pipe};
-use crate::common::streamer::{Launch, Streamer};
-use crate::common::{PAGE, root_or_skip};
+use crate::common::runs::{self, assert_same_bytes, assert_same_files};
+use crate::common::shards::{self, Collector, Feeder, pipe};
+use crate::common::streamer::{Launch, REFUSED_CALL, Streamer};
+use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip, skip};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use tempfile::TempDir;
 
 const NOBODY: u32 = 65_534;
@@ -84,7 +89,7 @@ fn extracted_files_belong_to_the_user_who_extracts() {
     );
     streamer.expect_success();
     let metadata = fs::metadata(dir.path().join("inventory.img")).unwrap();
-    assert_eq!((metadata.uid(), metadata.mode() & 0o7777), (NOBODY, 0o600));
+    assert_eq!(metadata.uid(), NOBODY);
 }
 
 /// Fills the account that a user has for pipes, so that no further pipe can be made larger without
@@ -137,6 +142,89 @@ fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
     }
 }
 
+/// A user who has no other pipe on this machine.
+fn unknown_user(number: u32) -> u32 {
+    20_000 + (std::process::id() * 8 + number) % 40_000
+}
+
+/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user sends
+/// through a pipe of 1 MiB for each file, all of them open at once.
+fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<usize>) {
+    let dir = open_dir();
+    let (readers, writers) = child::as_user(user, || shards::pipes(shard_count, pipe_size));
+    let mut capture = Streamer::capture()
+        .user(user)
+        .images_dir(dir.path())
+        .shards(writers)
+        .start();
+    let collector = Collector::start(readers);
+    let criu = capture.criu();
+    let mut files: Files = (1..=17)
+        .map(|i| (format!("pages-{i}.img"), random::bytes(i, 300_000)))
+        .collect();
+    let create = |name| criu.create_file_in_pipe(name, Some(1 << 20));
+    let open: Vec<_> = child::as_user(user, || files.keys().map(|name| create(name)).collect());
+    for (mut file, content) in open.into_iter().zip(files.values()) {
+        file.write_all(content).unwrap();
+    }
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let exit = capture.expect_success();
+    files.insert("inventory.img".into(), b"inventory".to_vec());
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
+    // With larger pipes the shards would leave CRIU still less.
+    assert!(!exit.stderr.contains("pipe-max-size"), "{}", exit.stderr);
+}
+
+#[test]
+fn an_ordinary_user_with_many_shards_leaves_criu_pipes_of_its_own() {
+    if !root_or_skip() {
+        return;
+    }
+    for (number, shard_count) in [48, 64, 100].into_iter().enumerate() {
+        capture_beside_large_pipes(unknown_user(number as u32), shard_count, None);
+    }
+}
+
+#[test]
+fn shards_that_others_made_large_are_made_smaller_where_criu_would_get_no_pipe() {
+    if !root_or_skip() {
+        return;
+    }
+    capture_beside_large_pipes(unknown_user(7), 63, Some(1 << 20));
+}
+
+/// The larger one has more room at any time than the smaller one has at all.
+#[test]
+fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
+    if !root_or_skip() {
+        return;
+    }
+    let _held = exhaust_pipe_pages();
+    let dir = open_dir();
+    let (mut readers, mut writers) = shards::pipes(1, Some(16 * PAGE));
+    let (small_readers, small_writers) = shards::pipes(1, Some(4 * PAGE));
+    writers.extend(small_writers);
+    let mut capture = Streamer::capture()
+        .user(NOBODY)
+        .images_dir(dir.path())
+        .shards(writers)
+        .start();
+    let flowing = Collector::start(small_readers);
+    let criu = capture.criu();
+    let files = runs::sample_files(5);
+    for (name, content) in runs::inventory_last(&files) {
+        criu.write_file(name, content);
+    }
+    drop(criu);
+    let stalled = Collector::start(vec![readers.remove(0)]);
+    capture.expect_success();
+    let mut shards = flowing.finish();
+    shards.extend(stalled.finish());
+    assert!(shards[1].len() < shards[0].len());
+    assert_same_files(&image::decode(&shards).unwrap(), &files);
+}
+
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
     if !root_or_skip() {
@@ -165,6 +253,90 @@ fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
 fn few_descriptors_are_enough_for_files_one_after_another() {
     let files = runs::small_files(500, 5000, 1);
     round_trip(|launch| launch.limit(Limit::OpenFiles(64)), &files, 8, None);
+}
+
+/// Each waits in a pipe of its own until the shard has room, and must not be looked at again and
+/// again until then.
+#[test]
+fn thousands_of_files_behind_a_stalled_shard_cost_little() {
+    const FILES: usize = 15_000;
+    const WAITING: usize = 8_000;
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    if most < FILES as u64 + 1000 {
+        return skip("needs a hard limit of 16,000 descriptors");
+    }
+    let (readers, writers) = shards::pipes(1, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let criu = streamer.criu();
+    let content = random::bytes(1, 1000);
+    for i in 0..FILES {
+        criu.write_file(&format!("file-{i}.img"), &content);
+    }
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while streamer.open_fds() < WAITING {
+        assert!(Instant::now() < deadline, "too few files wait");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(streamer.outlasts(Duration::from_millis(500)));
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    let collector = Collector::start(readers);
+    // Its times are gone when it is.
+    streamer.wait_for_stats();
+    let seconds = streamer.cpu_seconds();
+    streamer.expect_success();
+    let found = image::decode(&collector.finish()).unwrap();
+    assert!((0..FILES).all(|i| found[&format!("file-{i}.img")] == content));
+    assert!(seconds < 5.0, "{seconds} s of CPU time");
+}
+
+/// Each socket costs the streamer more descriptors than its own.
+#[test]
+fn files_wait_for_descriptors_where_sockets_take_some() {
+    const LIMIT: u64 = 256;
+    let (ours, theirs): (Vec<_>, Vec<_>) = (0..4)
+        .map(|_| UnixStream::pair().unwrap())
+        .map(|(ours, theirs)| (OwnedFd::from(ours), OwnedFd::from(theirs)))
+        .unzip();
+    let mut capture = Streamer::capture()
+        .limit(Limit::OpenFiles(LIMIT))
+        .shards(theirs)
+        .start();
+    let files: Files = (0..400)
+        .map(|i| (format!("file-{i}.img"), random::bytes(i, 50_000)))
+        .chain([("inventory.img".into(), random::bytes(400, 50))])
+        .collect();
+    let criu = capture.criu();
+    let collector = thread::scope(|scope| {
+        scope.spawn(|| {
+            for (name, content) in runs::inventory_last(&files) {
+                // A streamer that gives up is no failure of this thread.
+                let created = criu.try_create_file(name, None);
+                let written = created.and_then(|mut file| file.write_all(content));
+                if written.is_err() {
+                    return;
+                }
+            }
+        });
+        // No shard is read yet, so that the files stay open.
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        let (mut open, mut since) = (0, Instant::now());
+        while since.elapsed() < Duration::from_millis(300) || open < LIMIT as usize / 2 {
+            assert!(capture.is_running(), "it gave up");
+            assert!(
+                Instant::now() < deadline,
+                "only {open} descriptors are open"
+            );
+            thread::sleep(Duration::from_millis(10));
+            if capture.open_fds() != open {
+                (open, since) = (capture.open_fds(), Instant::now());
+            }
+        }
+        Collector::start(ours)
+    });
+    drop(criu);
+    capture.expect_success();
+    assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
 }
 
 #[test]
@@ -258,3 +430,83 @@ fn a_disk_that_takes_no_more_leaves_nothing_behind() {
     streamer.expect_failure(&["pages-1.img"]);
     assert_eq!(runs::read_dir(streamer.images_dir()), Files::new());
 }
+
+/// The calls that a container engine's seccomp profile may refuse.
+const REFUSABLE: [libc::c_long; 2] = [libc::SYS_vmsplice, libc::SYS_splice];
+
+#[test]
+fn images_come_through_where_splice_or_vmsplice_is_refused() {
+    for call in REFUSABLE {
+        for (shard_count, pipe_size) in [(1, Some(PAGE)), (3, None)] {
+            let files = runs::sample_files(call as u64);
+            let refused = |launch: Launch| launch.limit(Limit::Refused(call));
+            round_trip(refused, &files, shard_count, pipe_size);
+        }
+    }
+}
+
+#[test]
+fn external_files_and_regular_files_come_through_where_splice_or_vmsplice_is_refused() {
+    for call in REFUSABLE {
+        let content = random::bytes(1, 3 << 20);
+        let dir = TempDir::new().unwrap();
+        let shard = dir.path().join("shard");
+        let (tar_reader, tar_writer) = pipe();
+        let mut capture = Streamer::capture()
+            .limit(Limit::Refused(call))
+            .shards([File::create(&shard).unwrap().into()])
+            .ext_file("fs.tar", tar_reader)
+            .start();
+        let tar = Feeder::start(vec![tar_writer], std::slice::from_ref(&content));
+        let criu = capture.criu();
+        criu.write_file("inventory.img", b"inventory");
+        drop(criu);
+        capture.expect_success();
+        tar.finish().into_iter().for_each(Result::unwrap);
+
+        let restore = |launch: Launch| {
+            let (tar_reader, tar_writer) = pipe();
+            let tar = Collector::start(vec![tar_reader]);
+            let streamer = launch
+                .limit(Limit::Refused(call))
+                .shards([File::open(&shard).unwrap().into()])
+                .ext_file("fs.tar", tar_writer)
+                .start();
+            assert_same_bytes("fs.tar", &tar.finish()[0], &content);
+            streamer
+        };
+        restore(Streamer::extract()).expect_success();
+        let inventory = [("inventory.img".to_owned(), b"inventory".to_vec())].into();
+        runs::assert_served(&mut restore(Streamer::serve()), &inventory);
+    }
+}
+
+/// The tests of what the program does, once more, in a process of their own, with every streamer
+/// refused one of the calls.
+#[test]
+fn the_core_of_the_tests_passes_where_splice_or_vmsplice_is_refused() {
+    if std::env::var_os(REFUSED_CALL).is_some() {
+        return;
+    }
+    for call in ["vmsplice", "splice"] {
+        let tests = Command::new(std::env::current_exe().unwrap())
+            .args(CORE)
+            .args(["--skip", "memory", "--test-threads", "4"])
+            .env(REFUSED_CALL, call)
+            .env("SERVING_SEEDS", "100")
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&tests.stdout);
+        assert!(tests.status.success(), "{call} refused:\n{output}");
+        assert!(!output.contains(" 0 passed"), "{output}");
+    }
+}
+
+const CORE: [&str; 6] = [
+    "round_trip::",
+    "capture::",
+    "extract::",
+    "serve::",
+    "serving::",
+    "any_descriptor::",
+];

@@ -6,6 +6,15 @@ use std::process::Command;
 use crate::criu::Machine;
 use crate::readme::recipes;
 
+/// Gives root another home and bash as its shell, in this machine's eyes. A mount on the real home
+/// would hide what is in it, such as this checkout.
+const HOME_OF_ITS_OWN: &str = r#"
+mkdir -p -m 700 home/.ssh
+sed "s|^\(root:.*\):[^:]*:[^:]*$|\1:$PWD/home:/bin/bash|" /etc/passwd >passwd
+grep -q "^root:.*:$PWD/home:/bin/bash$" passwd
+mount --bind passwd /etc/passwd
+"#;
+
 /// Two machines that can reach each other, the second by SSH under the name `there`.
 struct Hosts {
     here: Machine,
@@ -36,34 +45,32 @@ impl Hosts {
                 ))
                 .success();
         }
-        // The account's home is a directory of each machine's own. One that may ask for nothing on
-        // a terminal.
+        // The account's home is a directory of each machine's own, whatever is in the real one. It
+        // may ask for nothing on a terminal.
         hosts
             .here
-            .run(
+            .run(&format!(
                 r#"
-mkdir -p -m 700 home/.ssh
-mount --bind home ~
-ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id
-cat >~/.ssh/config <<END
+{HOME_OF_ITS_OWN}
+ssh-keygen -q -t ed25519 -N '' -f home/.ssh/id
+cat >home/.ssh/config <<END
 Host there
     HostName 192.0.2.2
     Port 2222
     IdentityFile ~/.ssh/id
     StrictHostKeyChecking accept-new
 END
-"#,
-            )
+"#
+            ))
             .success();
         let key = String::from_utf8(hosts.here.read("home/.ssh/id.pub")).unwrap();
         hosts
             .there
             .run(&format!(
                 r#"
-mkdir -p -m 700 home/.ssh
-mount --bind home ~
-echo "export PATH='$PATH' CRIU_CONFIG_FILE='$CRIU_CONFIG_FILE'" >~/.bashrc
-echo '{}' >~/.ssh/authorized_keys
+{HOME_OF_ITS_OWN}
+echo "export PATH='$PATH' CRIU_CONFIG_FILE='$CRIU_CONFIG_FILE'" >home/.bashrc
+echo '{}' >home/.ssh/authorized_keys
 dropbearkey -t ed25519 -f host-key
 dropbear -E -s -p 192.0.2.2:2222 -r host-key -P dropbear.pid 2>dropbear.log
 "#,

@@ -3,12 +3,14 @@
 //!
 //! A comment before a block says what it needs: `application: …` starts that application, as
 //! `$PID`, on a machine of its own, where this block and those after it run one after another; it
-//! must live on afterwards, with its memory as it was. Blocks in `sh` are for the reader's shell,
-//! in the checkout.
+//! must live on afterwards, with its memory as it was. Its word `files=<MiB>` is none of the
+//! application's: it makes a directory `fs` with that much in it. Blocks in `sh` are for the
+//! reader's shell, in the checkout.
 
 use std::path::Path;
 use std::process::Command;
 
+use crate::common::random;
 use crate::criu::Machine;
 
 const README: &str = include_str!("../README.md");
@@ -83,13 +85,33 @@ fn every_recipe_brings_the_application_back() {
         let Some(machine) = Machine::new() else {
             return;
         };
-        let application = machine.start(arguments);
+        let (files, parts): (Vec<_>, Vec<_>) = arguments
+            .split(' ')
+            .partition(|word| word.starts_with("files="));
+        for word in files {
+            let mib = word["files=".len()..].parse().expect("a number of MiB");
+            make_files(&machine.path("fs"), mib);
+        }
+        let application = machine.start(&parts.join(" "));
         let before = application.goes_on();
         for text in texts {
             application.run(&text).success();
         }
         application.goes_on_from(before);
     }
+}
+
+/// Makes a directory as an application may have one: half of it are small files in directories, and
+/// half is one large file. No size is a multiple of a page's.
+fn make_files(directory: &Path, mib: usize) {
+    const SMALL: usize = 20_011;
+    let half = mib * (1 << 20) / 2;
+    for number in 0..=half / SMALL {
+        let path = directory.join(format!("cache/{}/{number}", number % 10));
+        std::fs::create_dir_all(path.parent().expect("a directory")).expect("a directory");
+        std::fs::write(path, random::bytes(number as u64, SMALL)).expect("a small file");
+    }
+    std::fs::write(directory.join("database"), random::bytes(0, half + 1)).expect("a large file");
 }
 
 #[test]

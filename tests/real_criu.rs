@@ -9,7 +9,7 @@
 
 use crate::common::keeping::Keeping;
 use crate::common::skip;
-use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine};
 
 /// How often an application goes through the streamer: what goes wrong here depends on who is
@@ -20,8 +20,8 @@ const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir im
 
 const PLAIN_RESTORE: &str = "criu restore --images-dir images --restore-detached $RESTORE_OPTIONS";
 
-/// Runs a program in a root file system of its own: this one's files, and a few mounts beside them.
-/// In the mounts of the host CRIU gets lost.
+/// Runs a program in a root file system of its own: the files of this one, without what is mounted
+/// there, and a few mounts beside them. In the mounts of the host CRIU gets lost.
 const IN_ITS_ROOT: &str = r#"
 mkdir root
 mount --bind / root
@@ -36,6 +36,7 @@ umount -l /mnt
 mount -t tmpfs tmpfs /mnt
 cp -r /etc /mnt
 cd "$directory"
+PATH=$directory:$PATH
 exec "$@"
 "#;
 
@@ -57,15 +58,21 @@ struct Case {
 impl Case {
     /// Takes the application through CRIU alone, and then through the streamer.
     fn goes_through(&self) {
-        let Some(machine) = Machine::new() else {
+        let machine = if self.own_root {
+            Machine::new_on_root_file_system()
+        } else {
+            Machine::new()
+        };
+        let Some(machine) = machine else {
             return;
         };
         let mut command = self.command.to_owned();
         if self.own_root {
             command += " bash -e in-its-root";
             std::fs::write(machine.path("in-its-root"), IN_ITS_ROOT).expect("in-its-root");
+            // Its directory may be on a mount, and that root has none.
             machine
-                .run("mkdir new-root; mount --bind / new-root")
+                .run("cp \"$(command -v application)\" .; mkdir new-root; mount --bind / new-root")
                 .success();
         }
         let mut application = machine.start_in(&command, self.parts);
@@ -76,9 +83,14 @@ impl Case {
             return skip(&format!("CRIU alone cannot do this here: {why}"));
         }
         for round in 1..=ROUNDS {
+            // Every other time with an index, while the image arrives.
+            let (dump, restore) = match round % 2 {
+                0 => (CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX),
+                _ => (CAPTURE, RESTORE),
+            };
             let keeping = Keeping::in_turn(round);
-            let restore = keeping.in_script(RESTORE);
-            if let Err(why) = self.restores(&machine, &mut application, CAPTURE, &restore) {
+            let restore = keeping.in_script(restore);
+            if let Err(why) = self.restores(&machine, &mut application, dump, &restore) {
                 panic!("round {round} of {ROUNDS}, {keeping:?}: {why}");
             }
         }

@@ -176,3 +176,25 @@ fn without_the_option_files_img_is_not_looked_at() {
     drop(criu);
     streamer.expect_success();
 }
+
+/// CRIU lets sockets share a port, and the kernel then deals connections out between them.
+#[test]
+fn a_port_that_another_socket_of_the_image_listens_on_is_refused() {
+    let files = files_img(&[
+        socket(1, TCP, LISTEN, 8080),
+        socket(2, TCP, LISTEN, 8443),
+        socket(3, TCP, LISTEN, 9000),
+    ]);
+    for (remap, both) in [
+        ("8080:8443", ["8080", "8443"]),
+        ("8443:8080", ["8080", "8443"]),
+        ("8080:1,8443:1", ["8080", "8443"]),
+        ("8080:8443,8443:9000", ["8443", "9000"]),
+    ] {
+        let (mut streamer, _feeder) = runs::feed(serve(remap), &image_with(&files));
+        let exit = streamer.wait();
+        assert_eq!(exit.status.code(), Some(1), "{remap}");
+        exit.expect_failure(&both);
+        assert_eq!(exit.progress, [""; 0], "{remap}");
+    }
+}

@@ -1,16 +1,19 @@
 //! What went in comes out: capture and serve, and capture and extract, with the image kept in
 //! between or handed straight from one streamer to the other.
 
+use std::fs::File;
 use std::io::Write;
 use std::thread;
+use std::time::Instant;
 
-use crate::common::PAGE;
-use crate::common::image::{self, Files};
+use crate::common::child::queued;
+use crate::common::image::{self, Files, Shard};
 use crate::common::keeping::Keeping;
 use crate::common::random::Random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards;
 use crate::common::streamer::Streamer;
+use crate::common::{HANG_TIMEOUT, PAGE};
 
 /// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
 fn random_files(seed: u64) -> Files {
@@ -151,4 +154,37 @@ fn write_and_read_at_once(files: &Files, keeping: Keeping) {
     });
     drop(restoring);
     serve.expect_success();
+}
+
+/// What came of a chunk before its turn is held in a pipe, and the rest goes straight to its file.
+#[test]
+fn a_chunk_whose_turn_comes_when_half_of_it_is_here_is_whole() {
+    let content = crate::common::random::bytes(7, 200_000);
+    let (before, after) = content.split_at(100_000);
+    let files = Files::from([("inventory.img".to_owned(), content.clone())]);
+    let first = Shard::new().filename(0, "inventory.img").bytes;
+    let marker = Shard::new().data_marker(1, content.len() as u32);
+    let ahead = marker.raw(before).bytes;
+    let rest = Shard::new().raw(after).file_eof(2).image_eof(3).bytes;
+    for (launch, serves) in [(Streamer::extract(), false), (Streamer::serve(), true)] {
+        let (readers, writers) = shards::pipes(2, Some(256 * PAGE));
+        let looking = readers[1].try_clone().unwrap();
+        let mut streamer = launch.shards(readers).start();
+        let mut writers: Vec<_> = writers.into_iter().map(File::from).collect();
+        writers[1].write_all(&ahead).unwrap();
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while queued(&looking) > 0 {
+            assert!(Instant::now() < deadline, "what is ahead is not taken");
+            thread::yield_now();
+        }
+        writers[0].write_all(&first).unwrap();
+        writers[1].write_all(&rest).unwrap();
+        drop((writers, looking));
+        if serves {
+            runs::assert_served(&mut streamer, &files);
+        } else {
+            streamer.expect_success();
+            assert_same_files(&runs::read_dir(streamer.images_dir()), &files);
+        }
+    }
 }

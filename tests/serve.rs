@@ -164,6 +164,7 @@ fn of_a_file_that_was_sent_twice_the_last_one_is_served() {
             ("fdinfo.img", &random::bytes(1, first)),
             ("other.img", b"other"),
             ("fdinfo.img", &last_version),
+            ("inventory.img", image::INVENTORY),
         ]);
         let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
         let criu = streamer.criu();
@@ -259,4 +260,53 @@ fn memory_is_given_back(launch: Launch) {
     }
     drop((file, criu));
     streamer.expect_success();
+}
+
+#[test]
+fn an_image_without_inventory_is_never_served() {
+    let broken: [&[(&str, &[u8])]; 3] = [
+        &[("core-1.img", b"core"), ("pages-1.img", b"pages")],
+        &[
+            ("fs.tar", b"tar"),
+            ("cpuinfo.img", b"cpu"),
+            ("core-1.img", b"core"),
+        ],
+        &[],
+    ];
+    for files in broken {
+        let image = image::encode(files.iter().copied(), 2, 10);
+        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
+        let words: &[&str] = match files {
+            [] => &["no file"],
+            _ => &["inventory.img"],
+        };
+        let exit = streamer.expect_failure(words);
+        assert_eq!(exit.progress, [""; 0]);
+    }
+}
+
+/// CRIU reads them by the size of the file, which a pipe does not have.
+#[test]
+fn firewall_rules_that_criu_does_not_restore_from_a_stream_are_told() {
+    let stderr_with = |rules: &[u8]| {
+        let image = image_of([
+            ("nftables-12.img", rules),
+            ("nftables-13.img", b""),
+            ("inventory.img", b"inventory"),
+        ]);
+        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
+        let criu = streamer.criu();
+        // It is told before CRIU can begin.
+        let stderr = streamer.stderr();
+        criu.expect_file("nftables-12.img", rules);
+        drop(criu);
+        streamer.expect_success();
+        stderr
+    };
+    let stderr = stderr_with(b"table inet filter {}");
+    for word in ["nftables-12.img", "extract"] {
+        assert!(stderr.contains(word), "nothing about {word}: {stderr}");
+    }
+    assert!(!stderr.contains("nftables-13.img"), "{stderr}");
+    assert_eq!(stderr_with(b""), "");
 }

@@ -336,7 +336,8 @@ fn ask_again_for_pages(pages: &[u8], mut streamer: Streamer) {
 #[test]
 fn every_other_file_up_to_a_bound_may_be_asked_for_again() {
     let content = random::bytes(1, KEPT);
-    let image = image::encode([("pagemap-1.img", &content[..])], 1, MIB);
+    let files = [("pagemap-1.img".to_owned(), content.clone())].into();
+    let image = image::encode_files(&files, 1, MIB);
     for keeping in Keeping::ALL {
         let (mut streamer, _feeder) = runs::feed(keeping.serve(), &image);
         let criu = streamer.criu();
@@ -394,4 +395,31 @@ fn a_capture_takes_files_from_several_connections() {
     drop(second);
     streamer.expect_success();
     assert_eq!(image::decode(&collector.finish()).unwrap().len(), 3);
+}
+
+/// A restore beside a lazy-pages daemon: both read the memory areas and page maps of all processes.
+#[test]
+fn what_several_clients_read_is_kept_whatever_its_size() {
+    let mut random = Random::new(1);
+    let mut shared: Files = (0..20)
+        .map(|i| (format!("mm-{i}.img"), random.bytes(MIB)))
+        .collect();
+    shared.insert("pagemap-1.img".into(), random.bytes(5 * MIB));
+    shared.insert("inventory.img".into(), random.bytes(100));
+    let data = random.bytes(2 * MIB);
+    let mut files = shared.clone();
+    files.insert("pages-1.img".into(), data.clone());
+    let (mut streamer, _feeder) = runs::feed(
+        Streamer::serve().args(["--criu-clients", "2"]),
+        &image::encode_files(&files, 2, 200_000),
+    );
+    let restore = streamer.criu();
+    let lazy_pages = Criu::connect(streamer.images_dir(), Role::Serve);
+    for (name, content) in &shared {
+        restore.expect_file(name, content);
+        lazy_pages.expect_file(name, content);
+    }
+    lazy_pages.expect_file("pages-1.img", &data);
+    drop((restore, lazy_pages));
+    streamer.expect_success();
 }

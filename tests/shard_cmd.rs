@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::common::child::{Limit, wait_for_end};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
 use crate::common::streamer::{Exit, Launch, Streamer, binary};
@@ -354,6 +355,123 @@ fn a_command_starts_like_one_that_a_shell_started() {
     let group = fs::read_to_string(dir.path().join("group")).unwrap();
     let ids: Vec<_> = group.split_whitespace().collect();
     assert_eq!(ids[0], ids[1], "a process group of its own");
+}
+
+/// With `tee >(upload)` the shell ends before the upload.
+#[test]
+fn what_a_command_leaves_behind_is_waited_for() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().display();
+    write_shards(dir.path(), &small_files(), 1);
+    nix::unistd::mkfifo(&dir.path().join("gate"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let rest = "echo rest >rest; read -r _ <gate; echo done >done";
+    for (launch, command) in [
+        (
+            Streamer::capture(),
+            format!("tee >(cat >/dev/null; {rest}) >/dev/null"),
+        ),
+        (Streamer::capture(), format!("cat >/dev/null; ({rest}) &")),
+        (
+            Streamer::extract(),
+            format!("cat s1; ({rest}) >/dev/null &"),
+        ),
+    ] {
+        let _ = fs::remove_file(dir.path().join("rest"));
+        let _ = fs::remove_file(dir.path().join("done"));
+        let captures = launch.writes_shards();
+        let mut streamer = with(launch, 1, &format!("cd '{path}'; {command}")).start();
+        if captures {
+            runs::send(&streamer, &small_files());
+        }
+        wait_for_file(&dir.path().join("rest"));
+        let ended = wait_for_end(&streamer.pidfd(), Duration::from_millis(300));
+        assert!(!ended, "{command}: it was not waited for");
+        fs::write(dir.path().join("gate"), "go\n").unwrap();
+        streamer.expect_success();
+        assert!(dir.path().join("done").exists(), "{command}");
+    }
+}
+
+#[test]
+fn what_a_command_leaves_behind_fails_the_transfer_with_its_failure() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().display();
+    write_shards(dir.path(), &small_files(), 2);
+    for (command, how) in [
+        ("tee >(cat >/dev/null; exit 7) >/dev/null", "exit status 7"),
+        (
+            "tee >(cat >/dev/null; sleep 0.2; exit 7) >/dev/null; true",
+            "exit status 7",
+        ),
+        (
+            "cat > >(cat >/dev/null; sleep 0.2; kill -KILL $BASHPID)",
+            "SIGKILL",
+        ),
+    ] {
+        let exit = capture(2, command, &small_files());
+        exit.expect_failure(&["shard command", command, "background", how]);
+        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+    }
+    for launch in [Streamer::extract, Streamer::serve] {
+        let images = TempDir::new().unwrap();
+        let command = format!("cat '{path}'/s{{}}; test {{}} != 2 || (sleep 0.3; exit 8) &");
+        let exit = with(launch().images_dir(images.path()), 2, &command).run();
+        exit.expect_failure(&["shard command 2", "background", "exit status 8"]);
+        assert_eq!(exit.progress, [""; 0]);
+        assert_eq!(fs::read_dir(images.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_what_a_command_left_behind() {
+    let marker = format!("1000.{}5", std::process::id());
+    let dir = TempDir::new().unwrap();
+    let left = dir.path().join("left");
+    let command = format!(
+        "cat >/dev/null; sleep {marker} & echo $! >'{}'",
+        left.display()
+    );
+    let mut streamer = with(Streamer::capture(), 1, &command).start();
+    runs::send(&streamer, &small_files());
+    wait_for_file(&left);
+    assert!(streamer.is_running());
+    streamer.signal(Signal::SIGTERM);
+    assert_eq!(streamer.wait().status.code(), Some(128 + 15));
+    wait_until_nothing_runs(&marker);
+}
+
+/// Such as ssh's control master, which other connections will use.
+#[test]
+fn a_daemon_is_neither_waited_for_nor_ended() {
+    let dir = TempDir::new().unwrap();
+    let command = format!(
+        "cat >/dev/null; cd '{}'; setsid sh -c 'echo $$ >daemon; exec sleep 1000' <&- >&- 2>&- &",
+        dir.path().display()
+    );
+    let mut streamer = with(Streamer::capture(), 1, &command).start();
+    runs::send(&streamer, &small_files());
+    streamer.expect_success();
+    let daemon = wait_for_file(&dir.path().join("daemon"));
+    let daemon = nix::unistd::Pid::from_raw(daemon.trim().parse().unwrap());
+    nix::sys::signal::kill(daemon, Signal::SIGKILL).unwrap();
+}
+
+/// Programs that use `select` break where descriptors may have numbers over 1023.
+#[test]
+fn a_command_has_the_descriptor_limit_that_the_streamer_was_started_with() {
+    let dir = TempDir::new().unwrap();
+    let limits = dir.path().join("limits");
+    let command = format!(
+        "cat >/dev/null; (ulimit -Sn; ulimit -Hn) >'{}'",
+        limits.display()
+    );
+    let mut streamer = with(Streamer::capture(), 1, &command)
+        .limit(Limit::OpenFiles(900))
+        .limit(Limit::SoftOpenFiles(300))
+        .start();
+    runs::send(&streamer, &small_files());
+    streamer.expect_success();
+    assert_eq!(fs::read_to_string(limits).unwrap(), "300\n900\n");
 }
 
 #[test]

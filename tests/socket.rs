@@ -2,14 +2,14 @@
 //! what stays behind (nothing).
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::common::child;
+use crate::common::child::{self, Limit};
 use crate::common::criu::{self, Role, read_reply, send_fds};
 use crate::common::image;
 use crate::common::runs;
@@ -389,4 +389,102 @@ fn a_pipe_that_is_closed_on_the_other_side_is_a_file_that_criu_does_not_read() {
     criu.expect_file("inventory.img", b"inventory");
     drop(criu);
     listening.streamer.expect_success();
+}
+
+/// A client that connects as soon as there is a socket is not refused. The streamer dies when it
+/// begins to listen: by then the name must not be there.
+#[test]
+fn the_socket_has_no_name_before_it_listens() {
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        let mut listening = Listening::launch(role, |launch| {
+            launch
+                .images_dir(dir.path())
+                .limit(Limit::Deadly(libc::SYS_listen))
+        });
+        let exit = listening.streamer.wait();
+        assert_eq!(exit.signalled(), Some(libc::SIGSYS), "{}", exit.stderr);
+        assert!(!role.socket(dir.path()).exists(), "{role:?}");
+        // What is left of it does not outlive the next one.
+        Listening::start_with(role, |launch| launch.images_dir(dir.path())).expect_unharmed();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{role:?}");
+    }
+}
+
+/// CRIU's limit is 107 bytes; how the streamer binds the socket takes nothing of that.
+#[test]
+fn the_longest_path_that_criu_takes_can_be_used() {
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        let length = 107 - role.socket(dir.path()).as_os_str().len() - 1;
+        let deep = dir.path().join("d".repeat(length));
+        fs::create_dir(&deep).unwrap();
+        assert_eq!(role.socket(&deep).as_os_str().len(), 107);
+        Listening::start_with(role, |launch| launch.images_dir(&deep)).expect_unharmed();
+    }
+}
+
+/// Under RPC, CRIU's action scripts get such a path, which is gone when CRIU is.
+#[test]
+fn the_socket_is_removed_although_the_path_of_its_directory_is_gone() {
+    for role in ROLES {
+        let dir = TempDir::new().unwrap();
+        let open = File::open(dir.path()).unwrap();
+        let path = format!("/proc/{}/fd/{}", std::process::id(), open.as_raw_fd());
+        let mut listening = Listening::start_with(role, |launch| launch.images_dir(path));
+        drop(open);
+        assert!(role.socket(dir.path()).exists());
+        listening.streamer.signal(Signal::SIGTERM);
+        listening.streamer.wait();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{role:?}");
+    }
+}
+
+/// A streamer in a user namespace that maps only its own user, as in a rootless container.
+fn in_a_user_namespace(role: Role) -> (TempDir, Listening) {
+    const USER: u32 = 4321;
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let listening = Listening::start_with(role, |launch| {
+        launch
+            .images_dir(dir.path())
+            .user(USER)
+            .limit(Limit::OwnUserNamespace)
+    });
+    (dir, listening)
+}
+
+#[test]
+fn the_hosts_root_may_connect_to_a_streamer_in_a_user_namespace() {
+    if !root_or_skip() {
+        return;
+    }
+    for role in ROLES {
+        let (_dir, listening) = in_a_user_namespace(role);
+        assert!(!listening.expect_unharmed().contains("refused"));
+    }
+}
+
+/// To the streamer they look the same as the host's root.
+#[test]
+fn other_users_of_the_host_may_not_connect_to_a_streamer_in_a_user_namespace() {
+    const OTHER: u32 = 1234;
+    if !root_or_skip() {
+        return;
+    }
+    for role in ROLES {
+        let (_dir, mut listening) = in_a_user_namespace(role);
+        let connect = || child::as_user(OTHER, || UnixStream::connect(listening.socket()));
+        let denied = connect().map(drop).unwrap_err();
+        assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+        // Once the mode is loosened, the kernel keeps nobody away any more.
+        fs::set_permissions(listening.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+        let mut stranger = connect().unwrap();
+        stranger.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
+        let _refused_already = stranger.write_all(&criu::request("inventory.img"));
+        assert!(!read_reply(&mut stranger).unwrap_or(false), "{role:?}");
+        listening.streamer.wait_for_stderr("refused a connection");
+        listening.streamer.signal(Signal::SIGTERM);
+        listening.streamer.wait();
+    }
 }

@@ -4,15 +4,15 @@
 //! examples/checkpoint-safely.sh, which does it for those who have no supervisor.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use crate::common::HANG_TIMEOUT;
-use crate::common::child::{Child as Inheriting, send_signal, wait_for_end};
+use crate::common::child::{Child as Inheriting, queued, send_signal, wait_for_end};
 use crate::common::criu::{Criu, Role};
-use crate::common::image::Files;
+use crate::common::image::{Files, Shard};
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes};
 use crate::common::shards::pipe;
@@ -237,6 +237,53 @@ fn a_supervisor_extracts_with_a_file_system() {
     let mut expected = files();
     expected.insert("cpuinfo.img".into(), b"cpuinfo".to_vec());
     runs::assert_same_files(&runs::read_dir(&images), &expected);
+}
+
+/// A supervisor takes the first failure for the reason: not `tar`'s, whose archive was cut.
+#[test]
+fn the_reason_is_told_before_the_parties_see_the_end() {
+    let damaged = Shard::new().filename(0, "fs.tar").data(1, &[1; 5000]);
+    let damaged = damaged.raw(&[0xff; 100]).bytes;
+    let other = Shard::new().filename(0, "inventory.img").file_eof(1);
+    let other = other.image_eof(2).bytes;
+    for (shard, subcommand) in [
+        (&damaged, "extract"),
+        (&damaged, "serve"),
+        (&other, "extract"),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let image = dir.path().join("image");
+        fs::write(&image, shard).unwrap();
+        let (archive, archive_end) = pipe();
+        let (said, stderr) = pipe();
+        // It takes a while to end, as commands may.
+        let bring = format!(
+            "trap 'sleep 0.3; exit' TERM; cat '{}'; while :; do sleep 0.01; done",
+            image.display()
+        );
+        let mut command = Command::new(binary());
+        command
+            .arg("-D")
+            .arg(dir.path().join("images"))
+            .args([
+                "--ext-file-fds",
+                &format!("fs.tar:{}", archive_end.as_raw_fd()),
+            ])
+            .args(["--shard-cmd", &bring, subcommand])
+            .stderr(stderr);
+        let mut streamer = Inheriting::spawn(&mut command, &[archive_end], Vec::new()).unwrap();
+        drop(command);
+        File::from(archive).read_to_end(&mut Vec::new()).unwrap();
+        let told = queued(&said);
+        assert!(
+            told > 0,
+            "{subcommand}: the archive ended before the reason was told"
+        );
+        assert_eq!(streamer.reap().unwrap().code(), Some(1));
+        let mut reason = String::new();
+        File::from(said).read_to_string(&mut reason).unwrap();
+        assert!(reason.contains("Error: "), "{reason}");
+    }
 }
 
 /// The terminal that it was started from may be closed.

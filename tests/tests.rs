@@ -21,6 +21,10 @@ mod any_descriptor;
 mod capture;
 /// The command line: what is accepted, and how the rest is refused.
 mod cli;
+/// A capture ends when its readers have taken everything.
+mod drain;
+/// A dump that falls short is refused, and named.
+mod dumps;
 /// `extract`: a whole image comes to the disk, or nothing.
 mod extract;
 /// Images of the original program are read, and ours look like them.
@@ -55,6 +59,9 @@ mod fuzz_inputs;
 /// Broken and hostile images are refused, with the place of the defect.
 mod hostile;
 
+/// An image with an index is served while it arrives, and never if it is damaged.
+mod index;
+
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.
@@ -65,6 +72,10 @@ mod readme;
 mod real_criu;
 /// A real CRIU's dumps and restores that fail leave the application unharmed.
 mod real_criu_failures;
+/// A damaged image with an index leaves nothing running.
+mod real_criu_index;
+/// A real CRIU that delivers less than a dump is found out.
+mod real_criu_partial;
 /// The object store recipe, with the real AWS command line.
 mod s3;
 /// A supervisor's whole cycle, and the example script that stands in for one.

@@ -1,26 +1,39 @@
 //! Chooses the shard for a chunk.
 //!
-//! **The rule.** A chunk is given to a shard only when that shard has free slots for the chunk's
-//! markers and all of its data. Among the shards that may take one, that with the most free slots
-//! gets it. If it has fewer than were asked for, the chunk is cut to fit, but not below half of the
-//! shard's capacity: scraps would cost a wake-up each. If no shard has that much room, the source
-//! keeps its data until a shard has drained: a stalled shard fills up once and is then passed over.
+//! **The rule.** A chunk is given to a shard only when that shard has room: free slots for the
+//! chunk's markers and all of its data, or else for half of what the shard holds at all. The chunk
+//! is then cut to fit; into less than that it is not cut, as scraps would cost a wake-up each. Of
+//! the shards with room, that which has got the fewest bytes gets the chunk. If none has room, the
+//! source keeps its data until a shard has drained: a stalled shard fills up once and is then
+//! passed over.
+//!
+//! **Even shards.** A restore waits for the largest shard. Compressors that compete for processors
+//! take their data by turns, so that the shard that has got the fewest bytes is often full while
+//! another one, with more bytes, has room. One that is ahead gets nothing as long as it still holds
+//! something. Once it is empty, and its reader waits, it is [`Choice::Ahead`]: the caller leaves it
+//! so until the others have caught up, or its [`Patience`] has ended. Patience lasts for a third of
+//! the time at most, so that a shard that takes less than two thirds of what others would take falls
+//! behind. One that is far behind is not waited for any more, and gets what it has room for.
 //!
 //! **From below.** Free slots are never overestimated: what is known of a shard from its last
 //! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
 //! not suffice are the shards inspected again (`FIONREAD`, which contends with the reader for the
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
-//! **Why nothing deadlocks.** An empty shard always qualifies, however full the others are, so data
-//! moves as long as any reader reads. A chunk that was given to a shard fits into it, since the
-//! slots that it takes are never underestimated either ([`super::chunk`] says how). So it leaves
-//! its source at once: no source ever waits for one particular shard, and no shard for a source.
+//! **Why nothing deadlocks.** An empty shard is always chosen, at once or when patience has ended,
+//! however full the others are. So data moves as long as any reader reads. A
+//! chunk that was given to a shard fits into it, since the slots that it takes are never
+//! underestimated either ([`super::chunk`] says how). So it leaves its source at once: no source
+//! ever waits for one particular shard, and no shard for a source.
 //!
 //! A shard that another process writes to as well, or whose reader has made the pipe smaller, has
 //! less room than we know. What such a shard does not take is copied to its queue, so that even
 //! then the chunk has left its source; the shard gets no other until its queue has been written.
 
 use std::io;
+use std::time::Instant;
+
+const MIB: u64 = 1 << 20;
 
 /// What the balancer needs to know of a shard.
 pub(super) trait Slots {
@@ -28,7 +41,9 @@ pub(super) trait Slots {
     fn slots(&self) -> usize;
     /// Slots that are free for sure.
     fn free_slots(&self) -> usize;
-    /// Looks again at how many are free.
+    /// Bytes that it has got so far.
+    fn given(&self) -> u64;
+    /// Looks again at how many slots are free.
     fn inspect(&mut self) -> io::Result<()>;
 }
 
@@ -39,47 +54,143 @@ pub(super) struct Placement {
     pub(super) slots: usize,
 }
 
+/// Where a chunk may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Choice {
+    To(Placement),
+    /// To this one, which is empty, but ahead of others that may soon have room.
+    Ahead(Placement),
+    /// To none: they are too full.
+    Full,
+}
+
+impl Choice {
+    /// The same among all shards, where the first `skipped` were not offered.
+    pub(super) fn shifted(self, skipped: usize) -> Self {
+        let shift = |placement: Placement| Placement {
+            shard: placement.shard + skipped,
+            ..placement
+        };
+        match self {
+            Choice::To(placement) => Choice::To(shift(placement)),
+            Choice::Ahead(placement) => Choice::Ahead(shift(placement)),
+            Choice::Full => Choice::Full,
+        }
+    }
+}
+
 /// Finds a shard for `wanted` slots, or for a part of them that is worth a chunk.
-pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Option<Placement>> {
+pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Choice> {
     let largest = shards.iter().map(S::slots).max().unwrap_or(0);
     let wanted = wanted.min(largest);
-    if let Some(placement) = roomiest(shards, wanted, |shard| shard.free_slots() >= wanted) {
-        return Ok(Some(placement));
+    let most = most_given(shards);
+    let fits = |shard: &S| shard.given() <= most && shard.free_slots() >= wanted;
+    if let Some(placement) = emptiest(shards, wanted, fits) {
+        return Ok(Choice::To(placement));
     }
     for shard in shards.iter_mut() {
         shard.inspect()?;
     }
-    Ok(roomiest(shards, wanted, |shard| {
+    let has_room = |shard: &S| {
         let free = shard.free_slots();
         free > 0 && (free >= wanted || free * 2 >= shard.slots())
-    }))
+    };
+    let is_behind = |shard: &S| shard.given() <= most && has_room(shard);
+    if let Some(placement) = emptiest(shards, wanted, is_behind) {
+        return Ok(Choice::To(placement));
+    }
+    let is_empty = |shard: &S| shard.free_slots() == shard.slots();
+    let ahead = emptiest(shards, wanted, is_empty);
+    Ok(ahead.map_or(Choice::Full, Choice::Ahead))
 }
 
-/// Of the shards that qualify, that with the most known free slots; the first of several.
-fn roomiest<S: Slots>(
+/// The most bytes that a shard may have got to be given more without a thought: some more than the
+/// one with the fewest has, of those that are not far behind.
+///
+/// Pipes of 1 MiB are filled in one go, and so a shard is ahead by as much for a moment. The larger
+/// an image is, the less does a difference matter.
+fn most_given<S: Slots>(shards: &[S]) -> u64 {
+    let given = || shards.iter().map(S::given);
+    let most = given().max().unwrap_or(0);
+    let far_behind = most.saturating_sub((most / 4).clamp(4 * MIB, 64 * MIB));
+    let fewest = given().filter(|&given| given >= far_behind).min();
+    let fewest = fewest.unwrap_or(0);
+    fewest + (fewest / 32).clamp(MIB, 8 * MIB)
+}
+
+/// Of the shards that qualify, that which has got the fewest bytes; the first of several.
+fn emptiest<S: Slots>(
     shards: &[S],
     wanted: usize,
     qualifies: impl Fn(&S) -> bool,
 ) -> Option<Placement> {
-    let candidates = shards.iter().enumerate().rev();
-    let (shard, free) = candidates
+    let candidates = shards.iter().enumerate();
+    let (shard, chosen) = candidates
         .filter(|(_, shard)| qualifies(shard))
-        .map(|(index, shard)| (index, shard.free_slots()))
-        .max_by_key(|&(_, free)| free)?;
+        .min_by_key(|(_, shard)| shard.given())?;
     Some(Placement {
         shard,
-        slots: free.min(wanted),
+        slots: chosen.free_slots().min(wanted),
     })
+}
+
+/// How long shards that are ahead may still be left to wait. It grows by half of the time in which
+/// they are not.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    /// In nanoseconds. Less than none, when the caller looked away for longer than it lasted.
+    left: i64,
+    as_of: Option<Instant>,
+    is_waiting: bool,
+}
+
+impl Patience {
+    /// A stall costs no more than this, however well all went before. A compressor that shares its
+    /// processor with two others has it again by then.
+    const LONGEST: i64 = 100_000_000;
+
+    /// Whether a shard that is ahead is to wait. There is no patience when this is asked first.
+    pub(super) fn lasts(&mut self, now: Instant) -> bool {
+        self.pass(now);
+        self.is_waiting = self.left > 0;
+        self.is_waiting
+    }
+
+    /// No shard is left to wait any more.
+    pub(super) fn rest(&mut self) {
+        if self.is_waiting {
+            self.rest_at(Instant::now());
+        }
+    }
+
+    fn rest_at(&mut self, now: Instant) {
+        self.pass(now);
+        self.is_waiting = false;
+    }
+
+    fn pass(&mut self, now: Instant) {
+        let before = self.as_of.replace(now).unwrap_or(now);
+        let passed = now.saturating_duration_since(before).as_nanos() as i64;
+        self.left = if self.is_waiting {
+            self.left - passed
+        } else {
+            (self.left + passed / 2).min(Self::LONGEST)
+        };
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
+    #[derive(Clone)]
     struct Fake {
         slots: usize,
         known: usize,
         real: usize,
+        given: u64,
         inspections: usize,
     }
 
@@ -89,6 +200,7 @@ mod tests {
                 slots: 256,
                 known,
                 real,
+                given: 0,
                 inspections: 0,
             }
         }
@@ -99,6 +211,10 @@ mod tests {
                 ..Self::new(0, real)
             }
         }
+
+        fn given(self, given: u64) -> Self {
+            Self { given, ..self }
+        }
     }
 
     impl Slots for Fake {
@@ -108,6 +224,9 @@ mod tests {
         fn free_slots(&self) -> usize {
             self.known
         }
+        fn given(&self) -> u64 {
+            self.given
+        }
         fn inspect(&mut self) -> io::Result<()> {
             self.known = self.real;
             self.inspections += 1;
@@ -115,49 +234,160 @@ mod tests {
         }
     }
 
-    fn placed(shard: usize, slots: usize) -> Option<Placement> {
-        Some(Placement { shard, slots })
+    fn to(shard: usize, slots: usize) -> Choice {
+        Choice::To(Placement { shard, slots })
     }
 
     #[test]
-    fn the_roomiest_shard_is_chosen_without_looking_at_any() {
-        let mut shards = [Fake::new(10, 256), Fake::new(200, 256), Fake::new(100, 256)];
-        assert_eq!(choose(&mut shards, 64).unwrap(), placed(1, 64));
+    fn of_those_with_room_the_shard_with_the_fewest_bytes_is_chosen_without_looking_at_any() {
+        let mut shards = [
+            Fake::new(10, 256).given(1000),
+            Fake::new(100, 256).given(3000),
+            Fake::new(200, 256).given(4000),
+        ];
+        assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
         assert!(shards.iter().all(|shard| shard.inspections == 0));
     }
 
     #[test]
     fn shards_are_inspected_when_the_known_room_does_not_suffice() {
-        let mut shards = [Fake::new(3, 3), Fake::new(5, 200)];
-        assert_eq!(choose(&mut shards, 64).unwrap(), placed(1, 64));
+        let mut shards = [Fake::new(3, 3), Fake::new(5, 200).given(9000)];
+        assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
     }
 
     #[test]
     fn a_chunk_is_cut_to_the_room_but_not_into_scraps() {
         let mut shards = [Fake::new(0, 128)];
-        assert_eq!(choose(&mut shards, 200).unwrap(), placed(0, 128));
+        assert_eq!(choose(&mut shards, 200).unwrap(), to(0, 128));
         let mut shards = [Fake::new(0, 127)];
-        assert_eq!(choose(&mut shards, 200).unwrap(), None);
+        assert_eq!(choose(&mut shards, 200).unwrap(), Choice::Full);
+    }
+
+    #[test]
+    fn a_chunk_is_rather_cut_than_given_to_a_shard_with_more_bytes() {
+        let mut shards = [Fake::new(0, 128), Fake::new(0, 256).given(4096)];
+        assert_eq!(choose(&mut shards, 256).unwrap(), to(0, 128));
     }
 
     #[test]
     fn full_shards_are_passed_over() {
-        let mut shards = [Fake::new(0, 0), Fake::new(0, 2)];
-        assert_eq!(choose(&mut shards, 2).unwrap(), placed(1, 2));
-        assert_eq!(choose(&mut [Fake::new(0, 0)], 1).unwrap(), None);
+        let mut shards = [Fake::new(0, 0), Fake::new(0, 2).given(9000)];
+        assert_eq!(choose(&mut shards, 2).unwrap(), to(1, 2));
+        assert_eq!(choose(&mut [Fake::new(0, 0)], 1).unwrap(), Choice::Full);
     }
 
     #[test]
     fn an_empty_shard_of_any_capacity_qualifies() {
         for slots in [1, 2, 16, 256] {
             let mut shards = [Fake::small(slots, slots)];
-            assert_eq!(choose(&mut shards, 1000).unwrap(), placed(0, slots));
+            assert_eq!(choose(&mut shards, 1000).unwrap(), to(0, slots));
         }
     }
 
     #[test]
     fn an_empty_shard_qualifies_beside_a_stalled_one_that_has_more_room() {
         let mut shards = [Fake::new(100, 100), Fake::small(64, 64)];
-        assert_eq!(choose(&mut shards, 200).unwrap(), placed(1, 64));
+        assert_eq!(choose(&mut shards, 200).unwrap(), to(1, 64));
+    }
+
+    #[test]
+    fn a_shard_that_is_ahead_of_a_full_one_gets_nothing_before_it_is_empty() {
+        let beside_full = |free, given| {
+            let full = Fake::new(0, 0).given(40 * MIB);
+            let other = Fake::new(free, free).given(given * MIB);
+            choose(&mut [full, other], 64).unwrap()
+        };
+        for free in [128, 255, 256] {
+            assert_eq!(beside_full(free, 40), to(1, 64));
+            assert_eq!(beside_full(free, 41), to(1, 64));
+        }
+        let placement = Placement {
+            shard: 1,
+            slots: 64,
+        };
+        for given in [42, 48] {
+            assert_eq!(beside_full(255, given), Choice::Full);
+            assert_eq!(beside_full(256, given), Choice::Ahead(placement));
+        }
+    }
+
+    #[test]
+    fn a_shard_that_is_far_behind_is_not_waited_for_but_gets_what_it_has_room_for() {
+        let ahead = || Fake::new(256, 256).given(900 * MIB);
+        let mut shards = [Fake::new(0, 0).given(800 * MIB), ahead()];
+        assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
+        let mut shards = [Fake::new(64, 64).given(800 * MIB), ahead()];
+        assert_eq!(choose(&mut shards, 64).unwrap(), to(0, 64));
+    }
+
+    /// Readers of these speeds, in slots for each millisecond, and a source that never runs dry:
+    /// the bytes that each shard has got after a time, and what the largest is in mean ones.
+    fn simulate(speeds: &[usize], millis: u64) -> (Vec<u64>, f64) {
+        let start = Instant::now();
+        let mut patience = Patience::default();
+        let mut shards = vec![Fake::new(256, 256); speeds.len()];
+        for milli in 0..millis {
+            let now = start + Duration::from_millis(milli);
+            loop {
+                let placement = match choose(&mut shards, 257).unwrap() {
+                    Choice::To(placement) => placement,
+                    Choice::Ahead(placement) if !patience.lasts(now) => placement,
+                    Choice::Ahead(_) | Choice::Full => break,
+                };
+                patience.rest_at(now);
+                let shard = &mut shards[placement.shard];
+                shard.known -= placement.slots;
+                shard.real = shard.known;
+                shard.given += placement.slots as u64 * 4096;
+            }
+            for (shard, speed) in shards.iter_mut().zip(speeds) {
+                shard.real = (shard.real + speed).min(shard.slots);
+            }
+        }
+        let given: Vec<_> = shards.iter().map(|shard| shard.given).collect();
+        let mean = given.iter().sum::<u64>() as f64 / given.len() as f64;
+        let largest = *given.iter().max().unwrap() as f64;
+        (given, largest / mean)
+    }
+
+    #[test]
+    fn shards_whose_readers_differ_a_little_stay_even() {
+        for speeds in [[60, 60, 60, 60], [60, 60, 60, 45], [70, 60, 50, 50]] {
+            let (given, largest_over_mean) = simulate(&speeds, 2000);
+            assert!(largest_over_mean < 1.05, "{speeds:?}: {given:?}");
+        }
+    }
+
+    #[test]
+    fn a_slow_shard_gets_what_it_takes_and_the_others_hardly_less_than_without_it() {
+        for slow in [0, 1, 5] {
+            let (given, _) = simulate(&[60, 60, 60, slow], 5000);
+            let without = 5000 * 60 * 4096;
+            assert!(
+                given[..3].iter().all(|&given| given * 10 >= without * 9),
+                "beside one of {slow} slots/ms: {given:?}"
+            );
+            assert!(given[3] + MIB >= 5000 * slow as u64 * 4096, "{given:?}");
+        }
+    }
+
+    #[test]
+    fn patience_lasts_a_third_of_the_time_and_never_long() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut patience = Patience::default();
+        assert!(!patience.lasts(at(0)), "nothing has happened yet");
+        assert!(patience.lasts(at(20)));
+        assert!(patience.lasts(at(29)));
+        assert!(!patience.lasts(at(30)));
+        assert!(patience.lasts(at(40)));
+        assert!(!patience.lasts(at(45)));
+        assert!(patience.lasts(at(47)));
+        assert!(!patience.lasts(at(58)), "10 ms too long");
+        assert!(!patience.lasts(at(78)));
+        assert!(patience.lasts(at(80)));
+        assert!(!patience.lasts(at(100)));
+        assert!(patience.lasts(at(100_000)));
+        assert!(!patience.lasts(at(100_100)), "a stall is not waited for");
     }
 }

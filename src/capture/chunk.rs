@@ -5,8 +5,6 @@
 //! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
 //! [`Route`] the number of slots is certain.
 
-use crate::os::pipe::SLOT;
-
 /// What a chunk's markers take at most, in bytes: a name has up to 255.
 const MARKERS: usize = 512;
 
@@ -35,17 +33,17 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    /// Cuts the chunk to `slots`. With none left, for a shard of a single slot, it gets what fits
-    /// into the slot of its markers.
-    pub(super) fn cut(&mut self, slots: usize) {
+    /// Cuts the chunk to `slots` of `slot` bytes each. With none left, for a shard of a single slot,
+    /// it gets what fits into the slot of its markers.
+    pub(super) fn cut(&mut self, slots: usize, slot: usize) {
         if slots >= self.slots {
             return;
         }
         if slots == 0 {
-            self.shorten(SLOT - MARKERS);
+            self.shorten(slot - MARKERS);
             self.route = Route::Copied;
         } else {
-            self.shorten(slots * SLOT);
+            self.shorten(slots * slot);
             if self.route == Route::Staged {
                 self.route = Route::Copied;
             }
@@ -66,45 +64,56 @@ impl Chunk {
 mod tests {
     use super::*;
 
-    fn cut(bytes: usize, route: Route, slots: usize) -> (usize, Route, bool) {
+    const SIZES: [usize; 3] = [4 << 10, 16 << 10, 64 << 10];
+
+    fn cut(bytes: usize, route: Route, slots: usize, slot: usize) -> (usize, Route, bool) {
         let mut chunk = Chunk {
             bytes,
             slots: 16,
             route,
             is_last: true,
         };
-        chunk.cut(slots);
+        chunk.cut(slots, slot);
         (chunk.bytes, chunk.route, chunk.is_last)
     }
 
     #[test]
     fn a_chunk_is_cut_at_a_page_if_it_is_cut_at_all() {
-        let bytes = 16 * SLOT;
-        assert_eq!(cut(bytes, Route::Direct, 16), (bytes, Route::Direct, true));
-        assert_eq!(
-            cut(bytes, Route::Direct, 3),
-            (3 * SLOT, Route::Direct, false)
-        );
+        for slot in SIZES {
+            let bytes = 16 * slot;
+            assert_eq!(
+                cut(bytes, Route::Direct, 16, slot),
+                (bytes, Route::Direct, true)
+            );
+            assert_eq!(
+                cut(bytes, Route::Direct, 3, slot),
+                (3 * slot, Route::Direct, false)
+            );
+        }
     }
 
     #[test]
     fn pieces_are_copied_where_their_slots_are_too_many() {
-        assert_eq!(
-            cut(16 * SLOT, Route::Staged, 3),
-            (3 * SLOT, Route::Copied, false)
-        );
-        assert_eq!(
-            cut(2 * SLOT + 1, Route::Staged, 3),
-            (2 * SLOT + 1, Route::Copied, true)
-        );
+        for slot in SIZES {
+            assert_eq!(
+                cut(16 * slot, Route::Staged, 3, slot),
+                (3 * slot, Route::Copied, false)
+            );
+            assert_eq!(
+                cut(2 * slot + 1, Route::Staged, 3, slot),
+                (2 * slot + 1, Route::Copied, true)
+            );
+        }
     }
 
     #[test]
     fn a_shard_of_one_slot_takes_a_chunk_in_the_slot_of_its_markers() {
-        for route in [Route::Direct, Route::Staged, Route::Copied] {
-            let (bytes, route, is_last) = cut(16 * SLOT, route, 0);
-            assert_eq!((route, is_last), (Route::Copied, false));
-            assert!((1..=SLOT - MARKERS).contains(&bytes));
+        for slot in SIZES {
+            for route in [Route::Direct, Route::Staged, Route::Copied] {
+                let (bytes, route, is_last) = cut(16 * slot, route, 0, slot);
+                assert_eq!((route, is_last), (Route::Copied, false));
+                assert!((1..=slot - MARKERS).contains(&bytes));
+            }
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The end of a capture: the end marker, and readers that take what is left.
-
-use std::time::{Duration, Instant};
+//!
+//! The capture ends when the readers have taken everything out of the pipes, however long that
+//! takes. What is still in a pipe refers to the application's own pages: once our end is reported,
+//! the application may go on, and would change them. And a reader that leaves early would look like
+//! one that has finished.
 
 use anyhow::{Context, Result};
 
@@ -10,26 +13,12 @@ use crate::os::poller::Wait;
 use crate::pace::Pace;
 use crate::report::progress::Stats;
 
-/// How long to wait for the readers if that is to be brief.
-const BRIEFLY: Duration = Duration::from_secs(1);
-
-/// Whether the shards' readers must have taken everything before their pipes are closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Drain {
-    /// Wait a moment, to notice readers that fail on the last bytes. One that is slow, or waits for
-    /// our end, is left to itself.
-    Briefly,
-    /// Wait until the readers have drained their pipes. Needed when we also wait for them to exit:
-    /// a reader that quits early would look like one that finished.
-    Completely,
-}
-
 impl CaptureLoop<'_> {
     /// Writes all that is left of a complete image, and its end marker, and waits for the readers.
     ///
     /// # Errors
     /// When a reader leaves before it has everything, and when a signal came.
-    pub(super) fn finish(mut self, drain: Drain) -> Result<Stats> {
+    pub(super) fn finish(&mut self) -> Result<Stats> {
         // An external file that could not be read looks like one that has ended.
         self.interrupts.check()?;
         let mut pace = Pace::new();
@@ -46,8 +35,7 @@ impl CaptureLoop<'_> {
         while self.sequence.flush()? == Flushed::Partly {
             self.wait_for_readers(&mut pace)?;
         }
-        let written = Instant::now();
-        while (drain == Drain::Completely || written.elapsed() < BRIEFLY) && !self.is_drained()? {
+        while !self.is_drained()? {
             self.wait_for_readers(&mut pace)?;
         }
         Ok(self.sequence.stats())

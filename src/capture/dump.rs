@@ -1,20 +1,26 @@
-//! The dump: which files CRIU has open, and what it must have delivered when it is gone.
+//! The dump: which files CRIU has open, and which of them may be looked at now.
 //!
-//! The image is complete when CRIU has delivered inventory.img, which it sends last and only when
-//! the dump succeeded, and every file was read to its end.
+//! The image is complete when every file was read to its end, and what CRIU has delivered is a
+//! whole dump (see [`super::delivered`]).
+//!
+//! **Who is looked at.** A source that has something to do is busy, and has a turn in each round.
+//! One that found no room waits. CRIU can have thousands of small files open, and behind a stalled
+//! shard all of them wait: so in each round only the first few are tried again, and those that find
+//! no room go to the end of the queue. A large file thus holds up no small one, for which there may
+//! be room.
 //!
 //! CRIU sends some files a second time while the first is still open, and the last one counts. The
 //! first is then ended in the image before the second begins, and what still comes of it is thrown
 //! away.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 
+use super::delivered::Delivered;
 use super::sequence::{Activity, Sequence};
 use super::source::{Owner, Source};
-use crate::criu::files::{CPUINFO, INVENTORY};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd};
@@ -55,14 +61,6 @@ pub(super) fn file_of_criu(
     }
 }
 
-/// Which of CRIU's files arrived whole.
-#[derive(Debug, Default)]
-struct Delivered {
-    inventory: bool,
-    cpuinfo: bool,
-    others: bool,
-}
-
 /// The files of one image.
 #[derive(Default)]
 pub(super) struct Dump {
@@ -72,7 +70,13 @@ pub(super) struct Dump {
     next_id: u64,
     /// The sources that have something to do.
     busy: Vec<u64>,
+    /// Those that found no room, in the order in which they are tried again.
+    waiting: VecDeque<u64>,
+    /// How many of CRIU's files are open.
+    open_of_criu: usize,
     delivered: Delivered,
+    /// All that CRIU had to deliver has come.
+    is_whole: bool,
     null: Option<File>,
 }
 
@@ -93,6 +97,7 @@ impl Dump {
         let id = self.next_id;
         self.next_id += 1;
         source.id = id;
+        self.open_of_criu += usize::from(source.owner == Owner::Criu);
         if let Some(earlier) = self.by_name.insert(name, id)
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {
@@ -112,7 +117,10 @@ impl Dump {
 
     /// Something has changed about a source.
     pub(super) fn wake(&mut self, id: u64) {
-        if !self.busy.contains(&id) {
+        if let Some(source) = self.sources.get_mut(&id)
+            && !source.is_queued
+        {
+            source.is_queued = true;
             self.busy.push(id);
         }
     }
@@ -128,47 +136,59 @@ impl Dump {
         std::mem::take(&mut self.busy)
     }
 
+    /// How many sources wait for room.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The source that has waited longest.
+    pub(super) fn take_waiting(&mut self) -> Option<u64> {
+        self.waiting.pop_front()
+    }
+
     /// Takes a source out, to be given back with [`Dump::put_back`].
     pub(super) fn take(&mut self, id: u64) -> Option<Source> {
-        self.sources.remove(&id)
+        let mut source = self.sources.remove(&id)?;
+        source.is_queued = false;
+        Some(source)
     }
 
     /// Keeps a source after its turn, or what it delivered if it is complete.
-    pub(super) fn put_back(&mut self, source: Source, activity: Activity) {
+    ///
+    /// # Errors
+    /// When this file shows that the image can never be whole.
+    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) -> Result<()> {
+        source.is_queued = true;
         match activity {
-            Activity::Idle => {}
-            Activity::NoRoom | Activity::Busy => self.busy.push(source.id),
-            Activity::Complete => return self.complete(&source),
+            Activity::Idle => source.is_queued = false,
+            Activity::NoRoom => self.waiting.push_back(source.id),
+            Activity::Busy => self.busy.push(source.id),
+            Activity::Complete => return self.complete(source),
         }
         self.sources.insert(source.id, source);
+        Ok(())
     }
 
-    fn complete(&mut self, source: &Source) {
+    fn complete(&mut self, mut source: Source) -> Result<()> {
         if self.by_name.get(&source.name) == Some(&source.id) {
             self.by_name.remove(&source.name);
         }
-        if source.owner == Owner::Criu && !source.is_replaced {
-            match source.name.as_str() {
-                // CRIU writes either in one go: killed before, it leaves an empty file.
-                INVENTORY => self.delivered.inventory = source.has_content(),
-                CPUINFO => self.delivered.cpuinfo = source.has_content(),
-                _ => self.delivered.others = true,
-            }
+        if source.owner == Owner::External {
+            return Ok(());
         }
+        self.open_of_criu -= 1;
+        if source.is_replaced {
+            return Ok(());
+        }
+        self.delivered.record(&mut source)
     }
 
     /// Fails when the image can no longer become complete, now that CRIU is gone.
-    pub(super) fn check(&self) -> Result<()> {
-        let Delivered {
-            inventory,
-            cpuinfo,
-            others,
-        } = self.delivered;
-        let mut open = self.sources.values();
-        ensure!(
-            inventory || (cpuinfo && !others) || open.any(|source| source.owner == Owner::Criu),
-            "capturing the image: CRIU went away without sending {INVENTORY}, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
-        );
+    pub(super) fn check(&mut self) -> Result<()> {
+        if self.open_of_criu == 0 && !self.is_whole {
+            self.delivered.check()?;
+            self.is_whole = true;
+        }
         Ok(())
     }
 

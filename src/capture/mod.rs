@@ -12,11 +12,15 @@
 //! now        route                               do not fill   its pipe
 //! ```
 //!
-//! The end marker is written only for a complete image (see `dump`). In every other case this
-//! fails, and with the program's end CRIU's pipes break, so that CRIU lets the application go on.
+//! The end marker is written only for a complete image (see `delivered` and `beside`). In every
+//! other case this fails, and with the program's end CRIU's pipes break, so that CRIU lets the
+//! application go on.
 
 mod balancer;
+mod beside;
+mod capacity;
 mod chunk;
+mod delivered;
 mod drain;
 mod dump;
 mod sequence;
@@ -25,6 +29,7 @@ mod source;
 mod staging;
 
 use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -38,9 +43,10 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::Interrupts;
-pub(crate) use drain::Drain;
+use crate::supervision::{Failure, Interrupts};
+use beside::Beside;
 use dump::Dump;
+pub(crate) use sequence::HasIndex;
 use sequence::{Activity, Sequence};
 use shard::{Flushed, Shard};
 use source::{Ready, Source};
@@ -53,8 +59,11 @@ const CALLS_PER_TURN: usize = 16;
 /// it is filled meanwhile.
 const CHUNKS_PER_TURN: usize = 4;
 
-/// Descriptors kept free of files: for epoll, signals, the socket, the standard streams, and for
-/// what one look at a client can bring.
+/// Sources that find no room before the others that wait for it are left for the next round.
+const REFUSALS_PER_ROUND: usize = 16;
+
+/// Descriptors kept free of files: for epoll, the staging pipe, clients, and for what one look at a
+/// client can bring.
 const OTHER_DESCRIPTORS: usize = 32;
 
 /// How long CRIU may leave all of its open files alone, when these are as many as there may be,
@@ -63,14 +72,16 @@ const OPEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What to capture from, and where to.
 pub(crate) struct Capture<'a> {
+    /// Where CRIU writes what it does not stream.
+    pub(crate) images_dir: &'a Path,
     pub(crate) listener: Listener,
     /// The shards' pipes, with what error messages call them.
     pub(crate) shards: Vec<(WriteEnd, String)>,
+    pub(crate) has_index: HasIndex,
     pub(crate) external_files: Vec<(ImageName, ReadEnd)>,
     pub(crate) progress: &'a mut Progress,
     /// How many CRIU processes must have come and gone.
     pub(crate) criu_clients: usize,
-    pub(crate) drain: Drain,
     pub(crate) counters: Counters,
 }
 
@@ -101,6 +112,7 @@ struct CaptureLoop<'a> {
     listener: Option<Listener>,
     clients: Clients<ImageName>,
     dump: Dump,
+    beside: Beside,
     sequence: Sequence,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
@@ -117,8 +129,12 @@ impl Capture<'_> {
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats> {
-        let taken = self.shards.len() + self.external_files.len() + OTHER_DESCRIPTORS;
+    pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats, Failure> {
+        let taken = open_descriptors()
+            .unwrap_or_else(|| self.shards.len() + self.external_files.len())
+            + OTHER_DESCRIPTORS;
+        let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
+        capacity::even_out(&pipes).context("giving the shards the same capacity")?;
         let mut shards = Vec::new();
         for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
             shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
@@ -127,9 +143,10 @@ impl Capture<'_> {
             poller: Poller::new().context("preparing to wait for events")?,
             interrupts,
             listener: Some(self.listener),
-            clients: Clients::new(self.criu_clients),
+            clients: Clients::exactly(self.criu_clients),
             dump: Dump::default(),
-            sequence: Sequence::new(shards)?,
+            beside: Beside::look(self.images_dir),
+            sequence: Sequence::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(1),
             idle_since: None,
             is_frozen: false,
@@ -141,14 +158,25 @@ impl Capture<'_> {
             capture.open(dump::external_file(name, pipe)?)?;
         }
         capture.progress.reached(Milestone::SocketInit);
-        capture.receive_files()?;
-        capture.finish(self.drain)
+        let captured = capture.receive_files().and_then(|()| capture.finish());
+        let CaptureLoop {
+            clients,
+            dump,
+            sequence,
+            ..
+        } = capture;
+        captured.map_err(|error| Failure::new(error, (clients, dump, sequence)))
     }
 }
 
 /// How many descriptors this process may have.
 fn descriptor_limit() -> usize {
     getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize)
+}
+
+/// How many descriptors are open: pumps and commands have some of their own. `None` without /proc.
+fn open_descriptors() -> Option<usize> {
+    Some(std::fs::read_dir("/proc/self/fd").ok()?.count())
 }
 
 impl CaptureLoop<'_> {
@@ -187,7 +215,7 @@ impl CaptureLoop<'_> {
                 self.clients.close_idle();
                 self.dump.check()?;
                 if self.dump.open_files() == 0 {
-                    return Ok(());
+                    return self.beside.check();
                 }
             }
             let mut activity = received.max(moved);
@@ -244,6 +272,7 @@ impl CaptureLoop<'_> {
         if self.dump.open_files() >= self.most_open && !self.is_stuck() {
             return Ok(Activity::NoRoom);
         }
+        let is_of_dump = self.clients.is_dump(id);
         let mut opened = Vec::new();
         let taken = self.clients.next_requests(
             id,
@@ -256,7 +285,8 @@ impl CaptureLoop<'_> {
             },
         );
         let mut activity = Activity::Idle;
-        for source in opened {
+        for mut source in opened {
+            source.is_of_dump = is_of_dump;
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);
@@ -276,21 +306,39 @@ impl CaptureLoop<'_> {
             .with_context(|| format!("preparing to wait for {}", source.name))
     }
 
-    /// Gives every busy source one turn, and tells how the busiest fared.
+    /// Gives every busy source one turn, and those that wait for room as long as there is some.
+    /// Tells how the busiest fared.
     fn round(&mut self) -> Result<Activity> {
+        let busy = self.dump.take_busy();
         let mut busiest = Activity::Idle;
-        for id in self.dump.take_busy() {
-            let Some(mut source) = self.dump.take(id) else {
-                continue;
+        let mut refusals = 0;
+        for _ in 0..self.dump.waiting() {
+            let Some(id) = self.dump.take_waiting() else {
+                break;
             };
-            let activity = self.advance(&mut source)?;
-            if activity == Activity::Complete {
-                self.files.add(1);
-            }
-            self.dump.put_back(source, activity);
+            let activity = self.turn(id)?;
             busiest = busiest.max(activity);
+            refusals += usize::from(activity == Activity::NoRoom);
+            if refusals == REFUSALS_PER_ROUND {
+                break;
+            }
+        }
+        for id in busy {
+            busiest = busiest.max(self.turn(id)?);
         }
         Ok(busiest)
+    }
+
+    fn turn(&mut self, id: u64) -> Result<Activity> {
+        let Some(mut source) = self.dump.take(id) else {
+            return Ok(Activity::Idle);
+        };
+        let activity = self.advance(&mut source)?;
+        if activity == Activity::Complete {
+            self.files.add(1);
+        }
+        self.dump.put_back(source, activity)?;
+        Ok(activity)
     }
 
     /// Moves what a source has, as far as the shards have room.

@@ -3,26 +3,27 @@
 //! One file is current at a time, and a chunk of another one is preceded by its name. A chunk goes,
 //! with its markers, to the shard that [`super::balancer`] chooses, and is cut to what that shard
 //! has room for.
+//!
+//! Where the image has an index, that is the last of the shards. It gets all markers but those of the
+//! data of large files, which go to the other shards, and the data of all other files.
 
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::balancer::{self, Placement, Slots};
+use super::balancer::{self, Choice, Patience, Placement, Slots};
+use super::capacity;
 use super::chunk::{Chunk, Route};
 use super::shard::{Flushed, Shard};
 use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
-use crate::os::pipe::SLOT;
-use crate::report;
+use crate::os::pipe::slot;
+use crate::os::process::Origin;
 use crate::report::progress::Stats;
 
 /// The slots that the markers of a chunk take.
 const MARKER_SLOTS: usize = 1;
-
-/// Below this capacity, in bytes, a shard costs speed that a setting could give back.
-const GOOD_CAPACITY: usize = 1 << 20;
 
 /// How far a source, or the busiest of all, got in one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,27 +38,51 @@ pub(super) enum Activity {
     Complete,
 }
 
+/// Whether the last of the shards is an index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HasIndex {
+    Yes,
+    No,
+}
+
+/// Which shards something may go to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Among {
+    /// Data of a large file: any but the index.
+    Spread,
+    /// All else: the index, where there is one.
+    Rest,
+}
+
 /// An image that is being written.
 pub(super) struct Sequence {
     shards: Vec<Shard>,
+    /// The number of the index.
+    index: Option<usize>,
     staging: Staging,
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
     start: Option<Instant>,
+    /// This process, for the first marker of each shard.
+    origins: Vec<Option<Origin>>,
+    patience: Patience,
 }
 
 impl Sequence {
-    /// Writes to these shards.
-    pub(super) fn new(shards: Vec<Shard>) -> Result<Self> {
+    /// Writes to these shards, of which the last may be an index.
+    pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
-        smallest.inspect(|shard| warn_of_small_pipe(shard));
+        smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
         Ok(Self {
             staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
+            index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
+            origins: vec![Origin::own(); shards.len()],
             shards,
             seq: 0,
             current: None,
             start: None,
+            patience: Patience::default(),
         })
     }
 
@@ -70,15 +95,21 @@ impl Sequence {
         self.staging.slots()
     }
 
-    /// Gives a chunk to the shard with the most room, if any has enough.
+    /// Gives a chunk to the shard that is to have it, if any has room.
     ///
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
-        let Some(Placement { shard, slots }) = self.place(chunk.slots + MARKER_SLOTS)? else {
+        let among = if source.is_spread() {
+            Among::Spread
+        } else {
+            Among::Rest
+        };
+        let wanted = chunk.slots + MARKER_SLOTS;
+        let Some(Placement { shard, slots }) = self.place(among, wanted)? else {
             return Ok(Activity::NoRoom);
         };
-        chunk.cut(slots - MARKER_SLOTS);
+        chunk.cut(slots - MARKER_SLOTS, slot());
         if chunk.route != Route::Direct {
             chunk.shorten(self.staging.fill(source, chunk.bytes)?);
         }
@@ -97,13 +128,16 @@ impl Sequence {
         let shard = &mut self.shards[shard];
         let staged = self.staging.read_end();
         match chunk.route {
-            Route::Copied => shard.copy(staged, chunk.bytes)?,
+            Route::Copied => source.copied(shard.copy(staged, chunk.bytes)?),
             Route::Staged => {
                 let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
                 shard.copy(staged, chunk.bytes - spliced)?;
             }
             Route::Direct => {
                 let mut spliced = shard.splice(&source.pipe, chunk.bytes, chunk.slots)?;
+                if spliced < chunk.bytes {
+                    source.holds_pieces();
+                }
                 while spliced < chunk.bytes {
                     let bytes = self.staging.fill(source, chunk.bytes - spliced)?;
                     shard.copy(staged, bytes)?;
@@ -117,7 +151,7 @@ impl Sequence {
 
     /// Marks the end of a file that has nothing left.
     pub(super) fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
-        let Some(Placement { shard, .. }) = self.place(MARKER_SLOTS)? else {
+        let Some(Placement { shard, .. }) = self.place(Among::Rest, MARKER_SLOTS)? else {
             return Ok(Activity::NoRoom);
         };
         self.name_file(source, shard);
@@ -128,28 +162,56 @@ impl Sequence {
     /// Marks the end of the image, which [`Sequence::flush`] writes, and tells where; `None` when
     /// no shard has room for the marker.
     pub(super) fn end_image(&mut self) -> Result<Option<Placement>> {
-        let placement = self.place(MARKER_SLOTS)?;
+        let placement = self.place(Among::Rest, MARKER_SLOTS)?;
         if let Some(placement) = placement {
             self.mark(placement.shard, Body::ImageEnd);
         }
         Ok(placement)
     }
 
-    fn place(&mut self, wanted: usize) -> Result<Option<Placement>> {
-        balancer::choose(&mut self.shards, wanted).context("looking for a shard with room")
+    fn place(&mut self, among: Among, wanted: usize) -> Result<Option<Placement>> {
+        let shards = &mut self.shards;
+        let choice = match (self.index, among) {
+            (None, _) => balancer::choose(shards, wanted),
+            (Some(index), Among::Rest) => {
+                let choice = balancer::choose(&mut shards[index..], wanted);
+                choice.map(|choice| choice.shifted(index))
+            }
+            (Some(index), Among::Spread) => {
+                // The name of the file, and later its end, go to the index.
+                match balancer::choose(&mut shards[index..], MARKER_SLOTS) {
+                    Ok(Choice::To(_)) => balancer::choose(&mut shards[..index], wanted),
+                    no_room => no_room.map(|_| Choice::Full),
+                }
+            }
+        };
+        Ok(match choice.context("looking for a shard with room")? {
+            Choice::To(placement) => {
+                self.patience.rest();
+                Some(placement)
+            }
+            Choice::Ahead(placement) => {
+                let waits = self.patience.lasts(Instant::now());
+                (!waits).then_some(placement)
+            }
+            Choice::Full => {
+                self.patience.rest();
+                None
+            }
+        })
     }
 
     /// Makes a file the current one.
     fn name_file(&mut self, source: &mut Source, shard: usize) {
         if self.current != Some(source.id) {
-            self.mark(shard, Body::File(source.name.clone()));
+            self.mark(self.index.unwrap_or(shard), Body::File(source.name.clone()));
             self.current = Some(source.id);
             source.is_named = true;
         }
     }
 
     fn mark_end(&mut self, source: &mut Source, shard: usize) {
-        self.mark(shard, Body::FileEnd);
+        self.mark(self.index.unwrap_or(shard), Body::FileEnd);
         self.current = None;
         source.is_named = false;
     }
@@ -157,7 +219,10 @@ impl Sequence {
     fn mark(&mut self, shard: usize, body: Body) {
         self.start.get_or_insert_with(Instant::now);
         let seq = self.seq;
-        self.shards[shard].mark(Marker { seq, body });
+        let mut marker = Marker::new(seq, body);
+        marker.origin = self.origins[shard].take();
+        marker.is_index = seq == 0 && self.index.is_some();
+        self.shards[shard].mark(marker);
         self.seq += 1;
     }
 
@@ -184,17 +249,6 @@ impl Sequence {
     }
 }
 
-fn warn_of_small_pipe(shard: &Shard) {
-    let capacity = shard.slots() * SLOT;
-    if capacity < GOOD_CAPACITY {
-        report::warn(format_args!(
-            "{} holds only {} KiB, which makes the capture slow: raise /proc/sys/fs/pipe-max-size to at least {GOOD_CAPACITY}, and /proc/sys/fs/pipe-user-pages-soft (0 is no limit) if that is not root's pipe",
-            shard.label(),
-            capacity / 1024,
-        ));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
@@ -208,11 +262,12 @@ mod tests {
     /// A sequence of one shard, the shard's reader, and another writer of the shard.
     fn sequence() -> (Sequence, ReadEnd, WriteEnd) {
         let (read, write) = pipe::new().unwrap();
+        pipe::grow(&write, pipe::LARGEST).unwrap();
         let write = OwnedFd::from(write.nonblocking().unwrap());
         let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
         let write = WriteEnd::new(write).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
-        let sequence = Sequence::new(vec![shard]).unwrap();
+        let sequence = Sequence::new(vec![shard], HasIndex::No).unwrap();
         (sequence, read.nonblocking().unwrap(), other)
     }
 
@@ -220,7 +275,7 @@ mod tests {
     fn source(staging: usize) -> (Source, Vec<u8>, Chunk) {
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
-        let pages: Vec<_> = (0..slots * SLOT).map(|i| (i % 251) as u8).collect();
+        let pages: Vec<_> = (0..slots * slot()).map(|i| (i % 251) as u8).collect();
         let written = pipe::write(&write, &pages).unwrap();
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
@@ -237,7 +292,7 @@ mod tests {
             let (mut sequence, reader, other) = sequence();
             let slots = sequence.shards[0].slots();
             let (mut source, pages, mut chunk) = source(sequence.staging());
-            let foreign = (slots - 3) * SLOT;
+            let foreign = (slots - 3) * slot();
             pipe::write(&other, &vec![1; foreign]).unwrap();
             if route == Route::Staged {
                 (chunk.route, chunk.slots) = (route, sequence.staging());
@@ -245,7 +300,7 @@ mod tests {
             let activity = sequence.give(&mut source, chunk).unwrap();
             assert_eq!(activity, Activity::Busy);
             let moved = pages.len() - pipe::available(&source.pipe).unwrap();
-            assert!(moved > 3 * SLOT, "{moved} bytes fit into the shard");
+            assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
 
             let mut arrived = Vec::new();
             let mut buffer = vec![0; 1 << 16];
@@ -268,6 +323,37 @@ mod tests {
             pipe::read(&source.pipe, &mut vec![0; pages.len()]).unwrap();
             let error = sequence.give(&mut source, chunk).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
+        }
+    }
+    #[test]
+    fn a_source_that_shows_pieces_where_pages_were_expected_is_measured_from_then_on() {
+        let (mut sequence, reader, _other) = sequence();
+        let (read, write) = pipe::new().unwrap();
+        let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
+        let name = ImageName::new("fs.tar").unwrap();
+        let mut source = Source::new(name, read, slots, Owner::External);
+        let fill = || {
+            for _ in 0..slots {
+                let (page, half) = pipe::new().unwrap();
+                pipe::write(&half, &vec![0; slot() / 2]).unwrap();
+                let moved = pipe::splice(&page, &write, slot()).unwrap();
+                assert_eq!(moved, Moved::Bytes(slot() / 2));
+            }
+        };
+        fill();
+        source.holds_pages();
+        for route in [Route::Direct, Route::Staged] {
+            let Ready::Chunk(chunk) = source.inspect(sequence.staging()).unwrap() else {
+                panic!("half of a full pipe is ready");
+            };
+            assert_eq!(chunk.route, route);
+            sequence.give(&mut source, chunk).unwrap();
+            while pipe::read(&reader, &mut vec![0; 64 * slot()]).unwrap() != Moved::WouldBlock {
+                sequence.flush().unwrap();
+            }
+            if route == Route::Direct {
+                fill();
+            }
         }
     }
 }

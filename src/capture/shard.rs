@@ -21,7 +21,7 @@ use nix::errno::Errno;
 
 use super::balancer::Slots;
 use crate::format::Marker;
-use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 use crate::report::meter::Meter;
 use crate::report::progress::ShardStats;
 
@@ -36,11 +36,41 @@ struct WriteRecord {
 }
 
 impl WriteRecord {
-    /// The most slots that its last `left` bytes take.
-    fn slots_left(&self, left: usize) -> usize {
+    /// The most slots, of `slot` bytes each, that its last `left` bytes take.
+    fn slots_left(&self, left: usize, slot: usize) -> usize {
         let taken_out = self.bytes - left;
-        let freed = taken_out.div_ceil(SLOT).saturating_sub(1);
+        let freed = taken_out.div_ceil(slot).saturating_sub(1);
         self.slots.saturating_sub(freed).min(left)
+    }
+}
+
+/// What `left` bytes are that a pipe holds.
+#[derive(Debug, PartialEq, Eq)]
+struct Content {
+    /// How many writes, the newest, they are of.
+    writes: usize,
+    /// The most slots that they take.
+    slots: usize,
+}
+
+impl Content {
+    fn of(written: &VecDeque<WriteRecord>, mut left: usize, slot: usize) -> Self {
+        let mut content = Self {
+            writes: 0,
+            slots: 0,
+        };
+        for record in written.iter().rev() {
+            if left == 0 {
+                break;
+            }
+            let in_pipe = record.bytes.min(left);
+            content.slots += record.slots_left(in_pipe, slot);
+            content.writes += 1;
+            left -= in_pipe;
+        }
+        // Bytes that are not ours may have a slot each.
+        content.slots += left;
+        content
     }
 }
 
@@ -66,10 +96,10 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Gives the pipe the largest capacity allowed. `label` names the shard in errors.
+    /// `label` names the shard in errors.
     pub(super) fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
         let prepared = pipe.nonblocking().and_then(|pipe| {
-            let slots = pipe::grow(&pipe, pipe::LARGEST)?;
+            let slots = pipe::slots(&pipe)?;
             Self::measured(pipe, slots, label.clone(), meter)
         });
         prepared.with_context(|| format!("preparing {label}"))
@@ -107,7 +137,7 @@ impl Shard {
             match pipe::write(&self.pipe, &self.queue).map_err(|error| self.broken(error))? {
                 Moved::Bytes(bytes) => {
                     self.queue.drain(..bytes);
-                    self.record(bytes, bytes.div_ceil(SLOT));
+                    self.record(bytes, bytes.div_ceil(slot()));
                 }
                 Moved::WouldBlock | Moved::End => {
                     self.free = 0;
@@ -139,11 +169,11 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// Queues the next `len` bytes of a pipe, which must hold them.
+    /// Queues the next `len` bytes of a pipe, which must hold them, and gives them to look at.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<()> {
+    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<&[u8]> {
         if self.queue.len() + len > LONG_QUEUE {
             self.flush()?;
         }
@@ -157,7 +187,7 @@ impl Shard {
             };
             rest = &mut rest[bytes..];
         }
-        Ok(())
+        Ok(&self.queue[start..])
     }
 
     /// Whether the reader has taken everything.
@@ -171,9 +201,11 @@ impl Shard {
     }
 
     fn record(&mut self, bytes: usize, slots: usize) {
-        self.meter.add(bytes);
         self.free = self.free.saturating_sub(slots);
-        self.written.push_back(WriteRecord { bytes, slots });
+        if bytes > 0 {
+            self.meter.add(bytes);
+            self.written.push_back(WriteRecord { bytes, slots });
+        }
     }
 
     fn broken(&self, error: io::Error) -> anyhow::Error {
@@ -198,25 +230,18 @@ impl Slots for Shard {
     }
 
     fn free_slots(&self) -> usize {
-        self.free.saturating_sub(self.queue.len().div_ceil(SLOT))
+        self.free.saturating_sub(self.queue.len().div_ceil(slot()))
+    }
+
+    fn given(&self) -> u64 {
+        self.meter.bytes() + self.queue.len() as u64
     }
 
     fn inspect(&mut self) -> io::Result<()> {
-        let mut left = pipe::available(&self.pipe)?;
-        let mut taken = 0;
-        let mut kept = 0;
-        for record in self.written.iter().rev() {
-            if left == 0 {
-                break;
-            }
-            let in_pipe = record.bytes.min(left);
-            taken += record.slots_left(in_pipe);
-            left -= in_pipe;
-            kept += 1;
-        }
-        self.written.drain(..self.written.len() - kept);
-        // Bytes that are not ours may have a slot each.
-        self.free = self.slots.saturating_sub(taken + left);
+        let left = pipe::available(&self.pipe)?;
+        let content = Content::of(&self.written, left, slot());
+        self.written.drain(..self.written.len() - content.writes);
+        self.free = self.slots.saturating_sub(content.slots);
         Ok(())
     }
 }
@@ -277,7 +302,7 @@ mod tests {
         }
 
         fn mark(&mut self, body: Body) {
-            let marker = Marker { seq: 7, body };
+            let marker = Marker::new(7, body);
             let before = self.shard.queue.len();
             self.shard.mark(marker);
             self.unread.extend(&self.shard.queue[before..]);
@@ -288,7 +313,7 @@ mod tests {
             let bytes: usize = pieces.iter().map(Vec::len).sum();
             let slots = match way {
                 Way::Spliced => pieces.len(),
-                Way::Copied => bytes.div_ceil(SLOT) + 1,
+                Way::Copied => bytes.div_ceil(slot()) + 1,
             };
             if self.shard.free_slots() < slots {
                 return;
@@ -299,7 +324,10 @@ mod tests {
                     let moved = self.shard.splice(&source, bytes, slots).unwrap();
                     assert_eq!(moved, bytes, "{slots} slots were not free");
                 }
-                Way::Copied => self.shard.copy(&source, bytes).unwrap(),
+                Way::Copied => {
+                    let copied = self.shard.copy(&source, bytes).unwrap();
+                    assert_eq!(copied, pieces.concat());
+                }
             }
             self.unread.extend(pieces.iter().flatten());
         }
@@ -321,15 +349,15 @@ mod tests {
             self.shard.inspect().unwrap();
             let free = self.shard.free;
             for page in 1..=free {
-                let written = pipe::write(&self.shard.pipe, &[0; SLOT]).unwrap();
-                assert_eq!(written, Moved::Bytes(SLOT), "page {page} of {free}");
+                let written = pipe::write(&self.shard.pipe, &vec![0; slot()]).unwrap();
+                assert_eq!(written, Moved::Bytes(slot()), "page {page} of {free}");
             }
             let queued = self
                 .unread
                 .split_off(self.unread.len() - self.shard.queue.len());
-            self.unread.resize(self.unread.len() + free * SLOT, 0);
+            self.unread.resize(self.unread.len() + free * slot(), 0);
             while pipe::available(&self.reader).unwrap() > 0 {
-                self.read(64 * SLOT);
+                self.read(64 * slot());
             }
             assert!(self.unread.is_empty());
             self.unread = queued;
@@ -365,12 +393,12 @@ mod tests {
                         2 => fixture.mark(Body::FileEnd),
                         3 => {
                             let pages = random.up_to(slots);
-                            let pages: Vec<_> = (0..pages).map(|_| random.bytes(SLOT)).collect();
+                            let pages: Vec<_> = (0..pages).map(|_| random.bytes(slot())).collect();
                             fixture.put(Way::Spliced, &pages);
                         }
                         4 => {
                             let pieces = random.up_to(slots);
-                            let size = random.up_to(SLOT);
+                            let size = random.up_to(slot());
                             let pieces: Vec<_> = (0..pieces)
                                 .map(|_| {
                                     let len = random.up_to(size);
@@ -380,13 +408,13 @@ mod tests {
                             fixture.put(Way::Spliced, &pieces);
                         }
                         5 => {
-                            let size = random.up_to(3 * SLOT);
+                            let size = random.up_to(3 * slot());
                             let bytes = random.bytes(size);
-                            let pieces: Vec<_> = bytes.chunks(SLOT).map(<[u8]>::to_vec).collect();
+                            let pieces: Vec<_> = bytes.chunks(slot()).map(<[u8]>::to_vec).collect();
                             fixture.put(Way::Copied, &pieces);
                         }
                         6 => drop(fixture.shard.flush().unwrap()),
-                        7 => fixture.read(random.up_to(3 * SLOT)),
+                        7 => fixture.read(random.up_to(3 * slot())),
                         8 => fixture.read(random.up_to(100)),
                         _ => fixture.shard.inspect().unwrap(),
                     }
@@ -405,5 +433,49 @@ mod tests {
         fixture.shard.inspect().unwrap();
         assert_eq!(fixture.shard.free_slots(), 13);
         fixture.prove();
+    }
+    fn records(records: &[(usize, usize)]) -> VecDeque<WriteRecord> {
+        let record = |&(bytes, slots)| WriteRecord { bytes, slots };
+        records.iter().map(record).collect()
+    }
+
+    #[test]
+    fn what_a_pipe_holds_takes_slots_of_the_page_size() {
+        for page in [4 << 10, 16 << 10, 64 << 10] {
+            // Markers, ten whole pages, and four pieces.
+            let written = records(&[(30, 1), (10 * page, 10), (4000, 4)]);
+            let content = |left| {
+                let Content { writes, slots } = Content::of(&written, left, page);
+                (writes, slots)
+            };
+            assert_eq!(content(30 + 10 * page + 4000), (3, 15));
+            assert_eq!(content(10 * page + 4000), (2, 14));
+            // The reader may still be in the first page.
+            assert_eq!(content(9 * page + 4000), (2, 14));
+            assert_eq!(content(9 * page + 3999), (2, 13));
+            assert_eq!(content(page + 4000), (2, 6));
+            assert_eq!(content(4000), (1, 4));
+            assert_eq!(content(3), (1, 3));
+            assert_eq!(content(0), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_shard_that_takes_nothing_keeps_no_record_of_each_attempt() {
+        let mut fixture = Fixture::new(16);
+        // The reader has made the pipe smaller, and reads nothing.
+        pipe::resize(&fixture.reader, slot()).unwrap();
+        let source = pipe_of(&[vec![1; slot()]]);
+        for _ in 0..1000 {
+            fixture.shard.inspect().unwrap();
+            if fixture.shard.free_slots() < 2 {
+                continue;
+            }
+            fixture.shard.mark(Marker::new(7, Body::FileEnd));
+            let moved = fixture.shard.splice(&source, slot(), 1).unwrap();
+            assert_eq!(moved, 0);
+        }
+        let records = fixture.shard.written.len();
+        assert!(records <= 16, "{records} records");
     }
 }

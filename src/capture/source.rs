@@ -9,19 +9,32 @@
 //! once seen so full, and ever since held a multiple of a page, hands over memory, page by page.
 //! The slots of any other may hold less than a page each, which decides the [`Route`] of its
 //! chunks.
+//!
+//! CRIU's files of messages are always copied: what they say decides whether the dump is whole (see
+//! [`super::delivered`]). Even those of a large application hold a few megabytes.
 
 use std::io;
 
+use super::capacity;
 use super::chunk::{Chunk, Route};
+use crate::criu::contents::{Contents, Defect, Reader};
+use crate::criu::files;
 use crate::format::ImageName;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, SLOT};
+use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
 
-/// Bytes in a pipe that show that a file is not small: half of a pipe of the default size.
-const LARGE: usize = DEFAULT_SLOTS * SLOT / 2;
+/// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
+/// (docs/protocol.md, section 2).
+const LARGEST_IN_INDEX: usize = 1 << 20;
+
+/// Slots full of bytes that show that a file is not small: half of a pipe of the default size.
+const LARGE: usize = DEFAULT_SLOTS / 2;
 
 /// The largest chunk that is copied, in bytes. One `write` then brings dozens of small files to a
 /// shard and wakes its reader once; spliced, each would wake it twice.
 const LARGEST_COPIED: usize = 16 << 10;
+
+/// The largest chunk of a file that is looked into, in bytes.
+const LARGEST_READ: usize = 64 << 10;
 
 /// Whose file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,17 +72,27 @@ pub(super) struct Source {
     pub(super) is_replaced: bool,
     /// The source that this one replaces; its end must be marked first.
     pub(super) replaces: Option<u64>,
+    /// It comes from a CRIU that is known to have been asked for a dump.
+    pub(super) is_of_dump: bool,
+    /// It stands in one of the queues of [`super::dump::Dump`].
+    pub(super) is_queued: bool,
     /// The pipe's capacity.
     slots: usize,
     is_grown: bool,
     last_seen: usize,
     moved: usize,
     whole_pages: bool,
+    /// Looks into the file while it passes.
+    reader: Option<Reader>,
 }
 
 impl Source {
     /// `slots` is the capacity of the pipe.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
+        let reader = match owner {
+            Owner::Criu => Reader::new(name.as_str()),
+            Owner::External => None,
+        };
         Self {
             id: 0,
             name,
@@ -79,11 +102,14 @@ impl Source {
             is_named: false,
             is_replaced: false,
             replaces: None,
+            is_of_dump: false,
+            is_queued: false,
             slots,
             is_grown: false,
             last_seen: 0,
             moved: 0,
             whole_pages: false,
+            reader,
         }
     }
 
@@ -100,22 +126,31 @@ impl Source {
         }
         let unchanged = available == self.last_seen;
         self.last_seen = available;
-        self.whole_pages |= available == self.slots * SLOT;
-        self.whole_pages &= available.is_multiple_of(SLOT);
-        if !self.is_grown && (available >= LARGE || self.moved >= LARGE) {
+        let slot = slot();
+        self.whole_pages = are_whole_pages(self.whole_pages, available, self.slots, slot);
+        if !self.is_grown && available.max(self.moved) >= LARGE * slot {
             self.is_grown = true;
-            self.slots = pipe::grow(&self.pipe, LARGEST)?;
+            self.slots = capacity::grow_source(&self.pipe, self.slots)?;
         }
-        let half_full = available * 2 >= self.slots * SLOT;
+        let half_full = available * 2 >= self.slots * slot;
         Ok(if self.has_ended || half_full || unchanged {
-            Ready::Chunk(self.chunk(available, staging))
+            Ready::Chunk(self.chunk(available, staging, slot))
         } else {
             Ready::Filling
         })
     }
 
-    fn chunk(&self, available: usize, staging: usize) -> Chunk {
-        let pages = available.div_ceil(SLOT);
+    fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
+        if self.reader.is_some() {
+            let bytes = available.min(staging * slot).min(LARGEST_READ);
+            return Chunk {
+                bytes,
+                slots: bytes.div_ceil(slot),
+                route: Route::Copied,
+                is_last: self.has_ended && bytes == available,
+            };
+        }
+        let pages = available.div_ceil(slot);
         let (route, slots) = if available <= LARGEST_COPIED {
             (Route::Copied, pages)
         } else if self.whole_pages {
@@ -136,15 +171,38 @@ impl Source {
         self.whole_pages = true;
     }
 
+    /// Whether the data of this file goes to all shards, where the rest of the image has an index
+    /// of its own: pages always, other files once they have brought much.
+    pub(super) fn is_spread(&self) -> bool {
+        files::is_pages(self.name.as_str()) || self.moved > LARGEST_IN_INDEX
+    }
+
+    /// Its bytes took more slots than whole pages would.
+    pub(super) fn holds_pieces(&mut self) {
+        self.whole_pages = false;
+    }
+
     /// This number of bytes was moved.
     pub(super) fn moved(&mut self, bytes: usize) {
         self.moved += bytes;
         self.last_seen = 0;
     }
 
-    /// Whether it sent anything at all so far.
-    pub(super) fn has_content(&self) -> bool {
-        self.moved > 0
+    /// These bytes of it were copied.
+    pub(super) fn copied(&mut self, bytes: &[u8]) {
+        if let Some(reader) = &mut self.reader {
+            reader.read(bytes);
+        }
+    }
+
+    /// How many bytes it sent so far.
+    pub(super) fn bytes(&self) -> usize {
+        self.moved
+    }
+
+    /// What a file of messages said, now that it has ended; `None` for all others.
+    pub(super) fn contents(&mut self) -> Option<Result<Contents, Defect>> {
+        self.reader.take().map(Reader::finish)
     }
 
     /// The error for bytes that were there before they were taken, and then not.
@@ -154,6 +212,12 @@ impl Source {
             self.name
         )
     }
+}
+
+/// Whether a pipe of this many slots that holds `available` bytes is taken for one of whole pages:
+/// it was so far, or shows it now, and nothing speaks against it.
+fn are_whole_pages(so_far: bool, available: usize, slots: usize, slot: usize) -> bool {
+    (so_far || available == slots * slot) && available.is_multiple_of(slot)
 }
 
 #[cfg(test)]
@@ -207,14 +271,14 @@ mod tests {
     #[test]
     fn only_a_large_file_gets_a_large_pipe() {
         let (mut source, write) = source();
-        pipe::write(&write, &[0; LARGE - 1]).unwrap();
+        pipe::write(&write, &vec![0; LARGE * slot() - 1]).unwrap();
         source.inspect(STAGING).unwrap();
         assert_eq!(pipe::slots(&write).unwrap(), DEFAULT_SLOTS);
         pipe::write(&write, &[0; 1]).unwrap();
         source.inspect(STAGING).unwrap();
         assert!(
             pipe::slots(&write).unwrap() > DEFAULT_SLOTS
-                || pipe::grow(&write, LARGEST).unwrap() == DEFAULT_SLOTS
+                || pipe::grow(&write, pipe::LARGEST).unwrap() == DEFAULT_SLOTS
         );
     }
 
@@ -223,25 +287,36 @@ mod tests {
         let (mut source, write) = source();
         // Whatever becomes of the pipe, it is looked at as one that has not grown.
         source.is_grown = true;
-        const FULL: usize = DEFAULT_SLOTS * SLOT;
-        pipe::write(&write, &[0; FULL - SLOT]).unwrap();
+        let (full, page) = (DEFAULT_SLOTS * slot(), slot());
+        pipe::write(&write, &vec![0; full - page]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL - SLOT, DEFAULT_SLOTS, Route::Staged)
+            chunk(full - page, DEFAULT_SLOTS, Route::Staged)
         );
         assert_eq!(
             source.inspect(8).unwrap(),
-            chunk(FULL - SLOT, 8, Route::Staged)
+            chunk(full - page, 8, Route::Staged)
         );
-        pipe::write(&write, &[0; SLOT]).unwrap();
+        pipe::write(&write, &vec![0; page]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL, DEFAULT_SLOTS, Route::Direct)
+            chunk(full, DEFAULT_SLOTS, Route::Direct)
         );
         pipe::read(&source.pipe, &mut [0; 10]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
-            chunk(FULL - 10, DEFAULT_SLOTS, Route::Staged)
+            chunk(full - 10, DEFAULT_SLOTS, Route::Staged)
         );
+    }
+    #[test]
+    fn pages_are_whole_where_a_pipe_is_full_of_them_whatever_their_size() {
+        for page in [4 << 10, 16 << 10, 64 << 10] {
+            let full = 16 * page;
+            assert!(are_whole_pages(false, full, 16, page));
+            assert!(!are_whole_pages(false, full - page, 16, page));
+            assert!(are_whole_pages(true, full - page, 16, page));
+            assert!(!are_whole_pages(true, full - 4095, 16, page));
+        }
+        assert!(!are_whole_pages(true, 4 << 10, 16, 64 << 10));
     }
 }

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result};
 
 use super::source::Source;
-use crate::os::pipe::{self, Moved, ReadEnd, SLOT, WriteEnd};
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 
 /// The most slots of the staging pipe.
 const MOST_SLOTS: usize = 64;
@@ -39,7 +39,7 @@ impl Staging {
     /// # Errors
     /// When the source has nothing any more.
     pub(super) fn fill(&self, source: &mut Source, len: usize) -> Result<usize> {
-        let full = self.slots * SLOT;
+        let full = self.slots * slot();
         let moved = pipe::splice(&source.pipe, &self.write, len.min(full))
             .with_context(|| format!("capturing {}", source.name))?;
         let Moved::Bytes(bytes) = moved else {

@@ -2,6 +2,11 @@
 //!
 //! Each number is checked before any is claimed, and all before this program opens a descriptor of
 //! its own: otherwise a number that was not open could be mistaken for one of ours.
+//!
+//! **Two names for one file.** With `capture >app.img 2>&1` a message would stand in the middle of
+//! the image, although standard output and standard error have different numbers. So descriptors
+//! are compared by what they lead to ([`Place`]), and standard error counts as named, since errors
+//! go there whatever `--progress-fd` says.
 
 #![allow(unsafe_code)]
 
@@ -12,6 +17,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
+use libc::{dev_t, ino_t};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{fstat, makedev};
@@ -58,15 +64,22 @@ impl FdNumber {
             .map(OFlag::from_bits_retain)
     }
 
-    /// Whether text written here lands where standard error's text lands. A terminal or another
-    /// device may well show both.
+    /// What it leads to for data that goes in this direction. A character device has no place that
+    /// is taken: /dev/null keeps nothing, and a terminal shows all that is written to it.
+    fn place(self, direction: Direction) -> Option<Place> {
+        let stat = self.peek(|fd| fstat(fd)).ok()?;
+        match self.kind() {
+            FdKind::NotOpen | FdKind::Terminal | FdKind::CharacterDevice => None,
+            FdKind::Socket => Some(Place::Socket(stat.st_ino, direction)),
+            FdKind::BlockDevice => Some(Place::BlockDevice(stat.st_rdev)),
+            _ => Some(Place::File(stat.st_dev, stat.st_ino)),
+        }
+    }
+
+    /// Whether text written here lands where standard error's text lands.
     pub(super) fn is_stderr(self) -> bool {
-        let place = |fd: Self| {
-            fd.peek(|fd| fstat(fd))
-                .map(|stat| (stat.st_dev, stat.st_ino))
-        };
-        let is_device = matches!(self.kind(), FdKind::Terminal | FdKind::CharacterDevice);
-        self == STDERR || (place(self) == place(STDERR) && !is_device)
+        let place = self.place(Direction::Out);
+        self == STDERR || (place.is_some() && place == STDERR.place(Direction::Out))
     }
 
     /// Whether a standard stream was closed when the program started: Rust's runtime then opens
@@ -110,33 +123,76 @@ impl FdNumber {
     }
 }
 
-/// The descriptors named so far, each with the option that names it.
-#[derive(Default)]
-pub(super) struct Checks(HashMap<FdNumber, String>);
+/// What a descriptor leads to. Two descriptors of one place get into each other's way.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Place {
+    /// By device and inode. A pipe is one place: what goes into one end comes out of the other.
+    File(dev_t, ino_t),
+    /// By its own number, whichever node leads to it.
+    BlockDevice(dev_t),
+    /// By inode, which each end of a pair has of its own. What comes out of a socket and what goes
+    /// into it are two streams: sshd gives a command one socket for both.
+    Socket(ino_t, Direction),
+}
+
+/// What a descriptor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// The image, or an external file.
+    Image(Direction),
+    Progress,
+}
+
+/// The descriptors named so far, and what they lead to, each with what names it.
+pub(super) struct Checks {
+    numbers: HashMap<FdNumber, String>,
+    places: HashMap<Place, String>,
+}
 
 /// A descriptor that is open and has one purpose.
 pub(super) struct Checked(FdNumber);
 
 impl Checks {
-    /// Checks a descriptor that `option` names; `what` is it in errors. With a direction, an image
-    /// goes through it.
+    pub(super) fn new() -> Self {
+        let stderr = STDERR.place(Direction::Out);
+        let named = |place| (place, "standard error, where errors are told".to_owned());
+        Self {
+            numbers: HashMap::new(),
+            places: stderr.map(named).into_iter().collect(),
+        }
+    }
+
+    /// Checks a descriptor that `option` names; `what` is it in errors.
     pub(super) fn check(
         &mut self,
         number: FdNumber,
         option: &str,
         what: &str,
-        direction: Option<Direction>,
+        purpose: Purpose,
     ) -> Result<Checked> {
-        let what = format!("{option}: {what}");
-        if let Some(other) = self.0.insert(number, option.to_owned()) {
-            bail!("{what} is used twice (also by {other}): give each its own descriptor");
+        let named = format!("{option}: {what}");
+        if let Some(other) = self.numbers.insert(number, option.to_owned()) {
+            bail!("{named} is used twice (also by {other}): give each its own descriptor");
         }
         ensure!(
             number.kind() != FdKind::NotOpen && !number.was_closed_at_start(),
-            "{what} is not open: redirect it, such as {number}>… or {number}<…"
+            "{named} is not open: redirect it, such as {number}>… or {number}<…"
         );
-        if let Some(direction) = direction {
-            number.check_transfer(&what, direction)?;
+        let direction = match purpose {
+            Purpose::Image(direction) => {
+                number.check_transfer(&named, direction)?;
+                direction
+            }
+            // Lines for programs may stand beside errors.
+            Purpose::Progress if number.is_stderr() => return Ok(Checked(number)),
+            Purpose::Progress => Direction::Out,
+        };
+        if let Some(place) = number.place(direction)
+            && let Some(other) = self.places.insert(place, what.to_owned())
+        {
+            bail!(
+                "{named} leads to the same file, pipe or socket as {other}, and they would get into each other's way: redirect one of them elsewhere"
+            );
         }
         Ok(Checked(number))
     }

@@ -52,6 +52,20 @@ pub struct Args {
     #[structopt(long, value_name = "N", global = true)]
     num_shards: Option<usize>,
 
+    /// With --shard-cmd: make one more shard, the index, whose command has `index` for {}. `serve` then
+    /// lets CRIU connect as soon as the index is here, and serves the rest while it arrives
+    #[structopt(long, global = true)]
+    index: bool,
+
+    /// With --shard-fds: descriptor of the index, one more shard; see --index
+    #[structopt(long, value_name = "fd", global = true)]
+    index_fd: Option<FdNumber>,
+
+    /// serve with an index: let shards wait while more than this number of bytes (K, M and G are
+    /// known) is held, unless CRIU waits for something that has not come
+    #[structopt(long, value_name = "bytes", global = true)]
+    hold_at_most: Option<Bytes>,
+
     /// External files: added to the image from these descriptors on capture, written to them on
     /// restore
     #[structopt(short, long, value_name = "name:fd,...", global = true)]
@@ -111,6 +125,27 @@ impl<T: FromStr> FromStr for List<T> {
             .map(str::parse)
             .collect::<Result<_, _>>()
             .map(Self)
+    }
+}
+
+/// A number of bytes, such as 64M.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bytes(pub(crate) u64);
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (digits, shift) = match text.char_indices().last() {
+            Some((end, 'K')) => (&text[..end], 10),
+            Some((end, 'M')) => (&text[..end], 20),
+            Some((end, 'G')) => (&text[..end], 30),
+            _ => (text, 0),
+        };
+        let number = digits.parse::<u64>().ok();
+        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
+        let why = || format!("{text:?} is no number of bytes, such as 67108864 or 64M");
+        bytes.map(Self).ok_or_else(why)
     }
 }
 
@@ -182,6 +217,15 @@ mod tests {
                 "--images-dir dir -s 10,11 --criu-clients 2 capture --ext-file-fds fs.tar:12 --progress-fd 13"
             )
         );
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!("64M".parse(), Ok(Bytes(64 << 20)));
+        assert_eq!("1000".parse(), Ok(Bytes(1000)));
+        for text in ["", "M", "1T", "-1", "99999999999G"] {
+            assert!(text.parse::<Bytes>().is_err(), "{text:?}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::descriptor::{Checks, FdNumber, STDERR, STDIN, STDOUT};
+use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, Command, ExternalFile, List};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
@@ -57,11 +57,21 @@ impl Shards {
     }
 }
 
+impl Default for Shards {
+    fn default() -> Self {
+        Shards::Descriptors(Vec::new())
+    }
+}
+
 /// A checked command line.
 pub(crate) struct Plan {
     pub(crate) action: Action,
     pub(crate) images_dir: PathBuf,
     pub(crate) shards: Shards,
+    /// The last of the shards is an index.
+    pub(crate) has_index: bool,
+    /// The most that is held of an image that arrives, in bytes.
+    pub(crate) hold_at_most: Option<u64>,
     pub(crate) external_files: Vec<(ImageName, OwnedFd)>,
     pub(crate) remaps: Vec<Remap>,
     pub(crate) progress: Progress,
@@ -90,7 +100,21 @@ impl Plan {
             Direction::Out => (Direction::In, STDOUT),
             Direction::In => (Direction::Out, STDIN),
         };
-        let commands = shard_commands(args.shard_cmd, args.num_shards, &args.shard_fds)?;
+        let has_index = args.index || args.index_fd.is_some();
+        ensure!(
+            !args.index || args.shard_cmd.is_some(),
+            "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd"
+        );
+        ensure!(
+            args.index_fd.is_none() || args.shard_cmd.is_none(),
+            "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index"
+        );
+        ensure!(
+            args.hold_at_most.is_none() || (has_index && action == Action::Serve),
+            "--hold-at-most: it is for `serve` with an index"
+        );
+        let commands =
+            shard_commands(args.shard_cmd, args.num_shards, args.index, &args.shard_fds)?;
         let shard_fds = match (&commands, args.shard_fds) {
             (Some(_), _) => Vec::new(),
             (None, Some(fds)) => fds.0,
@@ -106,20 +130,29 @@ impl Plan {
             given => given,
         };
 
-        let mut checks = Checks::default();
-        let shard_fds = shard_fds
+        let mut checks = Checks::new();
+        let mut shard_fds = shard_fds
             .into_iter()
             .map(|fd| {
                 let label = format!("shard fd {fd}");
-                let checked = checks.check(fd, "--shard-fds", &label, Some(shards_go))?;
+                let checked = checks.check(fd, "--shard-fds", &label, Purpose::Image(shards_go))?;
                 Ok((checked, label))
             })
             .collect::<Result<Vec<_>>>()?;
+        if let Some(fd) = args.index_fd {
+            let label = format!("index fd {fd}");
+            let checked = checks.check(fd, "--index-fd", &label, Purpose::Image(shards_go))?;
+            shard_fds.push((checked, label));
+        }
         let external_files = external_files
             .into_iter()
             .map(|ExternalFile { name, fd }| {
-                let (option, what) = (format!("--ext-file-fds {name}"), format!("its fd {fd}"));
-                Ok((name, checks.check(fd, &option, &what, Some(files_go))?))
+                let option = format!("--ext-file-fds {name}");
+                let what = format!("external file fd {fd}");
+                Ok((
+                    name,
+                    checks.check(fd, &option, &what, Purpose::Image(files_go))?,
+                ))
             })
             .collect::<Result<Vec<_>>>()?;
         let progress_fd = progress_fd
@@ -128,7 +161,7 @@ impl Plan {
                     !args.progress_bar || !fd.is_stderr(),
                     "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
                 );
-                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), None)
+                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Progress)
             })
             .transpose()?;
 
@@ -146,6 +179,8 @@ impl Plan {
                         .collect::<Result<_>>()?,
                 ),
             },
+            has_index,
+            hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
             external_files: external_files
                 .into_iter()
                 .map(|(name, fd)| Ok((name, fd.claim()?)))
@@ -165,6 +200,7 @@ impl Plan {
 fn shard_commands(
     text: Option<String>,
     count: Option<usize>,
+    has_index: bool,
     shard_fds: &Option<List<FdNumber>>,
 ) -> Result<Option<Vec<ShardCommand>>> {
     let Some(text) = text else {
@@ -184,7 +220,11 @@ fn shard_commands(
         (1..=MOST_COMMANDS).contains(&count),
         "--num-shards: it takes a number from 1 to {MOST_COMMANDS}"
     );
-    Ok(Some(ShardCommand::all(&text, count)))
+    ensure!(
+        !has_index || text.contains("{}"),
+        "--index: the command has no {{}}, so that the index would go where the other shard goes"
+    );
+    Ok(Some(ShardCommand::all(&text, count, has_index)))
 }
 
 /// The first item whose key an earlier one has.

@@ -3,11 +3,12 @@
 use anyhow::Result;
 
 use super::Transfer;
-use crate::capture::{Capture, Drain};
+use crate::capture::{Capture, HasIndex};
 use crate::cli::{Plan, Shards};
 use crate::criu::{Listener, Role};
+use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let interrupts = &mut transfer.interrupts;
     let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
     let external_files = plan
@@ -18,23 +19,25 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
             Ok((name, pipe))
         })
         .collect::<Result<_>>()?;
-    let (shards, drain) = match plan.shards {
+    let shards = match plan.shards {
         Shards::Descriptors(fds) => {
-            let pipes = fds
-                .into_iter()
-                .map(|(fd, label)| Ok((interrupts.sink(fd, &label)?, label)))
-                .collect::<Result<_>>()?;
-            (pipes, Drain::Briefly)
+            let pipe = |(fd, label): (_, String)| Ok((interrupts.sink(fd, &label)?, label));
+            fds.into_iter().map(pipe).collect::<Result<_>>()?
         }
-        Shards::Commands(commands) => (interrupts.start_readers(commands)?, Drain::Completely),
+        Shards::Commands(commands) => interrupts.start_readers(commands)?,
     };
     let captured = Capture {
+        images_dir: &plan.images_dir,
         listener,
         shards,
+        has_index: if plan.has_index {
+            HasIndex::Yes
+        } else {
+            HasIndex::No
+        },
         external_files,
         progress: &mut plan.progress,
         criu_clients: plan.criu_clients,
-        drain,
         counters: transfer.counters.clone(),
     }
     .run(interrupts);

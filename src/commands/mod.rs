@@ -10,18 +10,27 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Action, Plan, Shards};
+use crate::criu::files;
 use crate::format::ImageName;
+use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::receive;
 use crate::report;
 use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
-use crate::store::{Arena, Store};
-use crate::supervision::{Interrupted, Interrupts, signal_behind};
+use crate::store::Store;
+use crate::store::disk::Origin;
+use crate::supervision::{Failure, Interrupted, Interrupts, signal_behind};
+
+/// The shards of a restore, with what messages call them.
+type ShardPipes = Vec<(ReadEnd, String)>;
+
+/// The external files of a restore.
+type FilePipes = Vec<(ImageName, WriteEnd)>;
 
 /// What all transfers have.
 struct Transfer {
@@ -31,10 +40,10 @@ struct Transfer {
 }
 
 /// Carries out a plan.
-pub(crate) fn run(plan: Plan) -> Result<()> {
+pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
-    create_images_dir(&plan.images_dir)?;
+    let origin = create_images_dir(&plan.images_dir)?;
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
@@ -45,27 +54,43 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
     };
     match plan.action {
         Action::Capture => capture::run(plan, transfer),
-        Action::Extract => extract::run(plan, transfer),
+        Action::Extract => extract::run(plan, transfer, origin),
         Action::Serve => serve::run(plan, transfer),
     }
 }
 
 impl Transfer {
     /// Receives an image. When this returns, all that it depends on has ended well.
-    fn receive<S: Store>(
+    fn receive<S: Store + 'static>(
         &mut self,
         shards: Shards,
         external_files: Vec<(ImageName, OwnedFd)>,
         store: S,
-        arena: &mut Arena,
-    ) -> Result<(S, Stats)> {
+    ) -> Result<(S, Stats), Failure> {
+        let (shards, external_files) = self.open(shards, external_files)?;
+        let received = receive::receive(
+            shards,
+            external_files,
+            store,
+            &self.counters,
+            &self.interrupts,
+        );
+        self.interrupts.conclude(received)
+    }
+
+    /// Our ends of the pipes of a restore.
+    fn open(
+        &mut self,
+        shards: Shards,
+        external_files: Vec<(ImageName, OwnedFd)>,
+    ) -> Result<(ShardPipes, FilePipes)> {
         let external_files = external_files
             .into_iter()
             .map(|(name, fd)| {
                 let pipe = self.interrupts.sink(fd, name.as_str())?;
                 Ok((name, pipe))
             })
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<_>>()?;
         let shards = match shards {
             Shards::Descriptors(fds) => fds
                 .into_iter()
@@ -73,15 +98,7 @@ impl Transfer {
                 .collect::<Result<_>>()?,
             Shards::Commands(commands) => self.interrupts.start_writers(commands)?,
         };
-        let received = receive::receive(
-            shards,
-            external_files,
-            store,
-            arena,
-            &self.counters,
-            &self.interrupts,
-        );
-        self.interrupts.conclude(received)
+        Ok((shards, external_files))
     }
 
     /// Reports what passed, to programs and to people.
@@ -93,14 +110,45 @@ impl Transfer {
     }
 }
 
-/// Tells why the program failed. The exit status is 128 and the number of the signal that ended the
-/// program, otherwise 1.
-pub fn exit_status(error: &Error) -> ExitCode {
-    report::error(error);
-    match signal_behind(error) {
+/// Checks that an image is something to restore from.
+fn check_whole<'a>(
+    names: impl Iterator<Item = &'a ImageName>,
+    external: ExternalFiles,
+) -> Result<()> {
+    let names: Vec<_> = names.map(ImageName::as_str).collect();
+    ensure!(
+        !names.is_empty() || external == ExternalFiles::Some,
+        "checking the image: it holds no file"
+    );
+    files::check_whole(names.into_iter())
+}
+
+/// Whether external files were asked for, which no store of CRIU's files sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ExternalFiles {
+    None,
+    Some,
+}
+
+impl ExternalFiles {
+    fn of(plan: &Plan) -> Self {
+        match plan.external_files.is_empty() {
+            true => Self::None,
+            false => Self::Some,
+        }
+    }
+}
+
+/// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
+/// and the number of the signal that ended the program, otherwise 1.
+pub fn exit_status(failure: Failure) -> ExitCode {
+    report::error(failure.error());
+    let status = match signal_behind(failure.error()) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,
-    }
+    };
+    drop(failure);
+    status
 }
 
 /// CRIU has many files open at once, and each is a descriptor here: use all that the hard limit
@@ -115,10 +163,15 @@ fn raise_descriptor_limit() {
 }
 
 /// An image is its owner's memory: a directory made for it is closed to other users.
-fn create_images_dir(path: &Path) -> Result<()> {
+fn create_images_dir(path: &Path) -> Result<Origin> {
+    let origin = match path.is_dir() {
+        true => Origin::Found,
+        false => Origin::Made,
+    };
     DirBuilder::new()
         .mode(0o700)
         .recursive(true)
         .create(path)
-        .with_context(|| format!("--images-dir: creating {}", path.display()))
+        .with_context(|| format!("--images-dir: creating {}", path.display()))?;
+    Ok(origin)
 }

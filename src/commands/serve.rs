@@ -1,49 +1,190 @@
 //! `serve`: from the shards into memory, and from there to `criu restore --stream`.
+//!
+//! An image with an index is served while it arrives: receiving and serving take turns in one loop,
+//! and each says how long it can wait.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use super::Transfer;
+use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
 use crate::listen_ports::{self, Remap};
+use crate::os::poller::{Interest, Kind, Poller, Wait};
+use crate::pace::{Activity, Pace};
+use crate::receive::{Arriving, Reading};
 use crate::report;
 use crate::report::progress::Milestone;
-use crate::serve;
-use crate::store::Arena;
+use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
+use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<()> {
+pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve)?;
-    let mut arena = Arena::new();
-    let (mut files, stats) =
-        transfer.receive(plan.shards, plan.external_files, Catalog::new(), &mut arena)?;
-    if !plan.remaps.is_empty() {
-        remap_ports(&mut files, &mut arena, &plan.remaps).context("--tcp-listen-remap")?;
+    if plan.has_index {
+        return while_it_arrives(plan, transfer);
     }
+    when_it_is_here(plan, transfer)
+}
+
+fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+    let external = ExternalFiles::of(&plan);
+    let (mut files, stats) = transfer.receive(plan.shards, plan.external_files, Catalog::new())?;
+    check_files(&mut files, external, plan.criu_clients)?;
+    remap_ports(&mut files, &plan.remaps)?;
     transfer.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
     plan.progress.reached(Milestone::SocketInit);
     if plan.progress_bar {
         report::warn("the image is in memory: run `criu restore --stream`");
     }
-    serve::serve(
-        listener,
-        files,
-        arena,
-        plan.criu_clients,
-        &transfer.interrupts,
-    )
+    serve::serve(listener, files, plan.criu_clients, &transfer.interrupts)
 }
 
-fn remap_ports(files: &mut Catalog, arena: &mut Arena, remaps: &[Remap]) -> Result<()> {
+fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+    let external = ExternalFiles::of(&plan);
+    let (shards, external_files) = transfer.open(
+        std::mem::take(&mut plan.shards),
+        std::mem::take(&mut plan.external_files),
+    )?;
+    // When anything fails, this closes CRIU's connection and pipes at once.
+    let served = serve_arriving(&mut plan, &mut transfer, external, shards, external_files);
+    transfer.interrupts.conclude(served.map_err(Failure::from))
+}
+
+/// What the loop of an arriving image watches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    Shards,
+    Criu,
+}
+
+impl Kind for Watched {
+    const ALL: &'static [Self] = &[Self::Shards, Self::Criu];
+}
+
+fn serve_arriving(
+    plan: &mut Plan,
+    transfer: &mut Transfer,
+    external: ExternalFiles,
+    shards: super::ShardPipes,
+    external_files: super::FilePipes,
+) -> Result<()> {
+    let interrupts = &transfer.interrupts;
+    let mut arriving = Arriving::new(shards, external_files, &transfer.counters, interrupts)?;
+    let most = plan.hold_at_most.unwrap_or(u64::MAX);
+    let mut pace = Pace::new();
+    let mut wait = Wait::Now;
+    // The index, with the files of which something must be known before CRIU may connect, or which
+    // several clients read.
+    let is_whole = |arriving: &mut Arriving| {
+        let catalog = arriving.catalog();
+        catalog.shared_are_whole()
+            && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
+    };
+    let mut is_laid_out = false;
+    while !is_laid_out || !is_whole(&mut arriving) {
+        let rests = !is_laid_out && arriving.received() > most;
+        let reading = if rests {
+            Reading::UpTo(None)
+        } else {
+            Reading::All
+        };
+        wait = pace.after(arriving.step(wait, reading)?);
+        interrupts.check()?;
+        if !is_laid_out
+            && let Some(index) = arriving.index()
+            && interrupts.command_has_succeeded(index)
+        {
+            arriving.lay_out()?;
+            check_files(arriving.catalog(), external, plan.criu_clients)?;
+            is_laid_out = true;
+            wait = Wait::Now;
+        }
+    }
+    remap_ports(arriving.catalog(), &plan.remaps)?;
+
+    let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
+    let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
+    plan.progress.reached(Milestone::SocketInit);
+    if plan.progress_bar {
+        report::warn("the image is on its way: run `criu restore --stream`");
+    }
+    let mut both = Poller::new().context("preparing to wait for events")?;
+    both.add(&arriving, Watched::Shards, 0, Interest::Readable)
+        .and_then(|()| both.add(&server, Watched::Criu, 0, Interest::Readable))
+        .context("preparing to wait for events")?;
+    let mut events = Vec::new();
+    let mut is_proven = false;
+    let mut stats = None;
+    loop {
+        let held = arriving.received().saturating_sub(server.sent());
+        let reading = if held > most {
+            Reading::UpTo(arriving.wanted(server.starving()))
+        } else {
+            Reading::All
+        };
+        let received = arriving.step(Wait::Now, reading)?;
+        if !is_proven && arriving.is_whole()? {
+            interrupts.check()?;
+            if interrupts.commands_have_succeeded() {
+                arriving.release()?;
+                is_proven = true;
+                stats = Some(arriving.stats());
+                plan.progress.stats(&arriving.stats());
+            }
+        }
+        let served = server.step(arriving.catalog(), Wait::Now)?;
+        if server.is_done() {
+            ensure!(
+                is_proven,
+                "serving: CRIU went away before all of the image had come, so the restore failed: \
+                 see CRIU's log"
+            );
+            if !arriving.is_sending() {
+                break;
+            }
+        }
+        let wait = match (received, served) {
+            (Activity::Idle(shards), Activity::Idle(criu)) => shards.or(criu),
+            (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
+        };
+        if wait != Wait::Now {
+            both.wait(wait, &mut events)
+                .context("waiting for the shards and CRIU")?;
+        }
+    }
+    server.conclude()?;
+    drop(arriving);
+    if let (Some(stats), Some(bar)) = (stats, transfer.bar.take()) {
+        bar.conclude(&stats);
+    }
+    Ok(())
+}
+
+/// Checks what the image consists of, and prepares for those who will ask for it.
+fn check_files(files: &mut Catalog, external: ExternalFiles, clients: usize) -> Result<()> {
+    check_whole(files.names(), external)?;
+    serve::warn_of_losses(files);
+    files.expect_clients(clients);
+    Ok(())
+}
+
+fn remap_ports(files: &mut Catalog, remaps: &[Remap]) -> Result<()> {
+    if remaps.is_empty() {
+        return Ok(());
+    }
+    change_files_img(files, remaps).context("--tcp-listen-remap")
+}
+
+fn change_files_img(files: &mut Catalog, remaps: &[Remap]) -> Result<()> {
     let name = ImageName::new(listen_ports::FILE)?;
     let before = files
-        .read(&name, arena)
+        .read(&name)
         .context("keeping it in memory")?
         .with_context(|| format!("the image has no {name}"))?;
     let after = listen_ports::remap(&before, remaps).with_context(|| format!("changing {name}"))?;
     files
-        .write(name, &after, arena)
+        .write(name, &after)
         .context("keeping the changed file in memory")
 }

@@ -6,11 +6,18 @@
 //! CRIU that failed before it opened its first file. Nothing tells these apart, so another client
 //! has [`GRACE`] to appear before the transfer is given up: a script whose CRIU failed is not left
 //! waiting.
+//!
+//! On capture, more clients that send files than were expected are an error: the files of two dumps
+//! have the same names, and would become one image. On restore they do no harm: a lazy-pages daemon
+//! reads beside CRIU.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::{Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Kind, Poller};
@@ -19,11 +26,37 @@ use crate::report;
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Whether a peer is a CRIU that was asked for a dump, and not for cpuinfo.img alone. Its command
+/// line does not tell under RPC, in another PID namespace, and when it has ended already; a dump is
+/// not assumed then.
+fn is_dump(connection: &Connection) -> bool {
+    let arguments = || {
+        let peer = getsockopt(connection, PeerCredentials).ok()?;
+        let process = Path::new("/proc").join(peer.pid().to_string());
+        std::fs::read(process.join("cmdline")).ok()
+    };
+    let arguments = arguments().unwrap_or_default();
+    let has = |word: &[u8]| {
+        arguments
+            .split(|&byte| byte == 0)
+            .any(|argument| argument == word)
+    };
+    has(b"dump") && !has(b"cpuinfo")
+}
+
 struct Client<R> {
     connection: Connection,
     /// What it asked for and has not sent a descriptor for yet.
     requested: Option<R>,
     has_spoken: bool,
+    is_dump: bool,
+}
+
+/// Whether more clients than were expected may ask for files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum More {
+    Allowed,
+    Refused,
 }
 
 /// All clients, each with what it asked for last.
@@ -31,6 +64,7 @@ pub struct Clients<R> {
     clients: HashMap<u64, Client<R>>,
     next_id: u64,
     expected: usize,
+    more: More,
     spoken: usize,
     speaking: usize,
     give_up: Option<Instant>,
@@ -39,10 +73,20 @@ pub struct Clients<R> {
 impl<R> Clients<R> {
     /// Waits for `expected` clients at least.
     pub fn new(expected: usize) -> Self {
+        Self::expect(expected, More::Allowed)
+    }
+
+    /// Waits for `expected` clients, and refuses the files of any other.
+    pub fn exactly(expected: usize) -> Self {
+        Self::expect(expected, More::Refused)
+    }
+
+    fn expect(expected: usize, more: More) -> Self {
         Self {
             clients: HashMap::new(),
             next_id: 0,
             expected,
+            more,
             spoken: 0,
             speaking: 0,
             give_up: None,
@@ -66,6 +110,7 @@ impl<R> Clients<R> {
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {
+                is_dump: is_dump(&connection),
                 connection,
                 requested: None,
                 has_spoken: false,
@@ -73,6 +118,11 @@ impl<R> Clients<R> {
             self.clients.insert(self.next_id, client);
         }
         Ok(())
+    }
+
+    /// Whether a client was asked for a dump, as far as its command line told when it connected.
+    pub fn is_dump(&self, id: u64) -> bool {
+        self.clients.get(&id).is_some_and(|client| client.is_dump)
     }
 
     /// As many clients as were expected have asked for files, and all of these are gone.
@@ -104,8 +154,9 @@ impl<R> Clients<R> {
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
     /// tells whether a file was opened by it. A client that breaks the protocol is dropped.
     ///
-    /// # Errors When the client broke the protocol after it had opened files: what it took part in
-    /// cannot be trusted.
+    /// # Errors
+    /// When the client broke the protocol after it had opened files: what it took part in cannot be
+    /// trusted. When it is one too many.
     pub fn next_requests(
         &mut self,
         id: u64,
@@ -133,6 +184,12 @@ impl<R> Clients<R> {
             client.has_spoken = true;
             self.spoken += 1;
             self.speaking += 1;
+            ensure!(
+                self.more == More::Allowed || self.spoken <= self.expected,
+                "{} sends files too, after {} other clients: two dumps in one image would mix their files; give each its own streamer, or tell with --criu-clients how many processes the one CRIU connects from",
+                client.connection.peer(),
+                self.expected
+            );
         }
         match heard {
             Ok(Receipt::Closed) => {

@@ -4,23 +4,35 @@
 //! An image holds the memory of a process, so the socket has mode 0600 from its first moment (Linux
 //! gives a bound socket the mode that its descriptor had) and only root and the streamer's own user
 //! are let in, whatever the directory's mode.
+//!
+//! A socket that is bound and does not listen refuses clients. So it is bound under another name,
+//! and gets its own when it listens.
+//!
+//! **Root of another user namespace.** Where the streamer runs in a user namespace, the kernel shows
+//! it every user whom the namespace does not map, the host's root among them, as one and the same.
+//! But it has looked at the socket's mode: connecting takes the right to write to the socket's
+//! inode (`unix_find_bsd` in the kernel). With mode 0600 only its owner has it, and who has
+//! `CAP_DAC_OVERRIDE` in a user namespace that maps the owner: root of ours or of one around it.
+//! An unknown user is therefore let in while the mode is 0600.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::dir::Dir;
 use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, open, renameat2};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
 };
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstatat};
+use nix::unistd::{UnlinkatFlags, linkat, unlinkat};
 use rustix::io::retry_on_intr;
 use rustix::net::{SocketFlags, accept_with};
 
 use super::Connection;
+use crate::os::namespace;
 use crate::report;
 
 /// CRIU copies the socket's path, with a NUL behind it, into the 108 bytes of `sun_path`
@@ -49,27 +61,21 @@ impl Role {
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
-    path: PathBuf,
-    /// Device and inode of the path, which somebody else may bind anew.
-    file: Option<(u64, u64)>,
+    directory: Directory,
+    /// The socket's name in the directory.
+    name: String,
+    /// What the name leads to, which another program may bind anew.
+    file: Option<Identity>,
 }
 
 impl Listener {
-    /// The path of the socket in `images_dir`, if it can be used: checked before an image is
-    /// received that cannot be served.
+    /// Checks that the socket in `images_dir` can be used: before an image is received that cannot
+    /// be served.
     ///
     /// # Errors
     /// When the path is too long for CRIU, and when the name is taken.
-    pub fn check(images_dir: &Path, role: Role) -> Result<PathBuf> {
-        let path = images_dir.join(role.socket_name());
-        let length = path.as_os_str().len();
-        ensure!(
-            length <= LONGEST_PATH,
-            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {LONGEST_PATH}: use a shorter path",
-            path.display()
-        );
-        remove_stale(&path)?;
-        Ok(path)
+    pub fn check(images_dir: &Path, role: Role) -> Result<()> {
+        Directory::open(images_dir, role)?.remove_stale(role.socket_name())
     }
 
     /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else
@@ -78,7 +84,9 @@ impl Listener {
     /// # Errors
     /// Those of [`Listener::check`], and what binding can lead to.
     pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
-        let path = Self::check(images_dir, role)?;
+        let directory = Directory::open(images_dir, role)?;
+        let name = role.socket_name();
+        directory.remove_stale(name)?;
         let socket = socket(
             AddressFamily::Unix,
             SockType::Stream,
@@ -88,16 +96,45 @@ impl Listener {
         .context("creating CRIU's socket")?;
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
             .context("setting the mode of CRIU's socket")?;
-        let address = UnixAddr::new(&path)
-            .with_context(|| format!("naming the socket {}", path.display()))?;
-        bind(socket.as_raw_fd(), &address)
-            .with_context(|| format!("binding the socket {}", path.display()))?;
-        let file = identity(&path);
-        let listener = Self { socket, path, file };
+        let asides = format!(".{name}.");
+        directory.remove_all_stale(&asides);
+        let aside = format!("{asides}{}", std::process::id());
+        directory.remove_stale(&aside)?;
+        bind(socket.as_raw_fd(), &directory.address(&aside)?)
+            .with_context(|| format!("binding the socket {}", directory.path_of(&aside)))?;
+        let mut listener = Self {
+            socket,
+            file: directory.stat(&aside).ok().map(|stat| identity(&stat)),
+            directory,
+            name: aside,
+        };
         let backlog = Backlog::new(16).unwrap_or(Backlog::MAXCONN);
         listen(&listener.socket, backlog)
-            .with_context(|| format!("listening on {}", listener.path.display()))?;
+            .with_context(|| format!("listening on {}", listener.path()))?;
+        listener.directory.rename(&listener.name, name)?;
+        listener.name = name.to_owned();
         Ok(listener)
+    }
+
+    fn path(&self) -> String {
+        self.directory.path_of(&self.name)
+    }
+
+    /// What the name leads to, if it still leads to this socket.
+    fn stat(&self) -> Option<FileStat> {
+        let stat = self.directory.stat(&self.name).ok()?;
+        (Some(identity(&stat)) == self.file).then_some(stat)
+    }
+
+    /// Whether a user is root of a user namespace around ours.
+    fn is_outer_root(&self, uid: u32) -> bool {
+        let is_unknown = namespace::is_initial() == Some(false) && uid == namespace::unknown_user();
+        is_unknown
+            && self.stat().is_some_and(|stat| {
+                let for_owner = Mode::S_IRUSR | Mode::S_IWUSR;
+                let mode = Mode::from_bits_truncate(stat.st_mode);
+                mode == for_owner && stat.st_uid == nix::unistd::geteuid().as_raw()
+            })
     }
 
     /// Takes the next peer that may use the socket, refusing others; `None` when nobody waits.
@@ -115,7 +152,7 @@ impl Listener {
             };
             let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
             let own_uid = nix::unistd::geteuid().as_raw();
-            if peer.uid() == 0 || peer.uid() == own_uid {
+            if peer.uid() == 0 || peer.uid() == own_uid || self.is_outer_root(peer.uid()) {
                 return Ok(Some(Connection::new(
                     stream,
                     format!("process {} (user {})", peer.pid(), peer.uid()),
@@ -125,7 +162,7 @@ impl Listener {
                 "refused a connection from process {} of user {}: only root and user {own_uid} may use {}",
                 peer.pid(),
                 peer.uid(),
-                self.path.display()
+                self.path()
             ));
         }
     }
@@ -139,53 +176,143 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if self.file.is_some() && identity(&self.path) == self.file {
-            // Nothing can be done about a failure here, and whoever binds next replaces a stale
+        if self.stat().is_some() {
+            // Nothing can be done about a failure here, and the next streamer replaces a stale
             // socket.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = self.directory.remove(&self.name);
         }
     }
 }
 
-/// What a path leads to, without following a link.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let metadata = path.symlink_metadata().ok()?;
-    Some((metadata.dev(), metadata.ino()))
+/// Device and inode.
+type Identity = (u64, u64);
+
+fn identity(stat: &FileStat) -> Identity {
+    (stat.st_dev, stat.st_ino)
 }
 
-/// Removes a socket that nobody listens on.
-fn remove_stale(path: &Path) -> Result<()> {
-    let metadata = match path.symlink_metadata() {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("looking at {}", path.display())),
-    };
-    if !metadata.file_type().is_socket() {
-        bail!(
-            "{} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir",
-            path.display()
+/// The images directory, by a descriptor: a path in /proc may be gone before we are.
+#[derive(Debug)]
+struct Directory {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Directory {
+    /// Opens the directory, whose socket's path must not be too long for CRIU.
+    fn open(path: &Path, role: Role) -> Result<Self> {
+        let socket = path.join(role.socket_name());
+        let length = socket.as_os_str().len();
+        ensure!(
+            length <= LONGEST_PATH,
+            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {LONGEST_PATH}: use a shorter path",
+            socket.display()
         );
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let fd = open(path, flags, Mode::empty())
+            .with_context(|| format!("opening the directory {}", path.display()))?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+        })
     }
-    // A datagram socket cannot connect to a stream socket, and is told so only if somebody has that
-    // one open: whoever listens there does not see the attempt.
-    let probe = socket(
-        AddressFamily::Unix,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .context("creating a socket")?;
-    let address =
-        UnixAddr::new(path).with_context(|| format!("naming the socket {}", path.display()))?;
-    match connect(probe.as_raw_fd(), &address) {
-        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path)
-            .with_context(|| format!("removing the stale socket {}", path.display())),
-        Ok(()) | Err(Errno::EPROTOTYPE) => bail!(
-            "another streamer listens on {}: wait for its end or choose another --images-dir",
-            path.display()
-        ),
-        Err(error) => {
-            Err(error).with_context(|| format!("finding out whether {} is in use", path.display()))
+
+    /// The path of a name in it, for people.
+    fn path_of(&self, name: &str) -> String {
+        self.path.join(name).display().to_string()
+    }
+
+    /// The address of a socket in it: a short one, whatever the directory's path.
+    fn address(&self, name: &str) -> Result<UnixAddr> {
+        let descriptor = Path::new("/proc/self/fd").join(self.fd.as_raw_fd().to_string());
+        let directory = match descriptor.is_dir() {
+            true => &descriptor,
+            false => &self.path,
+        };
+        UnixAddr::new(&directory.join(name))
+            .with_context(|| format!("naming the socket {}", self.path_of(name)))
+    }
+
+    /// What a name leads to, without following a link.
+    fn stat(&self, name: &str) -> nix::Result<FileStat> {
+        fstatat(&self.fd, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+
+    fn remove(&self, name: &str) -> nix::Result<()> {
+        unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir)
+    }
+
+    /// Gives a socket another name. A stale socket of that name is replaced, and nothing else.
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let rename = || match renameat2(&self.fd, from, &self.fd, to, RenameFlags::RENAME_NOREPLACE)
+        {
+            // Some network file systems cannot rename with this promise.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                linkat(&self.fd, from, &self.fd, to, AtFlags::empty())
+                    .and_then(|()| self.remove(from))
+            }
+            result => result,
+        };
+        let mut renamed = rename();
+        if renamed == Err(Errno::EEXIST) {
+            self.remove_stale(to)?;
+            renamed = rename();
+        }
+        renamed.with_context(|| format!("naming the socket {}", self.path_of(to)))
+    }
+
+    /// Removes what streamers have left that were killed before their sockets got their names.
+    fn remove_all_stale(&self, start: &str) {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let Ok(mut directory) = Dir::openat(&self.fd, ".", flags, Mode::empty()) else {
+            return;
+        };
+        for entry in directory.iter().flatten() {
+            if let Ok(name) = entry.file_name().to_str()
+                && name.starts_with(start)
+            {
+                // One that is in use, or is no socket, stays.
+                let _ = self.remove_stale(name);
+            }
+        }
+    }
+
+    /// Removes a socket that nobody listens on.
+    fn remove_stale(&self, name: &str) -> Result<()> {
+        let path = self.path_of(name);
+        let stat = match self.stat(name) {
+            Ok(stat) => stat,
+            Err(Errno::ENOENT) => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("looking at {path}")),
+        };
+        if SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) != SFlag::S_IFSOCK {
+            bail!(
+                "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
+            );
+        }
+        // A datagram socket cannot connect to a stream socket, and is told so only if somebody has
+        // that one open: whoever listens there does not see the attempt.
+        let probe = socket(
+            AddressFamily::Unix,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .context("creating a socket")?;
+        match connect(probe.as_raw_fd(), &self.address(name)?) {
+            Err(Errno::ECONNREFUSED) => match self.remove(name) {
+                Ok(()) | Err(Errno::ENOENT) => Ok(()),
+                Err(error) => {
+                    Err(error).with_context(|| format!("removing the stale socket {path}"))
+                }
+            },
+            Err(Errno::ENOENT) => Ok(()),
+            Ok(()) | Err(Errno::EPROTOTYPE) => bail!(
+                "another streamer listens on {path}: wait for its end or choose another --images-dir"
+            ),
+            Err(error) => {
+                Err(error).with_context(|| format!("finding out whether {path} is in use"))
+            }
         }
     }
 }

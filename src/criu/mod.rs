@@ -14,11 +14,12 @@
 //! end of the connection means that no further file will be asked for; the pipes that are open then
 //! go on.
 //!
-//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. Which files there are is not
-//! known here.
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. What the files are, by name
+//! and contents, [`files`] and [`contents`] know.
 
 mod clients;
 mod connection;
+pub(crate) mod contents;
 pub(crate) mod files;
 mod listener;
 

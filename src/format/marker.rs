@@ -8,6 +8,7 @@ use std::fmt;
 use prost::Message;
 
 use super::{BadName, ImageName};
+use crate::os::process::Origin;
 
 /// The protobuf messages of `proto/image.proto`.
 pub mod proto {
@@ -25,6 +26,10 @@ pub const LARGEST_FRAME: usize = 10 << 10;
 pub struct Marker {
     pub seq: u64,
     pub body: Body,
+    /// This is the first marker of an image, and its shard the index.
+    pub is_index: bool,
+    /// On the first marker of a shard: the process that captured the image.
+    pub origin: Option<Origin>,
 }
 
 /// What a marker says.
@@ -78,6 +83,15 @@ fn shortened(name: &str) -> String {
 }
 
 impl Marker {
+    pub fn new(seq: u64, body: Body) -> Self {
+        Self {
+            seq,
+            body,
+            is_index: false,
+            origin: None,
+        }
+    }
+
     /// Takes one marker off the front of `bytes`, with the number of bytes that it and its length
     /// field take; `None` while more bytes are needed.
     ///
@@ -94,9 +108,8 @@ impl Marker {
         let Some(frame) = bytes.get(LENGTH..LENGTH + length) else {
             return Ok(None);
         };
-        let proto::Marker { seq, body } =
-            proto::Marker::decode(frame).map_err(BadMarker::NotProtobuf)?;
-        let body = match body.ok_or(BadMarker::NoBody)? {
+        let marker = proto::Marker::decode(frame).map_err(BadMarker::NotProtobuf)?;
+        let body = match marker.body.ok_or(BadMarker::NoBody)? {
             proto::marker::Body::Filename(name) => match ImageName::new(&name) {
                 Ok(name) => Body::File(name),
                 Err(why) => return Err(BadMarker::Name(name, why)),
@@ -107,7 +120,19 @@ impl Marker {
             proto::marker::Body::FileEof(false) => return Err(BadMarker::NotTrue("file_eof")),
             proto::marker::Body::ImageEof(false) => return Err(BadMarker::NotTrue("image_eof")),
         };
-        Ok(Some((Self { seq, body }, LENGTH + length)))
+        let origin = marker.origin.map(|origin| Origin {
+            boot: origin.boot,
+            pid_namespace: origin.pid_namespace,
+            pid: origin.pid,
+            start: origin.start,
+        });
+        let marker = Self {
+            seq: marker.seq,
+            body,
+            is_index: marker.index,
+            origin,
+        };
+        Ok(Some((marker, LENGTH + length)))
     }
 
     /// Appends the marker, framed, to `buffer`.
@@ -121,6 +146,13 @@ impl Marker {
         let marker = proto::Marker {
             seq: self.seq,
             body: Some(body),
+            index: self.is_index,
+            origin: self.origin.map(|origin| proto::Origin {
+                boot: origin.boot,
+                pid_namespace: origin.pid_namespace,
+                pid: origin.pid,
+                start: origin.start,
+            }),
         };
         // A marker holds at most one name of 255 bytes: its length fits in a u32.
         let length = marker.encoded_len() as u32;
@@ -137,14 +169,14 @@ mod tests {
 
     fn framed(seq: u64, body: Body) -> Vec<u8> {
         let mut bytes = Vec::new();
-        Marker { seq, body }.encode(&mut bytes);
+        Marker::new(seq, body).encode(&mut bytes);
         bytes
     }
 
     fn framed_proto(body: proto::marker::Body) -> Vec<u8> {
         let marker = proto::Marker {
-            seq: 0,
             body: Some(body),
+            ..Default::default()
         };
         let frame = marker.encode_to_vec();
         [&(frame.len() as u32).to_le_bytes(), frame.as_slice()].concat()
@@ -161,9 +193,22 @@ mod tests {
         ] {
             let bytes = framed(7, body.clone());
             let (marker, size) = Marker::decode(&bytes).unwrap().unwrap();
-            assert_eq!(marker, Marker { seq: 7, body });
+            assert_eq!(marker, Marker::new(7, body));
             assert_eq!(size, bytes.len());
         }
+    }
+
+    #[test]
+    fn an_index_and_an_origin_come_back_as_they_were_written() {
+        let marker = Marker {
+            is_index: true,
+            origin: Origin::own(),
+            ..Marker::new(0, Body::FileEnd)
+        };
+        let mut bytes = Vec::new();
+        marker.clone().encode(&mut bytes);
+        assert!(marker.origin.is_some());
+        assert_eq!(Marker::decode(&bytes).unwrap(), Some((marker, bytes.len())));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use nix::sys::stat::{SFlag, fstat};
 
 /// Which way data goes, seen from this program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     In,
     Out,

@@ -5,5 +5,7 @@
 
 pub(crate) mod descriptor;
 pub(crate) mod memory;
+pub(crate) mod namespace;
 pub mod pipe;
 pub mod poller;
+pub mod process;

@@ -10,23 +10,26 @@
 //! Capacity is counted in slots. A slot holds a reference to (part of) one page, so a marker of 12
 //! bytes costs as much room as 4096 bytes of data: `FIONREAD`, which counts bytes, says how much
 //! can be taken out, but not how much fits in.
+//!
+//! The seccomp profiles of container engines refuse `vmsplice`, some refuse `splice`, and a few
+//! kinds of files cannot be spliced to. The data is then copied, in the same pieces and with the
+//! same results.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use rustix::thread::CapabilitySet;
 
 use super::descriptor::FdKind;
-use super::memory::Sealed;
-
-/// Bytes that one slot of a pipe can hold: the page size of every machine that CRIU's x86-64 images
-/// come from. Where pages are larger, slots are too, and the estimates made with this constant err
-/// on the safe side.
-pub const SLOT: usize = 4096;
+use super::memory::{Sealed, page_size};
+use super::namespace;
 
 /// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
@@ -34,6 +37,17 @@ pub const DEFAULT_SLOTS: usize = 16;
 /// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB
 /// (docs/protocol.md, section 1), and beyond 1 MiB the benchmark shows no gain for the other pipes.
 pub const LARGEST: usize = 4 << 20;
+
+/// Bytes that a pipe of each user may have, without a setting of the administrator.
+const DEFAULT_MAX_SIZE: usize = 1 << 20;
+
+/// Pages that the pipes of each user may have, without a setting of the administrator.
+const DEFAULT_USER_PAGES: usize = 16384;
+
+/// Bytes that one slot of a pipe can hold: a page.
+pub fn slot() -> usize {
+    page_size()
+}
 
 /// The end of a pipe that data comes out of.
 #[derive(Debug)]
@@ -137,7 +151,7 @@ impl BothEnds {
         // Refused where the user's pipes hold too much: the pipe stays as it is.
         let wanted = bytes.next_power_of_two() as libc::c_int;
         let _ = fcntl(&both, FcntlArg::F_SETPIPE_SZ(wanted));
-        let capacity = slots(&both)? * SLOT;
+        let capacity = slots(&both)? * slot();
         Ok((Self(both), capacity))
     }
 }
@@ -190,7 +204,22 @@ pub fn available(pipe: impl AsFd) -> io::Result<usize> {
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
 pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
     let bytes = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?;
-    Ok(usize::try_from(bytes).unwrap_or(SLOT) / SLOT)
+    Ok(slots_in(bytes, slot()))
+}
+
+/// The slots, of `slot` bytes each, of a pipe whose capacity the kernel tells in bytes.
+fn slots_in(bytes: libc::c_int, slot: usize) -> usize {
+    usize::try_from(bytes).map_or(1, |bytes| bytes / slot)
+}
+
+/// Gives a pipe a capacity of `bytes` (a power of two), and returns it in slots.
+///
+/// # Errors
+/// `EPERM` where a limit is in the way of a larger one, `EBUSY` where the pipe holds too much for a
+/// smaller one.
+pub(crate) fn resize(pipe: impl AsFd, bytes: usize) -> io::Result<usize> {
+    let got = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int))?;
+    Ok(slots_in(got, slot()))
 }
 
 /// Gives a pipe the largest capacity that the kernel allows, up to `wanted` bytes, and returns it
@@ -203,37 +232,76 @@ pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
 /// # Errors
 /// Those of `F_GETPIPE_SZ`; none for an open pipe.
 pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
-    let mut current = slots(&pipe)?;
+    let current = slots(&pipe)?;
     let mut bytes = wanted.next_power_of_two();
-    while bytes > current * SLOT {
-        match fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int)) {
-            Ok(got) => {
-                current = usize::try_from(got).unwrap_or(SLOT) / SLOT;
-                break;
-            }
+    while bytes > current * slot() {
+        match resize(&pipe, bytes) {
+            Ok(got) => return Ok(got),
             Err(_) => bytes /= 2,
         }
     }
     Ok(current)
 }
 
+fn setting(name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(format!("/proc/sys/fs/{name}")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// The largest capacity, in bytes, that a pipe of an ordinary user can be given.
+pub(crate) fn max_size() -> usize {
+    setting("pipe-max-size").unwrap_or(DEFAULT_MAX_SIZE)
+}
+
+/// How many pages the pipes of an ordinary user may have, over all processes. 0 is no limit.
+pub(crate) fn user_pages() -> usize {
+    setting("pipe-user-pages-soft").unwrap_or(DEFAULT_USER_PAGES)
+}
+
 /// Whether the kernel lets this process's user have any amount of memory in pipes: others share
 /// `pipe-user-pages-soft` pages (64 MiB by default) between all their processes.
 pub(crate) fn are_unlimited() -> bool {
+    static UNLIMITED: OnceLock<bool> = OnceLock::new();
     let unlimited = || {
-        let limit = std::fs::read_to_string("/proc/sys/fs/pipe-user-pages-soft").ok()?;
-        if limit.trim() == "0" {
+        if setting("pipe-user-pages-soft")? == 0 {
             return Some(true);
         }
-        // The kernel asks for one of these in the initial user namespace, which is the one that
-        // maps every user to itself.
-        let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
-        let is_initial = map.split_whitespace().eq(["0", "0", "4294967295"]);
+        // The kernel asks for one of these in the initial user namespace.
+        let is_initial = namespace::is_initial()?;
         let mine = rustix::thread::capabilities(None).ok()?.effective;
         let exempting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
         Some(is_initial && mine.intersects(exempting))
     };
-    unlimited().unwrap_or(false)
+    *UNLIMITED.get_or_init(|| unlimited().unwrap_or(false))
+}
+
+/// A part of what the user's pipes may have, taken for as long as this lives, so that what grows
+/// meanwhile leaves it to others.
+pub(crate) struct Reserve {
+    _pipes: Vec<OwnedFd>,
+}
+
+impl Reserve {
+    /// Takes `bytes`, in pipes of 1 MiB or the most that is allowed. `None`: the user's pipes may
+    /// not have that much more.
+    pub(crate) fn take(bytes: usize) -> Option<Self> {
+        let mut pipes = Vec::new();
+        if !are_unlimited() {
+            let each = max_size().min(DEFAULT_MAX_SIZE);
+            for _ in 0..bytes.div_ceil(each) {
+                match nix::unistd::pipe2(OFlag::O_CLOEXEC) {
+                    Ok((read, _)) => {
+                        resize(&read, each).ok()?;
+                        pipes.push(read);
+                    }
+                    // Descriptors run out before pages do.
+                    Err(Errno::EMFILE) => break,
+                    Err(_) => return None,
+                }
+            }
+        }
+        Some(Self { _pipes: pipes })
+    }
 }
 
 /// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and
@@ -245,10 +313,7 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
     // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
     // is.
-    let _ = fcntl(
-        &write,
-        FcntlArg::F_SETPIPE_SZ((wanted * SLOT) as libc::c_int),
-    );
+    let _ = resize(&write, wanted * slot());
     let got = slots(&write).context("measuring a pipe")?;
     Ok((read, write, got))
 }
@@ -317,22 +382,150 @@ pub fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Res
     }
 }
 
-/// Moves up to `len` bytes from a pipe to a pipe or file without copying them.
+/// A system call that may be refused to this process, whatever its arguments.
+struct Refusable {
+    refused: AtomicBool,
+}
+
+impl Refusable {
+    const fn new() -> Self {
+        Self {
+            refused: AtomicBool::new(false),
+        }
+    }
+
+    /// Makes the call, unless it was refused before. `None`: it is refused, and nothing moved.
+    fn attempt(&self, call: impl FnMut() -> nix::Result<usize>) -> Option<io::Result<Moved>> {
+        if self.refused.load(Ordering::Relaxed) {
+            return None;
+        }
+        match uninterrupted(call) {
+            Err(errno) if is_refusal(errno) => {
+                // `EINVAL` is about these two descriptors.
+                self.refused
+                    .fetch_or(errno != Errno::EINVAL, Ordering::Relaxed);
+                None
+            }
+            result => Some(moved(|| result)),
+        }
+    }
+}
+
+static SPLICE: Refusable = Refusable::new();
+static VMSPLICE: Refusable = Refusable::new();
+
+/// Whether an error of `splice` or `vmsplice` means that the data has to be copied: they are not
+/// allowed here, not in this kernel, or not for this kind of file. Where it means something else,
+/// copying fails in the same way.
+pub(crate) fn is_refusal(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::EPERM | Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL
+    )
+}
+
+/// Moves up to `len` bytes from a pipe to a pipe or file without copying them, where that is
+/// possible.
 ///
 /// # Errors
 /// `EPIPE` when the target's reader is gone, and what writing to a file can lead to.
 pub fn splice(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
-    moved(|| nix::fcntl::splice(from, None, &to, None, len, flags))
+    let spliced = SPLICE.attempt(|| nix::fcntl::splice(from, None, &to, None, len, flags));
+    spliced.unwrap_or_else(|| copy(from, to, len))
 }
 
-/// Puts references to the pages of sealed memory into a pipe.
+/// Puts references to the pages of sealed memory into a pipe, or copies of them where that is not
+/// possible.
 ///
 /// # Errors
 /// `EPIPE` when the pipe's reader is gone.
 pub(crate) fn vmsplice(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
-    let pieces = Sealed::slices(pieces);
-    moved(|| nix::fcntl::vmsplice(to, pieces, SpliceFFlags::SPLICE_F_NONBLOCK))
+    let slices = Sealed::slices(pieces);
+    let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+    let spliced = VMSPLICE.attempt(|| nix::fcntl::vmsplice(to, slices, flags));
+    spliced.unwrap_or_else(|| copy_memory(to, pieces))
+}
+
+/// Bytes copied at a time.
+const COPY: usize = 32 << 10;
+
+/// Bytes that a pipe with a free slot takes without blocking (`PIPE_BUF` in the kernel).
+const ONE_SLOT: usize = 4096;
+
+/// Copies from a pipe as `splice` would move, without blocking: no more is taken out than fits into
+/// the target, whose only writer is this process.
+fn copy(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
+    let mut buffer = [0; COPY];
+    let mut copied = 0;
+    while copied < len {
+        let ready = available(from)?;
+        if ready == 0 {
+            if copied == 0 && readiness(from, PollFlags::POLLIN)? == PollFlags::POLLHUP {
+                return Ok(Moved::End);
+            }
+            break;
+        }
+        let most = ready.min(len - copied).min(room(&to)?).min(COPY);
+        if most == 0 {
+            break;
+        }
+        let taken = uninterrupted(|| nix::unistd::read(from, &mut buffer[..most]))?;
+        let mut rest = &buffer[..taken];
+        while !rest.is_empty() {
+            match uninterrupted(|| nix::unistd::write(&to, rest))? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => rest = &rest[written..],
+            }
+        }
+        copied += taken;
+    }
+    Ok(copied_or_would_block(copied))
+}
+
+/// Copies from memory as `vmsplice` would refer to it, without blocking.
+fn copy_memory(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
+    let mut copied = 0;
+    for piece in pieces {
+        let mut rest = piece.bytes();
+        while !rest.is_empty() {
+            let most = rest.len().min(room(to)?);
+            if most == 0 {
+                return Ok(copied_or_would_block(copied));
+            }
+            let written = uninterrupted(|| nix::unistd::write(to, &rest[..most]))?;
+            rest = &rest[written..];
+            copied += written;
+        }
+    }
+    Ok(copied_or_would_block(copied))
+}
+
+fn copied_or_would_block(copied: usize) -> Moved {
+    match copied {
+        0 => Moved::WouldBlock,
+        bytes => Moved::Bytes(bytes),
+    }
+}
+
+/// Bytes that can be written without blocking: all that an empty pipe holds, or what one slot does.
+/// What is no pipe takes anything. A pipe without a reader takes some too: the write tells.
+fn room(to: impl AsFd) -> io::Result<usize> {
+    if readiness(&to, PollFlags::POLLOUT)?.is_empty() {
+        return Ok(0);
+    }
+    match fcntl(&to, FcntlArg::F_GETPIPE_SZ) {
+        Ok(capacity) if available(&to)? == 0 => Ok(usize::try_from(capacity).unwrap_or(ONE_SLOT)),
+        Ok(_) => Ok(ONE_SLOT),
+        Err(_) => Ok(usize::MAX),
+    }
+}
+
+/// What can be done with a descriptor now, or has happened to it.
+fn readiness(fd: impl AsFd, wanted: PollFlags) -> io::Result<PollFlags> {
+    let mut fds = [PollFd::new(fd.as_fd(), wanted)];
+    uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))?;
+    Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
 }
 
 /// Reads from a pipe (made non-blocking before).
@@ -371,10 +564,79 @@ mod tests {
         assert_eq!(super::write(&write, b"abc").unwrap(), Moved::Bytes(3));
         assert_eq!(available(&read).unwrap(), 3);
         assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::Bytes(3));
-        while super::write(&write, &[0; SLOT]).unwrap() != Moved::WouldBlock {}
-        assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * SLOT);
+        while super::write(&write, &vec![0; slot()]).unwrap() != Moved::WouldBlock {}
+        assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * slot());
         drop(write);
-        while super::read(&read, &mut [0; SLOT]).unwrap() != Moved::End {}
+        while super::read(&read, &mut vec![0; slot()]).unwrap() != Moved::End {}
+    }
+
+    #[test]
+    fn a_capacity_is_as_many_slots_as_it_has_pages() {
+        for (bytes, page, slots) in [
+            (1 << 16, 4 << 10, 16),
+            (1 << 20, 4 << 10, 256),
+            (1 << 20, 16 << 10, 64),
+            (1 << 20, 64 << 10, 16),
+            (64 << 10, 64 << 10, 1),
+        ] {
+            assert_eq!(slots_in(bytes, page), slots, "pages of {page} bytes");
+        }
+    }
+
+    #[test]
+    fn a_slot_of_a_pipe_holds_a_page() {
+        let (read, write, got) = with_slots(4).unwrap();
+        assert_eq!(got, 4);
+        let write = write.nonblocking().unwrap();
+        let written = super::write(&write, &vec![0; 5 * slot()]).unwrap();
+        assert_eq!(written, Moved::Bytes(4 * slot()));
+        assert_eq!(available(&read).unwrap(), 4 * slot());
+    }
+
+    /// Fills a pipe by turns of a writer that leaves odd pieces, and empties it into `to`.
+    fn assert_copied(capacity: usize) {
+        let (read, write) = new().unwrap();
+        let (read, write) = (read.nonblocking().unwrap(), write.nonblocking().unwrap());
+        let (out, into, _) = with_slots(capacity).unwrap();
+        let out = out.nonblocking().unwrap();
+        let bytes: Vec<u8> = (0..200_000u32).map(|number| (number / 7) as u8).collect();
+        let (mut written, mut received) = (0, Vec::new());
+        let mut buffer = [0; 3000];
+        while received.len() < bytes.len() {
+            let piece = &bytes[written..(written + 777).min(bytes.len())];
+            if let Moved::Bytes(more) = super::write(&write, piece).unwrap() {
+                written += more;
+            }
+            let full = copy(&read, &into, usize::MAX).unwrap() == Moved::WouldBlock;
+            assert!(!full || available(&read).unwrap() == 0 || available(&into).unwrap() > 0);
+            if let Moved::Bytes(taken) = super::read(&out, &mut buffer).unwrap() {
+                received.extend_from_slice(&buffer[..taken]);
+            }
+        }
+        assert!(received == bytes);
+        drop(write);
+        assert_eq!(copy(&read, &into, 1).unwrap(), Moved::End);
+        drop(out);
+        let (read, write) = new().unwrap();
+        super::write(&write, b"abc").unwrap();
+        let error = copy(&read, &into, 3).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EPIPE as i32));
+    }
+
+    #[test]
+    fn what_cannot_be_spliced_is_copied_without_blocking_or_losing_a_byte() {
+        for capacity in [1, 2, DEFAULT_SLOTS] {
+            assert_copied(capacity);
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_and_an_unsuitable_file_is_not() {
+        let call = Refusable::new();
+        assert!(call.attempt(|| Err(Errno::EINVAL)).is_none());
+        assert!(call.attempt(|| Ok(1)).is_some());
+        assert!(call.attempt(|| Err(Errno::EPERM)).is_none());
+        assert!(call.attempt(|| unreachable!()).is_none());
     }
 
     #[test]
@@ -382,7 +644,7 @@ mod tests {
         let (read, _write) = new().unwrap();
         let grown = grow(&read, LARGEST).unwrap();
         assert!(grown >= DEFAULT_SLOTS);
-        assert_eq!(grow(&read, SLOT).unwrap(), grown);
+        assert_eq!(grow(&read, slot()).unwrap(), grown);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -57,6 +57,15 @@ impl Wait {
             (Wait::Forever, Some(end)) => Wait::Until(end),
             (Wait::Until(earlier), Some(end)) => Wait::Until(earlier.min(end)),
             (Wait::Now, Some(_)) => Wait::Now,
+        }
+    }
+
+    /// The shorter of two waits.
+    pub(crate) fn or(self, other: Self) -> Self {
+        match other {
+            Wait::Now => Wait::Now,
+            Wait::Until(end) => self.or_until(Some(end)),
+            Wait::Forever => self,
         }
     }
 
@@ -150,6 +159,12 @@ impl<K: Kind> Poller<K> {
             }
         }));
         Ok(())
+    }
+}
+
+impl<K> AsFd for Poller<K> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 }
 

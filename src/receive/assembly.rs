@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::order::{Behind, Order, Place};
 use crate::format::{Body, ImageName};
+use crate::store::external::{External, File, Outlets};
 use crate::store::{Ahead, Piece, Store, Target};
 
 /// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A
@@ -38,6 +39,61 @@ impl Step {
     }
 }
 
+/// What a receiver makes of the steps of an image.
+pub(super) trait Image {
+    /// The first place that is missing. `None` while only the index can tell.
+    fn next(&self) -> Option<Place>;
+
+    /// Whether nothing is missing.
+    fn is_complete(&self) -> bool;
+
+    /// The external files.
+    fn outlets(&mut self) -> &mut Outlets;
+
+    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says
+    /// that the image has made no progress for a while, and may depend on it.
+    fn is_far_ahead(&self, stalled: bool) -> bool;
+
+    /// Bytes of data that wait for their turn.
+    fn waiting_bytes(&self) -> usize;
+
+    /// Where data waits whose turn has not come.
+    fn ahead(&self) -> Ahead;
+
+    /// Where the data at this place goes. `None`: it should wait in its shard.
+    fn target(&self, place: Place) -> Option<Target<'_>>;
+
+    /// The name of the file whose turn it is, for errors.
+    fn current(&self) -> String;
+
+    /// Data at the place whose turn it was went into the current file.
+    ///
+    /// # Errors
+    /// As [`Image::submit`].
+    fn written(&mut self, behind: Behind) -> Result<()>;
+
+    /// Whether a shard has shown to be an index.
+    fn has_index(&self) -> bool;
+
+    /// The index, while all of it is not here.
+    fn awaited_index(&self) -> Option<usize>;
+
+    /// Whether a shard is read whatever is held.
+    fn keeps(&self, shard: usize) -> bool;
+
+    /// Notes that a shard begins like an index.
+    ///
+    /// # Errors
+    /// When another one does too.
+    fn is_index(&mut self, shard: usize) -> Result<()>;
+
+    /// Takes a step.
+    ///
+    /// # Errors
+    /// When the step makes no sense at its place, or the store fails.
+    fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()>;
+}
+
 /// Where a step came from, for errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Origin {
@@ -46,72 +102,62 @@ pub(super) struct Origin {
     pub(super) offset: u64,
 }
 
+impl Origin {
+    pub(super) fn error(self, labels: &[String], what: impl std::fmt::Display) -> anyhow::Error {
+        anyhow!(
+            "reading {} before byte {}: {what}",
+            labels[self.shard],
+            self.offset
+        )
+    }
+}
+
 #[derive(Debug)]
 struct Waiting {
     origin: Origin,
     step: Step,
 }
 
-/// An image in the making.
+/// An image in the making, all of whose steps have their turn.
 pub(super) struct Assembly<S: Store> {
-    store: S,
+    store: External<S>,
     order: Order<Waiting>,
     /// Bytes of data that wait for their turn.
     waiting_bytes: usize,
-    current: Option<(ImageName, S::File)>,
+    current: Option<(ImageName, File<S::File>)>,
     /// Files that are neither complete nor current.
-    open: HashMap<ImageName, S::File>,
+    open: HashMap<ImageName, File<S::File>>,
     complete: bool,
     labels: Vec<String>,
 }
 
-impl<S: Store> Assembly<S> {
-    /// `labels` names the shards in errors.
-    pub(super) fn new(store: S, labels: Vec<String>) -> Self {
-        Self {
-            store,
-            order: Order::new(),
-            waiting_bytes: 0,
-            current: None,
-            open: HashMap::new(),
-            complete: false,
-            labels,
-        }
+impl<S: Store> Image for Assembly<S> {
+    fn next(&self) -> Option<Place> {
+        Some(self.order.next())
     }
 
-    /// The place of the step whose turn it is.
-    pub(super) fn next(&self) -> Place {
-        self.order.next()
-    }
-
-    /// Whether the end of the image was reached, with nothing missing before.
-    pub(super) fn is_complete(&self) -> bool {
+    fn is_complete(&self) -> bool {
         self.complete
     }
 
-    pub(super) fn store(&mut self) -> &mut S {
-        &mut self.store
+    fn outlets(&mut self) -> &mut Outlets {
+        self.store.outlets()
     }
 
-    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says
-    /// that the image has made no progress for a while, and may depend on it.
-    pub(super) fn is_far_ahead(&self, stalled: bool) -> bool {
+    fn is_far_ahead(&self, stalled: bool) -> bool {
         self.order.len() >= if stalled { MOST_WAITING } else { MANY_WAITING }
     }
 
-    /// Bytes of data that wait for their turn.
-    pub(super) fn waiting_bytes(&self) -> usize {
+    fn waiting_bytes(&self) -> usize {
         self.waiting_bytes
     }
 
-    /// Where data waits whose turn has not come.
-    pub(super) fn ahead(&self) -> Ahead {
+    fn ahead(&self) -> Ahead {
         let current = self.current.as_ref();
         self.store.ahead(current.map(|(_, file)| file))
     }
 
-    /// Where the data at this place goes. `None`: it should wait in its shard.
-    pub(super) fn target(&self, place: Place) -> Option<Target<'_>> {
+    fn target(&self, place: Place) -> Option<Target<'_>> {
         match &self.current {
             // Data that belongs to no file is an error, which is found when it is applied.
             None if place == self.order.next() => Some(Target::Piece),
@@ -121,26 +167,34 @@ impl<S: Store> Assembly<S> {
         }
     }
 
-    /// The name of the current file, for errors.
-    pub(super) fn current(&self) -> String {
+    fn current(&self) -> String {
         let current = self.current.as_ref();
         current.map_or_else(|| "no file".into(), |(name, _)| name.to_string())
     }
 
-    /// Data at the place whose turn it was went into the current file.
-    ///
-    /// # Errors
-    /// As [`Assembly::submit`].
-    pub(super) fn written(&mut self, behind: Behind) -> Result<()> {
+    fn written(&mut self, behind: Behind) -> Result<()> {
         self.pass(behind)?;
         self.catch_up()
     }
 
-    /// Takes a step, now if it is its turn, otherwise when that comes.
-    ///
-    /// # Errors
-    /// When the step makes no sense at its place, or the store fails.
-    pub(super) fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()> {
+    fn has_index(&self) -> bool {
+        false
+    }
+
+    fn awaited_index(&self) -> Option<usize> {
+        None
+    }
+
+    fn keeps(&self, _shard: usize) -> bool {
+        true
+    }
+
+    /// An index is a shard like any other here.
+    fn is_index(&mut self, _shard: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()> {
         if place == self.order.next() {
             self.apply(origin, step)?;
             return self.catch_up();
@@ -154,6 +208,21 @@ impl<S: Store> Assembly<S> {
         }
         self.waiting_bytes += len;
         Ok(())
+    }
+}
+
+impl<S: Store> Assembly<S> {
+    /// `labels` names the shards in errors.
+    pub(super) fn new(store: External<S>, labels: Vec<String>) -> Self {
+        Self {
+            store,
+            order: Order::new(),
+            waiting_bytes: 0,
+            current: None,
+            open: HashMap::new(),
+            complete: false,
+            labels,
+        }
     }
 
     fn catch_up(&mut self) -> Result<()> {
@@ -231,15 +300,11 @@ impl<S: Store> Assembly<S> {
                 format_args!("marker {} follows the end of the image", place.seq)
             ));
         }
-        Ok(self.store)
+        self.store.into_behind()
     }
 
     fn error(&self, origin: Origin, what: impl std::fmt::Display) -> anyhow::Error {
-        anyhow!(
-            "reading {} before byte {}: {what}",
-            self.labels[origin.shard],
-            origin.offset
-        )
+        origin.error(&self.labels, what)
     }
 }
 
@@ -275,11 +340,12 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        Assembly::new(Catalog::new(), vec!["shard fd 0".into()])
+        let store = External::new(Catalog::new(), Outlets::new(Vec::new()).unwrap());
+        Assembly::new(store, vec!["shard fd 0".into()])
     }
 
     fn read<const N: usize>(mut files: Catalog, names: [&str; N]) -> [Vec<u8>; N] {
-        names.map(|text| files.read(&name(text), &mut Arena::new()).unwrap().unwrap())
+        names.map(|text| files.read(&name(text)).unwrap().unwrap())
     }
 
     #[test]

@@ -10,10 +10,12 @@
 //! that is behind the last one of every shard will not come.
 
 mod assembly;
+mod index;
 mod order;
 mod reader;
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -22,14 +24,16 @@ use crate::format::{Body, ImageName};
 use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
-use crate::pace::Pace;
+use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
-use crate::store::external::External;
+use crate::store::catalog::Catalog;
+use crate::store::external::{External, Outlets};
 use crate::store::held::Holder;
 use crate::store::{Ahead, Arena, Piece, Store, Target};
-use crate::supervision::Interrupts;
-use assembly::{Assembly, Origin, Step};
+use crate::supervision::{Failure, Interrupts};
+use assembly::{Assembly, Image, Origin, Step};
+use index::Indexed;
 use order::Place;
 use reader::{Found, Holding, Reader, Stage};
 
@@ -90,22 +94,29 @@ enum Then {
     Stop(Turn),
 }
 
-struct Receiver<'a, S: Store> {
+/// Reads shards, and gives their steps to an image.
+struct Receiver<'a, I> {
     poller: Poller<Watched>,
     interrupts: &'a Interrupts,
     shards: Vec<Reader>,
     /// The shards that may have something.
     busy: Vec<bool>,
-    image: Assembly<External<S>>,
-    arena: &'a mut Arena,
+    image: I,
+    arena: Arena,
     /// What holds data in pipes, where that is possible.
     holder: Option<Holder>,
     /// How many bytes are taken when memory is looked at again.
     look_at_memory: u64,
     /// Made for the first file on disk.
     stage: Option<Stage>,
-    /// When the image last made progress.
+    /// How the busiest shard fared last.
+    last: Turn,
+    /// When the image last made progress, or there was nothing to be had.
     progress: Instant,
+    /// When full pipes of external files are tried again.
+    try_again: Instant,
+    /// Until when the end of the shards is waited for, once the image has ended.
+    end_by: Option<Instant>,
     start: Option<Instant>,
     files: Counter,
 }
@@ -114,88 +125,129 @@ struct Receiver<'a, S: Store> {
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
-pub fn receive<S: Store>(
+pub fn receive<S: Store + 'static>(
     shards: Vec<(ReadEnd, String)>,
     external_files: Vec<(ImageName, WriteEnd)>,
     store: S,
-    arena: &mut Arena,
     counters: &Counters,
     interrupts: &Interrupts,
-) -> Result<(S, Stats)> {
-    let labels = shards.iter().map(|(_, label)| label.clone()).collect();
-    let shards = shards
-        .into_iter()
-        .zip(&counters.shards)
-        .map(|((pipe, label), bytes)| Reader::new(pipe, label, Meter::new(bytes.clone())))
-        .collect::<Result<Vec<_>>>()?;
-    let mut receiver = Receiver {
-        poller: Poller::new().context("preparing to wait for events")?,
-        interrupts,
-        busy: vec![true; shards.len()],
-        shards,
-        image: Assembly::new(External::new(store, external_files)?, labels),
-        arena,
-        holder: Holder::new(),
-        look_at_memory: 0,
-        stage: None,
-        progress: Instant::now(),
-        start: None,
-        files: counters.files.clone(),
-    };
-    receiver.run()?;
-    let shards = receiver.shards.iter();
-    let stats = Stats {
-        shards: shards
-            .map(|shard| shard.meter().stats(receiver.start))
-            .collect(),
-    };
-    Ok((receiver.image.into_store()?.into_behind()?, stats))
+) -> Result<(S, Stats), Failure> {
+    let store = External::new(store, Outlets::new(external_files)?);
+    let image = |labels| Assembly::new(store, labels);
+    let mut receiver = Receiver::new(shards, image, counters, interrupts)?;
+    let received = receiver.receive_all();
+    let stats = receiver.stats();
+    let (shards, mut image) = (receiver.shards, receiver.image);
+    match received.and_then(|()| image.outlets().check_complete()) {
+        Ok(()) => Ok((image.into_store()?, stats)),
+        Err(error) => Err(Failure::new(error, (shards, image))),
+    }
 }
 
-impl<S: Store> Receiver<'_, S> {
-    fn run(&mut self) -> Result<()> {
-        self.watch().context("preparing to wait for events")?;
-        let mut pace = Pace::new();
+/// What is read of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reading {
+    All,
+    /// No data behind a marker that comes after this one. Shards that stand there rest.
+    UpTo(Option<u64>),
+}
+
+impl Reading {
+    /// Whether data at this place is left in its shard.
+    fn leaves(self, place: Option<Place>) -> bool {
+        match (self, place) {
+            (Reading::UpTo(last), Some(place)) => last.is_none_or(|last| place.seq > last),
+            (Reading::All, _) | (_, None) => false,
+        }
+    }
+}
+
+impl<'a, I: Image> Receiver<'a, I> {
+    fn new(
+        shards: Vec<(ReadEnd, String)>,
+        image: impl FnOnce(Vec<String>) -> I,
+        counters: &Counters,
+        interrupts: &'a Interrupts,
+    ) -> Result<Self> {
+        let labels = shards.iter().map(|(_, label)| label.clone()).collect();
+        let shards = shards
+            .into_iter()
+            .zip(&counters.shards)
+            .map(|((pipe, label), bytes)| Reader::new(pipe, label, Meter::new(bytes.clone())))
+            .collect::<Result<Vec<_>>>()?;
+        let now = Instant::now();
+        let mut receiver = Self {
+            poller: Poller::new().context("preparing to wait for events")?,
+            interrupts,
+            busy: vec![true; shards.len()],
+            shards,
+            image: image(labels),
+            arena: Arena::new(),
+            holder: Holder::new(),
+            look_at_memory: 0,
+            stage: None,
+            last: Turn::Idle,
+            progress: now,
+            try_again: now,
+            end_by: None,
+            start: None,
+            files: counters.files.clone(),
+        };
+        receiver.watch().context("preparing to wait for events")?;
+        Ok(receiver)
+    }
+
+    /// Waits for events, takes what the shards have, and sends what readers of external files take.
+    fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
         let mut events = Vec::new();
-        let (mut wait, mut turn) = (Wait::Now, Turn::Idle);
-        while !self.image.is_complete() || self.image.store().is_sending() {
-            self.poller
-                .wait(wait, &mut events)
-                .context("waiting for the shards")?;
-            self.start.get_or_insert_with(Instant::now);
-            self.handle(&events)?;
-            if wait != Wait::Now && events.is_empty() {
-                self.try_external_files_again();
-            }
-            if turn == Turn::Idle {
-                // What there was to be had is no stall.
-                self.progress = Instant::now();
-            }
-            let (moved, found, room) = self.round()?;
-            turn = moved;
-            self.check_memory()?;
-            let (sent, room_to_send) = self.image.store().send()?;
-            wait = match turn {
-                Turn::Busy => {
-                    pace.nap_until_filled(found, room);
-                    Wait::Now
-                }
-                _ if sent > 0 => {
-                    pace.nap_until_emptied(sent as u64, room_to_send as u64);
-                    Wait::Now
-                }
-                Turn::Ahead => {
-                    self.check_supply()?;
-                    Wait::Until(Instant::now() + STALL)
-                }
-                Turn::Idle => {
-                    self.check_supply()?;
-                    let sending = self.image.store().is_sending();
-                    Wait::Forever.or_until(sending.then(|| Instant::now() + TRY_AGAIN))
-                }
-            };
+        self.poller
+            .wait(wait, &mut events)
+            .context("waiting for the shards")?;
+        let now = Instant::now();
+        self.start.get_or_insert(now);
+        self.handle(&events)?;
+        if now >= self.try_again {
+            self.try_again = now + TRY_AGAIN;
+            self.image.outlets().try_again();
+        }
+        if self.last == Turn::Idle {
+            // There was nothing to be had, which is no stall.
+            self.progress = now;
+        }
+        let (turn, found, room) = self.round(reading)?;
+        self.last = turn;
+        self.check_memory()?;
+        let (sent, room_to_send) = self.image.outlets().send()?;
+        if turn == Turn::Busy {
+            return Ok(Activity::Filled { found, room });
+        }
+        if sent > 0 {
+            let (sent, room) = (sent as u64, room_to_send as u64);
+            return Ok(Activity::Emptied { sent, room });
+        }
+        self.check_supply()?;
+        let sending = self.image.outlets().is_sending();
+        let wait = Wait::Forever.or_until(sending.then_some(self.try_again));
+        let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
+        Ok(Activity::Idle(wait.or_until(stall)))
+    }
+
+    fn receive_all(&mut self) -> Result<()> {
+        let mut pace = Pace::new();
+        let mut wait = Wait::Now;
+        while !self.image.is_complete() || self.image.outlets().is_sending() {
+            wait = pace.after(self.step(wait, Reading::All)?);
         }
         self.check_end()
+    }
+
+    fn stats(&self) -> Stats {
+        let shards = self.shards.iter();
+        Stats {
+            shards: shards
+                .map(|shard| shard.meter().stats(self.start))
+                .collect(),
+        }
     }
 
     fn watch(&mut self) -> io::Result<()> {
@@ -204,7 +256,7 @@ impl<S: Store> Receiver<'_, S> {
         for (index, shard) in (0..).zip(&self.shards) {
             poller.add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)?;
         }
-        for (number, pipe) in image.store().pipes() {
+        for (number, pipe) in image.outlets().pipes() {
             poller.add(
                 pipe,
                 Watched::External,
@@ -226,33 +278,28 @@ impl<S: Store> Receiver<'_, S> {
                         self.shards[index].hang_up();
                     }
                 }
-                Watched::External => self.image.store().made_room(index),
+                Watched::External => self.image.outlets().made_room(index),
             }
         }
         Ok(())
     }
 
-    fn try_external_files_again(&mut self) {
-        let store = self.image.store();
-        let open: Vec<_> = store.pipes().map(|(number, _)| number).collect();
-        open.into_iter().for_each(|number| store.made_room(number));
-    }
-
     /// Gives every shard that may have something one turn. Tells how the busiest fared, how many
     /// bytes were taken, and how many the pipes hold that they were taken from.
-    fn round(&mut self) -> Result<(Turn, u64, u64)> {
+    fn round(&mut self, reading: Reading) -> Result<(Turn, u64, u64)> {
         let before = self.image.next();
         let taken_before = self.taken();
         let (mut overall, mut room) = (Turn::Idle, 0);
-        if self.image.store().is_behind() {
+        if self.image.outlets().is_behind() {
             return Ok((Turn::Ahead, 0, 0));
         }
         for index in 0..self.shards.len() {
             if self.image.is_complete() || !self.busy[index] {
                 continue;
             }
-            let turn = self.turn(index)?;
-            self.busy[index] = turn != Turn::Idle;
+            let turn = self.turn(index, reading)?;
+            let rests = reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index);
+            self.busy[index] = turn != Turn::Idle || rests;
             if turn == Turn::Busy {
                 room += self.shards[index].capacity() as u64;
             }
@@ -299,16 +346,19 @@ impl<S: Store> Receiver<'_, S> {
     }
 
     /// Takes from one shard what it has, up to a limit.
-    fn turn(&mut self, index: usize) -> Result<Turn> {
+    fn turn(&mut self, index: usize, reading: Reading) -> Result<Turn> {
         let mut turn = Turn::Idle;
         let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
         while !self.image.is_complete() {
-            let next = self.image.next().seq;
+            let next = self.image.next().map(|place| place.seq);
             if self.image.is_far_ahead(false)
-                && self.shards[index].last_seq() > Some(next)
+                && self.shards[index].last_seq() > next
                 && self.image.is_far_ahead(self.is_stalled())
             {
                 return Ok(turn.max(Turn::Ahead));
+            }
+            if reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index) {
+                return Ok(turn);
             }
             let then = match self.shards[index].chunk() {
                 Some(place) => self.take_data(index, place, &mut allowance)?,
@@ -329,8 +379,11 @@ impl<S: Store> Receiver<'_, S> {
                 Way::Read => usize::MAX,
                 Way::Splice => shard.ahead_for_marker(),
             };
-            return allowance.read(shard, self.arena, most);
+            return allowance.read(shard, &mut self.arena, most);
         };
+        if marker.is_index {
+            self.image.is_index(index)?;
+        }
         match marker.body {
             Body::Data(1..) => return Ok(Then::GoOn),
             Body::FileEnd => self.files.add(1),
@@ -366,7 +419,11 @@ impl<S: Store> Receiver<'_, S> {
             self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
             return Ok(Then::GoOn);
         }
-        if let Target::File(file) = target {
+        // What is held already comes first, whatever has become possible since.
+        let is_holding = shard.is_holding();
+        if let Target::File(file) = target
+            && !is_holding
+        {
             let stage = match &mut self.stage {
                 Some(stage) => stage,
                 none => none.insert(Stage::new()?),
@@ -378,7 +435,12 @@ impl<S: Store> Receiver<'_, S> {
             self.image.written(behind)?;
             return Ok(Then::GoOn);
         }
-        let most = match (allowance.way, &mut self.holder) {
+        let way = if is_holding {
+            Way::Splice
+        } else {
+            allowance.way
+        };
+        let most = match (way, &mut self.holder) {
             (Way::Splice, Some(holder)) => match shard.hold(holder)? {
                 Holding::Piece(held, behind) => {
                     self.submit(index, place, Step::Data(Piece::held(held), behind))?;
@@ -391,7 +453,7 @@ impl<S: Store> Receiver<'_, S> {
             (Way::Splice, None) => shard.left_of_chunk(),
             (Way::Read, _) => usize::MAX,
         };
-        allowance.read(shard, self.arena, most)
+        allowance.read(shard, &mut self.arena, most)
     }
 
     fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
@@ -402,12 +464,29 @@ impl<S: Store> Receiver<'_, S> {
         self.image.submit(place, origin, step)
     }
 
+    /// Fails if the index cannot come any more.
+    fn check_index(&self) -> Result<()> {
+        match self.image.awaited_index() {
+            Some(index) if self.shards[index].has_ended() => bail!(
+                "putting the image together: {}, its index, was cut off at byte {}",
+                self.shards[index].label(),
+                self.shards[index].offset()
+            ),
+            None if self.shards.iter().all(Reader::has_ended) && !self.image.has_index() => {
+                bail!("putting the image together: no shard is an index: serve it without --index")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Fails if the next marker cannot come any more.
     fn check_supply(&self) -> Result<()> {
         if self.image.is_complete() {
             return Ok(());
         }
-        let next = self.image.next().seq;
+        let Some(next) = self.image.next().map(|place| place.seq) else {
+            return self.check_index();
+        };
         let may_supply = |shard: &Reader| {
             shard.chunk().is_some_and(|place| place.seq == next)
                 || (!shard.has_ended() && shard.last_seq().is_none_or(|last| last < next))
@@ -434,26 +513,147 @@ impl<S: Store> Receiver<'_, S> {
         )
     }
 
-    /// The end marker must be the last thing on the shards.
+    /// Waits for the end of the shards: the end marker must be the last thing on them.
     fn check_end(&mut self) -> Result<()> {
-        let end = Instant::now() + END_PATIENCE;
         let mut events = Vec::new();
-        loop {
-            let mut all_ended = true;
-            for shard in &mut self.shards {
-                if !shard.is_read_out() || shard.read(self.arena, 1)? == Found::Something {
-                    bail!(shard.error("something follows the end of the image"));
-                }
-                all_ended &= shard.has_ended();
-            }
-            if all_ended || Instant::now() >= end {
-                return Ok(());
-            }
+        while !self.have_ended()? {
+            let end = Instant::now() + END_PATIENCE;
             self.poller
-                .wait(Wait::Until(end), &mut events)
+                .wait(Wait::Until(self.end_by.unwrap_or(end)), &mut events)
                 .context("waiting for the end of the shards")?;
             self.handle(&events)?;
         }
+        Ok(())
+    }
+
+    /// Whether the shards have ended, or have been given the time to.
+    ///
+    /// # Errors
+    /// When something follows the end of the image.
+    fn have_ended(&mut self) -> Result<bool> {
+        let mut all_ended = true;
+        for shard in &mut self.shards {
+            if !shard.is_read_out() || shard.read(&mut self.arena, 1)? == Found::Something {
+                bail!(shard.error("something follows the end of the image"));
+            }
+            all_ended &= shard.has_ended();
+        }
+        let now = Instant::now();
+        let end = *self.end_by.get_or_insert(now + END_PATIENCE);
+        Ok(all_ended || now >= end)
+    }
+}
+
+/// An image with an index that is served while it arrives.
+pub(crate) struct Arriving<'a> {
+    receiver: Receiver<'a, Indexed>,
+    /// Until when the end of the index is waited for.
+    index_end_by: Option<Instant>,
+}
+
+impl<'a> Arriving<'a> {
+    /// Receives from these shards, of which one is the index.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn new(
+        shards: Vec<(ReadEnd, String)>,
+        external_files: Vec<(ImageName, WriteEnd)>,
+        counters: &Counters,
+        interrupts: &'a Interrupts,
+    ) -> Result<Self> {
+        let outlets = Outlets::new(external_files)?;
+        let image = |labels| Indexed::new(outlets, labels);
+        Ok(Self {
+            receiver: Receiver::new(shards, image, counters, interrupts)?,
+            index_end_by: None,
+        })
+    }
+
+    /// Waits for events, and takes what the shards have.
+    ///
+    /// # Errors
+    /// When the image is damaged or incomplete, and when a signal came.
+    pub(crate) fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
+        let activity = self.receiver.step(wait, reading)?;
+        let end = self
+            .index_end_by
+            .filter(|_| !self.receiver.image.is_laid_out());
+        Ok(match activity {
+            Activity::Idle(wait) => Activity::Idle(wait.or_until(end).or_until(self.end_by())),
+            busy => busy,
+        })
+    }
+
+    fn end_by(&self) -> Option<Instant> {
+        self.receiver.end_by.filter(|&end| end > Instant::now())
+    }
+
+    /// The number of the index, once all of it was read and its shard has ended, or was given the time
+    /// to.
+    pub(crate) fn index(&mut self) -> Option<usize> {
+        let index = self.receiver.image.index()?;
+        if !self.receiver.image.is_read() {
+            return None;
+        }
+        let now = Instant::now();
+        let end = *self.index_end_by.get_or_insert(now + END_PATIENCE);
+        let has_ended = self.receiver.shards[index].has_ended();
+        (has_ended || now >= end).then_some(index)
+    }
+
+    /// Finds out from the index which files there are.
+    ///
+    /// # Errors
+    /// When the index makes no sense.
+    pub(crate) fn lay_out(&mut self) -> Result<()> {
+        self.receiver.image.lay_out()
+    }
+
+    pub(crate) fn catalog(&mut self) -> &mut Catalog {
+        self.receiver.image.catalog()
+    }
+
+    /// Whether all of the image has come, and nothing follows it.
+    ///
+    /// # Errors
+    /// When something does.
+    pub(crate) fn is_whole(&mut self) -> Result<bool> {
+        Ok(self.receiver.image.is_complete() && self.receiver.have_ended()?)
+    }
+
+    /// Gives CRIU the last of the pages.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn release(&mut self) -> Result<()> {
+        self.receiver.image.release()
+    }
+
+    /// Whether readers of external files still have to take something.
+    pub(crate) fn is_sending(&mut self) -> bool {
+        self.receiver.image.outlets().is_sending()
+    }
+
+    /// The last of the markers that are waited for: by CRIU, which waits for these files, and by readers
+    /// of external files.
+    pub(crate) fn wanted<'b>(&mut self, files: impl Iterator<Item = &'b ImageName>) -> Option<u64> {
+        self.receiver.image.wanted(files)
+    }
+
+    /// Bytes that have come, less those that readers of external files have taken.
+    pub(crate) fn received(&mut self) -> u64 {
+        self.receiver.taken() - self.receiver.image.outlets().sent()
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.receiver.stats()
+    }
+}
+
+impl AsFd for Arriving<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.receiver.poller.as_fd()
     }
 }
 

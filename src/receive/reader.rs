@@ -20,6 +20,7 @@ use super::order::{Behind, Place};
 use crate::format::marker::{self, BadMarker};
 use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
+use crate::os::process::Origin;
 use crate::report::meter::Meter;
 use crate::store::held::{Filled, Held, Holder, WORTH_HOLDING};
 use crate::store::{Arena, Extent};
@@ -100,7 +101,7 @@ pub(super) struct Reader {
     chunk: Option<Chunk>,
     /// Data of the current chunk, on its way into this pipe.
     held: Option<Held>,
-    /// Slots are well filled, so that a page that is held is about as large as its data.
+    /// Its pages are as good as their data: they will not change, and hold little else.
     may_hold: bool,
     /// Bytes of the last marker with data, if that was large: the next one takes as many, as a
     /// rule.
@@ -127,7 +128,7 @@ impl Reader {
             pipe::grow(&pipe, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
         Ok(Self {
             pipe,
-            capacity: slots * pipe::SLOT,
+            capacity: slots * pipe::slot(),
             label,
             ahead: VecDeque::new(),
             chunk: None,
@@ -211,6 +212,10 @@ impl Reader {
                 "marker {} comes after marker {last}: the order is wrong, or it is repeated",
                 marker.seq
             )));
+        }
+        if self.last_seq.is_none() {
+            // Its pages may be the application's own.
+            self.may_hold &= !marker.origin.as_ref().is_some_and(Origin::may_be_running);
         }
         self.last_seq = Some(marker.seq);
         if let Body::Data(left @ 1..) = marker.body {
@@ -306,8 +311,7 @@ impl Reader {
         self.may_hold
     }
 
-    /// Whether some of the current chunk's data is in a pipe that is not full yet. Only what is
-    /// spliced next may come behind it.
+    /// Whether a pipe holds a part of the current chunk's data, to which the rest belongs.
     pub(super) fn is_holding(&self) -> bool {
         self.held.is_some()
     }
@@ -343,7 +347,7 @@ impl Reader {
                 return Ok(Holding::Some);
             }
             Filled::Full => {
-                self.may_hold = !held.is_wasteful();
+                self.may_hold &= !held.is_wasteful();
                 chunk.place.part += 1;
                 return Ok(Holding::Piece(held, Behind::Part));
             }

@@ -57,6 +57,11 @@ impl Meter {
         self.last = Some(Instant::now());
     }
 
+    /// What passed so far, in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+
     /// What passed, and how long it took from `start`, the beginning of the image's transfer.
     pub fn stats(&self, start: Option<Instant>) -> ShardStats {
         let duration = match (start, self.last) {

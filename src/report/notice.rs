@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn a_full_pipe_whose_reader_reads_nothing_is_given_up() {
         let (_read, write) = pipe::new().unwrap();
-        let capacity = pipe::slots(&write).unwrap() * pipe::SLOT;
+        let capacity = pipe::slots(&write).unwrap() * pipe::slot();
         let error = write_text(&write, &"x".repeat(capacity + 1)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::ETIMEDOUT as i32));
     }

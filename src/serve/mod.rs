@@ -11,20 +11,21 @@
 //! exist", and the program then fails naming it.
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
-use crate::pace::Pace;
+use crate::pace::{Activity, Pace};
 use crate::report;
-use crate::store::Arena;
-use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
+use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup, Taken};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::Interrupts;
+use crate::supervision::{Failure, Interrupts};
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -57,97 +58,171 @@ struct Sending {
     transfer: Transfer,
 }
 
-struct Server<'a> {
+/// Answers CRIU, and sends it files.
+pub(crate) struct Server<'a> {
     poller: Poller<Watched>,
     interrupts: &'a Interrupts,
     /// Until all clients have come.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
-    files: Catalog,
-    arena: Arena,
     transfers: HashMap<u64, Sending>,
     /// Transfers whose pipes may have room.
     busy: Vec<u64>,
     next_transfer: u64,
     /// The files that were asked for again, and are gone.
     refused: BTreeSet<ImageName>,
+    /// When all transfers are tried again.
+    try_again: Instant,
+    /// Bytes that were sent, or were not wanted.
+    sent: u64,
 }
 
-/// Serves `files`, whose memory came from `arena`, until `criu_clients` clients have come and all
-/// are gone.
+/// Says what CRIU will not restore of these files, whatever is served.
+pub(crate) fn warn_of_losses(files: &Catalog) {
+    let is_lost =
+        |name: &&ImageName| files::is_nftables(name.as_str()) && files.holds_something(name);
+    for name in files.names().filter(is_lost) {
+        report::warn(format_args!(
+            "{name} holds firewall rules, and `criu restore --stream` restores none of them (CRIU \
+             asks a pipe for its size): where the application needs them, use `extract` and a \
+             plain `criu restore` instead"
+        ));
+    }
+}
+
+/// Serves `files` until `criu_clients` clients have come and all are gone.
 ///
 /// # Errors
 /// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
-pub fn serve(
+pub(crate) fn serve(
     listener: Listener,
-    files: Catalog,
-    arena: Arena,
+    mut files: Catalog,
     criu_clients: usize,
     interrupts: &Interrupts,
-) -> Result<()> {
-    let poller = Poller::new().context("preparing to wait for events")?;
-    poller
-        .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
-        .context("preparing to wait for signals")?;
-    poller
-        .add(&listener, Watched::Listener, 0, Interest::Readable)
-        .context("preparing to wait for CRIU")?;
-    Server {
-        poller,
-        interrupts,
-        listener: Some(listener),
-        clients: Clients::new(criu_clients),
-        files,
-        arena,
-        transfers: HashMap::new(),
-        busy: Vec::new(),
-        next_transfer: 0,
-        refused: BTreeSet::new(),
+) -> Result<(), Failure> {
+    let mut server = Server::new(listener, criu_clients, interrupts)?;
+    let mut pace = Pace::new();
+    let mut wait = Wait::Forever;
+    while !server.is_done() {
+        match server.step(&mut files, wait) {
+            Ok(activity) => wait = pace.after(activity),
+            Err(error) => return Err(Failure::new(error, (server.clients, server.transfers))),
+        }
     }
-    .run()
+    Ok(server.conclude()?)
 }
 
-impl Server<'_> {
-    fn run(mut self) -> Result<()> {
+impl<'a> Server<'a> {
+    /// Serves those who connect to `listener`, until `criu_clients` have come and all are gone.
+    pub(crate) fn new(
+        listener: Listener,
+        criu_clients: usize,
+        interrupts: &'a Interrupts,
+    ) -> Result<Self> {
+        let poller = Poller::new().context("preparing to wait for events")?;
+        poller
+            .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
+            .context("preparing to wait for signals")?;
+        poller
+            .add(&listener, Watched::Listener, 0, Interest::Readable)
+            .context("preparing to wait for CRIU")?;
+        Ok(Self {
+            poller,
+            interrupts,
+            listener: Some(listener),
+            clients: Clients::new(criu_clients),
+            transfers: HashMap::new(),
+            busy: Vec::new(),
+            next_transfer: 0,
+            refused: BTreeSet::new(),
+            try_again: Instant::now(),
+            sent: 0,
+        })
+    }
+
+    /// Whether all clients have come and gone, and have all they wanted.
+    pub(crate) fn is_done(&self) -> bool {
+        self.clients.all_gone() && self.transfers.is_empty()
+    }
+
+    /// Bytes that were sent, or were not wanted.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// The files whose readers wait for something that has not come yet.
+    pub(crate) fn starving(&self) -> impl Iterator<Item = &ImageName> {
+        let transfers = self.transfers.values();
+        let starving =
+            transfers.filter(|sending| sending.transfer.is_open() && sending.transfer.left() == 0);
+        starving.map(|sending| &sending.name)
+    }
+
+    /// Waits for events, answers, and sends what is here of `files`.
+    ///
+    /// # Errors
+    /// When CRIU breaks the protocol, or asked for nothing, and when a signal came.
+    pub(crate) fn step(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
         let mut events = Vec::new();
-        let mut pace = Pace::new();
-        let mut wait = Wait::Forever;
-        while !(self.clients.all_gone() && self.transfers.is_empty()) {
-            self.poller
-                .wait(wait, &mut events)
-                .context("waiting for CRIU")?;
-            self.handle(&events)?;
-            if events.is_empty() && wait != Wait::Now {
-                self.busy.extend(self.transfers.keys());
-            }
-            self.clients.check_grace()?;
-            if self.clients.all_gone() {
-                self.listener = None;
-                self.clients.close_idle();
-            }
-            let (sent, room) = self.send()?;
-            wait = if sent > 0 {
-                pace.nap_until_emptied(sent as u64, room as u64);
-                Wait::Now
-            } else {
-                let again = (!self.transfers.is_empty()).then(|| Instant::now() + TRY_AGAIN);
-                Wait::Forever
-                    .or_until(again)
-                    .or_until(self.clients.grace_ends())
-            };
+        self.poller
+            .wait(wait, &mut events)
+            .context("waiting for CRIU")?;
+        self.handle(files, &events)?;
+        let now = Instant::now();
+        if now >= self.try_again {
+            self.try_again = now + TRY_AGAIN;
+            self.busy.extend(self.transfers.keys());
         }
+        self.clients.check_grace()?;
+        if self.clients.all_gone() {
+            self.listener = None;
+            self.clients.close_idle();
+        }
+        self.take_more(files)?;
+        let (sent, room) = self.send()?;
+        if sent > 0 {
+            let (sent, room) = (sent as u64, room as u64);
+            return Ok(Activity::Emptied { sent, room });
+        }
+        let again = (!self.transfers.is_empty()).then_some(self.try_again);
+        let wait = Wait::Forever.or_until(again);
+        Ok(Activity::Idle(wait.or_until(self.clients.grace_ends())))
+    }
+
+    /// Gives transfers what has come of their files since.
+    fn take_more(&mut self, files: &mut Catalog) -> Result<()> {
+        for (&id, sending) in &mut self.transfers {
+            if !sending.transfer.is_open() {
+                continue;
+            }
+            let (more, is_whole) = files.take_more(&sending.name);
+            if is_whole {
+                sending.transfer.close();
+            }
+            if is_whole || !more.is_empty() {
+                sending.transfer.add_all(more)?;
+                self.busy.push(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// When a file was asked for that had been sent and freed.
+    pub(crate) fn conclude(self) -> Result<()> {
         if !self.refused.is_empty() {
             let names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
             bail!(
                 "serving {}: CRIU asked for it after it had been sent and freed; files of over \
-                 {LARGEST_KEPT} bytes are served once",
+                 {LARGEST_KEPT} bytes are served once. If several processes connect, say so with \
+                 --criu-clients: only the application's own data is then served once",
                 names.join(", ")
             );
         }
         Ok(())
     }
 
-    fn handle(&mut self, events: &[Event<Watched>]) -> Result<()> {
+    fn handle(&mut self, files: &mut Catalog, events: &[Event<Watched>]) -> Result<()> {
         for event in events {
             match event.kind {
                 Watched::Interrupt => self.interrupts.check()?,
@@ -157,7 +232,7 @@ impl Server<'_> {
                             .accept(listener, &self.poller, Watched::Client)?;
                     }
                 }
-                Watched::Client => self.answer(event.id)?,
+                Watched::Client => self.answer(files, event.id)?,
                 Watched::Transfer => {
                     if !self.busy.contains(&event.id) {
                         self.busy.push(event.id);
@@ -169,13 +244,9 @@ impl Server<'_> {
     }
 
     /// Answers what a client asks, and starts the files that it sent pipes for.
-    fn answer(&mut self, client: u64) -> Result<()> {
+    fn answer(&mut self, files: &mut Catalog, client: u64) -> Result<()> {
         let Server {
-            clients,
-            files,
-            arena,
-            refused,
-            ..
+            clients, refused, ..
         } = self;
         let mut opened = Vec::new();
         let answered = clients.next_requests(
@@ -199,16 +270,19 @@ impl Server<'_> {
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
                     // it.
-                    let cursor = files
-                        .take(&name, arena)
+                    let taken = files
+                        .take(&name)
                         .with_context(|| format!("serving {name}"))?;
-                    let cursor = cursor.with_context(|| {
+                    let taken = taken.with_context(|| {
                         format!(
                             "serving {name}: two clients asked for it at a time, and it can be sent \
                              once"
                         )
                     })?;
-                    let transfer = Transfer::new(pipe, slots, cursor);
+                    let transfer = match taken {
+                        Taken::Whole(cursor) => Transfer::new(pipe, slots, cursor),
+                        Taken::Beginning(contents) => Transfer::open(pipe, slots, contents),
+                    };
                     opened.push(Sending { name, transfer });
                     Ok(true)
                 }
@@ -223,7 +297,10 @@ impl Server<'_> {
     /// Sends the first part of a file, which for most is all of it, and has the rest follow as its
     /// reader makes room.
     fn start(&mut self, mut sending: Sending) -> Result<()> {
-        if !matches!(sending.send()?, Progress::Partial { .. }) {
+        let before = sending.transfer.left();
+        let progress = sending.send()?;
+        self.sent += (before - sending.transfer.left()) as u64;
+        if matches!(progress, Progress::Done | Progress::ReaderGone) {
             return Ok(());
         }
         let id = self.next_transfer;
@@ -248,8 +325,12 @@ impl Server<'_> {
             let Some(sending) = self.transfers.get_mut(&id) else {
                 continue;
             };
-            match sending.send()? {
+            let before = sending.transfer.left();
+            let progress = sending.send()?;
+            self.sent += (before - sending.transfer.left()) as u64;
+            match progress {
                 Progress::Done | Progress::ReaderGone => drop(self.transfers.remove(&id)),
+                Progress::Waiting => {}
                 Progress::Partial { slots } => {
                     filled += slots;
                     room += if slots > 0 {
@@ -270,6 +351,12 @@ impl Sending {
         self.transfer
             .send()
             .with_context(|| format!("serving {}", self.name))
+    }
+}
+
+impl AsFd for Server<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poller.as_fd()
     }
 }
 

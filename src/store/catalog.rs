@@ -5,6 +5,10 @@
 //! memory pages weigh far less: some hundred bytes to a few KiB for each task, mapping list and
 //! descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What was sent and
 //! not kept is gone.
+//!
+//! With several clients, as with a restore beside a lazy-pages daemon, each reads the list of
+//! processes, memory areas and page maps, whatever their size: then all but the application's own
+//! data is kept.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,12 +30,22 @@ const MOST_KEPT: usize = 16 << 20;
 /// What has become of a file.
 #[derive(Debug)]
 enum State {
+    /// It is not whole yet, and was not asked for.
+    Arriving(Box<Contents>),
+    /// It was asked for before it was whole. This is here and not taken yet.
+    Asked(Box<Asked>),
     /// It is whole, and was not asked for yet.
     Complete(Contents),
     /// It was sent at least once, and is kept.
     Kept(Rc<Contents>),
     /// It was sent, and freed.
     Gone,
+}
+
+#[derive(Debug)]
+struct Asked {
+    ready: Contents,
+    is_whole: bool,
 }
 
 /// What a request finds.
@@ -42,12 +56,34 @@ pub(crate) enum Lookup {
     Gone,
 }
 
+/// What is taken of a file for sending.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// All of it.
+    Whole(Cursor),
+    /// The beginning, maybe nothing yet. [`Catalog::take_more`] has the rest.
+    Beginning(Contents),
+}
+
+/// Which files are kept for being asked for again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Keep {
+    /// Small ones, up to a limit.
+    #[default]
+    Small,
+    /// All that several clients may read.
+    Shared,
+}
+
 /// The files by name.
 #[derive(Debug, Default)]
 pub struct Catalog {
     files: BTreeMap<ImageName, State>,
+    keep: Keep,
     /// Bytes in kept files.
     kept: usize,
+    /// For copies.
+    arena: Arena,
 }
 
 impl Catalog {
@@ -55,58 +91,156 @@ impl Catalog {
         Self::default()
     }
 
-    pub(crate) fn look_up(&self, name: &ImageName) -> Lookup {
+    /// Prepares for this number of clients.
+    pub(crate) fn expect_clients(&mut self, clients: usize) {
+        self.keep = match clients {
+            ..=1 => Keep::Small,
+            2.. => Keep::Shared,
+        };
+    }
+
+    /// Whether all files are whole that several clients may read, if there are several.
+    pub(crate) fn shared_are_whole(&self) -> bool {
+        let is_shared = |name: &ImageName| !files::is_application_data(name.as_str());
+        let is_whole = |state: &State| !matches!(state, State::Arriving(_) | State::Asked(_));
+        let mut files = self.files.iter();
+        self.keep == Keep::Small || files.all(|(name, state)| is_whole(state) || !is_shared(name))
+    }
+
+    /// Whether a file has contents that were not sent and freed. One that is not whole yet has.
+    pub(crate) fn holds_something(&self, name: &ImageName) -> bool {
         match self.files.get(name) {
-            None => Lookup::Absent,
-            Some(State::Gone) => Lookup::Gone,
-            Some(State::Complete(_) | State::Kept(_)) => Lookup::Present,
+            Some(State::Complete(contents)) => !contents.is_empty(),
+            Some(State::Kept(contents)) => !contents.is_empty(),
+            Some(State::Arriving(_) | State::Asked(_)) => true,
+            Some(State::Gone) | None => false,
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Small ones stay for the next time,
-    /// in memory.
+    pub(crate) fn look_up(&self, name: &ImageName) -> Lookup {
+        match self.files.get(name) {
+            None => Lookup::Absent,
+            Some(State::Gone | State::Asked(_)) => Lookup::Gone,
+            Some(_) => Lookup::Present,
+        }
+    }
+
+    /// Takes a file's contents for sending, if they are there. Those that are kept stay for the
+    /// next time, in memory.
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub(crate) fn take(
-        &mut self,
-        name: &ImageName,
-        arena: &mut Arena,
-    ) -> io::Result<Option<Cursor>> {
+    pub(crate) fn take(&mut self, name: &ImageName) -> io::Result<Option<Taken>> {
         let Some(state) = self.files.get_mut(name) else {
             return Ok(None);
         };
         let (next, cursor) = match std::mem::replace(state, State::Gone) {
             State::Gone => return Ok(None),
+            asked @ State::Asked(_) => {
+                *state = asked;
+                return Ok(None);
+            }
+            State::Arriving(contents) => {
+                // A pipe has no way to say "failed": any other file than pages, which CRIU counts,
+                // would look complete if it was cut short.
+                let (beginning, ready) = if files::is_pages(name.as_str()) {
+                    (*contents, Contents::default())
+                } else {
+                    (Contents::default(), *contents)
+                };
+                let is_whole = false;
+                *state = State::Asked(Box::new(Asked { ready, is_whole }));
+                return Ok(Some(Taken::Beginning(beginning)));
+            }
             State::Complete(contents) => {
                 let size = contents.len();
-                let keep = size <= LARGEST_KEPT
-                    && self.kept + size <= MOST_KEPT
-                    && !files::is_pages(name.as_str());
+                let keep = match self.keep {
+                    Keep::Small => {
+                        size <= LARGEST_KEPT
+                            && self.kept + size <= MOST_KEPT
+                            && !files::is_pages(name.as_str())
+                    }
+                    Keep::Shared => !files::is_application_data(name.as_str()),
+                };
                 if !keep {
-                    return Ok(Some(Cursor::Once(contents)));
+                    return Ok(Some(Taken::Whole(Cursor::Once(contents))));
                 }
                 self.kept += size;
-                kept(Rc::new(contents.into_memory(arena)?))
+                kept(Rc::new(contents.into_memory(&mut self.arena)?))
             }
             State::Kept(contents) => kept(contents),
         };
         *state = next;
-        Ok(Some(cursor))
+        Ok(Some(Taken::Whole(cursor)))
+    }
+
+    /// Takes what has come of a file since it was asked for, and whether that is the last of it.
+    pub(crate) fn take_more(&mut self, name: &ImageName) -> (Contents, bool) {
+        let Some(state) = self.files.get_mut(name) else {
+            return Default::default();
+        };
+        let State::Asked(asked) = state else {
+            return Default::default();
+        };
+        let is_whole = asked.is_whole;
+        if !is_whole && !files::is_pages(name.as_str()) {
+            return Default::default();
+        }
+        let ready = std::mem::take(&mut asked.ready);
+        if is_whole {
+            *state = State::Gone;
+        }
+        (ready, is_whole)
+    }
+
+    /// Begins a file that can be asked for before it is whole.
+    pub(crate) fn begin(&mut self, name: ImageName) {
+        self.files.insert(name, State::Arriving(Box::default()));
+    }
+
+    /// Whether all of a file is here, or there is no such file.
+    pub(crate) fn is_whole(&self, name: &str) -> bool {
+        let named = self.files.iter().find(|(found, _)| found.as_str() == name);
+        !matches!(named, Some((_, State::Arriving(_) | State::Asked(_))))
+    }
+
+    /// Adds to a file that was begun.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn add(&mut self, name: &ImageName, data: Piece) -> io::Result<()> {
+        match self.files.get_mut(name) {
+            Some(State::Arriving(contents)) => contents.push(data),
+            Some(State::Asked(asked)) => asked.ready.push(data),
+            _ => Ok(()),
+        }
+    }
+
+    /// All of a file that was begun is here.
+    pub(crate) fn end(&mut self, name: &ImageName) {
+        if let Some(state) = self.files.get_mut(name) {
+            match state {
+                State::Arriving(contents) => {
+                    *state = State::Complete(std::mem::take(&mut **contents))
+                }
+                State::Asked(asked) => asked.is_whole = true,
+                State::Complete(_) | State::Kept(_) | State::Gone => {}
+            }
+        }
     }
 
     /// A copy of a file's bytes, if they are there.
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn read(&mut self, name: &ImageName, arena: &mut Arena) -> io::Result<Option<Vec<u8>>> {
+    pub fn read(&mut self, name: &ImageName) -> io::Result<Option<Vec<u8>>> {
         let contents = match self.files.get_mut(name) {
             Some(State::Complete(contents)) => {
-                *contents = std::mem::take(contents).into_memory(arena)?;
+                *contents = std::mem::take(contents).into_memory(&mut self.arena)?;
                 contents
             }
             Some(State::Kept(contents)) => &**contents,
-            Some(State::Gone) | None => return Ok(None),
+            _ => return Ok(None),
         };
         let bytes = contents.memory().flat_map(Extent::bytes);
         Ok(Some(bytes.copied().collect()))
@@ -116,20 +250,15 @@ impl Catalog {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn write(
-        &mut self,
-        name: ImageName,
-        mut bytes: &[u8],
-        arena: &mut Arena,
-    ) -> io::Result<()> {
+    pub fn write(&mut self, name: ImageName, mut bytes: &[u8]) -> io::Result<()> {
         let mut contents = Contents::default();
         while !bytes.is_empty() {
-            let mut block = arena.reserve(bytes.len())?;
+            let mut block = self.arena.reserve(bytes.len())?;
             let unfilled = block.unfilled();
             let (front, rest) = bytes.split_at(unfilled.len());
             unfilled.copy_from_slice(front);
             block.filled(front.len());
-            contents.push(Piece::Memory(arena.seal(block)))?;
+            contents.push(Piece::Memory(self.arena.seal(block)))?;
             bytes = rest;
         }
         self.files.insert(name, State::Complete(contents));
@@ -191,36 +320,77 @@ mod tests {
 
     #[test]
     fn the_last_file_of_a_name_counts_and_the_first_one_is_freed() {
-        let (mut catalog, mut arena) = (Catalog::new(), Arena::new());
+        let mut catalog = Catalog::new();
         let name = name("fs.img");
         for bytes in [&b"first, longer"[..], b"second"] {
-            catalog.write(name.clone(), bytes, &mut arena).unwrap();
+            catalog.write(name.clone(), bytes).unwrap();
         }
-        assert_eq!(catalog.read(&name, &mut arena).unwrap().unwrap(), b"second");
-        assert_eq!(arena.live(), 6);
+        assert_eq!(catalog.read(&name).unwrap().unwrap(), b"second");
+        assert_eq!(catalog.arena.live(), 6);
+    }
+
+    fn piece(bytes: &[u8]) -> Piece {
+        let mut arena = Arena::new();
+        let mut block = arena.reserve(bytes.len()).unwrap();
+        block.unfilled().copy_from_slice(bytes);
+        block.filled(bytes.len());
+        Piece::Memory(arena.seal(block))
+    }
+
+    fn bytes(contents: &Contents) -> Vec<u8> {
+        contents.memory().flat_map(Extent::bytes).copied().collect()
+    }
+
+    #[test]
+    fn pages_are_taken_as_they_come_and_other_files_when_they_are_whole() {
+        let mut catalog = Catalog::new();
+        let [pages, ghost] = ["pages-1.img", "ghost-file-1.img"].map(name);
+        for name in [&pages, &ghost] {
+            catalog.begin(name.clone());
+            catalog.add(name, piece(b"first")).unwrap();
+        }
+        for (name, beginning) in [(&pages, &b"first"[..]), (&ghost, b"")] {
+            assert_eq!(catalog.look_up(name), Lookup::Present);
+            let Some(Taken::Beginning(contents)) = catalog.take(name).unwrap() else {
+                panic!("it is not whole");
+            };
+            assert_eq!(bytes(&contents), beginning);
+            assert!(catalog.take(name).unwrap().is_none(), "it is under way");
+            catalog.add(name, piece(b", second")).unwrap();
+        }
+        for (name, more) in [(&pages, &b", second"[..]), (&ghost, b"")] {
+            let (contents, is_whole) = catalog.take_more(name);
+            assert_eq!((&bytes(&contents)[..], is_whole), (more, false));
+            catalog.end(name);
+        }
+        for (name, rest) in [(&pages, &b""[..]), (&ghost, b"first, second")] {
+            let (contents, is_whole) = catalog.take_more(name);
+            assert_eq!((&bytes(&contents)[..], is_whole), (rest, true));
+            assert_eq!(catalog.look_up(name), Lookup::Gone);
+        }
     }
 
     #[test]
     fn small_files_are_kept_until_they_weigh_too_much_and_pages_never() {
-        let (mut catalog, mut arena) = (Catalog::new(), Arena::new());
+        let mut catalog = Catalog::new();
         let large = vec![1; LARGEST_KEPT];
         let several: Vec<_> = (0..=MOST_KEPT / LARGEST_KEPT)
             .map(|number| name(&format!("{number:02}.img")))
             .collect();
         for name in several.iter().chain([&name("pages-1.img")]) {
-            catalog.write(name.clone(), &large, &mut arena).unwrap();
+            catalog.write(name.clone(), &large).unwrap();
         }
         assert_eq!(catalog.look_up(&name("none.img")), Lookup::Absent);
         let (last, first) = several.split_last().unwrap();
         for name in first {
-            assert!(catalog.take(name, &mut arena).unwrap().is_some());
+            assert!(catalog.take(name).unwrap().is_some());
             assert_eq!(catalog.look_up(name), Lookup::Present);
         }
         for name in [last, &name("pages-1.img")] {
-            assert!(catalog.take(name, &mut arena).unwrap().is_some());
+            assert!(catalog.take(name).unwrap().is_some());
             assert_eq!(catalog.look_up(name), Lookup::Gone);
-            assert!(catalog.take(name, &mut arena).unwrap().is_none());
+            assert!(catalog.take(name).unwrap().is_none());
         }
-        assert_eq!(arena.live(), MOST_KEPT);
+        assert_eq!(catalog.arena.live(), MOST_KEPT);
     }
 }

@@ -5,6 +5,12 @@
 //! there. When the image is complete they are flushed to disk and moved into place, `inventory.img`
 //! last, without which CRIU restores nothing. What they replace is set aside and comes back if a
 //! move fails. If anything goes wrong before, the private directory goes, and nothing has changed.
+//!
+//! CRIU opens optional files by name, and would take those that an earlier image has left for the
+//! new image's. So they are set aside in the same way: afterwards the directory holds the new
+//! image's files and no other of CRIU's. What CRIU does not open when it restores stays: logs,
+//! sockets, statistics (`stats-dump`), a `parent` link, a user's files.
+//!
 //! What a streamer that was killed could not remove, the next one removes: a lock on the images
 //! directory shows that nobody uses it.
 //!
@@ -14,7 +20,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -26,7 +32,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
 
 use super::{Ahead, Piece, Store, Target};
-use crate::criu::files::INVENTORY;
+use crate::criu::files::{self, INVENTORY};
 use crate::format::ImageName;
 use crate::report;
 use crate::supervision::Interrupts;
@@ -34,9 +40,30 @@ use crate::supervision::Interrupts;
 /// How the name of a private directory starts; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
 
+/// Where an images directory comes from, which decides who may read the files in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It was made for this image: its files are for their owner alone.
+    Made,
+    /// It was there: whoever made it decides who may enter. As with CRIU's own files, the umask
+    /// decides who may read those in it, as the root of a user namespace must be able to.
+    Found,
+}
+
+impl Origin {
+    fn file_mode(self) -> Mode {
+        let owner = Mode::S_IRUSR | Mode::S_IWUSR;
+        match self {
+            Origin::Made => owner,
+            Origin::Found => owner | Mode::S_IRGRP | Mode::S_IROTH,
+        }
+    }
+}
+
 /// A directory that receives an image.
 pub struct DiskStore {
     images: Images,
+    origin: Origin,
     private: OwnedFd,
     private_name: String,
     next_number: u64,
@@ -53,11 +80,11 @@ pub struct StagedFile {
 
 impl DiskStore {
     /// Prepares to receive an image into `images_dir`, and removes what a streamer that was killed
-    /// left there.
+    /// left there. `origin` says where the directory comes from.
     ///
     /// # Errors
     /// When nothing can be written there, and when another streamer does so.
-    pub fn new(images_dir: &Path) -> Result<Self> {
+    pub fn new(images_dir: &Path, origin: Origin) -> Result<Self> {
         let images = Images::open(images_dir)?;
         images.remove_stale();
         let private_name = format!("{PRIVATE}{}", std::process::id());
@@ -66,12 +93,18 @@ impl DiskStore {
             .with_context(|| format!("creating {private_name} in {}", images_dir.display()))?;
         Ok(Self {
             images,
+            origin,
             private,
             private_name,
             next_number: 0,
             complete: BTreeMap::new(),
             keep_private: false,
         })
+    }
+
+    /// The names of the files that are complete.
+    pub fn names(&self) -> impl Iterator<Item = &ImageName> {
+        self.complete.keys()
     }
 
     /// Moves the files into place, when the image is complete.
@@ -163,6 +196,35 @@ impl Images {
         }
     }
 
+    /// Whether CRIU, when it restores, may open the file of this name: a regular file, or a link,
+    /// which it follows.
+    fn is_criu_file(&self, name: &ImageName) -> bool {
+        let Ok(stat) = fstatat(self, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) else {
+            return false;
+        };
+        match file_type(&stat) {
+            SFlag::S_IFLNK => files::is_criu_name(name.as_str()),
+            SFlag::S_IFREG => {
+                files::is_criu_name(name.as_str())
+                    || (files::is_image_file(name.as_str())
+                        && files::is_criu_file(name.as_str(), &self.start_of(name)))
+            }
+            _ => false,
+        }
+    }
+
+    /// The first bytes of a file; none if it cannot be read.
+    fn start_of(&self, name: &ImageName) -> Vec<u8> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let mut start = Vec::new();
+        if let Ok(fd) = openat(self, name.as_str(), flags, Mode::empty()) {
+            let mut file = File::from(fd).take(files::MAGIC_LENGTH as u64);
+            // What cannot be read is not known to be CRIU's.
+            let _ = file.read_to_end(&mut start);
+        }
+        start
+    }
+
     /// Removes a private directory, in which there are only files.
     fn remove(&self, private: &str) -> nix::Result<()> {
         let directory = openat(self, private, DIRECTORY, Mode::empty())?;
@@ -198,9 +260,10 @@ fn file_type(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
 }
 
-/// One file that was moved into place.
-struct Move<'a> {
-    name: &'a ImageName,
+/// One name in the images directory that changes hands.
+struct Move {
+    name: ImageName,
+    /// Of the new file, or, if there is none, a number that no file has.
     number: u64,
     /// Something of that name was there, and is now set aside.
     replaced: bool,
@@ -211,35 +274,62 @@ struct Move<'a> {
 /// The moves of a commit, so far.
 struct Commit<'a> {
     store: &'a DiskStore,
-    done: Vec<Move<'a>>,
+    done: Vec<Move>,
 }
 
-impl<'a> Commit<'a> {
+impl Commit<'_> {
     fn run(&mut self) -> Result<()> {
         let store = self.store;
-        let is_inventory = |name: &ImageName| name.as_str() == INVENTORY;
-        let inventory = store.complete.iter().find(|(name, _)| is_inventory(name));
-        if let Some((name, &number)) = inventory {
-            self.set_aside(name, number)?;
-            fsync(&store.images).context("flushing the images directory to disk")?;
-        }
-        for (name, &number) in store
+        let flush = || fsync(&store.images).context("flushing the images directory to disk");
+        let (inventory, others): (Vec<_>, Vec<_>) = store
             .complete
             .iter()
-            .filter(|(name, _)| !is_inventory(name))
-        {
+            .partition(|(name, _)| name.as_str() == INVENTORY);
+        let mut leftovers = self.leftovers().context("looking for an earlier image")?;
+        // An earlier inventory goes first, with or without a new one.
+        leftovers.sort_by_key(|name| name.as_str() != INVENTORY);
+        for &(name, &number) in &inventory {
+            self.set_aside(name, number)?;
+            flush()?;
+        }
+        for (name, number) in leftovers.iter().zip(store.next_number..) {
+            self.set_aside(name, number)?;
+            if name.as_str() == INVENTORY {
+                flush()?;
+            }
+        }
+        for (name, &number) in others {
             let index = self.set_aside(name, number)?;
             self.place(index)?;
         }
-        if inventory.is_some() {
-            fsync(&store.images).context("flushing the images directory to disk")?;
+        if !inventory.is_empty() {
+            flush()?;
             self.place(0)?;
         }
-        fsync(&store.images).context("flushing the images directory to disk")
+        flush()
+    }
+
+    /// CRIU's files of an earlier image that the new one does not have. External files alone are no
+    /// image, and leave an earlier one as it is.
+    fn leftovers(&self) -> nix::Result<Vec<ImageName>> {
+        let DiskStore {
+            images, complete, ..
+        } = self.store;
+        if !complete
+            .keys()
+            .any(|name| files::is_image_file(name.as_str()))
+        {
+            return Ok(Vec::new());
+        }
+        let names = names(images.as_fd(), ".")?.into_iter();
+        let names = names.filter_map(|name| ImageName::new(name.to_str().ok()?).ok());
+        let leftovers =
+            names.filter(|name| !complete.contains_key(name) && images.is_criu_file(name));
+        Ok(leftovers.collect())
     }
 
     /// Takes what has this name out of the way, if there is something.
-    fn set_aside(&mut self, name: &'a ImageName, number: u64) -> Result<usize> {
+    fn set_aside(&mut self, name: &ImageName, number: u64) -> Result<usize> {
         let images = &self.store.images;
         let replaced = match fstatat(images, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => false,
@@ -262,7 +352,7 @@ impl<'a> Commit<'a> {
             }
         };
         self.done.push(Move {
-            name,
+            name: name.clone(),
             number,
             replaced,
             placed: false,
@@ -336,7 +426,7 @@ impl Store for DiskStore {
             &self.private,
             number.to_string().as_str(),
             flags,
-            Mode::S_IRUSR | Mode::S_IWUSR,
+            self.origin.file_mode(),
         )
         .with_context(|| format!("creating {name} in --images-dir"))?;
         Ok(StagedFile {

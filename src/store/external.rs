@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::transfer::{Cursor, Progress, Transfer};
+use super::transfer::{Progress, Transfer};
 use super::{Ahead, Contents, Piece, Store, Target};
 use crate::format::ImageName;
 use crate::os::pipe::{self, WriteEnd};
@@ -21,7 +21,7 @@ const MOST_BEHIND: usize = 4 << 20;
 const AT_WORK: Duration = Duration::from_millis(20);
 
 /// A file of the image: an external one, by its number, or one of the store behind.
-pub enum File<F> {
+pub(crate) enum File<F> {
     External(usize),
     Stored(F),
 }
@@ -48,47 +48,117 @@ struct Outlet {
     took: Option<Instant>,
 }
 
-/// A store with external files in front of it.
-pub struct External<S> {
-    behind: S,
-    outlets: Vec<Outlet>,
+/// The external files, and the pipes to their readers.
+#[derive(Debug)]
+pub(crate) struct Outlets {
+    all: Vec<Outlet>,
+    /// Bytes that were sent.
+    sent: u64,
 }
 
-impl<S> External<S> {
+impl Outlets {
     /// Sends each file that `files` names into its pipe.
     ///
     /// # Errors
     /// Those of measuring a pipe.
-    pub(crate) fn new(behind: S, files: Vec<(ImageName, WriteEnd)>) -> Result<Self> {
+    pub(crate) fn new(files: Vec<(ImageName, WriteEnd)>) -> Result<Self> {
         let outlets = files.into_iter().map(|(name, pipe)| {
             let slots = pipe::slots(&pipe).with_context(|| format!("preparing {name}"))?;
             Ok(Outlet {
                 name,
                 state: State::Awaited,
-                transfer: Some(Transfer::new(
-                    pipe,
-                    slots,
-                    Cursor::Once(Contents::default()),
-                )),
+                transfer: Some(Transfer::open(pipe, slots, Contents::default())),
                 full: false,
                 took: None,
             })
         });
         Ok(Self {
-            behind,
-            outlets: outlets.collect::<Result<_>>()?,
+            all: outlets.collect::<Result<_>>()?,
+            sent: 0,
         })
+    }
+
+    /// The number of the external file of this name, which begins.
+    ///
+    /// # Errors
+    /// When it had begun before.
+    pub(crate) fn begin(&mut self, name: &ImageName) -> Result<Option<usize>> {
+        let Some(number) = self.all.iter().position(|outlet| outlet.name == *name) else {
+            return Ok(None);
+        };
+        match std::mem::replace(&mut self.all[number].state, State::Begun) {
+            State::Awaited => Ok(Some(number)),
+            State::Begun | State::Complete => bail!(
+                "the image contains the external file {name} twice, \
+                 and its first contents are handed out already"
+            ),
+        }
+    }
+
+    /// Adds to what is sent of a file.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn append(&mut self, number: usize, data: Piece) -> Result<()> {
+        match &mut self.all[number].transfer {
+            Some(transfer) => Ok(transfer.add(data)?),
+            None => Ok(()),
+        }
+    }
+
+    /// All of a file is here.
+    pub(crate) fn finish(&mut self, number: usize) {
+        let outlet = &mut self.all[number];
+        outlet.state = State::Complete;
+        if let Some(transfer) = &mut outlet.transfer {
+            transfer.close();
+        }
+    }
+
+    /// Fails if an external file that was asked for is not among the `names` of the image's files.
+    pub(crate) fn check_complete_after<'a>(
+        &self,
+        names: impl Iterator<Item = &'a ImageName> + Clone,
+    ) -> Result<()> {
+        let is_missing = |outlet: &&Outlet| !names.clone().any(|name| *name == outlet.name);
+        Self::check_none(self.all.iter().filter(is_missing))
+    }
+
+    /// Fails if an external file that was asked for is not in the image.
+    pub(crate) fn check_complete(&self) -> Result<()> {
+        Self::check_none(
+            self.all
+                .iter()
+                .filter(|outlet| outlet.state != State::Complete),
+        )
+    }
+
+    fn check_none<'a>(missing: impl Iterator<Item = &'a Outlet>) -> Result<()> {
+        let mut missing: Vec<_> = missing.map(|outlet| outlet.name.to_string()).collect();
+        missing.sort();
+        if !missing.is_empty() {
+            bail!(
+                "--ext-file-fds: the image has no file named {}",
+                missing.join(", ")
+            );
+        }
+        Ok(())
     }
 
     /// The pipes that are open, by their numbers.
     pub(crate) fn pipes(&self) -> impl Iterator<Item = (usize, &WriteEnd)> {
-        let numbered = self.outlets.iter().enumerate();
+        let numbered = self.all.iter().enumerate();
         numbered.filter_map(|(number, outlet)| Some((number, outlet.transfer.as_ref()?.pipe())))
     }
 
     /// Notes that a pipe may have room again.
     pub(crate) fn made_room(&mut self, number: usize) {
-        self.outlets[number].full = false;
+        self.all[number].full = false;
+    }
+
+    /// Notes that all pipes may have room again.
+    pub(crate) fn try_again(&mut self) {
+        self.all.iter_mut().for_each(|outlet| outlet.full = false);
     }
 
     /// Sends what the pipes take, and tells how many slots were filled, and how many the pipes have
@@ -98,16 +168,18 @@ impl<S> External<S> {
     /// When a reader is gone before it had all of its file.
     pub(crate) fn send(&mut self) -> Result<(usize, usize)> {
         let (mut filled, mut room) = (0, 0);
-        for outlet in self.outlets.iter_mut().filter(|outlet| !outlet.full) {
+        for outlet in self.all.iter_mut().filter(|outlet| !outlet.full) {
             let Some(transfer) = &mut outlet.transfer else {
                 continue;
             };
+            let before = transfer.left();
             let progress = transfer
                 .send()
                 .with_context(|| format!("writing {}", outlet.name))?;
+            self.sent += (before - transfer.left()) as u64;
             match progress {
-                Progress::Done if outlet.state == State::Complete => outlet.transfer = None,
-                Progress::Done => {}
+                Progress::Done => outlet.transfer = None,
+                Progress::Waiting => {}
                 Progress::Partial { slots } => {
                     outlet.full = true;
                     if slots > 0 {
@@ -128,39 +200,53 @@ impl<S> External<S> {
     /// Whether much is held for readers that are at work.
     pub(crate) fn is_behind(&self) -> bool {
         let at_work = self
-            .outlets
+            .all
             .iter()
             .filter(|outlet| outlet.took.is_some_and(|took| took.elapsed() < AT_WORK));
         let held = at_work.filter_map(|outlet| Some(outlet.transfer.as_ref()?.left()));
         held.sum::<usize>() > MOST_BEHIND
     }
 
+    /// Bytes that readers have taken.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Whether a file's reader waits for something that has not come.
+    pub(crate) fn is_starving(&self, number: usize) -> bool {
+        let transfer = self.all[number].transfer.as_ref();
+        transfer.is_some_and(|transfer| transfer.is_open() && transfer.left() == 0)
+    }
+
     /// Whether readers still have to take something of what is here.
     pub(crate) fn is_sending(&self) -> bool {
         let mut begun = self
-            .outlets
+            .all
             .iter()
             .filter(|outlet| outlet.state != State::Awaited);
         begun.any(|outlet| outlet.transfer.is_some())
     }
+}
 
-    /// The store behind, when the image is complete.
-    ///
+/// A store with external files in front of it.
+pub(crate) struct External<S> {
+    behind: S,
+    outlets: Outlets,
+}
+
+impl<S> External<S> {
+    pub(crate) fn new(behind: S, outlets: Outlets) -> Self {
+        Self { behind, outlets }
+    }
+
+    pub(crate) fn outlets(&mut self) -> &mut Outlets {
+        &mut self.outlets
+    }
+
     /// # Errors
     /// When an external file that was asked for is not in the image.
     pub(crate) fn into_behind(self) -> Result<S> {
-        let missing = self
-            .outlets
-            .iter()
-            .filter(|outlet| outlet.state != State::Complete);
-        let mut missing: Vec<_> = missing.map(|outlet| outlet.name.to_string()).collect();
-        missing.sort();
-        if !missing.is_empty() {
-            bail!(
-                "--ext-file-fds: the image has no file named {}",
-                missing.join(", ")
-            );
-        }
+        self.outlets.check_complete()?;
         Ok(self.behind)
     }
 }
@@ -179,16 +265,9 @@ impl<S: Store> Store for External<S> {
     }
 
     fn create(&mut self, name: &ImageName) -> Result<Self::File> {
-        let number = self.outlets.iter().position(|outlet| outlet.name == *name);
-        let Some(number) = number else {
-            return self.behind.create(name).map(File::Stored);
-        };
-        match std::mem::replace(&mut self.outlets[number].state, State::Begun) {
-            State::Awaited => Ok(File::External(number)),
-            State::Begun | State::Complete => bail!(
-                "the image contains the external file {name} twice, \
-                 and its first contents are handed out already"
-            ),
+        match self.outlets.begin(name)? {
+            Some(number) => Ok(File::External(number)),
+            None => self.behind.create(name).map(File::Stored),
         }
     }
 
@@ -201,12 +280,7 @@ impl<S: Store> Store for External<S> {
 
     fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()> {
         match file {
-            File::External(number) => {
-                if let Some(transfer) = &mut self.outlets[*number].transfer {
-                    transfer.add(data)?;
-                }
-                Ok(())
-            }
+            File::External(number) => self.outlets.append(*number, data),
             File::Stored(file) => self.behind.append(file, data),
         }
     }
@@ -214,7 +288,7 @@ impl<S: Store> Store for External<S> {
     fn finish(&mut self, name: ImageName, file: Self::File) -> Result<()> {
         match file {
             File::External(number) => {
-                self.outlets[number].state = State::Complete;
+                self.outlets.finish(number);
                 Ok(())
             }
             File::Stored(file) => self.behind.finish(name, file),
@@ -243,17 +317,17 @@ mod tests {
         let (second_read, second_write) = pipe::new().unwrap();
         let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
         let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
-        let mut store = External::new(Catalog::new(), files).unwrap();
+        let mut store = External::new(Catalog::new(), Outlets::new(files).unwrap());
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
         store.append(&mut file, piece(&large)).unwrap();
         store.finish(first, file).unwrap();
-        store.send().unwrap();
+        store.outlets.send().unwrap();
         let mut file = store.create(&second).unwrap();
         store.append(&mut file, piece(b"small")).unwrap();
         store.finish(second, file).unwrap();
-        store.send().unwrap();
+        store.outlets.send().unwrap();
 
         let mut buffer = [0; 100];
         assert_eq!(
@@ -261,17 +335,17 @@ mod tests {
             Moved::Bytes(5)
         );
         assert_eq!(pipe::read(&second_read, &mut buffer).unwrap(), Moved::End);
-        assert!(store.is_sending());
+        assert!(store.outlets.is_sending());
         let mut taken = 0;
         let mut buffer = vec![0; 1 << 20];
         while taken < large.len() {
             if let Moved::Bytes(bytes) = pipe::read(&first_read, &mut buffer).unwrap() {
                 taken += bytes;
             }
-            store.made_room(0);
-            store.send().unwrap();
+            store.outlets.made_room(0);
+            store.outlets.send().unwrap();
         }
-        assert!(!store.is_sending());
+        assert!(!store.outlets.is_sending());
         assert_eq!(pipe::read(&first_read, &mut buffer).unwrap(), Moved::End);
         store.into_behind().unwrap();
     }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::os::pipe::{self, BothEnds, Moved, SLOT, Source};
+use crate::os::pipe::{self, BothEnds, Moved, Source, slot};
 
 /// A chunk that is worth a pipe, in bytes. Making one takes as long as copying about this much.
 pub(crate) const WORTH_HOLDING: usize = 32 << 10;
@@ -64,7 +64,7 @@ impl Holder {
             return None;
         }
         // Data that does not begin with a page takes one slot more.
-        let wanted = (bytes + SLOT).min(LARGEST);
+        let wanted = (bytes + slot()).min(LARGEST);
         let Ok((pipe, capacity)) = BothEnds::new(wanted) else {
             self.most = 0;
             return None;

@@ -165,6 +165,16 @@ impl Contents {
         }
     }
 
+    /// The pieces, front to back.
+    pub(super) fn into_pieces(self) -> impl Iterator<Item = Piece> {
+        let (one, many) = match self.0 {
+            Pieces::None => (None, VecDeque::new()),
+            Pieces::One(extent) => (Some(Piece::Memory(extent)), VecDeque::new()),
+            Pieces::Many(pieces) => (None, pieces),
+        };
+        one.into_iter().chain(many)
+    }
+
     /// Copies what pipes hold to memory.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::{Contents, Piece};
 use crate::os::memory::Sealed;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, SLOT, WriteEnd};
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, WriteEnd, slot};
 
 /// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
 const MOST_PIECES: usize = 1024;
@@ -19,7 +19,7 @@ const MOST_PIECES: usize = 1024;
 /// What is left to send of a file.
 #[derive(Debug)]
 pub(crate) enum Cursor {
-    /// Freed while it is sent. More may be added.
+    /// Freed while it is sent.
     Once(Contents),
     /// Kept for the next time; `sent` bytes of it are sent.
     Kept { contents: Rc<Contents>, sent: usize },
@@ -50,7 +50,7 @@ impl Cursor {
             let moved = held.send(to);
             contents.drop_emptied_pipe();
             let slots = |moved| match moved {
-                Moved::Bytes(bytes) => bytes.div_ceil(SLOT),
+                Moved::Bytes(bytes) => bytes.div_ceil(slot()),
                 Moved::WouldBlock | Moved::End => 0,
             };
             return (offered, moved.map(|moved| (moved, slots(moved))));
@@ -76,7 +76,7 @@ impl Cursor {
             Cursor::Once(contents) => (contents, 0),
             Cursor::Kept { contents, sent } => (&**contents, *sent),
         };
-        let mut room = slots * SLOT;
+        let mut room = slots * slot();
         let mut pieces = Vec::new();
         for extent in contents.memory() {
             if extent.len() <= skip {
@@ -97,8 +97,10 @@ impl Cursor {
 /// How far a transfer got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// There is nothing left to send.
+    /// All is sent.
     Done,
+    /// All that is here is sent, and more is to come.
+    Waiting,
     /// The pipe is full. This number of its slots was filled, maybe none.
     Partial { slots: usize },
     /// The reader closed the pipe.
@@ -111,6 +113,10 @@ pub(crate) struct Transfer {
     pipe: WriteEnd,
     slots: usize,
     cursor: Cursor,
+    /// Bytes that are here and not sent.
+    left: usize,
+    /// More is to come.
+    is_open: bool,
     grown: bool,
 }
 
@@ -120,7 +126,9 @@ impl Transfer {
         Self {
             pipe,
             slots,
+            left: cursor.left(),
             cursor,
+            is_open: false,
             grown: false,
         }
     }
@@ -134,9 +142,27 @@ impl Transfer {
         self.slots
     }
 
-    /// Bytes that are still to be sent.
+    /// The same for a file of which nothing may be here yet.
+    pub(crate) fn open(pipe: WriteEnd, slots: usize, begin: Contents) -> Self {
+        Self {
+            is_open: true,
+            ..Self::new(pipe, slots, Cursor::Once(begin))
+        }
+    }
+
+    /// Nothing is to come any more.
+    pub(crate) fn close(&mut self) {
+        self.is_open = false;
+    }
+
+    /// Whether more is to come.
+    pub(crate) fn is_open(&self) -> bool {
+        self.is_open
+    }
+
+    /// Bytes that are here and not sent.
     pub(crate) fn left(&self) -> usize {
-        self.cursor.left()
+        self.left
     }
 
     /// Adds to what is sent once.
@@ -145,9 +171,20 @@ impl Transfer {
     /// Those of `splice`; none for pipes of ours.
     pub(crate) fn add(&mut self, data: Piece) -> io::Result<()> {
         match &mut self.cursor {
-            Cursor::Once(contents) => contents.push(data),
+            Cursor::Once(contents) => {
+                self.left += data.len();
+                contents.push(data)
+            }
             Cursor::Kept { .. } => unreachable!("what is kept is complete"),
         }
+    }
+
+    /// Adds all of this to what is sent once.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn add_all(&mut self, data: Contents) -> io::Result<()> {
+        data.into_pieces().try_for_each(|piece| self.add(piece))
     }
 
     /// Sends as much as the pipe takes.
@@ -159,7 +196,7 @@ impl Transfer {
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
     pub(crate) fn send(&mut self) -> io::Result<Progress> {
-        if !self.grown && self.cursor.left() > DEFAULT_SLOTS * SLOT {
+        if !self.grown && (self.is_open || self.left > DEFAULT_SLOTS * slot()) {
             self.grown = true;
             self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
@@ -169,6 +206,7 @@ impl Transfer {
             match sent {
                 Ok((Moved::Bytes(bytes), slots)) => {
                     filled += slots;
+                    self.left -= bytes;
                     if bytes < offered {
                         return Ok(Progress::Partial { slots: filled });
                     }
@@ -178,12 +216,17 @@ impl Transfer {
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                     self.cursor = Cursor::Once(Contents::default());
+                    self.left = 0;
                     return Ok(Progress::ReaderGone);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Progress::Done)
+        Ok(if self.is_open {
+            Progress::Waiting
+        } else {
+            Progress::Done
+        })
     }
 }
 
@@ -195,7 +238,7 @@ fn slots_for(pieces: &[Sealed], mut bytes: usize) -> usize {
         if len == 0 {
             break;
         }
-        slots += (piece.as_ptr().addr() % SLOT + len).div_ceil(SLOT);
+        slots += (piece.as_ptr().addr() % slot() + len).div_ceil(slot());
         bytes -= len;
     }
     slots
@@ -227,7 +270,7 @@ mod tests {
         let read = read.nonblocking().unwrap();
         let mut transfer = Transfer::new(write, DEFAULT_SLOTS, cursor);
         let mut received = Vec::new();
-        let mut buffer = [0; 3 * SLOT + 7];
+        let mut buffer = vec![0; 3 * slot() + 7];
         loop {
             let progress = transfer.send().unwrap();
             while let Moved::Bytes(bytes) = pipe::read(&read, &mut buffer).unwrap() {
@@ -268,17 +311,17 @@ mod tests {
 
     #[test]
     fn every_page_that_is_touched_takes_a_slot() {
-        let memory = vec![0; 4 * SLOT];
-        let start = memory.as_ptr().align_offset(SLOT);
+        let memory = vec![0; 4 * slot()];
+        let start = memory.as_ptr().align_offset(slot());
         // SAFETY: this memory goes into no pipe.
         #[expect(unsafe_code)]
         let piece = |range| unsafe { Sealed::new(&memory[range]) };
         let pieces = [
-            piece(start..start + SLOT),
-            piece(start + SLOT - 1..start + SLOT + 1),
+            piece(start..start + slot()),
+            piece(start + slot() - 1..start + slot() + 1),
         ];
-        assert_eq!(slots_for(&pieces, SLOT + 2), 3);
-        assert_eq!(slots_for(&pieces, SLOT + 1), 2);
+        assert_eq!(slots_for(&pieces, slot() + 2), 3);
+        assert_eq!(slots_for(&pieces, slot() + 1), 2);
         assert_eq!(slots_for(&pieces, 1), 1);
         assert_eq!(slots_for(&pieces, 0), 0);
     }

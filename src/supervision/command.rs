@@ -3,6 +3,13 @@
 //! With `exec 10> >(lz4 | aws …)` a failed upload goes unnoticed. Here the streamer starts each
 //! command and waits for it, and the transfer has succeeded only if every command did.
 //!
+//! **What a command is.** Its shell, and every process of its group that the shell does not wait
+//! for: with `tee >(upload)` the upload outlives the shell. As a subreaper we become the parent of
+//! such a process when its own is gone, and wait for it as long as it takes; its failure is the
+//! command's. Two kinds are not covered: one whose failure the shell itself took note of and kept
+//! quiet about (`upload & cat`), and one that left the group, by `setsid` or by job control (`set
+//! -m`): a daemon, such as ssh's control master, is to outlive the transfer.
+//!
 //! **Ends.** Each command is a process group of its own, so that a whole pipeline can be ended.
 //! When a transfer fails, the groups get SIGTERM, and what is left of them after [`GRACE`] gets
 //! SIGKILL. Only then are their standard inputs closed: an upload that was cut short must not take
@@ -11,7 +18,8 @@
 //!
 //! **What they inherit.** Standard error, and on capture standard output; on restore standard input
 //! is /dev/null. No other descriptor, no blocked signal, no ignored one: this process blocks the
-//! signals that it waits for, and Rust ignores SIGPIPE.
+//! signals that it waits for, and Rust ignores SIGPIPE. The limit on descriptors is the one that we
+//! were started with: programs that use `select` break above 1024.
 
 #![allow(unsafe_code)]
 
@@ -25,6 +33,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 use nix::sys::signal::{SigHandler, SigSet, killpg, signal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -49,21 +58,23 @@ const RESET: [Signal; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM];
 /// A command for one shard.
 #[derive(Debug, Clone)]
 pub(crate) struct ShardCommand {
-    /// From 1.
-    number: usize,
+    /// What `{}` stands for: a number from 1, or `index`.
+    number: String,
     /// What the shell is given.
     text: String,
 }
 
 impl ShardCommand {
-    /// One command for each shard: `{}` in the text is the shard's number.
-    pub(crate) fn all(text: &str, shards: usize) -> Vec<Self> {
-        (1..=shards)
-            .map(|number| Self {
-                number,
-                text: text.replace("{}", &number.to_string()),
-            })
-            .collect()
+    /// One command for each shard: `{}` in the text is the shard's number, and `index` for one more
+    /// where there is an index.
+    pub(crate) fn all(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
+        let numbers = (1..=shards).map(|number| number.to_string());
+        let all = numbers.chain(has_index.then(|| "index".to_owned()));
+        all.map(|number| Self {
+            text: text.replace("{}", &number),
+            number,
+        })
+        .collect()
     }
 
     /// What messages call it.
@@ -81,7 +92,15 @@ impl ShardCommand {
 enum CommandState {
     Running,
     Succeeded,
-    Failed(WaitStatus),
+    Failed(Part, WaitStatus),
+}
+
+/// A process of a command's group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Shell,
+    /// One that is not the shell's to wait for.
+    Other,
 }
 
 struct Running {
@@ -93,13 +112,26 @@ struct Running {
     /// its input from ending.
     pipe: Option<OwnedFd>,
     state: Cell<CommandState>,
+    shell_has_ended: Cell<bool>,
 }
 
 /// Commands at work. Dropped before they have ended, they are ended.
 #[derive(Default)]
-pub(super) struct Commands(Vec<Running>);
+pub(super) struct Commands {
+    running: Vec<Running>,
+    /// The soft and the hard limit on descriptors that they get.
+    descriptor_limit: Option<(rlim_t, rlim_t)>,
+}
 
 impl Commands {
+    /// None yet. They will have the limit on descriptors that this process has now.
+    pub(super) fn new() -> Self {
+        Self {
+            running: Vec::new(),
+            descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE).ok(),
+        }
+    }
+
     /// Starts a command whose shard goes in `direction`, with its end of a pipe. `ours` is the
     /// other end.
     pub(super) fn start(
@@ -114,34 +146,41 @@ impl Commands {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = spawn(&command.text, stdin, stdout)
+        let group = spawn(&command.text, stdin, stdout, self.descriptor_limit)
             .with_context(|| format!("starting {}", command.with_text()))?;
-        self.0.push(Running {
+        self.running.push(Running {
             command,
             direction,
             group,
             pipe,
             state: Cell::new(CommandState::Running),
+            shell_has_ended: Cell::new(false),
         });
         Ok(())
     }
 
     /// Fails if a command has failed, with its number, text and status.
     pub(super) fn check(&self) -> Result<()> {
-        self.0.iter().try_for_each(Running::check)
+        self.running.iter().try_for_each(Running::check)
     }
 
     /// Lets the commands see the end of their input.
     pub(super) fn close_pipes(&mut self) {
-        for running in &mut self.0 {
+        for running in &mut self.running {
             running.pipe = None;
         }
     }
 
     /// Whether all have ended well, as far as [`Commands::check`] has seen.
     pub(super) fn have_succeeded(&self) -> bool {
-        let mut states = self.0.iter().map(|running| running.state.get());
+        let mut states = self.running.iter().map(|running| running.state.get());
         states.all(|state| state == CommandState::Succeeded)
+    }
+
+    /// Whether the command of this number, from 0, has; true where there is none.
+    pub(super) fn has_succeeded(&self, number: usize) -> bool {
+        let running = self.running.get(number);
+        running.is_none_or(|running| running.state.get() == CommandState::Succeeded)
     }
 
     /// The reason behind an error of the transfer: a command that closed its pipe is given the time
@@ -152,12 +191,12 @@ impl Commands {
             if let Err(reason) = self.check() {
                 return reason;
             }
-            if Instant::now() > end || !self.0.iter().any(Running::is_about_to_end) {
+            if Instant::now() > end || !self.running.iter().any(Running::is_about_to_end) {
                 break;
             }
             std::thread::sleep(NEXT_LOOK);
         }
-        let early = self.0.iter().find(|running| {
+        let early = self.running.iter().find(|running| {
             running.direction == Direction::Out
                 && running.state.get() == CommandState::Succeeded
                 && running.pipe.is_some()
@@ -173,42 +212,66 @@ impl Commands {
 }
 
 impl Running {
-    /// Finds out what became of the command, and fails if it has failed. An ended shell is left to
-    /// be waited for, so that its group stays its own.
+    /// Finds out what became of the command, and fails if it has failed.
     fn check(&self) -> Result<()> {
-        if self.state.get() == CommandState::Running {
-            let flags = WaitPidFlag::WEXITED
-                | WaitPidFlag::WSTOPPED
-                | WaitPidFlag::WNOHANG
-                | WaitPidFlag::WNOWAIT;
-            let status = uninterrupted(|| waitid(Id::Pid(self.group), flags))
-                .with_context(|| format!("asking how {} ended", self.command.label()))?;
-            self.state.set(match status {
+        while self.state.get() == CommandState::Running {
+            let Some((part, status)) = self
+                .next_end()
+                .with_context(|| format!("asking how {} ended", self.command.label()))?
+            else {
+                self.state.set(CommandState::Succeeded);
+                break;
+            };
+            match status {
+                WaitStatus::StillAlive => break,
                 // It is not in the terminal's foreground, where it could ask: it would stop for
                 // ever.
                 WaitStatus::Stopped(_, Signal::SIGTTIN | Signal::SIGTTOU) => {
-                    CommandState::Failed(status)
+                    self.state.set(CommandState::Failed(part, status));
                 }
                 // Another process stopped it, and will have it go on.
-                WaitStatus::StillAlive | WaitStatus::Stopped(..) => CommandState::Running,
-                WaitStatus::Exited(_, 0) => CommandState::Succeeded,
-                _ => CommandState::Failed(status),
-            });
-        }
-        let how = match self.state.get() {
-            CommandState::Running | CommandState::Succeeded => return Ok(()),
-            CommandState::Failed(WaitStatus::Exited(_, status)) => {
-                format!("failed with exit status {status}")
+                WaitStatus::Stopped(..) | WaitStatus::Exited(_, 0) => {}
+                _ => self.state.set(CommandState::Failed(part, status)),
             }
-            CommandState::Failed(WaitStatus::Signaled(_, signal, _)) => {
+        }
+        let (part, status) = match self.state.get() {
+            CommandState::Running | CommandState::Succeeded => return Ok(()),
+            CommandState::Failed(part, status) => (part, status),
+        };
+        let who = match part {
+            Part::Shell => "it",
+            Part::Other => "a process that it left in the background",
+        };
+        let how = match status {
+            WaitStatus::Exited(_, status) => format!("failed with exit status {status}"),
+            WaitStatus::Signaled(_, signal, _) => {
                 format!("failed with signal {} ({signal})", signal as i32)
             }
-            CommandState::Failed(WaitStatus::Stopped(_, signal)) => format!(
+            WaitStatus::Stopped(_, signal) => format!(
                 "wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask"
             ),
-            CommandState::Failed(other) => format!("failed with {other:?}"),
+            other => format!("failed with {other:?}"),
         };
-        bail!("{}: it {how}", self.command.with_text())
+        bail!("{}: {who} {how}", self.command.with_text())
+    }
+
+    /// How the next process of the group ended or stopped, if there is one left.
+    fn next_end(&self) -> nix::Result<Option<(Part, WaitStatus)>> {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
+        let wait_for = |id: fn(Pid) -> Id<'static>| uninterrupted(|| waitid(id(self.group), flags));
+        let status = match wait_for(Id::PGid) {
+            // A shell that has left its own group is waited for all the same.
+            Err(Errno::ECHILD) if !self.shell_has_ended.get() => wait_for(Id::Pid)?,
+            Err(Errno::ECHILD) => return Ok(None),
+            status => status?,
+        };
+        if status.pid() != Some(self.group) {
+            return Ok(Some((Part::Other, status)));
+        }
+        if !matches!(status, WaitStatus::Stopped(..)) {
+            self.shell_has_ended.set(true);
+        }
+        Ok(Some((Part::Shell, status)))
     }
 
     /// Whether the command runs on although its end of the pipe is closed.
@@ -239,8 +302,8 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let has_ended_well = self.have_succeeded() && self.0.iter().all(|r| r.pipe.is_none());
-        let mut left: Vec<_> = self.0.iter().collect();
+        let has_ended_well = self.have_succeeded() && self.running.iter().all(|r| r.pipe.is_none());
+        let mut left: Vec<_> = self.running.iter().collect();
         left.retain(|running| running.reap());
         if has_ended_well {
             return;
@@ -271,7 +334,12 @@ fn prepare_to_wait() -> io::Result<()> {
 }
 
 /// Starts a shell in a process group of its own, whose number is returned.
-fn spawn(text: &str, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
+fn spawn(
+    text: &str,
+    stdin: Stdio,
+    stdout: Stdio,
+    descriptor_limit: Option<(rlim_t, rlim_t)>,
+) -> Result<Pid> {
     prepare_to_wait().context("preparing to wait for it")?;
     let mut shell = if has_bash() {
         let mut bash = Command::new("bash");
@@ -283,7 +351,7 @@ fn spawn(text: &str, stdin: Stdio, stdout: Stdio) -> Result<Pid> {
     shell.args(["-c", text]);
     shell.stdin(stdin).stdout(stdout).process_group(0);
     // SAFETY: between fork and exec, `prepare_child` makes system calls only and allocates nothing.
-    unsafe { shell.pre_exec(prepare_child) };
+    unsafe { shell.pre_exec(move || prepare_child(descriptor_limit)) };
     let child = shell.spawn().context("starting a shell")?;
     Ok(Pid::from_raw(child.id() as libc::pid_t))
 }
@@ -294,7 +362,10 @@ fn has_bash() -> bool {
 }
 
 /// In the new process: gives it the signals and descriptors that a program expects.
-fn prepare_child() -> io::Result<()> {
+fn prepare_child(descriptor_limit: Option<(rlim_t, rlim_t)>) -> io::Result<()> {
+    if let Some((soft, hard)) = descriptor_limit {
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+    }
     for number in RESET {
         // SAFETY: the default is no function, so that none of ours can run.
         unsafe { signal(number, SigHandler::SigDfl) }?;

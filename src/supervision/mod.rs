@@ -8,11 +8,17 @@
 //! [`Interrupts::check`] is asked whenever it matters: while the transfer goes on, before the end
 //! of the image is written, and before an image counts as received. Where a transfer fails because
 //! an end is gone, [`Interrupts::conclude`] gives the reason why it is gone.
+//!
+//! **The reason first.** What is at the far end of a pipe fails when the pipe is closed, and a
+//! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open what
+//! the transfer had open until its reason is told.
 
 mod command;
 mod pump;
 mod signals;
+mod socket;
 
+use std::any::Any;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,30 +31,64 @@ use crate::os::descriptor::{Direction, FdKind};
 use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
 use command::Commands;
 pub(crate) use command::ShardCommand;
-use pump::Failure;
+use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
+/// Between two looks at the shard commands, in milliseconds: there is no signal when a process
+/// leaves a command's group.
+const LOOK_AGAIN: u8 = 100;
+
 /// Our ends of the shards' pipes, with what messages call them.
 type Pipes<E> = Vec<(E, String)>;
+
+/// Why a transfer failed, and what it had open.
+pub struct Failure {
+    error: Error,
+    open: Vec<Box<dyn Any>>,
+}
+
+impl Failure {
+    /// Keeps `open` until the error is told.
+    pub(crate) fn new(error: Error, open: impl Any) -> Self {
+        Self {
+            error,
+            open: vec![Box::new(open)],
+        }
+    }
+
+    /// The reason.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self {
+            error,
+            open: Vec::new(),
+        }
+    }
+}
 
 /// The signals that came, and what is at the far ends of the pipes.
 pub struct Interrupts {
     signals: Signals,
     commands: Commands,
     /// The first failure of a pump.
-    failure: Arc<OnceLock<Failure>>,
+    failure: Arc<OnceLock<Reason>>,
     /// One for each pump that writes. It closes when everything is written.
     writing: Vec<ReadEnd>,
 }
 
 impl Interrupts {
     /// From now on signals no longer end the process but are caught. Must be called before there
-    /// are other threads.
+    /// are other threads, and before this process changes the limits that commands are to have.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             signals: Signals::catch()?,
-            commands: Commands::default(),
+            commands: Commands::new(),
             failure: Arc::default(),
             writing: Vec::new(),
         })
@@ -110,26 +150,39 @@ impl Interrupts {
         self.commands.check()
     }
 
+    /// Whether all commands have ended well; true where there are none.
+    pub(crate) fn commands_have_succeeded(&self) -> bool {
+        self.commands.have_succeeded()
+    }
+
+    /// Whether the command of this shard, from 0, has ended well; true where there are no commands.
+    pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
+        self.commands.has_succeeded(shard)
+    }
+
     fn check_pumps(&self) -> Result<()> {
         let failure = self.failure.get();
         failure.map_or(Ok(()), |failure| Err(failure.error()))
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
-    /// command has ended well. After a failure the commands are ended, and the error is the first
-    /// reason.
-    pub(crate) fn conclude<T>(&mut self, result: Result<T>) -> Result<T> {
-        let concluded = result.and_then(|value| self.finish().map(|()| value));
-        let concluded = concluded.map_err(|error| self.explain(error));
-        drop(mem::take(&mut self.commands));
-        concluded
+    /// command has ended well. After a failure the error is the first reason, and the commands are
+    /// ended when it is told.
+    pub(crate) fn conclude<T>(&mut self, result: Result<T, Failure>) -> Result<T, Failure> {
+        let concluded = result.and_then(|value| Ok(self.finish().map(|()| value)?));
+        let commands = mem::take(&mut self.commands);
+        concluded.map_err(|Failure { error, mut open }| {
+            let error = self.explain(error, &commands);
+            open.push(Box::new(commands));
+            Failure { error, open }
+        })
     }
 
     /// Waits until the pumps have written everything and the commands have ended.
     fn finish(&mut self) -> Result<()> {
         while let Some(writing) = self.writing.last() {
             let closed = self
-                .wait(Some(writing))
+                .wait(Some(writing), PollTimeout::NONE)
                 .context("waiting until all is written")?;
             if closed {
                 self.writing.pop();
@@ -139,7 +192,8 @@ impl Interrupts {
         self.check_pumps()?;
         self.commands.close_pipes();
         while !self.commands.have_succeeded() {
-            self.wait(None).context("waiting for the shard commands")?;
+            self.wait(None, LOOK_AGAIN)
+                .context("waiting for the shard commands")?;
             self.check()?;
         }
         Ok(())
@@ -147,19 +201,20 @@ impl Interrupts {
 
     /// Waits for a signal, such as that of a command's end, or until the other end of `pipe` is
     /// closed, and tells whether it is.
-    fn wait(&self, pipe: Option<&ReadEnd>) -> Result<bool> {
+    fn wait(&self, pipe: Option<&ReadEnd>, timeout: impl Into<PollTimeout>) -> Result<bool> {
         let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         fds.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
-        uninterrupted(|| poll(&mut fds, PollTimeout::NONE))?;
+        let timeout = timeout.into();
+        uninterrupted(|| poll(&mut fds, timeout))?;
         Ok(fds[1..].iter().any(|pipe| pipe.any() == Some(true)))
     }
 
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
-    fn explain(&self, error: Error) -> Error {
+    fn explain(&self, error: Error, commands: &Commands) -> Error {
         match (signal_behind(&error), self.failure.get()) {
             (Some(_), _) => error,
             (None, Some(failure)) => failure.error(),
-            (None, None) => self.commands.explain(error),
+            (None, None) => commands.explain(error),
         }
     }
 }

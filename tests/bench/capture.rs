@@ -26,6 +26,8 @@ pub struct Scenario {
     pub sinks: Vec<Sink>,
     pub raised_limits: bool,
     pub huge_pages: bool,
+    /// Processes beside it that do nothing but take processor time.
+    pub busy_loops: usize,
 }
 
 /// CRIU misbehaves with larger pipes, so no streamer makes them larger, nor do we.
@@ -48,6 +50,7 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
         sinks,
         raised_limits: false,
         huge_pages: false,
+        busy_loops: 0,
     };
     let one_of_four = |odd: Sink| vec![odd, Sink::Splice, Sink::Splice, Sink::Splice];
     let one_file = pages(1, bytes);
@@ -80,6 +83,17 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
         huge_pages: true,
         ..scenario("4-shards-huge-pages", &one_file, vec![Sink::Splice; 4])
     };
+    let lz4 = plain.iter().filter(|plain| plain.name.ends_with("-lz4"));
+    let beside_busy_loops: Vec<_> = (plain
+        .iter()
+        .filter(|plain| plain.name.ends_with("/4-shards")))
+    .chain(lz4)
+    .map(|plain| Scenario {
+        name: format!("{}-busy", plain.name),
+        busy_loops: 2,
+        ..plain.clone()
+    })
+    .collect();
     let with_raised_limits = [0, 1, 4].map(|index: usize| Scenario {
         name: format!("{}-4MiB-pipes", plain[index].name),
         raised_limits: true,
@@ -87,6 +101,7 @@ pub fn scenarios(options: &Options) -> Vec<Scenario> {
     });
     (plain.into_iter())
         .chain([huge_pages])
+        .chain(beside_busy_loops)
         .chain(with_raised_limits)
         .collect()
 }
@@ -98,6 +113,8 @@ struct Run {
     sinks_s: Option<f64>,
     cpu_s: f64,
     peak_rss_bytes: f64,
+    /// The largest shard's size, in mean sizes.
+    largest_over_mean: f64,
 }
 
 #[derive(Serialize)]
@@ -116,6 +133,7 @@ pub struct Figures {
     pub cpu_s_per_gb: f64,
     pub peak_rss_mb: f64,
     pub criu_s: f64,
+    pub largest_over_mean: f64,
 }
 
 /// All scenarios in turn, and all again, so that a busy minute of the machine hits them all. A
@@ -138,6 +156,7 @@ pub fn measure(
             } else {
                 None
             };
+            let _beside = BusyLoops::start(scenario.busy_loops)?;
             let direct = run_direct(scenario)
                 .with_context(|| format!("{} without a streamer", scenario.name))?;
             let through =
@@ -178,6 +197,30 @@ impl Figures {
             cpu_s_per_gb: median(&|(_, run)| run.cpu_s) / gb,
             peak_rss_mb: median(&|(_, run)| run.peak_rss_bytes) / 1e6,
             criu_s,
+            largest_over_mean: median(&|(_, run)| run.largest_over_mean),
+        }
+    }
+}
+
+/// Takes processor time until it is dropped.
+struct BusyLoops(Vec<Child>);
+
+impl BusyLoops {
+    fn start(count: usize) -> Result<Self> {
+        let start = |_| {
+            Ok(Command::new("sh")
+                .args(["-c", "while :; do :; done"])
+                .spawn()?)
+        };
+        (0..count).map(start).collect::<Result<_>>().map(Self)
+    }
+}
+
+impl Drop for BusyLoops {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
         }
     }
 }
@@ -248,6 +291,7 @@ fn run_direct(scenario: &Scenario) -> Result<Run> {
         sinks_s: sinks.finish(span)?,
         cpu_s: 0.0,
         peak_rss_bytes: 0.0,
+        largest_over_mean: 1.0,
     })
 }
 
@@ -266,12 +310,15 @@ fn run_streamer(scenario: &Scenario, options: &Options, work_dir: &WorkDir) -> R
     thread::sleep(Duration::from_millis(50));
     writer.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let span = writer.finish();
-    let finished = streamer.finish()?;
+    let (finished, sizes) = streamer.finish_with_sizes()?;
     let span = span?;
+    let mean = sizes.iter().sum::<u64>() as f64 / sizes.len() as f64;
+    let largest = sizes.iter().max().context("No statistics")?;
     Ok(Run {
         criu_s: span.seconds(),
         sinks_s: sinks.finish(span)?,
         cpu_s: finished.cpu_s,
         peak_rss_bytes: finished.peak_rss_bytes as f64,
+        largest_over_mean: *largest as f64 / mean,
     })
 }

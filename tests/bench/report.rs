@@ -105,17 +105,26 @@ impl Report {
     fn print_capture(&self) {
         println!("\ncapture: the streamer beside the same writer that feeds the sinks directly");
         println!(
-            "{:<42} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>7}",
-            "", "GB/s", "direct", "wall", "to sinks", "wall", "CPU", "CPU", "RSS"
+            "{:<42} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>7} {:>8}",
+            "", "GB/s", "direct", "wall", "to sinks", "wall", "CPU", "CPU", "RSS", "largest"
         );
         println!(
-            "{:<42} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>7}",
-            "scenario", "CRIU's", "GB/s", "x direct", "GB/s", "x direct", "s", "s/GB", "MB"
+            "{:<42} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>7} {:>8}",
+            "scenario",
+            "CRIU's",
+            "GB/s",
+            "x direct",
+            "GB/s",
+            "x direct",
+            "s",
+            "s/GB",
+            "MB",
+            "x mean"
         );
         for row in &self.capture {
             let optional = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.2}"));
             println!(
-                "{:<42} {:>8.2} {:>8.2} {:>8.2} {:>8} {:>9} {:>8.4} {:>8.4} {:>7.2}",
+                "{:<42} {:>8.2} {:>8.2} {:>8.2} {:>8} {:>9} {:>8.4} {:>8.4} {:>7.2} {:>8.3}",
                 row.scenario,
                 row.gb_per_s,
                 row.direct_gb_per_s,
@@ -124,7 +133,8 @@ impl Report {
                 optional(row.sinks_wall_multiple_of_direct),
                 row.cpu_s,
                 row.cpu_s_per_gb,
-                row.peak_rss_mb
+                row.peak_rss_mb,
+                row.largest_over_mean
             );
         }
     }
@@ -221,6 +231,17 @@ fn capture_bounds(rows: &[capture::Figures]) -> Vec<Bound> {
         if let Some(small) = row(name) {
             let what = format!("{}: CPU s", small.scenario);
             bounds.push(Bound::at_most(what, 0.5, small.cpu_s));
+        }
+    }
+    for name in [
+        "4-shards",
+        "4-shards-lz4",
+        "4-shards-busy",
+        "4-shards-lz4-busy",
+    ] {
+        if let Some(even) = row(name) {
+            let what = format!("{}: largest shard, times the mean", even.scenario);
+            bounds.push(Bound::at_most(what, 1.1, even.largest_over_mean));
         }
     }
     if let Some(largest) = (rows.iter()).max_by(|a, b| a.peak_rss_mb.total_cmp(&b.peak_rss_mb)) {

@@ -8,9 +8,10 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::pipe2;
+use serde::Deserialize;
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader},
+    io::{self, BufRead, BufReader, Read},
     os::fd::{AsRawFd, OwnedFd},
     os::unix::fs::PermissionsExt,
     os::unix::process::CommandExt,
@@ -26,6 +27,17 @@ pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
 pub fn fd_list(fds: &[OwnedFd]) -> String {
     let numbers: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
     numbers.join(",")
+}
+
+/// The streamer's statistics.
+#[derive(Deserialize)]
+struct Statistics {
+    shards: Vec<ShardStatistics>,
+}
+
+#[derive(Deserialize)]
+struct ShardStatistics {
+    size: u64,
 }
 
 /// What a receiver is not allowed.
@@ -155,12 +167,23 @@ impl Streamer {
     }
 
     pub fn finish(self) -> Result<Finished> {
-        let errors = self.errors.clone();
+        self.finish_with_sizes().map(|(finished, _)| finished)
+    }
+
+    /// The same, with the bytes of each shard out of its statistics.
+    pub fn finish_with_sizes(mut self) -> Result<(Finished, Vec<u64>)> {
+        let mut lines = String::new();
+        self.progress.read_to_string(&mut lines)?;
         let finished = self.process.wait()?;
         if !finished.status.success() {
-            let errors = fs::read_to_string(errors)?;
+            let errors = fs::read_to_string(self.errors)?;
             bail!("The streamer failed with {}: {errors}", finished.status);
         }
-        Ok(finished)
+        let statistics = lines.lines().find(|line| line.starts_with('{'));
+        let sizes = match statistics {
+            Some(line) => serde_json::from_str::<Statistics>(line)?.shards,
+            None => vec![],
+        };
+        Ok((finished, sizes.iter().map(|shard| shard.size).collect()))
     }
 }

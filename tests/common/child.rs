@@ -21,10 +21,18 @@ use nix::sys::signal::Signal;
 #[derive(Debug, Clone, Copy)]
 pub enum Limit {
     OpenFiles(u64),
+    /// The soft limit alone, which the child may raise again.
+    SoftOpenFiles(u64),
     /// In bytes.
     AddressSpace(u64),
     /// In bytes. Writing more is an error (SIGXFSZ is ignored), as on a full disk.
     FileSize(u64),
+    /// This system call fails with `EPERM`, as under a container engine's seccomp profile.
+    Refused(libc::c_long),
+    /// This system call kills the process.
+    Deadly(libc::c_long),
+    /// A user namespace of its own, whose root is the child's user and which maps no one else.
+    OwnUserNamespace,
     /// Those of the cgroup whose `cgroup.procs` is open there.
     Cgroup(RawFd),
 }
@@ -109,13 +117,14 @@ pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
-/// Does something with another user's rights. They belong to a thread of its own, and end with it:
-/// the C library changes a whole process, the system call only the thread that makes it.
+/// Does something as another user, with this user's rights and limits: a pipe counts as the real
+/// user's. It is a thread of its own that becomes the user, and ends: the C library changes a whole
+/// process, the system call only the thread that makes it.
 pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
         // SAFETY: takes three integers; no memory is involved.
-        let result = unsafe { libc::syscall(libc::SYS_setresuid, unchanged, uid, unchanged) };
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, unchanged) };
         assert_eq!(
             result,
             0,
@@ -145,26 +154,112 @@ fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
                     }
                     continue;
                 }
-                Limit::OpenFiles(max) => (libc::RLIMIT_NOFILE, max),
+                Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
+                Limit::Refused(call) => {
+                    filter(call, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32)?;
+                    continue;
+                }
+                Limit::Deadly(call) => {
+                    filter(call, libc::SECCOMP_RET_KILL_PROCESS)?;
+                    continue;
+                }
+                Limit::OwnUserNamespace => {
+                    enter_user_namespace()?;
+                    continue;
+                }
             };
-            let limit = libc::rlimit {
+            let mut to_set = libc::rlimit {
                 rlim_cur: max,
                 rlim_max: max,
             };
+            if matches!(limit, Limit::SoftOpenFiles(_)) {
+                // SAFETY: the pointer is to a local variable that outlives the call.
+                if unsafe { libc::getrlimit(resource, &mut to_set) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                to_set.rlim_cur = max;
+            }
             // SAFETY: takes integers; ignoring a signal sets up no handler.
             unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
             // SAFETY: the pointer is to a local variable that outlives the call.
-            if unsafe { libc::setrlimit(resource, &limit) } < 0 {
+            if unsafe { libc::setrlimit(resource, &to_set) } < 0 {
                 return Err(io::Error::last_os_error());
             }
         }
         Ok(())
     };
-    // SAFETY: between fork and exec `prepare` calls only fcntl, write, signal and setrlimit, which are
-    // async-signal-safe, and allocates nothing: the vectors were built before the fork.
+    // SAFETY: between fork and exec `prepare` makes only system calls, which are async-signal-safe,
+    // and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// From here on, and in all children, this system call leads to `action`.
+fn filter(call: libc::c_long, action: u32) -> io::Result<()> {
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let number = std::mem::offset_of!(libc::seccomp_data, nr) as u32;
+    let mut steps = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, number),
+        step(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            1,
+            call as u32,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, action),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: steps.len() as u16,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: takes integers. Without privileges it has to come before a filter.
+    let alone = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    // SAFETY: the program and its steps are local variables that outlive the call.
+    let filtered = unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        )
+    };
+    if alone < 0 || filtered < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// `unshare --user` for a child that has already changed its user: `0` in there is what it was.
+fn enter_user_namespace() -> io::Result<()> {
+    // SAFETY: these calls take integers or a constant string; the buffer is a local variable.
+    unsafe {
+        // After a change of user, the files in /proc/self are root's until this is set.
+        libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
+        let user = libc::getuid();
+        if libc::unshare(libc::CLONE_NEWUSER) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let file = libc::open(c"/proc/self/uid_map".as_ptr(), libc::O_WRONLY);
+        let mut line = [0u8; 32];
+        let mut rest = &mut line[..];
+        // Formatting a number into a buffer allocates nothing.
+        io::Write::write_fmt(&mut rest, format_args!("0 {user} 1"))?;
+        let left = rest.len();
+        let length = line.len() - left;
+        let written = libc::write(file, line.as_ptr().cast(), length);
+        let result = match written {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        };
+        libc::close(file);
+        result
+    }
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {

@@ -256,6 +256,14 @@ impl Shard {
         self.marker(seq, &[5 << 3, 1])
     }
 
+    /// The end of an image that may be restored: `inventory.img`, and the image's end behind it.
+    pub fn inventory_and_end(self, seq: u64) -> Self {
+        self.filename(seq, "inventory.img")
+            .data(seq + 1, INVENTORY)
+            .file_eof(seq + 2)
+            .image_eof(seq + 3)
+    }
+
     /// A frame with that `seq` and those bytes of protobuf. As protobuf has it, a `seq` of 0 is
     /// left out.
     pub fn marker(self, seq: u64, body: &[u8]) -> Self {
@@ -299,18 +307,21 @@ pub fn encode<'a>(
     shards.into_iter().map(|shard| shard.bytes).collect()
 }
 
+/// What `inventory.img` holds where its contents do not matter.
+pub const INVENTORY: &[u8] = b"inventory";
+
 /// The smallest image, in one shard: `inventory.img`, which holds `inventory`.
 pub fn inventory() -> Vec<Vec<u8>> {
-    encode([("inventory.img", &b"inventory"[..])], 1, 100)
+    encode([("inventory.img", INVENTORY)], 1, 100)
 }
 
-/// [`encode`] for a map of files.
+/// [`encode`] for a map of files, with an `inventory.img` if it has none: an image without one is
+/// refused.
 pub fn encode_files(files: &Files, count: usize, chunk: usize) -> Vec<Vec<u8>> {
-    encode(
-        files
-            .iter()
-            .map(|(name, content)| (name.as_str(), content.as_slice())),
-        count,
-        chunk,
-    )
+    let inventory = ("inventory.img", INVENTORY);
+    let missing = !files.contains_key(inventory.0);
+    let files = files
+        .iter()
+        .map(|(name, content)| (name.as_str(), content.as_slice()));
+    encode(files.chain(missing.then_some(inventory)), count, chunk)
 }

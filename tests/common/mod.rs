@@ -2,6 +2,7 @@
 //! simulated.
 //!
 //! * [`criu`]: CRIU's side of the image socket;
+//! * [`dump`]: what CRIU's image files hold;
 //! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and
 //!   resource usage;
 //! * [`shards`]: pipes that are collected into or fed from memory;
@@ -17,6 +18,7 @@
 
 pub mod child;
 pub mod criu;
+pub mod dump;
 pub mod image;
 pub mod keeping;
 pub mod lines;

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use super::PAGE;
 use super::criu::{Criu, Role};
+use super::dump;
 use super::image::Files;
 use super::random::{self, Random};
 use super::shards::{self, Collector, Feeder};
@@ -17,7 +18,7 @@ use super::streamer::{Exit, Launch, Streamer};
 /// CRIU's page files come in this size here: enough to fill every pipe several times.
 pub const PAGES: usize = 3 * 1024 * 1024 + 123;
 
-/// Files of every size at which something can go wrong, with `inventory.img`.
+/// A whole dump, and files of every size at which something can go wrong.
 pub fn sample_files(seed: u64) -> Files {
     let sizes = [
         ("empty.img", 0),
@@ -28,7 +29,6 @@ pub fn sample_files(seed: u64) -> Files {
         ("pipe.img", 16 * PAGE),
         ("pipe-and-a-byte.img", 16 * PAGE + 1),
         ("pages-1.img", PAGES),
-        ("inventory.img", 50),
     ];
     let content = |(i, (name, size)): (usize, &(&str, usize))| {
         (
@@ -36,10 +36,12 @@ pub fn sample_files(seed: u64) -> Files {
             random::bytes(seed.wrapping_mul(1000) + i as u64, *size),
         )
     };
-    sizes.iter().enumerate().map(content).collect()
+    let mut files = dump::whole();
+    files.extend(sizes.iter().enumerate().map(content));
+    files
 }
 
-/// `count` files of random sizes up to `max_size`, and `inventory.img`.
+/// `count` files of random sizes up to `max_size`, and a whole dump.
 pub fn small_files(count: usize, max_size: usize, seed: u64) -> Files {
     let mut random = Random::new(seed);
     let mut files: Files = (0..count)
@@ -48,7 +50,7 @@ pub fn small_files(count: usize, max_size: usize, seed: u64) -> Files {
             (format!("file-{i}.img"), random.bytes(size))
         })
         .collect();
-    files.insert("inventory.img".into(), random.bytes(50));
+    files.extend(dump::whole());
     files
 }
 

@@ -100,7 +100,7 @@ impl Launch {
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             user: None,
-            limits: Vec::new(),
+            limits: refused_calls(),
         }
     }
 
@@ -271,6 +271,18 @@ impl Launch {
     }
 }
 
+/// The variable that names a system call which every streamer of this run of the tests is refused.
+pub const REFUSED_CALL: &str = "REFUSED_CALL";
+
+fn refused_calls() -> Vec<Limit> {
+    match std::env::var(REFUSED_CALL).as_deref() {
+        Err(_) => Vec::new(),
+        Ok("splice") => vec![Limit::Refused(libc::SYS_splice)],
+        Ok("vmsplice") => vec![Limit::Refused(libc::SYS_vmsplice)],
+        Ok(other) => panic!("{REFUSED_CALL}: no test refuses {other}"),
+    }
+}
+
 fn list(items: impl Iterator<Item = String>) -> String {
     items.collect::<Vec<_>>().join(",")
 }
@@ -400,6 +412,22 @@ impl Streamer {
 
     pub fn signal(&self, signal: Signal) {
         self.child.signal(signal).expect("signal the streamer");
+    }
+
+    /// Whether it is still running after that time.
+    pub fn outlasts(&self, time: Duration) -> bool {
+        self.exit.is_none() && !self.child.wait_for_end(time)
+    }
+
+    /// The CPU time that it has taken, in seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))
+            .expect("read the process's times");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+        let times = fields.split(' ').skip(11).take(2);
+        let ticks: u64 = times.map(|field| field.parse::<u64>().unwrap()).sum();
+        // The kernel counts in hundredths, whatever its own clock.
+        ticks as f64 / 100.0
     }
 
     pub fn is_running(&self) -> bool {

@@ -13,6 +13,7 @@ use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -115,8 +116,31 @@ pub struct Machine {
 impl Machine {
     /// `None`, having said why, where no machine can be had; that is never so where `CI` is `true`.
     pub fn new() -> Option<Self> {
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    /// A machine whose directory is on the root file system, where the directory for temporary
+    /// files need not be.
+    pub fn new_on_root_file_system() -> Option<Self> {
+        let temporary = std::env::temp_dir();
+        let candidates = [
+            &temporary,
+            Path::new("/var/tmp"),
+            Path::new(env!("CARGO_TARGET_TMPDIR")),
+        ];
+        let file_system = |path: &Path| path.metadata().map(|found| found.dev()).ok();
+        let found = candidates
+            .into_iter()
+            .find(|path| file_system(path) == file_system(Path::new("/")));
+        if found.is_none() {
+            skip("no directory for temporary files is on the root file system");
+        }
+        Self::new_in(found?)
+    }
+
+    fn new_in(parent: &Path) -> Option<Self> {
         match programs() {
-            Ok(programs) => Some(Self::boot(programs)),
+            Ok(programs) => Some(Self::boot(programs, parent)),
             Err(why) => {
                 skip(why);
                 None
@@ -124,10 +148,10 @@ impl Machine {
         }
     }
 
-    fn boot(programs: &Programs) -> Self {
+    fn boot(programs: &Programs, parent: &Path) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("criu-image-streamer-")
-            .tempdir()
+            .tempdir_in(parent)
             .expect("make a directory");
         // To standard error, where it comes in order with what the streamer says.
         std::fs::write(directory.path().join("criu.conf"), "verbosity 4\n").expect("criu.conf");

@@ -19,3 +19,23 @@ grep -q -m1 socket-init ready
 criu restore --stream --images-dir images --restore-detached ${RESTORE_OPTIONS:-}
 wait $pipeline
 "#;
+
+/// Checkpoint to two shards and an index.
+pub const CAPTURE_WITH_INDEX: &str = r#"
+rm -rf images ready; mkdir images; mkfifo ready
+criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat >app-{}' \
+    --progress-fd 3 capture 3>ready & streamer=$!
+grep -q -m1 socket-init ready
+criu dump --stream --images-dir images --tree $PID
+wait $streamer
+"#;
+
+/// Restore from them while they arrive, with `$RESTORE_OPTIONS` for CRIU.
+pub const RESTORE_WITH_INDEX: &str = r#"
+rm -rf images ready; mkdir images; mkfifo ready
+criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat app-{}' \
+    --progress-fd 3 serve 3>ready & streamer=$!
+grep -q -m1 socket-init ready
+criu restore --stream --images-dir images --restore-detached ${RESTORE_OPTIONS:-}
+wait $streamer
+"#;

@@ -1,0 +1,89 @@
+//! The end of a stream that goes into a socket.
+//!
+//! A write puts data into the socket's queue. `close` then goes on sending it in the background,
+//! with no one left to be told of a failure, and throws it away at once if the peer has sent
+//! something that was not read: TCP answers with a reset, even to a mere greeting. So the stream is
+//! ended with `shutdown`, and the socket is kept open until the peer has everything: over TCP, until
+//! its kernel has acknowledged it; over a UNIX socket, until it has read it. Nothing is read from
+//! the socket, as what the peer says may be meant for whoever gave the socket to us.
+
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+
+use crate::os::pipe::uninterrupted;
+
+/// Between two looks at the queue, for which there is no event.
+const FIRST_NAP: Duration = Duration::from_millis(1);
+const LONGEST_NAP: Duration = Duration::from_millis(50);
+
+/// How long a peer that has everything may take to close its end, or to refuse what it got.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Ends the stream, and waits until the peer has all of it, for as long as that takes.
+///
+/// # Errors
+/// When the peer did not take everything: `ECONNRESET`, `EPIPE`, `ETIMEDOUT` and the like.
+pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
+    let socket = socket.as_fd();
+    take_error(socket)?;
+    match shutdown(socket.as_raw_fd(), Shutdown::Write) {
+        // The connection is gone; the error may have been taken already.
+        Err(Errno::ENOTCONN) => return take_error(socket).and(Err(Errno::ECONNRESET)),
+        result => result?,
+    }
+    let mut nap = FIRST_NAP;
+    let mut delivered = None;
+    loop {
+        let queued = queued(socket);
+        let has_ended = has_ended(socket)?;
+        // Asked last: what throws the queue away, or ends the peer's stream by a reset, sets the
+        // error before.
+        take_error(socket)?;
+        match queued {
+            Ok(1..) => {}
+            Ok(_) => {
+                let since = *delivered.get_or_insert_with(Instant::now);
+                if has_ended || since.elapsed() >= LAST_WORDS {
+                    return Ok(());
+                }
+            }
+            // Not TCP, nor a UNIX socket: the peer's end has to do.
+            Err(_) if has_ended => return Ok(()),
+            Err(_) => {}
+        }
+        thread::sleep(nap);
+        nap = LONGEST_NAP.min(nap * 2);
+    }
+}
+
+/// Fails if the connection has failed.
+fn take_error(socket: impl AsFd) -> Result<(), Errno> {
+    match getsockopt(&socket, sockopt::SocketError)? {
+        0 => Ok(()),
+        error => Err(Errno::from_raw(error)),
+    }
+}
+
+/// Bytes that the peer does not have yet.
+fn queued(socket: impl AsFd) -> Result<usize, Errno> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to a local int, which is what SIOCOUTQ writes, and outlives the call.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+    Errno::result(result)?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// Whether the peer has ended its own stream as well, which is a hang-up after we have ended ours.
+fn has_ended(socket: impl AsFd) -> Result<bool, Errno> {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))?;
+    let events = fds[0].revents().unwrap_or(PollFlags::empty());
+    Ok(events.contains(PollFlags::POLLHUP))
+}

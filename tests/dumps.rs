@@ -1,0 +1,244 @@
+//! A dump that falls short is refused, and what is missing is named: CRIU's end of the connection
+//! looks the same whether the dump succeeded or not.
+
+use std::fs;
+use std::io::Write;
+
+use crate::common::PAGE;
+use crate::common::dump::{self, PRESENT};
+use crate::common::image::{self, Files};
+use crate::common::runs::{self, assert_same_files};
+use crate::common::streamer::{Exit, Streamer};
+
+/// Captures these files, and gives what the shards hold.
+fn capture(files: &Files) -> (Exit, Vec<Vec<u8>>) {
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
+    runs::send(&streamer, files);
+    let exit = streamer.wait();
+    (exit, collector.finish())
+}
+
+/// The capture fails and says this, and what it wrote is no image.
+#[track_caller]
+fn refused(files: &Files, words: &[&str]) {
+    let (exit, shards) = capture(files);
+    exit.expect_failure(words);
+    assert!(image::decode(&shards).is_err(), "it looks whole");
+}
+
+#[track_caller]
+fn accepted(files: &Files) {
+    let (exit, shards) = capture(files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    assert_same_files(&image::decode(&shards).unwrap(), files);
+}
+
+/// A whole dump, but for these files.
+fn with<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
+    let mut dump = dump::whole();
+    dump.extend(files.map(|(name, content)| (name.to_owned(), content)));
+    dump
+}
+
+#[test]
+fn a_whole_dump_is_an_image() {
+    accepted(&dump::whole());
+    // Neither what other programs wrote nor files of kinds that are not known begin with a magic.
+    accepted(&with([
+        ("iptables-9.img", Vec::new()),
+        ("tmpfs-dev-72.tar.gz.img", Vec::new()),
+        ("of-a-plugin.img", vec![1]),
+    ]));
+}
+
+#[test]
+fn what_a_dump_must_have_is_missed_by_name() {
+    for name in [
+        "pstree.img",
+        "core-71.img",
+        "core-72.img",
+        "core-73.img",
+        "ids-71.img",
+        "mm-71.img",
+        "fs-71.img",
+        "pagemap-71.img",
+        "pages-901.img",
+    ] {
+        let mut files = dump::whole();
+        files.remove(name).expect(name);
+        refused(&files, &["capturing the image", name, "discard it"]);
+    }
+    refused(&with([("pstree.img", dump::tree(&[]))]), &["pstree.img"]);
+}
+
+#[test]
+fn files_that_criu_did_not_get_to_flush_are_named() {
+    let whole = dump::whole();
+    for name in ["files.img", "sk-queues.img", "pstree.img", "core-72.img"] {
+        refused(&with([(name, Vec::new())]), &[name, "is empty"]);
+    }
+    for (name, end) in [
+        ("files.img", 8 + 4),
+        ("files.img", 5),
+        ("mm-71.img", 9),
+        ("sk-queues.img", 7),
+    ] {
+        let cut = whole[name][..end].to_vec();
+        refused(&with([(name, cut)]), &[name, "is cut off"]);
+    }
+    for (ids, who) in [
+        (&[1, 2, 3, 4][..], "fdinfo-2.img"),
+        (&[1, 2, 4, 5], "fs-71.img"),
+        (&[2, 3, 4, 5], "mm-71.img"),
+    ] {
+        let cut = dump::open_files(ids.iter().copied());
+        refused(&with([("files.img", cut)]), &["files.img lacks", who]);
+    }
+    let cut = whole["inventory.img"][..5].to_vec();
+    refused(&with([("inventory.img", cut)]), &["inventory.img"]);
+    refused(
+        &with([("core-71.img", vec![1; 100])]),
+        &["core-71.img", "magic"],
+    );
+}
+
+#[test]
+fn pages_that_a_pagemap_lists_and_that_did_not_come_are_missed() {
+    let short = vec![7; 3 * PAGE - 1];
+    refused(
+        &with([("pages-901.img", short)]),
+        &["pages-901.img", "pagemap-71.img", "12288"],
+    );
+    let shared = ("pagemap-shmem-5.img", dump::pagemap(902, &[(PRESENT, 1)]));
+    refused(
+        &with([shared.clone()]),
+        &["pages-902.img", "pagemap-shmem-5.img"],
+    );
+    accepted(&with([shared, ("pages-902.img", vec![1; PAGE])]));
+}
+
+#[test]
+fn memory_that_stays_elsewhere_is_refused() {
+    let lazy = dump::pagemap(901, &[(PRESENT, 3), (2, 5)]);
+    refused(
+        &with([("pagemap-71.img", lazy)]),
+        &["pagemap-71.img", "--lazy-pages"],
+    );
+    let in_parent = dump::pagemap(901, &[(PRESENT, 3), (1, 5)]);
+    refused(
+        &with([("pagemap-71.img", in_parent)]),
+        &["pagemap-71.img", "--prev-images-dir"],
+    );
+}
+
+#[test]
+fn the_image_of_a_pre_dump_is_refused() {
+    let inventory = dump::inventory(&dump::number(9, 1));
+    refused(&with([("inventory.img", inventory.clone())]), &["pre-dump"]);
+    let alone = Files::from([("inventory.img".to_owned(), inventory)]);
+    refused(&alone, &["pre-dump"]);
+}
+
+#[test]
+fn of_a_file_sent_twice_the_last_one_is_looked_at() {
+    let send = |first: &[u8], last: &[u8]| {
+        let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
+        let criu = streamer.criu();
+        criu.write_file("files.img", first);
+        criu.write_file("files.img", last);
+        let others = dump::whole();
+        for (name, content) in
+            runs::inventory_last(&others).filter(|(name, _)| *name != "files.img")
+        {
+            criu.write_file(name, content);
+        }
+        drop(criu);
+        let exit = streamer.wait();
+        collector.finish();
+        exit
+    };
+    let whole = &dump::whole()["files.img"];
+    assert!(send(b"", whole).status.success());
+    send(whole, b"").expect_failure(&["files.img", "is empty"]);
+}
+
+/// CRIU writes a process's memory through a pipe, and says in small pieces which pages they are.
+#[test]
+fn a_pagemap_of_megabytes_arrives_byte_for_byte_and_counts() {
+    let entries = vec![(PRESENT, 0); 300_000];
+    let last = [(PRESENT, 3)];
+    let all = [&entries[..], &last].concat();
+    let pagemap = dump::pagemap(901, &all);
+    assert!(pagemap.len() > 3 << 20);
+    accepted(&with([("pagemap-71.img", pagemap)]));
+    let more = [&all[..], &last].concat();
+    let pagemap = dump::pagemap(901, &more);
+    refused(&with([("pagemap-71.img", pagemap)]), &["pages-901.img"]);
+}
+
+#[test]
+fn two_dumps_at_once_are_an_error_and_not_one_image() {
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
+    let (first, second) = (streamer.criu(), streamer.criu());
+    for (name, content) in runs::inventory_last(&dump::whole()) {
+        first.write_file(name, content);
+    }
+    // It may have lost its streamer by then.
+    let _ = second.try_create_file("core-1.img", None);
+    streamer.expect_failure(&["sends files too", "--criu-clients"]);
+    assert!(image::decode(&collector.finish()).is_err());
+}
+
+/// Captures a whole dump, while something happens in the images directory.
+fn capture_beside(directory: &tempfile::TempDir, act: impl FnOnce()) -> Exit {
+    let launch = Streamer::capture().images_dir(directory.path());
+    let (mut streamer, collector) = runs::collect(launch, 1);
+    streamer.wait_for_line("socket-init");
+    act();
+    runs::send(&streamer, &dump::whole());
+    let exit = streamer.wait();
+    let is_image = image::decode(&collector.finish()).is_ok();
+    assert_eq!(is_image, exit.status.success());
+    exit
+}
+
+#[test]
+fn an_image_file_that_appears_beside_the_stream_is_named() {
+    let forgotten = [
+        ("core-1.img", dump::core(dump::ALIVE)),
+        ("inventory.img", dump::inventory(&[])),
+        ("amdgpu-kfd-1.img", vec![0; 100]),
+    ];
+    for (name, content) in forgotten {
+        let directory = tempfile::tempdir().unwrap();
+        let write = || fs::write(directory.path().join(name), &content).unwrap();
+        capture_beside(&directory, write).expect_failure(&[name, "beside the stream"]);
+        // Now it was there before, as part of an earlier image.
+        assert!(capture_beside(&directory, || ()).status.success());
+        // Written anew, it is not.
+        capture_beside(&directory, write).expect_failure(&[name, "beside the stream"]);
+    }
+}
+
+#[test]
+fn what_is_not_of_an_image_may_appear_beside_the_stream() {
+    let directory = tempfile::tempdir().unwrap();
+    for i in 0..5000 {
+        fs::write(directory.path().join(format!("of-others-{i}")), "").unwrap();
+    }
+    let service_magic = 0x55105940_u32.to_le_bytes();
+    let exit = capture_beside(&directory, || {
+        for (name, content) in [
+            ("dump.log", &b"(00.000)"[..]),
+            ("stats-dump", &service_magic),
+            ("irmap-cache", &service_magic),
+            ("app.img", &[4, 0, 0, 0, 0x12, 2, b'a', b'b']),
+            ("empty.img", &[]),
+        ] {
+            let mut file = fs::File::create(directory.path().join(name)).unwrap();
+            file.write_all(content).unwrap();
+        }
+        fs::create_dir(directory.path().join("core-1.img")).unwrap();
+    });
+    assert!(exit.status.success(), "{}", exit.stderr);
+}

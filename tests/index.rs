@@ -1,0 +1,363 @@
+//! An image with an index: CRIU connects when the index is here, and gets the rest as it arrives. A
+//! damaged image never gives it the last of the pages.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use crate::common::child::Limit;
+use crate::common::criu::{Criu, Role};
+use crate::common::image::{self, Body, Files};
+use crate::common::random::{self, Random};
+use crate::common::runs::{self, assert_same_bytes};
+use crate::common::shards::{self, Collector, Feeder};
+use crate::common::streamer::{Launch, Streamer};
+
+const MIB: usize = 1 << 20;
+
+/// An image with two files of pages, a large and a small other file.
+fn files() -> Files {
+    let mut files = runs::sample_files(5);
+    files.insert("pages-1.img".into(), random::bytes(1, 5 * MIB + 77));
+    files.insert("pages-2.img".into(), random::bytes(2, 3 * MIB));
+    files.insert("ghost-file-1.img".into(), random::bytes(3, 3 * MIB + 1));
+    files
+}
+
+/// Data shards, and the index.
+struct Image {
+    shards: Vec<Vec<u8>>,
+    index: Vec<u8>,
+}
+
+impl Image {
+    fn all(&self) -> Vec<Vec<u8>> {
+        let shards = self.shards.iter().cloned();
+        shards.chain([self.index.clone()]).collect()
+    }
+}
+
+fn with_index(launch: Launch, end: OwnedFd) -> Launch {
+    let number = end.as_raw_fd().to_string();
+    launch.inherit(end).args(["--index-fd", &number])
+}
+
+fn capture(files: &Files, shard_count: usize) -> Image {
+    let (readers, writers) = shards::pipes(shard_count, None);
+    let (index_reader, index_writer) = shards::pipe();
+    let mut streamer = with_index(Streamer::capture().shards(writers), index_writer).start();
+    let collector = Collector::start(readers);
+    let index = Collector::start(vec![index_reader]);
+    let criu = streamer.criu();
+    for (name, content) in runs::inventory_last(files) {
+        criu.write_file(name, content);
+    }
+    drop(criu);
+    streamer.expect_success();
+    let exit = streamer.wait();
+    let stats = exit.progress.last().unwrap();
+    assert_eq!(stats.matches("size").count(), shard_count + 1, "{stats}");
+    Image {
+        shards: collector.finish(),
+        index: index.finish().remove(0),
+    }
+}
+
+/// A streamer that serves an image with an index, and the ends to feed it through.
+struct Serving {
+    streamer: Streamer,
+    shards: Vec<OwnedFd>,
+    index: OwnedFd,
+}
+
+fn serve(shard_count: usize, launch: Launch) -> Serving {
+    let (readers, shards) = shards::pipes(shard_count, None);
+    let (index_reader, index) = shards::pipe();
+    let streamer = with_index(launch.shards(readers), index_reader).start();
+    Serving {
+        streamer,
+        shards,
+        index,
+    }
+}
+
+#[test]
+fn data_shards_carry_the_data_of_large_files_and_nothing_else() {
+    let files = files();
+    let image = capture(&files, 3);
+    assert!(image::decode(&image.all()).unwrap() == files);
+    let entries = image::markers(&image.all()).unwrap();
+    let mut in_index: BTreeMap<String, usize> = BTreeMap::new();
+    let mut current = String::new();
+    for entry in &entries {
+        match &entry.body {
+            Body::Filename(name) => current = name.clone(),
+            Body::FileData(_) if entry.shard < 3 => {
+                let is_large = files[&current].len() > MIB;
+                assert!(is_large || current.starts_with("pages-"), "{current}");
+                continue;
+            }
+            Body::FileData(size) => {
+                *in_index.entry(current.clone()).or_default() += *size as usize;
+            }
+            Body::FileEof | Body::ImageEof => {}
+        }
+        assert_eq!(entry.shard, 3, "{entry:?}");
+    }
+    assert!(!in_index.keys().any(|name| name.starts_with("pages-")));
+    assert!((MIB..3 * MIB).contains(&in_index["ghost-file-1.img"]));
+    // The first marker says so: field 100, true.
+    let length = u32::from_le_bytes(*image.index.first_chunk().unwrap()) as usize;
+    let first = &image.index[4..4 + length];
+    assert!(first.windows(3).any(|bytes| bytes == [0xa0, 0x06, 1]));
+}
+
+#[test]
+fn an_image_with_an_index_is_read_like_any_other() {
+    let files = files();
+    let image = capture(&files, 2);
+    let (dir, exit) = runs::extract(&image.all());
+    assert!(exit.status.success(), "{}", exit.stderr);
+    runs::assert_same_files(&runs::read_dir(dir.path()), &files);
+    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image.all());
+    runs::assert_served(&mut streamer, &files);
+}
+
+#[test]
+fn criu_reads_pages_while_they_arrive_and_the_last_of_them_when_all_is_here() {
+    for launch in [Streamer::serve as fn() -> Launch, || {
+        Streamer::serve().limit(Limit::OpenFiles(256))
+    }] {
+        let files = files();
+        let image = capture(&files, 1);
+        let mut serving = serve(1, launch());
+        File::from(serving.index).write_all(&image.index).unwrap();
+        let criu = serving.streamer.criu();
+        assert_eq!(serving.streamer.progress_lines(), ["socket-init"]);
+        // What lies in the index is here.
+        assert_same_bytes(
+            "inventory.img",
+            &criu.read_file("inventory.img").unwrap(),
+            &files["inventory.img"],
+        );
+        assert_eq!(criu.read_file("none.img"), None);
+        // The files come in the order of their names. The first half holds the beginnings.
+        let (first, second) = image.shards[0].split_at(image.shards[0].len() / 2);
+        let mut pages = criu.open_file("pages-1.img").unwrap();
+        let mut ghost = criu.open_file("ghost-file-1.img").unwrap();
+        let mut shard = File::from(serving.shards.remove(0));
+        let rest = second.to_vec();
+        let feeder = thread::spawn({
+            let first = first.to_vec();
+            move || shard.write_all(&first).map(|()| shard)
+        });
+        let mut content = vec![0; MIB];
+        pages.read_exact(&mut content).unwrap();
+        assert!(content == files["pages-1.img"][..MIB]);
+        let mut shard = feeder.join().unwrap().unwrap();
+        let feeder = thread::spawn(move || shard.write_all(&rest).map(drop));
+        content.clear();
+        ghost.read_to_end(&mut content).unwrap();
+        assert_same_bytes("ghost-file-1.img", &content, &files["ghost-file-1.img"]);
+        content.clear();
+        pages.read_to_end(&mut content).unwrap();
+        assert_same_bytes("pages-1.img", &content, &files["pages-1.img"][MIB..]);
+        assert_same_bytes(
+            "pages-2.img",
+            &criu.read_file("pages-2.img").unwrap(),
+            &files["pages-2.img"],
+        );
+        feeder.join().unwrap().unwrap();
+        drop(criu);
+        let exit = serving.streamer.expect_success();
+        assert_eq!(exit.progress[0], "socket-init");
+        assert!(exit.progress[1].starts_with('{'), "{:?}", exit.progress);
+    }
+}
+
+/// Reads all files as CRIU would. False: something was cut short, as a restore that fails sees it.
+fn restore(streamer: &Streamer, files: &Files) -> bool {
+    let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Serve) else {
+        return false;
+    };
+    for (name, expected) in files {
+        let Ok(Some(mut file)) = criu.try_open_file(name, None) else {
+            return false;
+        };
+        let mut content = Vec::new();
+        if file.read_to_end(&mut content).is_err() {
+            return false;
+        }
+        if content.len() < expected.len() {
+            assert!(expected.starts_with(&content), "{name}: wrong bytes");
+            return false;
+        }
+        assert_same_bytes(name, &content, expected);
+    }
+    true
+}
+
+/// Whatever is wrong with it, CRIU does not get the last of the pages.
+fn assert_never_restored(image: &Image, files: &Files, what: &str) {
+    let serving = serve(image.shards.len(), Streamer::serve());
+    let mut streamer = serving.streamer;
+    let feeder = Feeder::start(
+        serving.shards.into_iter().chain([serving.index]).collect(),
+        &image.all(),
+    );
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while streamer.is_running() && std::time::Instant::now() < deadline {
+        if streamer
+            .progress_lines()
+            .iter()
+            .any(|line| line == "socket-init")
+        {
+            assert!(!restore(&streamer, files), "{what}: restored");
+            break;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let exit = streamer.wait();
+    assert_eq!(exit.status.code(), Some(1), "{what}: {}", exit.stderr);
+    exit.error();
+    assert!(
+        !exit.progress.iter().any(|line| line.starts_with('{')),
+        "{what}"
+    );
+    feeder.finish();
+}
+
+#[test]
+fn a_damaged_image_never_gives_criu_the_last_of_the_pages() {
+    let files = files();
+    let image = capture(&files, 2);
+    let other = capture(&files, 2);
+    let rounds = crate::common::setting("INDEX_SEEDS", 60);
+    crate::common::random::for_each_seed(0..rounds, |seed| {
+        let mut random = Random::new(seed);
+        let mut damaged = Image {
+            shards: image.shards.clone(),
+            index: image.index.clone(),
+        };
+        let which = random.below(2);
+        let what = match random.below(6) {
+            0 | 1 => {
+                let cut = random.below(damaged.shards[which].len());
+                damaged.shards[which].truncate(cut);
+                format!("shard {which} is cut at {cut}")
+            }
+            2 => {
+                damaged.shards[which].clear();
+                format!("shard {which} is missing")
+            }
+            3 => {
+                let cut = random.below(damaged.index.len());
+                damaged.index.truncate(cut);
+                format!("the index is cut at {cut}")
+            }
+            4 => {
+                damaged.shards[which].extend(image.shards[which].iter().take(100));
+                format!("something follows on shard {which}")
+            }
+            _ => {
+                damaged.shards.swap(0, 1);
+                damaged.shards[which] = other.shards[which].clone();
+                format!("shard {which} is of another image")
+            }
+        };
+        let same = damaged.all() == image.all();
+        // Two images of the same files may be cut into chunks in the same way.
+        if !same && image::decode(&damaged.all()).is_err() {
+            assert_never_restored(&damaged, &files, &format!("seed {seed}: {what}"));
+        }
+    });
+}
+
+#[test]
+fn an_image_without_an_index_is_refused_where_one_is_expected() {
+    let files = files();
+    let shards = runs::capture(&files, 2, None);
+    let image = Image {
+        index: shards[0].clone(),
+        shards: vec![shards[1].clone()],
+    };
+    assert_never_restored(&image, &files, "without an index");
+}
+
+#[test]
+fn criu_that_goes_before_the_image_is_whole_has_failed() {
+    let files = files();
+    let image = capture(&files, 1);
+    let mut serving = serve(1, Streamer::serve());
+    File::from(serving.index).write_all(&image.index).unwrap();
+    let criu = serving.streamer.criu();
+    criu.read_file("inventory.img").unwrap();
+    drop(criu);
+    serving.streamer.expect_failure(&["CRIU went away"]);
+}
+
+#[test]
+fn a_signal_closes_everything_at_once() {
+    let files = files();
+    let image = capture(&files, 1);
+    let mut serving = serve(1, Streamer::serve());
+    File::from(serving.index).write_all(&image.index).unwrap();
+    let criu = serving.streamer.criu();
+    let mut pages = criu.open_file("pages-1.img").unwrap();
+    serving.streamer.signal(nix::sys::signal::Signal::SIGTERM);
+    let mut content = Vec::new();
+    assert!(
+        pages
+            .read_to_end(&mut content)
+            .is_ok_and(|bytes| bytes == 0)
+    );
+    assert_eq!(serving.streamer.wait().status.code(), Some(143));
+    let error = criu.try_open_file("pages-2.img", None).unwrap_err();
+    assert!(
+        matches!(
+            error.kind(),
+            ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset
+        ),
+        "{error}"
+    );
+}
+
+/// Shards rest while the limit is reached and CRIU has enough to read, and no longer than that.
+#[test]
+fn no_more_is_held_than_the_limit_says_unless_criu_waits_for_it() {
+    const LIMIT_KIB: u64 = 8 << 10;
+    let mut files = files();
+    files.insert("pages-1.img".into(), random::bytes(1, 48 * MIB));
+    files.insert("pages-2.img".into(), random::bytes(2, 48 * MIB));
+    let image = capture(&files, 2);
+    for order in [
+        ["pages-1.img", "pages-2.img"],
+        ["pages-2.img", "pages-1.img"],
+    ] {
+        let launch = Streamer::serve().args(["--hold-at-most", "8M"]);
+        let serving = serve(2, launch);
+        let mut streamer = serving.streamer;
+        let ends = serving.shards.into_iter().chain([serving.index]);
+        let _feeder = Feeder::start(ends.collect(), &image.all());
+        let criu = streamer.criu();
+        for name in order {
+            // CRIU's own work: it is slower than the shards.
+            let mut file = criu.open_file(name).unwrap();
+            let mut content = vec![0; 4 * MIB];
+            for offset in (0..files[name].len()).step_by(4 * MIB) {
+                file.read_exact(&mut content).unwrap();
+                assert!(content == files[name][offset..offset + 4 * MIB], "{name}");
+                if order[0] == "pages-1.img" {
+                    let held = streamer.image_kib();
+                    // The program, and what the pipes of shards and files hold.
+                    assert!(held < LIMIT_KIB + (16 << 10), "{held} KiB");
+                }
+            }
+        }
+        drop(criu);
+        streamer.expect_success();
+    }
+}

@@ -1,0 +1,139 @@
+//! A real CRIU that delivers less than a dump, and says so nowhere: the streamer does. They need
+//! root; see tests/criu/mod.rs.
+
+use crate::common::runs::read_dir;
+use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::{Application, Machine};
+
+/// A capture, and a script around CRIU, which is to print CRIU's status.
+fn capture(criu: &str) -> String {
+    format!(
+        r#"
+rm -rf images ready app.image; mkdir images; mkfifo ready
+{{ criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready | cat >app.image; }} & pipeline=$!
+grep -q -m1 socket-init ready
+{criu}
+wait $pipeline
+"#
+    )
+}
+
+/// The capture fails and says this, nothing passes for an image, and the application can still be
+/// checkpointed and restored.
+#[track_caller]
+fn is_refused(machine: &Machine, application: &Application<'_>, criu: &str, words: &[&str]) {
+    let ran = application.run(&capture(criu));
+    let (described, said) = (ran.describe(), ran.failure().stderr());
+    let error = said
+        .lines()
+        .find(|line| line.starts_with("criu-image-streamer Error: "))
+        .unwrap_or_else(|| panic!("no error\n{described}"));
+    for word in words {
+        assert!(error.contains(word), "no {word:?} in: {error}\n{described}");
+    }
+    application
+        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
+        .failure();
+    assert!(read_dir(&machine.path("extracted")).is_empty());
+    is_unharmed(application);
+}
+
+#[track_caller]
+fn is_unharmed(application: &Application<'_>) {
+    let before = application.goes_on();
+    application.run(CAPTURE).success();
+    application.is_gone();
+    application.run(RESTORE).success();
+    application.goes_on_from(before);
+}
+
+#[test]
+fn a_pre_dump_is_no_image_whether_it_succeeds_or_fails() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10 tree=1x1");
+    let failing = "! criu pre-dump --stream --images-dir images --tree 99999";
+    is_refused(&machine, &application, failing, &["pre-dump"]);
+    // CRIU aborts on kernels that do not know which pages were written to.
+    if machine
+        .run("criu check --feature mem_dirty_track")
+        .succeeded()
+    {
+        let succeeding = "criu pre-dump --stream --images-dir images --tree $PID";
+        is_refused(&machine, &application, succeeding, &["pre-dump"]);
+    }
+}
+
+#[test]
+fn cpuinfo_is_an_image_only_if_it_was_all_that_was_asked_for() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    let failing = "! criu dump --cpu-cap=all --stream --images-dir images --tree 99999";
+    is_refused(&machine, &application, failing, &["inventory.img"]);
+    let asked_for = "criu cpuinfo dump --stream --images-dir images";
+    application.run(&capture(asked_for)).success();
+    application
+        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
+        .success();
+    let names: Vec<_> = read_dir(&machine.path("extracted")).into_keys().collect();
+    assert_eq!(names, ["cpuinfo.img"]);
+}
+
+#[test]
+fn memory_that_went_to_a_page_server_is_missed() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    // What is in the images directory of the page server is not in this stream either.
+    let criu = r#"
+mkdir -p elsewhere
+criu page-server --images-dir elsewhere --port 7070 --daemon --pidfile server.pid
+criu dump --stream --images-dir images --tree $PID --leave-running --page-server --address 127.0.0.1 --port 7070
+"#;
+    is_refused(&machine, &application, criu, &["pagemap-", "--page-server"]);
+}
+
+#[test]
+fn memory_that_a_page_server_wrote_beside_the_stream_is_named() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    let criu = r#"
+criu page-server --images-dir images --port 7070 --daemon --pidfile $PWD/server.pid
+criu dump --stream --images-dir images --tree $PID --leave-running --page-server --address 127.0.0.1 --port 7070
+"#;
+    is_refused(&machine, &application, criu, &["pagemap-"]);
+}
+
+#[test]
+fn memory_that_waits_for_a_lazy_restore_is_refused_at_once() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    // Were it not refused, CRIU would wait for the pages to be fetched.
+    let criu = r#"
+! criu dump --stream --images-dir images --tree $PID --lazy-pages --address 127.0.0.1 --port 7070
+"#;
+    is_refused(&machine, &application, criu, &["--lazy-pages"]);
+}
+
+/// CRIU puts its statistics and logs beside the stream, and nothing else.
+#[test]
+fn what_every_dump_leaves_in_the_images_directory_is_no_part_of_the_image() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    let criu =
+        "criu dump --stream --images-dir images --tree $PID --leave-running --log-file dump.log";
+    application.run(&capture(criu)).success();
+    assert!(machine.path("images/stats-dump").exists());
+    assert!(machine.path("images/dump.log").exists());
+    is_unharmed(&application);
+}
