@@ -23,6 +23,7 @@ use std::time::Duration;
 use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
+use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards::pipe;
@@ -738,9 +739,11 @@ fn serves_from(what: &str, kinds: &[Kind]) {
         let dir = TempDir::with_prefix("images-").unwrap();
         let mut with_tar = files.clone();
         with_tar.insert(TAR.into(), tar.clone());
-        let shards = image::encode_files(&with_tar, 1 + random.below(3), 30_000);
+        let chunk = *random.pick(&[30_000, 120_000]);
+        let shards = image::encode_files(&with_tar, 1 + random.below(3), chunk);
+        let keeping = *random.pick(&Keeping::ALL);
         let restore = Restore::start(
-            Streamer::serve().images_dir(dir.path()),
+            keeping.serve().images_dir(dir.path()),
             kind,
             fault,
             shards,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::common::child::{self, Limit};
 use crate::common::criu::{self, Role, read_reply, send_fds};
 use crate::common::image::{self, Files};
+use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards::{self, Collector, pipe};
@@ -100,7 +101,13 @@ fn a_stranger_who_asks_for_a_file_and_leaves_takes_nothing_with_it() {
         1,
         100_000,
     );
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
+    for keeping in Keeping::ALL {
+        let (streamer, _feeder) = runs::feed(keeping.serve(), &image);
+        strangers_leave(streamer, &pages);
+    }
+}
+
+fn strangers_leave(mut streamer: Streamer, pages: &[u8]) {
     streamer.wait_for_line("socket-init");
     let socket = Role::Serve.socket(streamer.images_dir());
     for sends_file in [false, true] {
@@ -406,14 +413,15 @@ fn a_restore_takes_no_harm_when_a_party_stands_still() {
         let party = *random.pick(&PARTIES);
         let mut all = files.clone();
         all.insert("fs.tar".into(), tar.clone());
-        let image = image::encode_files(&all, 1 + random.below(4), 20_000);
+        let chunk = *random.pick(&[20_000, 120_000]);
+        let image = image::encode_files(&all, 1 + random.below(4), chunk);
         let (readers, writers) = shards::pipes(image.len(), None);
         let (tar_reader, tar_writer) = pipe();
         let to_disk = random.one_in(2);
         let launch = if to_disk {
             Streamer::extract()
         } else {
-            Streamer::serve()
+            random.pick(&Keeping::ALL).serve()
         };
         let mut streamer = launch
             .shards(readers)

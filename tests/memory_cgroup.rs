@@ -109,8 +109,8 @@ fn cgroup() -> Option<Cgroup> {
     made.ok()
 }
 
-/// Writes an image with one page file of `size` bytes, from within the cgroup: pages in a pipe count
-/// as memory of the process that wrote them.
+/// Writes an image with one page file of `size` bytes, from within the cgroup: pages in a pipe
+/// count as memory of the process that wrote them.
 fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
     let dir = TempDir::new().unwrap();
     let begin = Shard::new()

@@ -53,9 +53,9 @@ const WORTH_TIMING: usize = 16 << 10;
 const STRETCH: usize = HUGE_PAGE / 2;
 
 /// Bytes until the dearer kind of pages is tried again for a stretch. Each trial doubles the time
-/// until the next one, up to the rarest: trials in huge pages at 2.9 CPU s/GB then add 0.02 to the
-/// 0.45 of small ones, for an image of 1 GiB and for a large one.
-const FIRST_TRIAL: usize = 64 << 20;
+/// until the next one, up to the rarest: trials in huge pages at 2.9 CPU s/GB then add 0.03 to the
+/// 0.45 of small ones for an image of 1 GiB, and 0.02 for a large one.
+const FIRST_TRIAL: usize = 32 << 20;
 const RAREST_TRIAL: usize = 256 << 20;
 
 /// A part of the memory, and how much of it is in use.

@@ -200,8 +200,8 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// Twice the kernel's time between two looks for memory to give back, and some: it does not take
-    /// all at once.
+    /// Twice the kernel's time between two looks for memory to give back, and some: it does not
+    /// take all at once.
     const COOLING: Duration = Duration::from_secs(6);
 
     /// Memory for runs that fill `image` bytes.

@@ -6,8 +6,8 @@
 //! processes use together, from there to the end, counts too, as a receiver can leave its work to
 //! others.
 //!
-//! Each round runs the naive receiver, the streamer, and the streamer under a limit that has it hold
-//! nothing in pipes: on memory that was in use a moment ago, and on cold memory.
+//! Each round runs the naive receiver, the streamer, and the streamer under a limit that has it
+//! hold nothing in pipes: on memory that was in use a moment ago, and on cold memory.
 
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};
@@ -190,7 +190,7 @@ pub struct Figures {
     /// The receiver is not allowed everything, and nothing is held in pipes.
     pub restricted: bool,
     pub streamer: Side,
-    /// The streamer with a limit under which it holds nothing in pipes, unless that is the scenario.
+    /// The streamer under a limit that has it hold nothing in pipes, unless the scenario does.
     pub in_memory: Option<Side>,
     pub naive: Side,
 }

@@ -21,12 +21,12 @@ use criu_image_streamer::store::disk::{DiskStore, Origin};
 use criu_image_streamer::supervision::Interrupts;
 use prost::Message;
 
-/// The largest shard. It has room for chunks that are held in pipes: those of 32 KiB or more, behind
-/// the 32 KiB that are read ahead of the first.
+/// The largest shard. It has room for chunks that are held in pipes: those of 32 KiB or more,
+/// behind the 32 KiB that are read ahead of the first.
 const LARGEST: usize = 240 << 10;
 
-/// The size of the shards' pipes. A whole shard fits, so that no thread is needed to write while the
-/// program reads.
+/// The size of the shards' pipes. A whole shard fits, so that no thread is needed to write while
+/// the program reads.
 const PIPE_SIZE: usize = 256 << 10;
 
 const DISK: u8 = 0x80;
