@@ -97,10 +97,10 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 4).clamp(4 * MIB, 64 * MIB));
+    let far_behind = most.saturating_sub((most / 4).clamp(16 * MIB, 64 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
-    fewest + (fewest / 32).clamp(MIB, 8 * MIB)
+    fewest + (fewest / 16).clamp(2 * MIB, 16 * MIB)
 }
 
 /// Of the shards that qualify, that which has got the fewest bytes; the first of several.
@@ -284,13 +284,13 @@ mod tests {
         };
         for free in [128, 255, 256] {
             assert_eq!(beside_full(free, 40), to(1, 64));
-            assert_eq!(beside_full(free, 41), to(1, 64));
+            assert_eq!(beside_full(free, 42), to(1, 64));
         }
         let placement = Placement {
             shard: 1,
             slots: 64,
         };
-        for given in [42, 48] {
+        for given in [43, 48] {
             assert_eq!(beside_full(255, given), Choice::Full);
             assert_eq!(beside_full(256, given), Choice::Ahead(placement));
         }
