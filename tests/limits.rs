@@ -145,8 +145,8 @@ fn unknown_user(number: u32) -> u32 {
     20_000 + (std::process::id() * 8 + number) % 40_000
 }
 
-/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user sends
-/// through a pipe of 1 MiB for each file, all of them open at once.
+/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user
+/// sends through a pipe of 1 MiB for each file, all of them open at once.
 fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<usize>) {
     let dir = open_dir();
     let (readers, writers) = child::as_user(user, || shards::pipes(shard_count, pipe_size));
@@ -192,7 +192,8 @@ fn shards_that_others_made_large_are_made_smaller_where_criu_would_get_no_pipe()
     capture_beside_large_pipes(unknown_user(7), 63, Some(1 << 20));
 }
 
-/// The larger one keeps more free slots than the smaller one has at all, and yet too few for a chunk.
+/// The larger one keeps more free slots than the smaller one has at all, and yet too few for a
+/// chunk.
 #[test]
 fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
     if !root_or_skip() {

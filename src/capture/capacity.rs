@@ -1,10 +1,10 @@
 //! How large pipes are made, and what is left for others.
 //!
-//! Large pipes make a capture fast (docs/protocol.md, section 5). But an ordinary user has a limited
-//! number of pages in pipes, over all processes, and CRIU needs some of them: it takes memory out of
-//! the application through pipes of its own, and what sits in the application's pipes through one of
-//! the same size. Where it gets none, the dump fails. So pipes grow only as far as a part of the
-//! user's pages is left.
+//! Large pipes make a capture fast (docs/protocol.md, section 5). But an ordinary user has a
+//! limited number of pages in pipes, over all processes, and CRIU needs some of them: it takes
+//! memory out of the application through pipes of its own, and what sits in the application's pipes
+//! through one of the same size. Where it gets none, the dump fails. So pipes grow only as far as a
+//! part of the user's pages is left.
 //!
 //! **All shards have the same capacity.** One by one, the first would take all there is, and the
 //! last would be left with next to nothing, and be slow.
