@@ -97,10 +97,10 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 4).clamp(16 * MIB, 64 * MIB));
+    let far_behind = most.saturating_sub((most / 2).clamp(32 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
-    fewest + (fewest / 16).clamp(2 * MIB, 16 * MIB)
+    fewest + (fewest / 32).clamp(MIB, 8 * MIB)
 }
 
 /// Of the shards that qualify, that which has got the fewest bytes; the first of several.
@@ -284,13 +284,13 @@ mod tests {
         };
         for free in [128, 255, 256] {
             assert_eq!(beside_full(free, 40), to(1, 64));
-            assert_eq!(beside_full(free, 42), to(1, 64));
+            assert_eq!(beside_full(free, 41), to(1, 64));
         }
         let placement = Placement {
             shard: 1,
             slots: 64,
         };
-        for given in [43, 48] {
+        for given in [42, 48] {
             assert_eq!(beside_full(255, given), Choice::Full);
             assert_eq!(beside_full(256, given), Choice::Ahead(placement));
         }
@@ -299,9 +299,9 @@ mod tests {
     #[test]
     fn a_shard_that_is_far_behind_is_not_waited_for_but_gets_what_it_has_room_for() {
         let ahead = || Fake::new(256, 256).given(900 * MIB);
-        let mut shards = [Fake::new(0, 0).given(800 * MIB), ahead()];
+        let mut shards = [Fake::new(0, 0).given(700 * MIB), ahead()];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
-        let mut shards = [Fake::new(64, 64).given(800 * MIB), ahead()];
+        let mut shards = [Fake::new(64, 64).given(700 * MIB), ahead()];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(0, 64));
     }
 
