@@ -1,7 +1,7 @@
 //! Ordinary users, exhausted limits: slower or a clear error, never a hang, never a wrong byte.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -147,8 +147,8 @@ fn unknown_user(number: u32) -> u32 {
     20_000 + (std::process::id() * 8 + number) % 40_000
 }
 
-/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user sends
-/// through a pipe of 1 MiB for each file, all of them open at once.
+/// Captures, as an ordinary user, through shards of this capacity, what a CRIU of the same user
+/// sends through a pipe of 1 MiB for each file, all of them open at once.
 fn capture_beside_large_pipes(user: u32, shard_count: usize, pipe_size: Option<usize>) {
     let dir = open_dir();
     let (readers, writers) = child::as_user(user, || shards::pipes(shard_count, pipe_size));
@@ -194,7 +194,8 @@ fn shards_that_others_made_large_are_made_smaller_where_criu_would_get_no_pipe()
     capture_beside_large_pipes(unknown_user(7), 63, Some(1 << 20));
 }
 
-/// The larger one has more room at any time than the smaller one has at all.
+/// The larger one keeps more free slots than the smaller one has at all, and yet too few for a
+/// chunk.
 #[test]
 fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
     if !root_or_skip() {
@@ -202,26 +203,41 @@ fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
     }
     let _held = exhaust_pipe_pages();
     let dir = open_dir();
-    let (mut readers, mut writers) = shards::pipes(1, Some(16 * PAGE));
-    let (small_readers, small_writers) = shards::pipes(1, Some(4 * PAGE));
-    writers.extend(small_writers);
+    let (large_reader, large_writer) = shards::pipes(1, Some(16 * PAGE));
+    let (small_reader, small_writer) = shards::pipes(1, Some(4 * PAGE));
     let mut capture = Streamer::capture()
         .user(NOBODY)
         .images_dir(dir.path())
-        .shards(writers)
+        .shards(large_writer.into_iter().chain(small_writer))
         .start();
-    let flowing = Collector::start(small_readers);
+    let small = Collector::start(small_reader);
+    let mut large = File::from(large_reader.into_iter().next().unwrap());
+    let mut first = Vec::new();
     let criu = capture.criu();
-    let files = runs::sample_files(5);
-    for (name, content) in runs::inventory_last(&files) {
-        criu.write_file(name, content);
-    }
+    let files: Files = [
+        ("pages-1.img".into(), random::bytes(12, 100 * PAGE)),
+        ("inventory.img".into(), random::bytes(13, 50)),
+    ]
+    .into();
+    thread::scope(|scope| {
+        let written = scope.spawn(|| {
+            for (name, content) in runs::inventory_last(&files) {
+                criu.write_file(name, content);
+            }
+        });
+        while child::queued(&large) < 8 * PAGE {
+            assert!(!written.is_finished(), "all went to the other shard");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let more_than_nine = child::queued(&large).saturating_sub(9 * PAGE);
+        first = vec![0; more_than_nine];
+        large.read_exact(&mut first).unwrap();
+    });
     drop(criu);
-    let stalled = Collector::start(vec![readers.remove(0)]);
+    let rest = Collector::start(vec![large.into()]);
     capture.expect_success();
-    let mut shards = flowing.finish();
-    shards.extend(stalled.finish());
-    assert!(shards[1].len() < shards[0].len());
+    let mut shards = small.finish();
+    shards.push([first, rest.finish().remove(0)].concat());
     assert_same_files(&image::decode(&shards).unwrap(), &files);
 }
 

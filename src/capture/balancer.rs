@@ -12,8 +12,8 @@
 //! another one, with more bytes, has room. One that is ahead gets nothing as long as it still holds
 //! something. Once it is empty, and its reader waits, it is [`Choice::Ahead`]: the caller leaves it
 //! so until the others have caught up, or its [`Patience`] has ended. Patience lasts for a third of
-//! the time at most, so that a shard that takes less than two thirds of what others would take falls
-//! behind. One that is far behind is not waited for any more, and gets what it has room for.
+//! the time at most, so that a shard that takes less than two thirds of what others would take
+//! falls behind. One that is far behind is not waited for any more, and gets what it has room for.
 //!
 //! **From below.** Free slots are never overestimated: what is known of a shard from its last
 //! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
@@ -21,10 +21,10 @@
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
 //! **Why nothing deadlocks.** An empty shard is always chosen, at once or when patience has ended,
-//! however full the others are. So data moves as long as any reader reads. A
-//! chunk that was given to a shard fits into it, since the slots that it takes are never
-//! underestimated either ([`super::chunk`] says how). So it leaves its source at once: no source
-//! ever waits for one particular shard, and no shard for a source.
+//! however full the others are. So data moves as long as any reader reads. A chunk that was given
+//! to a shard fits into it, since the slots that it takes are never underestimated either
+//! ([`super::chunk`] says how). So it leaves its source at once: no source ever waits for one
+//! particular shard, and no shard for a source.
 //!
 //! A shard that another process writes to as well, or whose reader has made the pipe smaller, has
 //! less room than we know. What such a shard does not take is copied to its queue, so that even
@@ -104,15 +104,15 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
     Ok(ahead.map_or(Choice::Full, Choice::Ahead))
 }
 
-/// The most bytes that a shard may have got to be given more without a thought: some more than the
-/// one with the fewest has, of those that are not far behind.
+/// The most bytes that a shard may have got and not be ahead: some more than the one with the
+/// fewest, of those that are not far behind.
 ///
-/// Pipes of 1 MiB are filled in one go, and so a shard is ahead by as much for a moment. The larger
-/// an image is, the less does a difference matter.
+/// A pipe of 1 MiB is filled in one go, and `lz4` reads 4 MiB before it compresses them. The larger
+/// an image is, the less does such a difference matter.
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 4).clamp(4 * MIB, 64 * MIB));
+    let far_behind = most.saturating_sub((most / 2).clamp(32 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
     fewest + (fewest / 32).clamp(MIB, 8 * MIB)
@@ -314,9 +314,9 @@ mod tests {
     #[test]
     fn a_shard_that_is_far_behind_is_not_waited_for_but_gets_what_it_has_room_for() {
         let ahead = || Fake::new(256, 256).given(900 * MIB);
-        let mut shards = [Fake::new(0, 0).given(800 * MIB), ahead()];
+        let mut shards = [Fake::new(0, 0).given(700 * MIB), ahead()];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
-        let mut shards = [Fake::new(64, 64).given(800 * MIB), ahead()];
+        let mut shards = [Fake::new(64, 64).given(700 * MIB), ahead()];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(0, 64));
     }
 

@@ -1,10 +1,10 @@
 //! How large pipes are made, and what is left for others.
 //!
-//! Large pipes make a capture fast (docs/protocol.md, section 5). But an ordinary user has a limited
-//! number of pages in pipes, over all processes, and CRIU needs some of them: it takes memory out of
-//! the application through pipes of its own, and what sits in the application's pipes through one of
-//! the same size. Where it gets none, the dump fails. So pipes grow only as far as a part of the
-//! user's pages is left.
+//! Large pipes make a capture fast (docs/protocol.md, section 5). But an ordinary user has a
+//! limited number of pages in pipes, over all processes, and CRIU needs some of them: it takes
+//! memory out of the application through pipes of its own, and what sits in the application's pipes
+//! through one of the same size. Where it gets none, the dump fails. So pipes grow only as far as a
+//! part of the user's pages is left.
 //!
 //! **All shards have the same capacity.** One by one, the first would take all there is, and the
 //! last would be left with next to nothing, and be slow.
@@ -19,16 +19,17 @@ use crate::report;
 /// it out, unless `/proc/sys/fs/pipe-max-size` was raised.
 const PIPE_OF_CRIU: usize = 1 << 20;
 
-/// The most that is left for others, in bytes: what 16 such pipes hold.
-const MOST_LEFT: usize = 16 * PIPE_OF_CRIU;
+/// The most that is left for others, in bytes: what 32 such pipes hold. Where pages are large, a
+/// third of the user's would be far more.
+const MOST_LEFT: usize = 32 * PIPE_OF_CRIU;
 
 /// Below this capacity, in bytes, a shard costs speed that a setting could give back.
 const GOOD: usize = 1 << 20;
 
-/// Gives the shards' pipes the largest capacity that all of them can have while a quarter of the
+/// Gives the shards' pipes the largest capacity that all of them can have while a third of the
 /// user's pages is left. Those that their readers have made larger are made smaller again.
 pub(super) fn even_out(pipes: &[&WriteEnd]) -> io::Result<()> {
-    let left = (pipe::user_pages() / 4 * slot()).clamp(PIPE_OF_CRIU, MOST_LEFT);
+    let left = (pipe::user_pages() / 3 * slot()).clamp(PIPE_OF_CRIU, MOST_LEFT);
     let smallest = DEFAULT_SLOTS * slot();
     let mut bytes = LARGEST;
     loop {

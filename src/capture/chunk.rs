@@ -33,8 +33,8 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    /// Cuts the chunk to `slots` of `slot` bytes each. With none left, for a shard of a single slot,
-    /// it gets what fits into the slot of its markers.
+    /// Cuts the chunk to `slots` of `slot` bytes each. With none left, for a shard of a single
+    /// slot, it gets what fits into the slot of its markers.
     pub(super) fn cut(&mut self, slots: usize, slot: usize) {
         if slots >= self.slots {
             return;
