@@ -17,6 +17,9 @@ pub enum Keeping {
     Both,
 }
 
+/// What starts the streamer in a script.
+const SERVE: &str = "criu-image-streamer ";
+
 impl Keeping {
     pub const ALL: [Self; 3] = [Self::Pipes, Self::Memory, Self::Both];
 
@@ -45,15 +48,14 @@ impl Keeping {
         }
     }
 
-    /// A script with its one `serve` changed to keep the image so.
+    /// A script whose one command of the streamer is a `serve`, changed to keep the image so.
     pub fn in_script(self, script: &str) -> String {
         let Some(count) = self.open_files() else {
             return script.to_owned();
         };
-        let serve = "| criu-image-streamer ";
-        assert_eq!(script.matches(serve).count(), 1, "no serve in {script}");
         let limited =
-            format!(r#"| bash -c 'ulimit -n {count}; exec "$0" "$@"' criu-image-streamer "#);
-        script.replace(serve, &limited)
+            format!(r#"bash -c 'ulimit -n {count}; exec "$0" "$@"' criu-image-streamer "#);
+        assert_eq!(script.matches(SERVE).count(), 1, "no serve in {script}");
+        script.replace(SERVE, &limited)
     }
 }
