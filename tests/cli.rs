@@ -292,8 +292,8 @@ fn devices_are_shared_and_progress_lines_stand_beside_errors() {
     streamer.expect_success();
 }
 
-/// What comes out of a socket and what goes into it are two streams: sshd gives a command one socket
-/// for standard input and output. The two ends of a pair are two sockets.
+/// What comes out of a socket and what goes into it are two streams: sshd gives a command one
+/// socket for standard input and output. The two ends of a pair are two sockets.
 #[test]
 fn a_socket_carries_a_shard_one_way_and_progress_lines_the_other() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();

@@ -296,7 +296,10 @@ fn firewall_rules_that_criu_does_not_restore_from_a_stream_are_told() {
         ]);
         let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
         let criu = streamer.criu();
-        // It is told before CRIU can begin.
+        // It is told before CRIU begins.
+        if !rules.is_empty() {
+            streamer.wait_for_stderr("nftables-12.img");
+        }
         let stderr = streamer.stderr();
         criu.expect_file("nftables-12.img", rules);
         drop(criu);

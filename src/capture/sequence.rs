@@ -4,8 +4,8 @@
 //! with its markers, to the shard that [`super::balancer`] chooses, and is cut to what that shard
 //! has room for.
 //!
-//! Where the image has an index, that is the last of the shards. It gets all markers but those of the
-//! data of large files, which go to the other shards, and the data of all other files.
+//! Where the image has an index, that is the last of the shards. It gets all markers but those of
+//! the data of large files, which go to the other shards, and the data of all other files.
 
 use std::time::Instant;
 

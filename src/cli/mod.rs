@@ -52,8 +52,8 @@ pub struct Args {
     #[structopt(long, value_name = "N", global = true)]
     num_shards: Option<usize>,
 
-    /// With --shard-cmd: make one more shard, the index, whose command has `index` for {}. `serve` then
-    /// lets CRIU connect as soon as the index is here, and serves the rest while it arrives
+    /// With --shard-cmd: make one more shard, the index, whose command has `index` for {}. `serve`
+    /// then lets CRIU connect as soon as the index is here, and serves the rest while it arrives
     #[structopt(long, global = true)]
     index: bool,
 

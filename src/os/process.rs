@@ -1,4 +1,5 @@
-//! Processes of this machine, told apart from those of others and from later ones of the same number.
+//! Processes of this machine, told apart from those of others and from later ones of the same
+//! number.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -39,8 +40,8 @@ impl Origin {
     }
 }
 
-/// Field 22 of /proc/PID/stat. The fields behind the name, which ends with the last parenthesis, start
-/// with the third (proc(5)).
+/// Field 22 of /proc/PID/stat. The fields behind the name, which ends with the last parenthesis,
+/// start with the third (proc(5)).
 fn start_of(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(") ")?;

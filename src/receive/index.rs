@@ -1,13 +1,14 @@
 //! An image with an index: its files are known before its data has come.
 //!
-//! The index is a shard that carries every marker of the image but those of the data of large files,
-//! which the other shards carry (docs/protocol.md, section 2). Once all of the index is here, it is
-//! certain which files there are, and to which of them each missing piece of data belongs. From then on
-//! each file is put together by itself, in its own order, and can be served while it arrives.
+//! The index is a shard that carries every marker of the image but those of the data of large
+//! files, which the other shards carry (docs/protocol.md, section 2). Once all of the index is
+//! here, it is certain which files there are, and to which of them each missing piece of data
+//! belongs. From then on each file is put together by itself, in its own order, and can be served
+//! while it arrives.
 //!
-//! **A damaged image never runs.** CRIU cannot finish a restore without the last of the pages. So the
-//! last chunk of the pages is kept back until every piece of the image has come, nothing follows it, and
-//! all that brought it has ended well ([`Indexed::release`]). It comes last anyway.
+//! **A damaged image never runs.** CRIU cannot finish a restore without the last of the pages. So
+//! the last chunk of the pages is kept back until every piece of the image has come, nothing
+//! follows it, and all that brought it has ended well ([`Indexed::release`]). It comes last anyway.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -256,8 +257,8 @@ impl Indexed {
         Ok(())
     }
 
-    /// The last of the markers that these files, and external files whose readers have nothing left,
-    /// need next.
+    /// The last of the markers that these files, and external files whose readers have nothing
+    /// left, need next.
     pub(super) fn wanted<'a>(&self, files: impl Iterator<Item = &'a ImageName>) -> Option<u64> {
         let files: Vec<_> = files.collect();
         let wanting = self.streams.iter().filter(|stream| match &stream.to {

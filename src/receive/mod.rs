@@ -589,8 +589,8 @@ impl<'a> Arriving<'a> {
         self.receiver.end_by.filter(|&end| end > Instant::now())
     }
 
-    /// The number of the index, once all of it was read and its shard has ended, or was given the time
-    /// to.
+    /// The number of the index, once all of it was read and its shard has ended, or was given the
+    /// time to.
     pub(crate) fn index(&mut self) -> Option<usize> {
         let index = self.receiver.image.index()?;
         if !self.receiver.image.is_read() {
@@ -635,8 +635,8 @@ impl<'a> Arriving<'a> {
         self.receiver.image.outlets().is_sending()
     }
 
-    /// The last of the markers that are waited for: by CRIU, which waits for these files, and by readers
-    /// of external files.
+    /// The last of the markers that are waited for: by CRIU, which waits for these files, and by
+    /// readers of external files.
     pub(crate) fn wanted<'b>(&mut self, files: impl Iterator<Item = &'b ImageName>) -> Option<u64> {
         self.receiver.image.wanted(files)
     }

@@ -10,8 +10,8 @@
 //! an end is gone, [`Interrupts::conclude`] gives the reason why it is gone.
 //!
 //! **The reason first.** What is at the far end of a pipe fails when the pipe is closed, and a
-//! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open what
-//! the transfer had open until its reason is told.
+//! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open
+//! what the transfer had open until its reason is told.
 
 mod command;
 mod pump;

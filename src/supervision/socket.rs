@@ -3,9 +3,9 @@
 //! A write puts data into the socket's queue. `close` then goes on sending it in the background,
 //! with no one left to be told of a failure, and throws it away at once if the peer has sent
 //! something that was not read: TCP answers with a reset, even to a mere greeting. So the stream is
-//! ended with `shutdown`, and the socket is kept open until the peer has everything: over TCP, until
-//! its kernel has acknowledged it; over a UNIX socket, until it has read it. Nothing is read from
-//! the socket, as what the peer says may be meant for whoever gave the socket to us.
+//! ended with `shutdown`, and the socket is kept open until the peer has everything: over TCP,
+//! until its kernel has acknowledged it; over a UNIX socket, until it has read it. Nothing is read
+//! from the socket, as what the peer says may be meant for whoever gave the socket to us.
 
 #![allow(unsafe_code)]
 
