@@ -97,7 +97,7 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 2).clamp(32 * MIB, 128 * MIB));
+    let far_behind = most.saturating_sub((most / 2).clamp(16 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
     fewest + (fewest / 32).clamp(MIB, 8 * MIB)
