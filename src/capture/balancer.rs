@@ -9,19 +9,20 @@
 //!
 //! **Even shards.** A restore waits for the largest shard. Compressors that compete for processors
 //! take their data by turns, so that the shard that has got the fewest bytes is often full while
-//! another one, with more bytes, has room. One that is ahead gets nothing as long as it still holds
-//! something. Once it is empty, and its reader waits, it is [`Choice::Ahead`]: the caller leaves it
-//! so until the others have caught up, or its [`Patience`] has ended. Patience lasts for a third of
-//! the time at most, so that a shard that takes less than two thirds of what others would take
-//! falls behind. One that is far behind is not waited for any more, and gets what it has room for.
+//! another one, with more bytes, has room. That one is [`Choice::Ahead`]: the caller gives it
+//! nothing until the others have caught up, or its [`Patience`] has ended. Only the time counts in
+//! which one that is ahead is empty, so that its reader waits: a third at most, so that a shard
+//! that takes less than two thirds of what others would take falls behind. One that is far behind
+//! is not waited for any more, and gets what it has room for.
 //!
 //! **From below.** Free slots are never overestimated: what is known of a shard from its last
 //! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
 //! not suffice are the shards inspected again (`FIONREAD`, which contends with the reader for the
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
-//! **Why nothing deadlocks.** An empty shard is always chosen, at once or when patience has ended,
-//! however full the others are. So data moves as long as any reader reads. A chunk that was given
+//! **Why nothing deadlocks.** An empty shard always has room, however full the others are. Where
+//! any has room, one is chosen, at once or when patience has ended, which it has when a chunk was
+//! held back for 100 ms. So data moves as long as any reader reads. A chunk that was given
 //! to a shard fits into it, since the slots that it takes are never underestimated either
 //! ([`super::chunk`] says how). So it leaves its source at once: no source ever waits for one
 //! particular shard, and no shard for a source.
@@ -31,7 +32,7 @@
 //! then the chunk has left its source; the shard gets no other until its queue has been written.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
@@ -58,8 +59,12 @@ pub(super) struct Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Choice {
     To(Placement),
-    /// To this one, which is empty, but ahead of others that may soon have room.
-    Ahead(Placement),
+    /// To this one, but it is ahead of others that may soon have room.
+    Ahead {
+        placement: Placement,
+        /// One that is ahead is empty, and its reader waits.
+        is_waiting: bool,
+    },
     /// To none: they are too full.
     Full,
 }
@@ -100,8 +105,13 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
         return Ok(Choice::To(placement));
     }
     let is_empty = |shard: &S| shard.free_slots() == shard.slots();
-    let ahead = emptiest(shards, wanted, is_empty);
-    Ok(ahead.map_or(Choice::Full, Choice::Ahead))
+    Ok(match emptiest(shards, wanted, has_room) {
+        None => Choice::Full,
+        Some(placement) => Choice::Ahead {
+            placement,
+            is_waiting: shards.iter().any(is_empty),
+        },
+    })
 }
 
 /// The most bytes that a shard may have got and not be ahead: some more than the one with the
@@ -112,7 +122,7 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
 fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let given = || shards.iter().map(S::given);
     let most = given().max().unwrap_or(0);
-    let far_behind = most.saturating_sub((most / 2).clamp(32 * MIB, 128 * MIB));
+    let far_behind = most.saturating_sub((most / 2).clamp(8 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
     fewest + (fewest / 32).clamp(MIB, 8 * MIB)
@@ -142,30 +152,37 @@ pub(super) struct Patience {
     left: i64,
     as_of: Option<Instant>,
     is_waiting: bool,
+    /// When a chunk was held back first, if none was given to a shard behind since.
+    held_since: Option<Instant>,
 }
 
 impl Patience {
     /// A stall costs no more than this, however well all went before. A compressor that shares its
     /// processor with two others has it again by then.
-    const LONGEST: i64 = 100_000_000;
+    const LONGEST: Duration = Duration::from_millis(100);
 
-    /// Whether a shard that is ahead is to wait. There is no patience when this is asked first.
-    pub(super) fn lasts(&mut self, now: Instant) -> bool {
+    /// Whether shards that are ahead are to wait, of which `is_waiting` tells whether one does so
+    /// already. There is no patience when this is asked first.
+    pub(super) fn lasts(&mut self, is_waiting: bool, now: Instant) -> bool {
         self.pass(now);
-        self.is_waiting = self.left > 0;
-        self.is_waiting
+        let held_since = *self.held_since.get_or_insert(now);
+        let lasts = self.left > 0 && now.saturating_duration_since(held_since) < Self::LONGEST;
+        self.is_waiting = is_waiting && lasts;
+        lasts
     }
 
-    /// No shard is left to wait any more.
+    /// No shard has room, so that none is left to wait.
     pub(super) fn rest(&mut self) {
         if self.is_waiting {
-            self.rest_at(Instant::now());
+            self.pass(Instant::now());
+            self.is_waiting = false;
         }
     }
 
-    fn rest_at(&mut self, now: Instant) {
-        self.pass(now);
-        self.is_waiting = false;
+    /// A shard behind was given a chunk.
+    pub(super) fn catch_up(&mut self) {
+        self.rest();
+        self.held_since = None;
     }
 
     fn pass(&mut self, now: Instant) {
@@ -174,15 +191,13 @@ impl Patience {
         self.left = if self.is_waiting {
             self.left - passed
         } else {
-            (self.left + passed / 2).min(Self::LONGEST)
+            (self.left + passed / 2).min(Self::LONGEST.as_nanos() as i64)
         };
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[derive(Clone)]
@@ -291,24 +306,58 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_is_ahead_of_a_full_one_gets_nothing_before_it_is_empty() {
+    fn a_shard_that_is_ahead_of_a_full_one_is_told_apart() {
         let beside_full = |free, given| {
             let full = Fake::new(0, 0).given(40 * MIB);
             let other = Fake::new(free, free).given(given * MIB);
             choose(&mut [full, other], 64).unwrap()
         };
-        for free in [128, 255, 256] {
-            assert_eq!(beside_full(free, 40), to(1, 64));
-            assert_eq!(beside_full(free, 41), to(1, 64));
-        }
         let placement = Placement {
             shard: 1,
             slots: 64,
         };
-        for given in [42, 48] {
-            assert_eq!(beside_full(255, given), Choice::Full);
-            assert_eq!(beside_full(256, given), Choice::Ahead(placement));
+        for (free, is_waiting) in [(128, false), (255, false), (256, true)] {
+            assert_eq!(beside_full(free, 40), to(1, 64));
+            assert_eq!(beside_full(free, 41), to(1, 64));
+            let ahead = Choice::Ahead {
+                placement,
+                is_waiting,
+            };
+            assert_eq!(beside_full(free, 42), ahead);
+            assert_eq!(beside_full(free, 47), ahead);
         }
+    }
+
+    #[test]
+    fn no_chunk_is_held_back_for_long_where_all_shards_stand_still() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut patience = Patience::default();
+        assert!(!patience.lasts(false, at(0)));
+        patience.catch_up();
+        assert!(patience.lasts(false, at(1000)));
+        assert!(patience.lasts(false, at(1099)));
+        assert!(!patience.lasts(false, at(1100)));
+        assert!(!patience.lasts(false, at(9000)));
+        patience.catch_up();
+        assert!(patience.lasts(false, at(9001)));
+    }
+
+    #[test]
+    fn a_stalled_shard_that_is_ahead_does_not_let_an_empty_one_wait_for_ever() {
+        let mut shards = [
+            Fake::new(0, 0).given(40 * MIB),
+            Fake::new(200, 200).given(44 * MIB),
+            Fake::new(256, 256).given(46 * MIB),
+        ];
+        let expected = Choice::Ahead {
+            placement: Placement {
+                shard: 1,
+                slots: 64,
+            },
+            is_waiting: true,
+        };
+        assert_eq!(choose(&mut shards, 64).unwrap(), expected);
     }
 
     #[test]
@@ -330,11 +379,18 @@ mod tests {
             let now = start + Duration::from_millis(milli);
             loop {
                 let placement = match choose(&mut shards, 257).unwrap() {
-                    Choice::To(placement) => placement,
-                    Choice::Ahead(placement) if !patience.lasts(now) => placement,
-                    Choice::Ahead(_) | Choice::Full => break,
+                    Choice::To(placement) => {
+                        patience.pass(now);
+                        patience.is_waiting = false;
+                        patience.catch_up();
+                        placement
+                    }
+                    Choice::Ahead {
+                        placement,
+                        is_waiting,
+                    } if !patience.lasts(is_waiting, now) => placement,
+                    Choice::Ahead { .. } | Choice::Full => break,
                 };
-                patience.rest_at(now);
                 let shard = &mut shards[placement.shard];
                 shard.known -= placement.slots;
                 shard.real = shard.known;
@@ -376,18 +432,22 @@ mod tests {
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);
         let mut patience = Patience::default();
-        assert!(!patience.lasts(at(0)), "nothing has happened yet");
-        assert!(patience.lasts(at(20)));
-        assert!(patience.lasts(at(29)));
-        assert!(!patience.lasts(at(30)));
-        assert!(patience.lasts(at(40)));
-        assert!(!patience.lasts(at(45)));
-        assert!(patience.lasts(at(47)));
-        assert!(!patience.lasts(at(58)), "10 ms too long");
-        assert!(!patience.lasts(at(78)));
-        assert!(patience.lasts(at(80)));
-        assert!(!patience.lasts(at(100)));
-        assert!(patience.lasts(at(100_000)));
-        assert!(!patience.lasts(at(100_100)), "a stall is not waited for");
+        assert!(!patience.lasts(true, at(0)), "nothing has happened yet");
+        assert!(patience.lasts(true, at(20)));
+        assert!(patience.lasts(true, at(29)));
+        assert!(!patience.lasts(true, at(30)));
+        assert!(patience.lasts(true, at(40)));
+        assert!(!patience.lasts(true, at(45)));
+        assert!(patience.lasts(true, at(47)));
+        assert!(!patience.lasts(true, at(58)), "10 ms too long");
+        assert!(!patience.lasts(true, at(78)));
+        assert!(patience.lasts(true, at(80)));
+        assert!(!patience.lasts(true, at(100)));
+        patience.catch_up();
+        assert!(patience.lasts(true, at(100_000)));
+        assert!(
+            !patience.lasts(true, at(100_100)),
+            "a stall is not waited for"
+        );
     }
 }

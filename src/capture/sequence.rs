@@ -187,11 +187,14 @@ impl Sequence {
         };
         Ok(match choice.context("looking for a shard with room")? {
             Choice::To(placement) => {
-                self.patience.rest();
+                self.patience.catch_up();
                 Some(placement)
             }
-            Choice::Ahead(placement) => {
-                let waits = self.patience.lasts(Instant::now());
+            Choice::Ahead {
+                placement,
+                is_waiting,
+            } => {
+                let waits = self.patience.lasts(is_waiting, Instant::now());
                 (!waits).then_some(placement)
             }
             Choice::Full => {
