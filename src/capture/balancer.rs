@@ -78,7 +78,13 @@ impl Choice {
         };
         match self {
             Choice::To(placement) => Choice::To(shift(placement)),
-            Choice::Ahead(placement) => Choice::Ahead(shift(placement)),
+            Choice::Ahead {
+                placement,
+                is_waiting,
+            } => Choice::Ahead {
+                placement: shift(placement),
+                is_waiting,
+            },
             Choice::Full => Choice::Full,
         }
     }

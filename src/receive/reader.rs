@@ -303,7 +303,12 @@ impl Reader {
 
     /// How much to read for data that is not to be spliced.
     pub(super) fn ahead_for_data(&self) -> usize {
-        self.left_of_chunk().max(AHEAD)
+        let left = self.left_of_chunk();
+        // The end of a large chunk that took more slots than its pipe had.
+        if self.last_large.is_some() {
+            return left;
+        }
+        left.max(AHEAD)
     }
 
     /// Whether data may be held in pipes.

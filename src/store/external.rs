@@ -18,7 +18,7 @@ use crate::os::pipe::{self, WriteEnd};
 const MOST_BEHIND: usize = 4 << 20;
 
 /// How long ago a reader that is waited for has taken something.
-const AT_WORK: Duration = Duration::from_millis(20);
+const AT_WORK: Duration = Duration::from_millis(200);
 
 /// A file of the image: an external one, by its number, or one of the store behind.
 pub(crate) enum File<F> {
