@@ -131,7 +131,7 @@ fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let far_behind = most.saturating_sub((most / 2).clamp(8 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
-    fewest + (fewest / 32).clamp(MIB, 8 * MIB)
+    fewest + (fewest / 16).clamp(MIB, 16 * MIB)
 }
 
 /// Of the shards that qualify, that which has got the fewest bytes; the first of several.
@@ -324,12 +324,12 @@ mod tests {
         };
         for (free, is_waiting) in [(128, false), (255, false), (256, true)] {
             assert_eq!(beside_full(free, 40), to(1, 64));
-            assert_eq!(beside_full(free, 41), to(1, 64));
+            assert_eq!(beside_full(free, 42), to(1, 64));
             let ahead = Choice::Ahead {
                 placement,
                 is_waiting,
             };
-            assert_eq!(beside_full(free, 42), ahead);
+            assert_eq!(beside_full(free, 43), ahead);
             assert_eq!(beside_full(free, 47), ahead);
         }
     }
