@@ -1,8 +1,8 @@
 //! When to look at busy pipes again.
 //!
 //! While data flows, the loops do not sleep in epoll but nap, and then look at all busy pipes. In
-//! the meantime the pipes fill, so that each call moves much, and their writers are not made to
-//! wake anybody. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving,
+//! the meantime the pipes fill, so that each call moves much, and their writers need not wake
+//! us. A capture, which moves references, naps for a fixed time ([`NAP`]). Receiving,
 //! which copies, naps for as long as pipes take to fill; serving, for as long as they take to be
 //! emptied.
 
@@ -76,11 +76,11 @@ impl Pace {
         std::thread::sleep(NAP);
     }
 
-    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes where
-    /// there is `room` for so many. Full pipes, whose writers wait, are looked at again at once.
+    /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes in
+    /// pipes that hold `room`. Full pipes, whose writers wait, are looked at again at once.
     ///
-    /// Whoever reads from a pipe while somebody writes to it spins on its mutex for the length of
-    /// the write; the writer of a full pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU
+    /// A reader that meets the pipe's writer at work spins on its mutex for the length of the
+    /// write; the writer of a full pipe sleeps. Measured on a restore from 4 shards: 0.13 CPU
     /// s/GB spent spinning with naps of 10 µs, 0.03 with these.
     pub fn nap_until_filled(&mut self, found: u64, room: u64) {
         let full = found * 8 >= room * 7;

@@ -93,7 +93,7 @@ impl<R> Clients<R> {
         }
     }
 
-    /// Lets in whoever waits at the listener, and watches each as `kind`, under its id.
+    /// Accepts the clients that wait at the listener, and watches each as `kind`, under its id.
     ///
     /// # Errors
     /// Those of accepting and of watching a connection.
@@ -201,7 +201,7 @@ impl<R> Clients<R> {
                     !(has_spoken && unfinished),
                     "{peer} went away in the middle of a request: it was killed, or crashed"
                 );
-                // Whoever else is connected may be CRIU, at work before its first file.
+                // Another client that is connected may be CRIU, at work before its first file.
                 if !has_spoken && self.clients.is_empty() && self.spoken < self.expected {
                     self.give_up = Some(Instant::now() + GRACE);
                 }

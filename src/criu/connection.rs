@@ -52,7 +52,7 @@ pub enum Receipt {
 /// What CRIU said.
 #[derive(Debug)]
 pub enum Message {
-    /// It opens the file of this name (which nobody has checked).
+    /// It opens the file of this name (unchecked).
     Request(String),
     /// The descriptor that belongs to the request before.
     Descriptor(OwnedFd),

@@ -57,7 +57,7 @@ impl Role {
 }
 
 /// The listening socket; its name is removed from the directory when this is dropped, unless it is
-/// somebody else's by then.
+/// another program's by then.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
@@ -137,7 +137,7 @@ impl Listener {
             })
     }
 
-    /// Takes the next peer that may use the socket, refusing others; `None` when nobody waits.
+    /// Takes the next peer that may use the socket, refusing others; `None` when no peer waits.
     ///
     /// # Errors
     /// Those of `accept`, such as having no descriptor left.
@@ -277,7 +277,7 @@ impl Directory {
         }
     }
 
-    /// Removes a socket that nobody listens on.
+    /// Removes a socket without a listener.
     fn remove_stale(&self, name: &str) -> Result<()> {
         let path = self.path_of(name);
         let stat = match self.stat(name) {
@@ -290,8 +290,8 @@ impl Directory {
                 "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
             );
         }
-        // A datagram socket cannot connect to a stream socket, and is told so only if somebody has
-        // that one open: whoever listens there does not see the attempt.
+        // A datagram socket cannot connect to a stream socket, and is told so only if a process has
+        // that one open: the listener there does not see the attempt.
         let probe = socket(
             AddressFamily::Unix,
             SockType::Datagram,

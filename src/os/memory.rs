@@ -129,7 +129,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody can refer to it any more.
+        // SAFETY: the mapping is ours, and no reference to it is left.
         let result = unsafe { munmap(self.base.cast(), self.len) };
         debug_assert!(result.is_ok(), "unmapping memory of our own cannot fail");
     }

@@ -31,7 +31,7 @@ use super::descriptor::FdKind;
 use super::memory::{Sealed, page_size};
 use super::namespace;
 
-/// Slots of a pipe that nobody resized (`PIPE_DEF_BUFFERS` in the kernel).
+/// Slots of a pipe of the default size (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
 
 /// The largest capacity asked for, in bytes. CRIU misbehaves when its pipe is larger than 4 MiB
@@ -60,11 +60,11 @@ pub struct WriteEnd(OwnedFd);
 /// What one attempt to move data led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moved {
-    /// So many bytes, at least one.
+    /// This number of bytes, at least one.
     Bytes(usize),
     /// Nothing now: the source is empty or the target full.
     WouldBlock,
-    /// Nothing ever again: the source is empty, and nobody holds its write end.
+    /// Nothing ever again: the source is empty, and its write end is closed.
     End,
 }
 
@@ -304,7 +304,7 @@ impl Reserve {
     }
 }
 
-/// A new pipe of so many slots (a power of two), or of as many as are allowed if that is fewer, and
+/// A new pipe of `wanted` slots (a power of two), or of as many as are allowed if that is fewer, and
 /// how many it has.
 ///
 /// # Errors

@@ -12,9 +12,9 @@
 //! sockets, statistics (`stats-dump`), a `parent` link, a user's files.
 //!
 //! What a streamer that was killed could not remove, the next one removes: a lock on the images
-//! directory shows that nobody uses it.
+//! directory shows that no streamer uses it.
 //!
-//! Moving does not follow a symbolic link that somebody planted at the destination but replaces it;
+//! Moving does not follow a planted symbolic link at the destination but replaces it;
 //! all paths are relative to the open directory. A directory in the way is an error.
 
 use std::collections::BTreeMap;
@@ -45,7 +45,7 @@ const PRIVATE: &str = ".criu-image-streamer.";
 pub enum Origin {
     /// It was made for this image: its files are for their owner alone.
     Made,
-    /// It was there: whoever made it decides who may enter. As with CRIU's own files, the umask
+    /// It was there: its maker decides who may enter. As with CRIU's own files, the umask
     /// decides who may read those in it, as the root of a user namespace must be able to.
     Found,
 }

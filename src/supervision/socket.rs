@@ -5,7 +5,7 @@
 //! something that was not read: TCP answers with a reset, even to a mere greeting. So the stream is
 //! ended with `shutdown`, and the socket is kept open until the peer has everything: over TCP,
 //! until its kernel has acknowledged it; over a UNIX socket, until it has read it. Nothing is read
-//! from the socket, as what the peer says may be meant for whoever gave the socket to us.
+//! from the socket, as what the peer says may be meant for the program that gave the socket to us.
 
 #![allow(unsafe_code)]
 
