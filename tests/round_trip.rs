@@ -78,6 +78,34 @@ fn connect_capture_to_serve(shard_count: usize, pipe_size: Option<usize>, keepin
     runs::assert_served(&mut serve, &files);
 }
 
+/// They may be the application's own, which can still change. Those of a capture that has ended are
+/// held as they are.
+#[test]
+fn pages_of_a_capture_that_runs_are_copied() {
+    const SIZE: usize = 32 << 20;
+    let mut files = runs::sample_files(3);
+    files.insert("pages-1.img".into(), vec![7; SIZE]);
+    let (readers, writers) = shards::pipes(2, None);
+    let mut capture = Streamer::capture().shards(writers).start();
+    let mut serve = Streamer::serve().shards(readers).start();
+    let dumping = capture.criu();
+    for (name, content) in runs::inventory_last(&files) {
+        dumping.write_file(name, content);
+    }
+    drop(dumping);
+    capture.expect_success();
+    serve.wait_for_line("socket-init");
+    let copied = serve.memory_kib("VmRSS");
+    assert!(copied > (SIZE >> 10) as u64, "{copied} KiB");
+    runs::assert_served(&mut serve, &files);
+
+    let (mut serve, _feeder) = runs::feed(Streamer::serve(), &runs::capture(&files, 2, None));
+    serve.wait_for_line("socket-init");
+    let held = serve.memory_kib("VmRSS");
+    assert!(held < (SIZE >> 11) as u64, "{held} KiB");
+    runs::assert_served(&mut serve, &files);
+}
+
 #[test]
 fn capture_connected_straight_to_extract() {
     for shard_count in [1, 5] {
