@@ -171,6 +171,8 @@ fn criu_reads_pages_while_they_arrive_and_the_last_of_them_when_all_is_here() {
             &files["pages-2.img"],
         );
         feeder.join().unwrap().unwrap();
+        // A CRIU that leaves before all is here has failed.
+        serving.streamer.wait_for_stats();
         drop(criu);
         let exit = serving.streamer.expect_success();
         assert_eq!(exit.progress[0], "socket-init");

@@ -164,7 +164,7 @@ fn a_process_in_its_own_network_namespace() {
         command: "unshare --net",
         parts: "memory=20",
         network: "ip link set lo up && ip link add pair type veth peer name other && ip addr add 10.7.0.1/24 dev pair && ip link set other up && ip link set pair up",
-        observe: "while ip -6 addr | grep -q tentative; do sleep 0.1; done; ip -oneline addr; ip route show table all | sort",
+        observe: "while ip -6 addr | grep tentative >/dev/null; do sleep 0.1; done; ip -oneline addr; ip route show table all | sort",
         ..Case::default()
     }
     .goes_through();
