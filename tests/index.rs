@@ -359,6 +359,7 @@ fn no_more_is_held_than_the_limit_says_unless_criu_waits_for_it() {
                 }
             }
         }
+        streamer.wait_for_stats();
         drop(criu);
         streamer.expect_success();
     }

@@ -304,8 +304,8 @@ impl Reserve {
     }
 }
 
-/// A new pipe of `wanted` slots (a power of two), or of as many as are allowed if that is fewer, and
-/// how many it has.
+/// A new pipe of `wanted` slots (a power of two), or of as many as are allowed if that is fewer,
+/// and how many it has.
 ///
 /// # Errors
 /// When no more descriptors can be had, and those of `F_GETPIPE_SZ`.
