@@ -2,7 +2,7 @@
 //! or there is a whole image of it, whatever died, and whenever. They need root; see
 //! tests/criu/mod.rs.
 
-use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::recipes::{CAPTURE, EXTRACT, RESTORE};
 use crate::criu::{Application, Machine};
 
 /// How far the image has come when something happens, in bytes of an image of some 40 MB: from
@@ -52,20 +52,9 @@ fi
 /// none.
 fn nothing_has_happened(application: &Application<'_>) {
     application.goes_on();
-    application
-        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
-        .failure();
+    application.run(EXTRACT).failure();
     let left = application.run("ls -A extracted").success().stdout();
     assert_eq!(left, "", "of an image that is not whole, nothing is left");
-}
-
-/// Whatever happened to it, it can still be checkpointed and restored.
-fn is_unharmed(application: &Application<'_>) {
-    let before = application.goes_on();
-    application.run(CAPTURE).success();
-    application.is_gone();
-    application.run(RESTORE).success();
-    application.goes_on_from(before);
 }
 
 #[test]
@@ -86,7 +75,7 @@ fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
         }
     }
     dies_half_way(Dump::Plain, "(head -c 5000000; sleep 0.3)");
-    is_unharmed(&application);
+    application.is_unharmed();
 }
 
 #[test]
@@ -112,7 +101,7 @@ fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
             }
         }
     }
-    is_unharmed(&application);
+    application.is_unharmed();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! root; see tests/criu/mod.rs.
 
 use crate::common::runs::read_dir;
-use crate::criu::recipes::{CAPTURE, RESTORE};
+use crate::criu::recipes::EXTRACT;
 use crate::criu::{Application, Machine};
 
 /// A capture, and a script around CRIU, which is to print CRIU's status.
@@ -31,20 +31,9 @@ fn is_refused(machine: &Machine, application: &Application<'_>, criu: &str, word
     for word in words {
         assert!(error.contains(word), "no {word:?} in: {error}\n{described}");
     }
-    application
-        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
-        .failure();
+    application.run(EXTRACT).failure();
     assert!(read_dir(&machine.path("extracted")).is_empty());
-    is_unharmed(application);
-}
-
-#[track_caller]
-fn is_unharmed(application: &Application<'_>) {
-    let before = application.goes_on();
-    application.run(CAPTURE).success();
-    application.is_gone();
-    application.run(RESTORE).success();
-    application.goes_on_from(before);
+    application.is_unharmed();
 }
 
 #[test]
@@ -75,9 +64,7 @@ fn cpuinfo_is_an_image_only_if_it_was_all_that_was_asked_for() {
     is_refused(&machine, &application, failing, &["inventory.img"]);
     let asked_for = "criu cpuinfo dump --stream --images-dir images";
     application.run(&capture(asked_for)).success();
-    application
-        .run("rm -rf extracted; mkdir extracted; criu-image-streamer --images-dir extracted extract <app.image")
-        .success();
+    application.run(EXTRACT).success();
     let names: Vec<_> = read_dir(&machine.path("extracted")).into_keys().collect();
     assert_eq!(names, ["cpuinfo.img"]);
 }
@@ -135,5 +122,5 @@ fn what_every_dump_leaves_in_the_images_directory_is_no_part_of_the_image() {
     application.run(&capture(criu)).success();
     assert!(machine.path("images/stats-dump").exists());
     assert!(machine.path("images/dump.log").exists());
-    is_unharmed(&application);
+    application.is_unharmed();
 }

@@ -311,7 +311,6 @@ impl<S: Store> Assembly<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Arena;
     use crate::store::catalog::Catalog;
 
     const HERE: Origin = Origin {
@@ -328,11 +327,7 @@ mod tests {
     }
 
     fn data(bytes: &[u8]) -> Step {
-        let mut arena = Arena::new();
-        let mut block = arena.reserve(bytes.len()).unwrap();
-        block.unfilled().copy_from_slice(bytes);
-        block.filled(bytes.len());
-        Step::Data(Piece::Memory(arena.seal(block)), Behind::Marker)
+        Step::Data(Piece::in_memory(bytes), Behind::Marker)
     }
 
     const NO_DATA: Step = Step::Marker(Body::Data(0));

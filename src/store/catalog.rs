@@ -329,14 +329,6 @@ mod tests {
         assert_eq!(catalog.arena.live(), 6);
     }
 
-    fn piece(bytes: &[u8]) -> Piece {
-        let mut arena = Arena::new();
-        let mut block = arena.reserve(bytes.len()).unwrap();
-        block.unfilled().copy_from_slice(bytes);
-        block.filled(bytes.len());
-        Piece::Memory(arena.seal(block))
-    }
-
     fn bytes(contents: &Contents) -> Vec<u8> {
         contents.memory().flat_map(Extent::bytes).copied().collect()
     }
@@ -347,7 +339,7 @@ mod tests {
         let [pages, ghost] = ["pages-1.img", "ghost-file-1.img"].map(name);
         for name in [&pages, &ghost] {
             catalog.begin(name.clone());
-            catalog.add(name, piece(b"first")).unwrap();
+            catalog.add(name, Piece::in_memory(b"first")).unwrap();
         }
         for (name, beginning) in [(&pages, &b"first"[..]), (&ghost, b"")] {
             assert_eq!(catalog.look_up(name), Lookup::Present);
@@ -356,7 +348,7 @@ mod tests {
             };
             assert_eq!(bytes(&contents), beginning);
             assert!(catalog.take(name).unwrap().is_none(), "it is under way");
-            catalog.add(name, piece(b", second")).unwrap();
+            catalog.add(name, Piece::in_memory(b", second")).unwrap();
         }
         for (name, more) in [(&pages, &b", second"[..]), (&ghost, b"")] {
             let (contents, is_whole) = catalog.take_more(name);

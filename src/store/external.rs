@@ -300,16 +300,7 @@ impl<S: Store> Store for External<S> {
 mod tests {
     use super::*;
     use crate::os::pipe::Moved;
-    use crate::store::Arena;
     use crate::store::catalog::Catalog;
-
-    fn piece(bytes: &[u8]) -> Piece {
-        let mut arena = Arena::new();
-        let mut block = arena.reserve(bytes.len()).unwrap();
-        block.unfilled().copy_from_slice(bytes);
-        block.filled(bytes.len());
-        Piece::Memory(arena.seal(block))
-    }
 
     #[test]
     fn a_reader_that_waits_for_the_second_file_gets_it_before_the_first_is_read() {
@@ -321,11 +312,11 @@ mod tests {
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
-        store.append(&mut file, piece(&large)).unwrap();
+        store.append(&mut file, Piece::in_memory(&large)).unwrap();
         store.finish(first, file).unwrap();
         store.outlets.send().unwrap();
         let mut file = store.create(&second).unwrap();
-        store.append(&mut file, piece(b"small")).unwrap();
+        store.append(&mut file, Piece::in_memory(b"small")).unwrap();
         store.finish(second, file).unwrap();
         store.outlets.send().unwrap();
 

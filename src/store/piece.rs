@@ -36,6 +36,16 @@ impl HeldPiece {
 }
 
 impl Piece {
+    /// A piece in memory of its own, for tests.
+    #[cfg(test)]
+    pub(crate) fn in_memory(bytes: &[u8]) -> Self {
+        let mut arena = Arena::new();
+        let mut block = arena.reserve(bytes.len()).unwrap();
+        block.unfilled().copy_from_slice(bytes);
+        block.filled(bytes.len());
+        Piece::Memory(arena.seal(block))
+    }
+
     pub(crate) fn held(held: Held) -> Self {
         Piece::Pipe(HeldPiece(held))
     }

@@ -487,6 +487,16 @@ impl Application<'_> {
         assert!(after.rounds > before.rounds, "{after:?} after {before:?}");
     }
 
+    /// Whatever happened to it, it can still be checkpointed and restored.
+    #[track_caller]
+    pub fn is_unharmed(&self) {
+        let before = self.goes_on();
+        self.run(recipes::CAPTURE).success();
+        self.is_gone();
+        self.run(recipes::RESTORE).success();
+        self.goes_on_from(before);
+    }
+
     /// Waits until no process of the application's is left: a killed one takes a moment to go, and
     /// has its PID until then.
     #[track_caller]

@@ -20,6 +20,12 @@ criu restore --stream --images-dir images --restore-detached ${RESTORE_OPTIONS:-
 wait $pipeline
 "#;
 
+/// Extraction of an uncompressed `app.image`.
+pub const EXTRACT: &str = "
+rm -rf extracted; mkdir extracted
+criu-image-streamer --images-dir extracted extract <app.image
+";
+
 /// Checkpoint to two shards and an index.
 pub const CAPTURE_WITH_INDEX: &str = r#"
 rm -rf images ready; mkdir images; mkfifo ready
