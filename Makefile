@@ -1,4 +1,4 @@
-# make            builds the release binary
+# make            builds the release binary, and leaves it here as ./criu-image-streamer
 # make demo       checkpoints a running process through the streamer, and restores it (as root)
 # make test       installs what the tests need, and runs all of them (as root)
 # make check      formatting, lints, and the width of comments
@@ -6,28 +6,42 @@
 # make bench      the benchmark, as a table
 # make install    into $(DESTDIR)$(PREFIX), with the manual page and the shells' completions
 # make deb        a Debian package of the same, in target/
+#
+# BUILD=debug builds without optimizing, which takes less time.
 
 PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
 CARGO ?= cargo
+BUILD ?= release
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = marker_stream criu_messages files_img
-# For another profile than release, such as the tests': BUILD= OUTPUT=target/debug
-BUILD ?= --release
-OUTPUT ?= target/release
+
+ifeq ($(BUILD),release)
+PROFILE = --release
+else ifneq ($(BUILD),debug)
+$(error BUILD is release or debug, and not $(BUILD))
+endif
+
+OUTPUT = $(or $(CARGO_TARGET_DIR),target)/$(BUILD)
 BINARY = $(OUTPUT)/criu-image-streamer
 DOCUMENTS = $(OUTPUT)/documents
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 
-.PHONY: all build documents demo test check fuzz bench install uninstall deb clean
+.PHONY: all criu-image-streamer build documents demo test check fuzz bench install uninstall deb clean
 
-all: build
+all: criu-image-streamer
+
+# From here CRIU's zdtm.py takes the program, with this directory in its PATH, and FastFreeze. It is moved into place, as
+# it may be running.
+criu-image-streamer: build
+	cp $(BINARY) $@.$$$$ && mv -f $@.$$$$ $@
 
 build:
-	$(CARGO) build $(BUILD) --locked
+	$(CARGO) build $(PROFILE) --locked
 
 # The manual page is made from --help. Without help2man there is none.
 documents: build
-	$(CARGO) run $(BUILD) --locked --quiet --example documents -- $(DOCUMENTS)
+	$(CARGO) run $(PROFILE) --locked --quiet --example documents -- $(DOCUMENTS)
 	rm -f $(DOCUMENTS)/criu-image-streamer.1
 	if command -v help2man >/dev/null; then \
 		help2man --no-info --section=1 --include=docs/criu-image-streamer.h2m \
@@ -61,14 +75,14 @@ bench:
 	$(CARGO) bench --locked --bench bench
 
 install: build documents
-	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/criu-image-streamer
+	install -D -m 755 $(BINARY) $(DESTDIR)$(BINDIR)/criu-image-streamer
 	[ ! -e $(DOCUMENTS)/criu-image-streamer.1 ] || install -D -m 644 $(DOCUMENTS)/criu-image-streamer.1 $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
 	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/criu-image-streamer
 	install -D -m 644 $(DOCUMENTS)/_criu-image-streamer $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_criu-image-streamer
 	install -D -m 644 $(DOCUMENTS)/criu-image-streamer.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/criu-image-streamer.fish
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/criu-image-streamer
+	rm -f $(DESTDIR)$(BINDIR)/criu-image-streamer
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/criu-image-streamer.1
 	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/criu-image-streamer
 	rm -f $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_criu-image-streamer
@@ -79,7 +93,7 @@ uninstall:
 deb: ROOT = $(OUTPUT)/deb
 deb: build
 	rm -rf $(ROOT)
-	$(MAKE) install DESTDIR=$(ROOT) PREFIX=/usr
+	$(MAKE) install DESTDIR=$(ROOT) PREFIX=/usr BINDIR=/usr/bin
 	mv $(ROOT)/usr/share/zsh/site-functions $(ROOT)/usr/share/zsh/vendor-completions
 	gzip -9n $(ROOT)/usr/share/man/man1/criu-image-streamer.1
 	install -D -m 644 LICENSE $(ROOT)/usr/share/doc/criu-image-streamer/copyright
@@ -107,3 +121,4 @@ deb: build
 
 clean:
 	$(CARGO) clean
+	rm -f criu-image-streamer

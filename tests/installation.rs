@@ -2,8 +2,7 @@
 //! `--help` tells, completions that their shell can read; and that `make uninstall` takes all of it
 //! away.
 //!
-//! They run on the build that the tests use, as an optimized one takes minutes. CARGO_TARGET_DIR is
-//! the same for both.
+//! They run on the build that the tests use, as an optimized one takes minutes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -29,6 +28,8 @@ fn run(program: &str, arguments: &[&str]) -> String {
         .env_remove("MAKEFLAGS")
         .env_remove("DESTDIR")
         .env_remove("PREFIX")
+        .env_remove("BINDIR")
+        .env_remove("BUILD")
         .output()
         .unwrap_or_else(|why| panic!("{program}: {why}"));
     assert_success(program, arguments, &output);
@@ -48,8 +49,9 @@ fn assert_success(program: &str, arguments: &[&str], output: &Output) {
 
 #[track_caller]
 fn make(target: &str, variables: &[&str]) {
-    let build_output = format!("OUTPUT={}", output().display());
-    let mut arguments = vec![target, "BUILD=", &build_output];
+    let build = format!("BUILD={}", output().file_name().unwrap().display());
+    let target_dir = format!("CARGO_TARGET_DIR={}", output().parent().unwrap().display());
+    let mut arguments = vec![target, &build, &target_dir];
     arguments.extend(variables);
     run("make", &arguments);
 }
@@ -143,6 +145,68 @@ fn make_install_installs_all_and_make_uninstall_removes_it() {
 
     make("uninstall", &variables);
     assert_eq!(files(dir.path()), BTreeSet::new());
+}
+
+#[test]
+fn bindir_says_where_the_program_goes() {
+    let dir = TempDir::new().unwrap();
+    let destination = format!("DESTDIR={}", dir.path().display());
+    let variables = [destination.as_str(), "PREFIX=/usr", "BINDIR=/usr/sbin"];
+    make("install", &variables);
+    let installed = files(&dir.path().join("usr"));
+    assert!(
+        installed.contains(Path::new("sbin/criu-image-streamer"))
+            && !installed.contains(Path::new("bin/criu-image-streamer")),
+        "{installed:?}"
+    );
+    make("uninstall", &variables);
+    assert_eq!(files(dir.path()), BTreeSet::new());
+}
+
+/// CRIU's test suite and FastFreeze take it from there, and build it with `make BUILD=debug`, or
+/// with `make` alone.
+#[test]
+fn make_leaves_the_program_at_the_top_of_the_checkout() {
+    let checkout = env!("CARGO_MANIFEST_DIR");
+    // Not in this checkout, where a user may have left an optimized one.
+    let top = TempDir::new().unwrap();
+    let place = [
+        "-C",
+        top.path().to_str().unwrap(),
+        "-f",
+        &format!("{checkout}/Makefile"),
+    ];
+    let program = top.path().join("criu-image-streamer");
+    let cargo = format!("CARGO=env -C {checkout} cargo");
+    for _ in 0..2 {
+        make("all", &[&place[..], &[&cargo]].concat());
+        let version = run(program.to_str().unwrap(), &["--version"]);
+        assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
+        assert_eq!(files(top.path()), paths(&["criu-image-streamer"]));
+    }
+    make("clean", &[&place[..], &["CARGO=true"]].concat());
+    assert_eq!(files(top.path()), BTreeSet::new());
+}
+
+#[test]
+fn a_build_is_optimized_unless_it_is_for_debugging() {
+    let commands = |build: &[&str]| run("make", &[&["-n", "CARGO_TARGET_DIR=out"], build].concat());
+    for optimized in [commands(&[]), commands(&["BUILD=release"])] {
+        assert!(optimized.contains("cargo build --release"), "{optimized}");
+        assert!(
+            optimized.contains("out/release/criu-image-streamer"),
+            "{optimized}"
+        );
+    }
+    let debug = commands(&["BUILD=debug"]);
+    assert!(!debug.contains("release"), "{debug}");
+    assert!(debug.contains("out/debug/criu-image-streamer"), "{debug}");
+    let other = Command::new("make")
+        .args(["-n", "BUILD=fast"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(!other.status.success());
 }
 
 #[test]
