@@ -2,12 +2,12 @@
 //!
 //! The modules in the order of the data. Each uses only those below it:
 //!
-//! * `commands`: capture, extract and serve; each wires its parts, and reports
+//! * `commands`: capture, extract, serve, list; each wires its parts, and reports
 //! * [`cli`]: what was typed, and what it means
 //! * `capture`: from CRIU's pipes to the shards
 //! * [`receive`]: from the shards to a store
 //! * `serve`: from memory to CRIU's pipes
-//! * [`store`]: where received files go: memory, disk, external files
+//! * [`store`]: where received files go: memory, disk, external files, or nowhere
 //! * [`listen_ports`]: changes the ports that the application listens on
 //! * [`criu`]: the socket over which CRIU asks for files and passes pipes
 //! * [`supervision`]: all that can end a transfer: signals, pumps, shard commands
@@ -50,6 +50,7 @@ pub fn run() -> Result<(), Failure> {
             let _ = writeln!(std::io::stdout(), "{text}");
             Ok(())
         }
+        ParseResult::Usage(usage) => Err(anyhow::Error::new(usage).into()),
         ParseResult::Err(error) => Err(error.into()),
     }
 }

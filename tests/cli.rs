@@ -22,6 +22,8 @@ const SUBCOMMANDS: [fn() -> Launch; 4] = [
     Streamer::serve,
 ];
 
+const NAMES: [&str; 4] = ["capture", "extract", "list", "serve"];
+
 fn run(args: &[&str]) -> Output {
     Command::new(binary()).args(args).output().unwrap()
 }
@@ -56,11 +58,12 @@ fn help_and_version_need_nothing_else() {
     ];
     for word in options
         .iter()
-        .chain(&["-D", "-s", "-e", "-p", "capture", "extract", "serve"])
+        .chain(&["-D", "-s", "-e", "-p"])
+        .chain(&NAMES)
     {
         assert!(help.contains(word), "{word} is not explained:\n{help}");
     }
-    for subcommand in ["capture", "extract", "serve"] {
+    for subcommand in NAMES {
         let help = run(&[subcommand, "--help"]);
         assert!(
             help.status.success() && !help.stdout.is_empty(),
@@ -93,6 +96,24 @@ fn usage_errors_are_told_on_standard_error_alone() {
             "standard output is a shard, not a place for messages: {args:?}"
         );
     }
+}
+
+/// Who types only the name wants to know what comes next, and did nothing wrong.
+#[test]
+fn without_arguments_the_usage_is_told_in_a_few_lines() {
+    let told = |args: &[&str]| String::from_utf8(run(args).stderr).unwrap();
+    let usage = told(&[]);
+    assert!(usage.lines().count() <= 15, "{usage}");
+    assert!(!usage.contains("Error"), "{usage}");
+    for word in ["Usage: criu-image-streamer ", "--help"]
+        .iter()
+        .chain(&NAMES)
+    {
+        assert!(usage.contains(word), "{word} is not in {usage}");
+    }
+    // Who typed something did, and is told the same.
+    let error = "criu-image-streamer Error: a subcommand is missing\n\n";
+    assert_eq!(told(&["-D", "/tmp"]), format!("{error}{usage}"));
 }
 
 #[test]

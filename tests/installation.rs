@@ -260,11 +260,11 @@ fn the_manual_page_is_well_formed() {
 
 #[test]
 fn every_subcommand_shows_an_example() {
-    for subcommand in ["capture", "extract", "serve"] {
+    for subcommand in ["capture", "extract", "serve", "list"] {
         let help = run(binary().to_str().unwrap(), &[subcommand, "--help"]);
         let examples = help.split_once("Examples:").expect("examples").1;
         let own = examples.lines().any(|line| {
-            line.contains("criu-image-streamer --images-dir") && line.ends_with(subcommand)
+            line.contains("criu-image-streamer ") && line.ends_with(subcommand)
                 || line.contains(&format!(" {subcommand} |"))
         });
         assert!(own, "{examples}");

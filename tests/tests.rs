@@ -31,6 +31,8 @@ mod extract;
 mod fixtures;
 /// Ordinary users and exhausted limits: slower or a clear error.
 mod limits;
+/// `list`: what is in a whole image, and nothing of a broken one.
+mod list;
 /// An image that does not fit is refused before the machine suffers.
 mod memory_cgroup;
 /// Progress lines: what supervisors read.

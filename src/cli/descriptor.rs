@@ -140,7 +140,8 @@ enum Place {
 pub(super) enum Purpose {
     /// The image, or an external file.
     Image(Direction),
-    Progress,
+    /// Lines, which may stand beside errors.
+    Text,
 }
 
 /// The descriptors named so far, and what they lead to, each with what names it.
@@ -183,9 +184,8 @@ impl Checks {
                 number.check_transfer(&named, direction)?;
                 direction
             }
-            // Lines for programs may stand beside errors.
-            Purpose::Progress if number.is_stderr() => return Ok(Checked(number)),
-            Purpose::Progress => Direction::Out,
+            Purpose::Text if number.is_stderr() => return Ok(Checked(number)),
+            Purpose::Text => Direction::Out,
         };
         if let Some(place) = number.place(direction)
             && let Some(other) = self.places.insert(place, what.to_owned())

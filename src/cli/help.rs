@@ -20,6 +20,15 @@ Subcommands:
 
 {after-help}";
 
+/// What is shown when nothing was typed: it fits on a screen.
+pub(super) const USAGE: &str = "\
+Usage: {usage}
+
+Subcommands:
+{subcommands}
+
+Try criu-image-streamer --help for the options and for examples.";
+
 pub(super) const TEMPLATE: &str = "\
 {about}
 
@@ -54,4 +63,8 @@ Download it from four objects, and serve nothing if one of the downloads fails:
 Write the image's files to a directory, and restore from there without the streamer:
 
   $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images extract
-  $ criu restore --images-dir images";
+  $ criu restore --images-dir images
+
+Look into a stored image, and find out whether it is whole:
+
+  $ lz4 -d <app.lz4 | criu-image-streamer list";

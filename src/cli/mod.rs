@@ -4,6 +4,7 @@ mod descriptor;
 mod help;
 mod plan;
 
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -33,17 +34,18 @@ pub(crate) use plan::{Action, Plan, Shards};
     after_help = help::EXAMPLES
 )]
 pub struct Args {
-    /// Directory in which CRIU looks for the streamer's socket; `extract` writes the files there
+    /// Directory in which CRIU looks for the streamer's socket; `extract` writes the files there.
+    /// `list` needs none
     #[structopt(short = "D", long, parse(from_os_str), global = true)]
     images_dir: Option<PathBuf>,
 
-    /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract and
-    /// serve]
+    /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract,
+    /// serve and list]
     #[structopt(short, long, value_name = "fd,fd,...", global = true)]
     shard_fds: Option<List<FdNumber>>,
 
     /// Shell command for each shard, in place of --shard-fds: capture pipes the shard into it,
-    /// extract and serve read the shard from its output. {} stands for the shard's number, from 1.
+    /// the others read the shard from its output. {} stands for the shard's number, from 1.
     /// Every command must succeed
     #[structopt(long, value_name = "command", global = true)]
     shard_cmd: Option<String>,
@@ -111,6 +113,11 @@ enum Command {
     /// `extract --serve`
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Serve,
+
+    /// Read a captured image from the shards, check that it is whole, and print the size and name of
+    /// each of its files to standard output
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    List,
 }
 
 /// A list separated by commas.
@@ -177,8 +184,33 @@ pub(crate) enum ParseResult {
     Ok(Args),
     /// Help or the version, to show instead of doing something.
     Text(String),
+    /// Nothing was typed: how to, in short.
+    Usage(Usage),
     Err(anyhow::Error),
 }
+
+/// How the program is used, in a few lines: what a command line without anything in it leads to.
+#[derive(Debug)]
+pub(crate) struct Usage(String);
+
+impl Usage {
+    fn new() -> Self {
+        let mut text = Vec::new();
+        Args::clap()
+            .template(help::USAGE)
+            .write_help(&mut text)
+            .expect("memory takes what is written to it");
+        Self(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 /// Parses what was typed.
 pub(crate) fn parse() -> ParseResult {
@@ -187,6 +219,12 @@ pub(crate) fn parse() -> ParseResult {
         Err(error) => match error.kind {
             ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
                 ParseResult::Text(error.message)
+            }
+            ErrorKind::MissingArgumentOrSubcommand if std::env::args_os().len() <= 1 => {
+                ParseResult::Usage(Usage::new())
+            }
+            ErrorKind::MissingArgumentOrSubcommand => {
+                ParseResult::Err(anyhow!("a subcommand is missing\n\n{}", Usage::new()))
             }
             _ => {
                 let message = error.message.trim_start_matches("error: ").trim_end();

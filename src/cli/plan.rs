@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, Command, ExternalFile, List};
@@ -28,6 +28,7 @@ pub(crate) enum Action {
     Capture,
     Extract,
     Serve,
+    List,
 }
 
 impl Action {
@@ -35,7 +36,7 @@ impl Action {
     pub(crate) fn direction(self) -> Direction {
         match self {
             Action::Capture => Direction::Out,
-            Action::Extract | Action::Serve => Direction::In,
+            Action::Extract | Action::Serve | Action::List => Direction::In,
         }
     }
 }
@@ -66,6 +67,7 @@ impl Default for Shards {
 /// A checked command line.
 pub(crate) struct Plan {
     pub(crate) action: Action,
+    /// Empty where none is needed: by `list`.
     pub(crate) images_dir: PathBuf,
     pub(crate) shards: Shards,
     /// The last of the shards is an index.
@@ -74,6 +76,8 @@ pub(crate) struct Plan {
     pub(crate) hold_at_most: Option<u64>,
     pub(crate) external_files: Vec<(ImageName, OwnedFd)>,
     pub(crate) remaps: Vec<Remap>,
+    /// Where `list` writes to; `None`: nowhere.
+    pub(crate) listing: Option<OwnedFd>,
     pub(crate) progress: Progress,
     pub(crate) progress_bar: bool,
     pub(crate) criu_clients: usize,
@@ -90,6 +94,7 @@ impl Plan {
             Command::Capture => Action::Capture,
             Command::Extract { serve: false } => Action::Extract,
             Command::Extract { serve: true } | Command::Serve => Action::Serve,
+            Command::List => Action::List,
         };
         ensure!(
             remaps.is_empty() || action == Action::Serve,
@@ -121,6 +126,10 @@ impl Plan {
             (None, None) => vec![standard],
         };
         let external_files = args.ext_file_fds.map_or_else(Vec::new, |list| list.0);
+        ensure!(
+            external_files.is_empty() || action != Action::List,
+            "--ext-file-fds: `list` only counts external files, as all others: use `extract`"
+        );
         if let Some(file) = first_repeated(&external_files, |file| &file.name) {
             bail!("--ext-file-fds: {} is named twice", file.name);
         }
@@ -155,21 +164,28 @@ impl Plan {
                 ))
             })
             .collect::<Result<Vec<_>>>()?;
+        // Without a standard output, or with /dev/null there, the exit status is what is wanted.
+        let lists = action == Action::List && !STDOUT.was_closed_at_start();
+        let listing = lists
+            .then(|| checks.check(STDOUT, "list", "standard output", Purpose::Text))
+            .transpose()?;
         let progress_fd = progress_fd
             .map(|fd| {
                 ensure!(
                     !args.progress_bar || !fd.is_stderr(),
                     "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
                 );
-                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Progress)
+                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Text)
             })
             .transpose()?;
 
+        ensure!(
+            args.images_dir.is_some() || action == Action::List,
+            "--images-dir <images-dir> is needed: the directory that CRIU is given too"
+        );
         Ok(Self {
             action,
-            images_dir: args.images_dir.context(
-                "--images-dir <images-dir> is needed: the directory that CRIU is given too",
-            )?,
+            images_dir: args.images_dir.unwrap_or_default(),
             shards: match commands {
                 Some(commands) => Shards::Commands(commands),
                 None => Shards::Descriptors(
@@ -186,6 +202,7 @@ impl Plan {
                 .map(|(name, fd)| Ok((name, fd.claim()?)))
                 .collect::<Result<_>>()?,
             remaps,
+            listing: listing.map(|fd| fd.claim()).transpose()?,
             progress: match progress_fd {
                 Some(fd) => Progress::new(fd.claim()?),
                 None => Progress::silent(),

@@ -2,6 +2,7 @@
 
 mod capture;
 mod extract;
+mod list;
 mod serve;
 
 use std::fs::DirBuilder;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Action, Plan, Shards};
+use crate::cli::{Action, Plan, Shards, Usage};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{ReadEnd, WriteEnd};
@@ -43,7 +44,6 @@ struct Transfer {
 pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let interrupts = Interrupts::catch().context("preparing for signals")?;
     raise_descriptor_limit();
-    let origin = create_images_dir(&plan.images_dir)?;
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
@@ -53,9 +53,19 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
         counters,
     };
     match plan.action {
-        Action::Capture => capture::run(plan, transfer),
-        Action::Extract => extract::run(plan, transfer, origin),
-        Action::Serve => serve::run(plan, transfer),
+        Action::Capture => {
+            create_images_dir(&plan.images_dir)?;
+            capture::run(plan, transfer)
+        }
+        Action::Extract => {
+            let origin = create_images_dir(&plan.images_dir)?;
+            extract::run(plan, transfer, origin)
+        }
+        Action::Serve => {
+            create_images_dir(&plan.images_dir)?;
+            serve::run(plan, transfer)
+        }
+        Action::List => list::run(plan, transfer),
     }
 }
 
@@ -142,7 +152,10 @@ impl ExternalFiles {
 /// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
 /// and the number of the signal that ended the program, otherwise 1.
 pub fn exit_status(failure: Failure) -> ExitCode {
-    report::error(failure.error());
+    match failure.error().downcast_ref::<Usage>() {
+        Some(usage) => report::usage(usage),
+        None => report::error(failure.error()),
+    }
     let status = match signal_behind(failure.error()) {
         Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
         None => ExitCode::FAILURE,

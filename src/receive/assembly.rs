@@ -66,11 +66,11 @@ pub(super) trait Image {
     /// The name of the file whose turn it is, for errors.
     fn current(&self) -> String;
 
-    /// Data at the place whose turn it was went into the current file.
+    /// This number of bytes of data, at the place whose turn it was, went into the current file.
     ///
     /// # Errors
     /// As [`Image::submit`].
-    fn written(&mut self, behind: Behind) -> Result<()>;
+    fn written(&mut self, bytes: u64, behind: Behind) -> Result<()>;
 
     /// Whether a shard has shown to be an index.
     fn has_index(&self) -> bool;
@@ -172,7 +172,10 @@ impl<S: Store> Image for Assembly<S> {
         current.map_or_else(|| "no file".into(), |(name, _)| name.to_string())
     }
 
-    fn written(&mut self, behind: Behind) -> Result<()> {
+    fn written(&mut self, bytes: u64, behind: Behind) -> Result<()> {
+        if let Some((_, file)) = &mut self.current {
+            self.store.written(file, bytes);
+        }
         self.pass(behind)?;
         self.catch_up()
     }

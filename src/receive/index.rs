@@ -412,7 +412,7 @@ impl Image for Indexed {
         "the image".into()
     }
 
-    fn written(&mut self, _behind: Behind) -> Result<()> {
+    fn written(&mut self, _bytes: u64, _behind: Behind) -> Result<()> {
         bail!("an image that is served goes to no file")
     }
 

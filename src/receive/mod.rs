@@ -428,11 +428,13 @@ impl<'a, I: Image> Receiver<'a, I> {
                 Some(stage) => stage,
                 none => none.insert(Stage::new()?),
             };
+            let before = shard.offset();
             let spliced = shard.splice(stage, file, &self.image.current())?;
             let Some(behind) = spliced else {
                 return Ok(Then::Stop(Turn::Idle));
             };
-            self.image.written(behind)?;
+            let bytes = shard.offset() - before;
+            self.image.written(bytes, behind)?;
             return Ok(Then::GoOn);
         }
         let way = if is_holding {

@@ -6,4 +6,4 @@ pub mod meter;
 pub(crate) mod notice;
 pub(crate) mod progress;
 
-pub(crate) use notice::{error, warn};
+pub(crate) use notice::{error, usage, warn, write_patiently};

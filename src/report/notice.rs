@@ -25,6 +25,11 @@ pub(crate) fn warn(what: impl Display) {
     let _ = write_text(io::stderr(), &format!("criu-image-streamer: {what}\n"));
 }
 
+/// Tells how the program is used.
+pub(crate) fn usage(text: impl Display) {
+    let _ = write_text(io::stderr(), &format!("{text}\n"));
+}
+
 /// Says why the program failed.
 pub(crate) fn error(error: &anyhow::Error) {
     let _ = write_text(
@@ -36,15 +41,31 @@ pub(crate) fn error(error: &anyhow::Error) {
 /// Writes text to a descriptor that may block, and fails (`ETIMEDOUT`) when the reader takes
 /// nothing.
 pub(super) fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
+    write_patiently(fd, text, || Err(Errno::ETIMEDOUT.into()))
+}
+
+/// Writes text to a descriptor that may block, and waits for its reader for as long as `go_on` has
+/// no error: it is asked when the reader has taken nothing for [`PATIENCE`].
+pub(crate) fn write_patiently<E: From<io::Error>>(
+    fd: impl AsFd,
+    text: &str,
+    mut go_on: impl FnMut() -> Result<(), E>,
+) -> Result<(), E> {
     let mut left = text.as_bytes();
     while !left.is_empty() {
         let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
-        if uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)))? == 0 {
-            return Err(Errno::ETIMEDOUT.into());
+        let ready = uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)));
+        if ready.map_err(io::Error::from)? == 0 {
+            go_on()?;
+            continue;
         }
         let piece = &left[..left.len().min(PIECE)];
-        let written = uninterrupted(|| nix::unistd::write(&fd, piece))?;
-        left = &left[written..];
+        match uninterrupted(|| nix::unistd::write(&fd, piece)) {
+            Ok(written) => left = &left[written..],
+            // Another writer was faster.
+            Err(Errno::EAGAIN) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
     }
     Ok(())
 }

@@ -278,6 +278,13 @@ impl<S: Store> Store for External<S> {
         }
     }
 
+    fn written(&mut self, file: &mut Self::File, bytes: u64) {
+        match file {
+            File::External(_) => {}
+            File::Stored(file) => self.behind.written(file, bytes),
+        }
+    }
+
     fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()> {
         match file {
             File::External(number) => self.outlets.append(*number, data),

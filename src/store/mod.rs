@@ -1,5 +1,5 @@
 //! Where the files of an image go on restore: into memory, to disk, or to the reader of an external
-//! file.
+//! file; or nowhere, to be listed.
 //!
 //! A store says where the next bytes of a file go, and the receiver puts them there. How they came
 //! and in which order is not the store's business.
@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod disk;
 pub mod external;
 pub(crate) mod held;
+pub mod listing;
 mod piece;
 pub(crate) mod transfer;
 
@@ -26,7 +27,7 @@ use crate::format::ImageName;
 pub enum Target<'a> {
     /// Into memory or a pipe of ours, and from there to [`Store::append`].
     Piece,
-    /// To the end of this file, which is as good as appended.
+    /// To the end of this file, and then to [`Store::written`], which is as good as appended.
     File(&'a File),
 }
 
@@ -55,6 +56,9 @@ pub trait Store {
     fn create(&mut self, name: &ImageName) -> Result<Self::File>;
 
     fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a>;
+
+    /// This number of bytes went to [`Target::File`].
+    fn written(&mut self, _file: &mut Self::File, _bytes: u64) {}
 
     /// Appends a piece to the file.
     ///

@@ -335,6 +335,10 @@ impl Streamer {
         Launch::new(vec!["extract", "--serve"], Role::Serve)
     }
 
+    pub fn list() -> Launch {
+        Launch::new(vec!["list"], Role::Serve)
+    }
+
     pub fn serve() -> Launch {
         Launch::new(vec!["serve"], Role::Serve)
     }

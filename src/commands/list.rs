@@ -1,0 +1,42 @@
+//! `list`: from the shards to nowhere, to know what is in an image, and that it is whole.
+//!
+//! Nothing is listed before that is certain: who reads the list and not the exit status must not
+//! take a broken image for a whole one.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result};
+
+use super::{ExternalFiles, Transfer, check_whole};
+use crate::cli::Plan;
+use crate::report;
+use crate::store::listing::Listing;
+use crate::supervision::{Failure, Interrupts};
+
+pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+    let external = ExternalFiles::of(&plan);
+    let (files, stats) = transfer.receive(plan.shards, plan.external_files, Listing::new()?)?;
+    check_whole(files.names(), external)?;
+    transfer.report(&mut plan.progress, &stats);
+    if let Some(output) = plan.listing {
+        print(output, &files.lines(), &transfer.interrupts)
+            .context("writing to standard output")?;
+    }
+    Ok(())
+}
+
+/// Writes for as long as the reader takes, as a pager waits for its user.
+fn print(output: impl AsFd, lines: &str, interrupts: &Interrupts) -> Result<()> {
+    let printed = report::write_patiently(output, lines, || interrupts.check());
+    match printed {
+        // A reader such as `head` has seen enough, and the image is whole.
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        printed => printed,
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
