@@ -3,12 +3,17 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
 
-use crate::common::PAGE;
+use nix::sys::signal::Signal;
+
+use crate::common::child::Limit;
 use crate::common::dump::{self, PRESENT};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files};
 use crate::common::streamer::{Exit, Streamer};
+use crate::common::{PAGE, skip};
 
 /// Captures these files, and gives what the shards hold.
 fn capture(files: &Files) -> (Exit, Vec<Vec<u8>>) {
@@ -189,13 +194,21 @@ fn two_dumps_at_once_are_an_error_and_not_one_image() {
     assert!(image::decode(&collector.finish()).is_err());
 }
 
-/// Captures a whole dump, while something happens in the images directory.
+/// Captures a whole dump, and while CRIU sends it something happens in the images directory.
 fn capture_beside(directory: &tempfile::TempDir, act: impl FnOnce()) -> Exit {
     let launch = Streamer::capture().images_dir(directory.path());
     let (mut streamer, collector) = runs::collect(launch, 1);
-    streamer.wait_for_line("socket-init");
+    let criu = streamer.criu();
+    let dump = dump::whole();
+    let mut files = runs::inventory_last(&dump);
+    let (name, content) = files.next().unwrap();
+    criu.write_file(name, content);
+    streamer.wait_for_line("checkpoint-start");
     act();
-    runs::send(&streamer, &dump::whole());
+    for (name, content) in files {
+        criu.write_file(name, content);
+    }
+    drop(criu);
     let exit = streamer.wait();
     let is_image = image::decode(&collector.finish()).is_ok();
     assert_eq!(is_image, exit.status.success());
@@ -220,25 +233,89 @@ fn an_image_file_that_appears_beside_the_stream_is_named() {
     }
 }
 
+/// Writes what is in a directory without being of an image.
+fn write_others(directory: &Path) {
+    let service_magic = 0x55105940_u32.to_le_bytes();
+    for (name, content) in [
+        ("dump.log", &b"(00.000)"[..]),
+        ("stats-dump", &service_magic),
+        ("irmap-cache", &service_magic),
+        ("app.img", &[4, 0, 0, 0, 0x12, 2, b'a', b'b']),
+        ("empty.img", &[]),
+    ] {
+        let mut file = fs::File::create(directory.join(name)).unwrap();
+        file.write_all(content).unwrap();
+    }
+    fs::create_dir_all(directory.join("core-1.img")).unwrap();
+}
+
 #[test]
 fn what_is_not_of_an_image_may_appear_beside_the_stream() {
     let directory = tempfile::tempdir().unwrap();
     for i in 0..5000 {
         fs::write(directory.path().join(format!("of-others-{i}")), "").unwrap();
     }
-    let service_magic = 0x55105940_u32.to_le_bytes();
-    let exit = capture_beside(&directory, || {
-        for (name, content) in [
-            ("dump.log", &b"(00.000)"[..]),
-            ("stats-dump", &service_magic),
-            ("irmap-cache", &service_magic),
-            ("app.img", &[4, 0, 0, 0, 0x12, 2, b'a', b'b']),
-            ("empty.img", &[]),
-        ] {
-            let mut file = fs::File::create(directory.path().join(name)).unwrap();
-            file.write_all(content).unwrap();
-        }
-        fs::create_dir(directory.path().join("core-1.img")).unwrap();
-    });
+    let exit = capture_beside(&directory, || write_others(directory.path()));
     assert!(exit.status.success(), "{}", exit.stderr);
+}
+
+/// A CRIU without `--stream` would be waited for without end.
+#[test]
+fn a_criu_that_writes_its_files_and_does_not_connect_is_told_of_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let [earlier, new] = ["core-7.img", "fdinfo-2.img"].map(|name| directory.path().join(name));
+    fs::write(earlier, dump::core(dump::ALIVE)).unwrap();
+    let launch = Streamer::capture().images_dir(directory.path());
+    let (mut streamer, collector) = runs::collect(launch, 1);
+    streamer.wait_for_line("socket-init");
+    write_others(directory.path());
+    assert!(streamer.outlasts(Duration::from_millis(200)));
+    // CRIU creates a file, and writes what it has buffered later.
+    let mut file = fs::File::create(&new).unwrap();
+    assert!(streamer.outlasts(Duration::from_millis(100)));
+    file.write_all(&dump::open_files([1])).unwrap();
+    streamer.expect_failure(&["fdinfo-2.img", "--stream was probably forgotten"]);
+    assert!(image::decode(&collector.finish()).is_err());
+}
+
+/// When the kernel has told of more than we could read, all of the directory is looked at.
+#[test]
+fn a_criu_without_stream_is_found_out_among_many_other_writers() {
+    let most = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
+    let most: usize = most.trim().parse().unwrap();
+    if most > 100_000 {
+        return skip("the kernel queues too many events to lose one");
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let launch = Streamer::capture().images_dir(directory.path());
+    let (mut streamer, _collector) = runs::collect(launch, 1);
+    streamer.wait_for_line("socket-init");
+    streamer.signal(Signal::SIGSTOP);
+    for i in 0..=most / 2 {
+        let name = directory.path().join(format!("of-others-{}", i % 100));
+        fs::write(name, "x").unwrap();
+    }
+    fs::write(directory.path().join("ids-1.img"), dump::tree(&[])).unwrap();
+    streamer.signal(Signal::SIGCONT);
+    streamer.expect_failure(&["ids-1.img", "--stream was probably forgotten"]);
+}
+
+#[test]
+fn where_nothing_can_be_watched_image_files_are_still_found_in_the_end() {
+    let launch = || {
+        let directory = tempfile::tempdir().unwrap();
+        let launch = Streamer::capture().limit(Limit::Refused(libc::SYS_inotify_init1));
+        let launch = launch.images_dir(directory.path());
+        (runs::collect(launch, 1), directory)
+    };
+    let ((mut streamer, collector), _directory) = launch();
+    runs::send(&streamer, &dump::whole());
+    streamer.expect_success();
+    collector.finish();
+
+    let ((mut streamer, _collector), directory) = launch();
+    streamer.wait_for_line("socket-init");
+    fs::write(directory.path().join("ids-1.img"), dump::tree(&[])).unwrap();
+    runs::send(&streamer, &dump::whole());
+    streamer.expect_failure(&["ids-1.img", "beside the stream"]);
 }

@@ -6,16 +6,24 @@
 //! The directory may be /tmp, with thousands of files. Only names that end as CRIU's do are looked
 //! at, and only files that are new or have changed are opened. CRIU's own `stats-dump` and
 //! `irmap-cache`, its logs and the sockets have other names.
+//!
+//! Until CRIU connects, they are told as soon as they are written: a CRIU without `--stream` never
+//! comes, and would be waited for without end. A file is created before its magic is in it, which
+//! CRIU keeps in a buffer for a while, so that each write is looked at, and the closing. Afterwards
+//! it is enough to look in the end.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::dir::Dir;
+use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat};
 
 use crate::criu::files::{COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
@@ -32,6 +40,9 @@ type Identity = (u64, i64, i64, i64, i64);
 pub(super) struct Beside {
     directory: Option<OwnedFd>,
     before: HashMap<CString, Identity>,
+    /// Tells what is written there, while CRIU is waited for. `None` also where the kernel has no
+    /// watch for us: its users have a limited number.
+    watch: Option<Inotify>,
 }
 
 impl Beside {
@@ -41,11 +52,15 @@ impl Beside {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let looked = open(images_dir, flags, Mode::empty())
             .context("opening it")
-            .and_then(|directory| Ok((image_files(&directory)?, directory)));
+            .and_then(|directory| {
+                let watch = watch(&directory).ok();
+                Ok((image_files(&directory)?, directory, watch))
+            });
         match looked {
-            Ok((before, directory)) => Self {
+            Ok((before, directory, watch)) => Self {
                 directory: Some(directory),
                 before,
+                watch,
             },
             Err(error) => {
                 report::warn(format_args!(
@@ -55,28 +70,102 @@ impl Beside {
                 Self {
                     directory: None,
                     before: HashMap::new(),
+                    watch: None,
                 }
             }
+        }
+    }
+
+    /// What becomes readable when [`Beside::check_written`] has something to look at.
+    pub(super) fn watch(&self) -> Option<&Inotify> {
+        self.watch.as_ref()
+    }
+
+    /// CRIU has connected: from now on it is enough to look in the end.
+    pub(super) fn unwatch(&mut self) {
+        self.watch = None;
+    }
+
+    /// Looks at what was written since the last time.
+    ///
+    /// # Errors
+    /// As [`Beside::check_unconnected`].
+    pub(super) fn check_written(&self) -> Result<()> {
+        let (Some(directory), Some(watch)) = (&self.directory, &self.watch) else {
+            return Ok(());
+        };
+        let events = match watch.read_events() {
+            Ok(events) => events,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+            Err(error) => return Err(error).context("watching --images-dir"),
+        };
+        for InotifyEvent { mask, name, .. } in events {
+            if mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                self.check_unconnected()?;
+            }
+            let name = name.and_then(|name| CString::new(name.into_vec()).ok());
+            if let Some(name) = name
+                && let Some(identity) = image_file(directory, &name)
+                && self.is_new(directory, &name, identity)
+            {
+                return Err(forgotten_stream(&name));
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// When an image file has appeared since, although no CRIU has connected.
+    pub(super) fn check_unconnected(&self) -> Result<()> {
+        match self.appeared()? {
+            Some(name) => Err(forgotten_stream(&name)),
+            None => Ok(()),
         }
     }
 
     /// # Errors
     /// When an image file has appeared since.
     pub(super) fn check(&self) -> Result<()> {
-        let Some(directory) = &self.directory else {
-            return Ok(());
-        };
-        let now = image_files(directory).context("looking for image files beside the stream")?;
-        for (name, identity) in now {
-            if self.before.get(&name) != Some(&identity) && is_of_criu(directory, &name) {
-                bail!(
-                    "capturing the image: {} appeared in --images-dir beside the stream, and is not in the image: a page server, a plugin that cannot stream, or a CRIU without --stream wrote it; the image is incomplete: discard it",
-                    name.to_string_lossy()
-                );
-            }
+        if let Some(name) = self.appeared()? {
+            bail!(
+                "capturing the image: {} appeared in --images-dir beside the stream, and is not in the image: a page server, a plugin that cannot stream, or a CRIU without --stream wrote it; the image is incomplete: discard it",
+                name.to_string_lossy()
+            );
         }
         Ok(())
     }
+
+    /// An image file that was not there before.
+    fn appeared(&self) -> Result<Option<CString>> {
+        let Some(directory) = &self.directory else {
+            return Ok(None);
+        };
+        let now = image_files(directory).context("looking for image files beside the stream")?;
+        let mut now = now.into_iter();
+        let new = now.find(|(name, identity)| self.is_new(directory, name, *identity));
+        Ok(new.map(|(name, _)| name))
+    }
+
+    fn is_new(&self, directory: &OwnedFd, name: &CStr, identity: Identity) -> bool {
+        self.before.get(name) != Some(&identity) && is_of_criu(directory, name)
+    }
+}
+
+/// The error for an image file that a CRIU wrote which did not connect.
+fn forgotten_stream(name: &CStr) -> Error {
+    anyhow!(
+        "waiting for CRIU: it writes its files, such as {}, into --images-dir and does not connect: --stream was probably forgotten; its dump goes on without the streamer, to that directory",
+        name.to_string_lossy()
+    )
+}
+
+/// Watches what is written to the files of a directory, whose path may lead elsewhere by now.
+fn watch(directory: &OwnedFd) -> nix::Result<Inotify> {
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
+    let written = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CLOSE_WRITE;
+    watch.add_watch(path.as_str(), written | AddWatchFlags::IN_ONLYDIR)?;
+    Ok(watch)
 }
 
 /// The regular files of a directory whose names end as CRIU's do.
@@ -87,18 +176,21 @@ fn image_files(directory: &OwnedFd) -> Result<HashMap<CString, Identity>> {
     for entry in entries.iter() {
         let entry = entry.context("listing it")?;
         let name = entry.file_name();
-        if !name.to_bytes().ends_with(b".img") {
-            continue;
-        }
-        // A file that is gone by now is none of the image's.
-        let Ok(stat) = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) else {
-            continue;
-        };
-        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG {
-            files.insert(name.to_owned(), identity(&stat));
+        if let Some(identity) = image_file(directory, name) {
+            files.insert(name.to_owned(), identity);
         }
     }
     Ok(files)
+}
+
+/// A regular file whose name ends as CRIU's do. One that is gone by now is none of the image's.
+fn image_file(directory: &OwnedFd, name: &CStr) -> Option<Identity> {
+    if !name.to_bytes().ends_with(b".img") {
+        return None;
+    }
+    let stat = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW).ok()?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    (kind == SFlag::S_IFREG).then(|| identity(&stat))
 }
 
 fn identity(stat: &FileStat) -> Identity {

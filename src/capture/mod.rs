@@ -93,6 +93,7 @@ enum Watched {
     Client,
     Source,
     Shard,
+    ImagesDir,
 }
 
 impl Kind for Watched {
@@ -102,6 +103,7 @@ impl Kind for Watched {
         Self::Client,
         Self::Source,
         Self::Shard,
+        Self::ImagesDir,
     ];
 }
 
@@ -186,6 +188,9 @@ impl CaptureLoop<'_> {
         if let Some(listener) = &self.listener {
             poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
         }
+        if let Some(watch) = self.beside.watch() {
+            poller.add(watch, Watched::ImagesDir, 0, Interest::Readable)?;
+        }
         for (index, shard) in self.sequence.shards().iter().enumerate() {
             poller.add(shard, Watched::Shard, index as u64, Interest::Gone)?;
         }
@@ -255,6 +260,7 @@ impl CaptureLoop<'_> {
                         return Err(self.sequence.shards()[event.id as usize].reader_gone());
                     }
                 }
+                Watched::ImagesDir => self.beside.check_written()?,
             }
         }
         Ok(activity)
@@ -291,6 +297,7 @@ impl CaptureLoop<'_> {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);
             }
+            self.beside.unwatch();
             self.open(source)?;
             activity = Activity::Busy;
         }

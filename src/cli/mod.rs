@@ -114,8 +114,8 @@ enum Command {
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Serve,
 
-    /// Read a captured image from the shards, check that it is whole, and print the size and name of
-    /// each of its files to standard output
+    /// Read a captured image from the shards, check that it is whole, and print the size and name
+    /// of each of its files to standard output
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     List,
 }
