@@ -100,6 +100,24 @@ fn it_needs_no_directory_and_makes_none() {
     assert_eq!(runs::read_dir(dir.path()).len(), 1);
 }
 
+/// Who only wants the exit status need not take the list: Python opens /dev/null for both reading
+/// and writing.
+#[test]
+fn without_a_standard_output_the_exit_status_is_the_answer() {
+    let dir = TempDir::new().unwrap();
+    let stored = dir.path().join("app.image");
+    fs::write(&stored, &image::inventory()[0]).unwrap();
+    for output in [">&-", ">/dev/null", "1<>/dev/null"] {
+        for (image, whole) in [("app.image", true), ("/dev/null", false)] {
+            let script = format!("'{}' list <{image} {output}", binary().display());
+            let mut bash = Command::new("bash");
+            let run = bash.args(["-c", &script]).current_dir(dir.path()).output();
+            let run = run.unwrap();
+            assert_eq!(run.status.success(), whole, "{script}: {run:?}");
+        }
+    }
+}
+
 #[test]
 fn an_index_is_one_more_shard() {
     let dir = TempDir::new().unwrap();

@@ -7,10 +7,10 @@
 //! at, and only files that are new or have changed are opened. CRIU's own `stats-dump` and
 //! `irmap-cache`, its logs and the sockets have other names.
 //!
-//! Until CRIU connects, they are told as soon as they are written: a CRIU without `--stream` never
-//! comes, and would be waited for without end. A file is created before its magic is in it, which
-//! CRIU keeps in a buffer for a while, so that each write is looked at, and the closing. Afterwards
-//! it is enough to look in the end.
+//! Until CRIU sends its first file, they are told of as soon as they are written: a CRIU without
+//! `--stream` never connects, and would be waited for without end. A file is created before its
+//! magic is in it, which CRIU keeps in a buffer for a while, so that each write is looked at, and
+//! the closing. Afterwards it is enough to look in the end.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -81,7 +81,7 @@ impl Beside {
         self.watch.as_ref()
     }
 
-    /// CRIU has connected: from now on it is enough to look in the end.
+    /// CRIU streams: from now on it is enough to look in the end.
     pub(super) fn unwatch(&mut self) {
         self.watch = None;
     }
