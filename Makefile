@@ -11,7 +11,8 @@
 
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
-CARGO ?= cargo
+# CRIU's CI installs Rust, and runs make in the same shell, whose PATH does not know of it yet.
+CARGO ?= $(or $(shell command -v cargo 2>/dev/null),$(wildcard $(HOME)/.cargo/bin/cargo),cargo)
 BUILD ?= release
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = marker_stream criu_messages files_img

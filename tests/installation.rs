@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -186,6 +187,31 @@ fn make_leaves_the_program_at_the_top_of_the_checkout() {
     }
     make("clean", &[&place[..], &["CARGO=true"]].concat());
     assert_eq!(files(top.path()), BTreeSet::new());
+}
+
+/// As in a shell that has just run the installer of Rust, which changes the PATH of the next ones.
+#[test]
+fn a_rust_that_is_not_in_path_is_found() {
+    let dir = TempDir::new().unwrap();
+    let rust = dir.path().join(".cargo/bin");
+    let path = dir.path().join("bin");
+    for directory in [&rust, &path] {
+        fs::create_dir_all(directory).unwrap();
+    }
+    fs::write(rust.join("cargo"), "").unwrap();
+    let make = run("sh", &["-c", "command -v make"]);
+    symlink(make.trim(), path.join("make")).unwrap();
+    let output = Command::new("make")
+        .arg("-n")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env_clear()
+        .envs([("HOME", dir.path()), ("PATH", &path)])
+        .output()
+        .unwrap();
+    assert_success("make", &[], &output);
+    let commands = String::from_utf8_lossy(&output.stdout);
+    let cargo = format!("{}/cargo build", rust.display());
+    assert!(commands.contains(&cargo), "{commands}");
 }
 
 #[test]
