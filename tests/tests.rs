@@ -35,6 +35,8 @@ mod limits;
 mod list;
 /// An image that does not fit is refused before the machine suffers.
 mod memory_cgroup;
+/// The streamer starts CRIU: one exit status tells of both.
+mod one_command;
 /// Progress lines: what supervisors read.
 mod progress;
 /// The progress bar: what people see.
@@ -76,6 +78,8 @@ mod real_criu;
 mod real_criu_failures;
 /// A damaged image with an index leaves nothing running.
 mod real_criu_index;
+/// A real CRIU that the streamer starts: interrupted and failed checkpoints harm no one.
+mod real_criu_one_command;
 /// A real CRIU that delivers less than a dump is found out.
 mod real_criu_partial;
 /// The object store recipe, with the real AWS command line.

@@ -123,6 +123,16 @@ impl Beside {
         }
     }
 
+    /// Why nothing came of a command that has ended well.
+    pub(super) fn why_missed(&self, command: &str) -> Error {
+        let why = self.check_unconnected().err().unwrap_or_else(|| {
+            anyhow!("is it `criu dump --stream`, in the foreground, with the same --images-dir?")
+        });
+        why.context(format!(
+            "waiting for CRIU: {command} ended well without having connected"
+        ))
+    }
+
     /// # Errors
     /// When an image file has appeared since.
     pub(super) fn check(&self) -> Result<()> {

@@ -38,12 +38,13 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::criu::files::CPUINFO;
 use crate::criu::{Clients, Connection, Listener};
 use crate::format::ImageName;
+use crate::os::descriptor::Direction;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{CriuCommand, Failure, Interrupts};
 use beside::Beside;
 use dump::Dump;
 pub(crate) use sequence::HasIndex;
@@ -80,6 +81,8 @@ pub(crate) struct Capture<'a> {
     pub(crate) has_index: HasIndex,
     pub(crate) external_files: Vec<(ImageName, ReadEnd)>,
     pub(crate) progress: &'a mut Progress,
+    /// The command that runs CRIU, if we start it.
+    pub(crate) criu: Option<&'a CriuCommand>,
     /// How many CRIU processes must have come and gone.
     pub(crate) criu_clients: usize,
     pub(crate) counters: Counters,
@@ -160,7 +163,12 @@ impl Capture<'_> {
             capture.open(dump::external_file(name, pipe)?)?;
         }
         capture.progress.reached(Milestone::SocketInit);
+        interrupts.start_criu(self.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
+        let captured = captured.map_err(|error| match capture.clients.have_left() {
+            true => interrupts.explain_by_criu(error),
+            false => error,
+        });
         let CaptureLoop {
             clients,
             dump,
@@ -181,7 +189,7 @@ fn open_descriptors() -> Option<usize> {
     Some(std::fs::read_dir("/proc/self/fd").ok()?.count())
 }
 
-impl CaptureLoop<'_> {
+impl<'a> CaptureLoop<'a> {
     fn watch(&self) -> io::Result<()> {
         let poller = &self.poller;
         poller.add(self.interrupts, Watched::Interrupt, 0, Interest::Readable)?;
@@ -203,9 +211,15 @@ impl CaptureLoop<'_> {
         let mut pace = Pace::new();
         let mut wait = Wait::Forever;
         loop {
+            let missed = self.missed_criu();
             self.poller
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
+            if let Some(command) = missed
+                && events.is_empty()
+            {
+                return Err(self.beside.why_missed(command));
+            }
             let received = self.handle(&events)?;
             self.clients.check_grace()?;
             let moved = self.round()?;
@@ -219,7 +233,7 @@ impl CaptureLoop<'_> {
                 self.listener = None;
                 self.clients.close_idle();
                 self.dump.check()?;
-                if self.dump.open_files() == 0 {
+                if self.dump.open_files() == 0 && self.interrupts.criu_has_succeeded() {
                     return self.beside.check();
                 }
             }
@@ -229,11 +243,19 @@ impl CaptureLoop<'_> {
             }
             wait = Wait::Now;
             match activity {
+                Activity::Idle if self.missed_criu().is_some() => {}
                 Activity::Idle => wait = Wait::Forever.or_until(self.clients.grace_ends()),
                 Activity::NoRoom => pace.nap_longer(),
                 Activity::Busy | Activity::Complete => pace.nap(),
             }
         }
+    }
+
+    /// The command that runs CRIU, if it has ended and fewer have connected than are waited for.
+    /// One may still wait at the listener.
+    fn missed_criu(&self) -> Option<&'a str> {
+        let is_missing = self.clients.are_missing();
+        self.interrupts.ended_criu().filter(|_| is_missing)
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.

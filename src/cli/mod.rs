@@ -4,6 +4,7 @@ mod descriptor;
 mod help;
 mod plan;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -99,7 +100,11 @@ pub struct Args {
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
-    Capture,
+    Capture {
+        /// Command that runs `criu dump --stream`, started when CRIU can connect; its status counts
+        #[structopt(last = true, value_name = "command", parse(from_os_str))]
+        criu: Vec<OsString>,
+    },
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
@@ -107,12 +112,22 @@ enum Command {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
         serve: bool,
+
+        /// With --serve: command that runs `criu restore --stream`, started when CRIU can connect;
+        /// its status counts
+        #[structopt(last = true, value_name = "command", parse(from_os_str))]
+        criu: Vec<OsString>,
     },
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as
     /// `extract --serve`
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
-    Serve,
+    Serve {
+        /// Command that runs `criu restore --stream`, started when CRIU can connect; its status
+        /// counts
+        #[structopt(last = true, value_name = "command", parse(from_os_str))]
+        criu: Vec<OsString>,
+    },
 
     /// Read a captured image from the shards, check that it is whole, and print the size and name
     /// of each of its files to standard output

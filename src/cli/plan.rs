@@ -16,7 +16,7 @@ use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
 use crate::report::progress::Progress;
-use crate::supervision::ShardCommand;
+use crate::supervision::{CriuCommand, ShardCommand};
 
 /// The most shards that commands are started for: each is a pipe of 1 MiB and a pipeline of
 /// processes, and more have never been faster.
@@ -80,6 +80,8 @@ pub(crate) struct Plan {
     pub(crate) listing: Option<OwnedFd>,
     pub(crate) progress: Progress,
     pub(crate) progress_bar: bool,
+    /// The command that runs CRIU, if we start it.
+    pub(crate) criu: Option<CriuCommand>,
     pub(crate) criu_clients: usize,
 }
 
@@ -90,12 +92,19 @@ impl Plan {
         if let Some(remap) = first_repeated(&remaps, |remap| remap.old) {
             bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
         }
-        let action = match args.command {
-            Command::Capture => Action::Capture,
-            Command::Extract { serve: false } => Action::Extract,
-            Command::Extract { serve: true } | Command::Serve => Action::Serve,
-            Command::List => Action::List,
+        let (action, criu) = match args.command {
+            Command::Capture { criu } => (Action::Capture, criu),
+            Command::Extract { serve: false, criu } => (Action::Extract, criu),
+            Command::Extract { serve: true, criu } | Command::Serve { criu } => {
+                (Action::Serve, criu)
+            }
+            Command::List => (Action::List, Vec::new()),
         };
+        let criu = CriuCommand::new(criu);
+        ensure!(
+            criu.is_none() || action != Action::Extract,
+            "extract: it starts no command; run `criu restore` when it has ended, or give --serve"
+        );
         ensure!(
             remaps.is_empty() || action == Action::Serve,
             "--tcp-listen-remap: only `serve` changes ports"
@@ -208,6 +217,7 @@ impl Plan {
                 None => Progress::silent(),
             },
             progress_bar: args.progress_bar,
+            criu,
             criu_clients: args.criu_clients.get(),
         })
     }

@@ -37,6 +37,7 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure>
         },
         external_files,
         progress: &mut plan.progress,
+        criu: plan.criu.as_ref(),
         criu_clients: plan.criu_clients,
         counters: transfer.counters.clone(),
     }

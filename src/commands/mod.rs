@@ -25,7 +25,7 @@ use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
 use crate::store::disk::Origin;
-use crate::supervision::{Failure, Interrupted, Interrupts, signal_behind};
+use crate::supervision::{Failure, Interrupted, Interrupts, criu_failure_behind, signal_behind};
 
 /// The shards of a restore, with what messages call them.
 type ShardPipes = Vec<(ReadEnd, String)>;
@@ -150,15 +150,18 @@ impl ExternalFiles {
 }
 
 /// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
-/// and the number of the signal that ended the program, otherwise 1.
+/// and the number of the signal that ended the program, or that of the command that runs CRIU if
+/// only that has failed, otherwise 1.
 pub fn exit_status(failure: Failure) -> ExitCode {
-    match failure.error().downcast_ref::<Usage>() {
+    let error = failure.error();
+    match error.downcast_ref::<Usage>() {
         Some(usage) => report::usage(usage),
-        None => report::error(failure.error()),
+        None => report::error(error),
     }
-    let status = match signal_behind(failure.error()) {
-        Some(Interrupted(signal)) => ExitCode::from(128 + signal as u8),
-        None => ExitCode::FAILURE,
+    let status = match (signal_behind(error), criu_failure_behind(error)) {
+        (Some(Interrupted(signal)), _) => ExitCode::from(128 + signal as u8),
+        (None, Some(failed)) => ExitCode::from(failed.status),
+        (None, None) => ExitCode::FAILURE,
     };
     drop(failure);
     status

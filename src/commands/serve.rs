@@ -3,13 +3,14 @@
 //! An image with an index is served while it arrives: receiving and serving take turns in one loop,
 //! and each says how long it can wait.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow};
 
 use super::{ExternalFiles, Transfer, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
 use crate::listen_ports::{self, Remap};
+use crate::os::descriptor::Direction;
 use crate::os::poller::{Interest, Kind, Poller, Wait};
 use crate::pace::{Activity, Pace};
 use crate::receive::{Arriving, Reading};
@@ -17,7 +18,7 @@ use crate::report;
 use crate::report::progress::Milestone;
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
-use crate::supervision::Failure;
+use crate::supervision::{Failure, Interrupts};
 
 pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve)?;
@@ -29,16 +30,27 @@ pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
 
 fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
-    let (mut files, stats) = transfer.receive(plan.shards, plan.external_files, Catalog::new())?;
+    let (mut files, stats) = transfer.receive(
+        std::mem::take(&mut plan.shards),
+        std::mem::take(&mut plan.external_files),
+        Catalog::new(),
+    )?;
     check_files(&mut files, external, plan.criu_clients)?;
     remap_ports(&mut files, &plan.remaps)?;
     transfer.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
+    announce(&mut plan, &transfer.interrupts, "the image is in memory")?;
+    let served = serve::serve(listener, files, plan.criu_clients, &transfer.interrupts);
+    transfer.interrupts.conclude(served)
+}
+
+/// Has CRIU come.
+fn announce(plan: &mut Plan, interrupts: &Interrupts, what_is_here: &str) -> Result<()> {
     plan.progress.reached(Milestone::SocketInit);
-    if plan.progress_bar {
-        report::warn("the image is in memory: run `criu restore --stream`");
+    if plan.progress_bar && plan.criu.is_none() {
+        report::warn(format_args!("{what_is_here}: run `criu restore --stream`"));
     }
-    serve::serve(listener, files, plan.criu_clients, &transfer.interrupts)
+    interrupts.start_criu(plan.criu.as_ref(), Direction::In)
 }
 
 fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
@@ -106,10 +118,7 @@ fn serve_arriving(
 
     let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
     let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
-    plan.progress.reached(Milestone::SocketInit);
-    if plan.progress_bar {
-        report::warn("the image is on its way: run `criu restore --stream`");
-    }
+    announce(plan, interrupts, "the image is on its way")?;
     let mut both = Poller::new().context("preparing to wait for events")?;
     both.add(&arriving, Watched::Shards, 0, Interest::Readable)
         .and_then(|()| both.add(&server, Watched::Criu, 0, Interest::Readable))
@@ -128,6 +137,7 @@ fn serve_arriving(
         if !is_proven && arriving.is_whole()? {
             interrupts.check()?;
             if interrupts.commands_have_succeeded() {
+                interrupts.release_orphans()?;
                 arriving.release()?;
                 is_proven = true;
                 stats = Some(arriving.stats());
@@ -136,11 +146,12 @@ fn serve_arriving(
         }
         let served = server.step(arriving.catalog(), Wait::Now)?;
         if server.is_done() {
-            ensure!(
-                is_proven,
-                "serving: CRIU went away before all of the image had come, so the restore failed: \
-                 see CRIU's log"
-            );
+            if !is_proven {
+                return Err(server.explain(anyhow!(
+                    "serving: CRIU went away before all of the image had come, so the restore \
+                     failed: see CRIU's log"
+                )));
+            }
             if !arriving.is_sending() {
                 break;
             }

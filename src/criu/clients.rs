@@ -130,6 +130,16 @@ impl<R> Clients<R> {
         self.spoken >= self.expected && self.speaking == 0
     }
 
+    /// Fewer clients than were expected have asked for files, and none of these is connected.
+    pub fn are_missing(&self) -> bool {
+        self.spoken < self.expected && self.speaking == 0
+    }
+
+    /// Somebody was connected, and nobody is any more.
+    pub fn have_left(&self) -> bool {
+        self.next_id > 0 && self.clients.is_empty()
+    }
+
     /// Closes the connections that have asked for no file.
     pub fn close_idle(&mut self) {
         self.clients.retain(|_, client| client.has_spoken);

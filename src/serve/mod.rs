@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 
 use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
@@ -163,10 +163,39 @@ impl<'a> Server<'a> {
     /// # Errors
     /// When CRIU breaks the protocol, or asked for nothing, and when a signal came.
     pub(crate) fn step(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
+        self.advance(files, wait)
+            .map_err(|error| self.explain(error))
+    }
+
+    /// The reason behind an error, which is CRIU's if it has left.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match self.clients.have_left() {
+            true => self.interrupts.explain_by_criu(error),
+            false => error,
+        }
+    }
+
+    /// The command that runs CRIU, if it has ended and fewer have connected than are waited for.
+    /// One may still wait at the listener.
+    fn missed_criu(&self) -> Option<&'a str> {
+        let is_missing = self.clients.are_missing();
+        self.interrupts.ended_criu().filter(|_| is_missing)
+    }
+
+    fn advance(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
         let mut events = Vec::new();
+        let missed = self.missed_criu();
         self.poller
             .wait(wait, &mut events)
             .context("waiting for CRIU")?;
+        if let Some(command) = missed
+            && events.is_empty()
+        {
+            bail!(
+                "waiting for CRIU: {command} ended well without having connected: is it `criu \
+                 restore --stream`, in the foreground, with the same --images-dir?"
+            );
+        }
         self.handle(files, &events)?;
         let now = Instant::now();
         if now >= self.try_again {
@@ -183,6 +212,9 @@ impl<'a> Server<'a> {
         if sent > 0 {
             let (sent, room) = (sent as u64, room as u64);
             return Ok(Activity::Emptied { sent, room });
+        }
+        if self.missed_criu().is_some() {
+            return Ok(Activity::Idle(Wait::Now));
         }
         let again = (!self.transfers.is_empty()).then_some(self.try_again);
         let wait = Wait::Forever.or_until(again);

@@ -17,14 +17,9 @@
 //! (we are a subreaper). So they can be waited for, and no group is signalled that has ended.
 //!
 //! **What they inherit.** Standard error, and on capture standard output; on restore standard input
-//! is /dev/null. No other descriptor, no blocked signal, no ignored one: this process blocks the
-//! signals that it waits for, and Rust ignores SIGPIPE. The limit on descriptors is the one that we
-//! were started with: programs that use `select` break above 1024.
-
-#![allow(unsafe_code)]
+//! is /dev/null. Nothing else: see `program`.
 
 use std::cell::Cell;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -33,12 +28,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
-use nix::sys::signal::{SigHandler, SigSet, killpg, signal};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
+use super::program::{self, DescriptorLimit};
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
 
@@ -50,10 +44,6 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Between two looks at commands that are about to end.
 const NEXT_LOOK: Duration = Duration::from_millis(5);
-
-/// Signals whose handling a shell or supervisor may have changed for us, and commands should not
-/// inherit.
-const RESET: [Signal; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM];
 
 /// A command for one shard.
 #[derive(Debug, Clone)]
@@ -119,19 +109,9 @@ struct Running {
 #[derive(Default)]
 pub(super) struct Commands {
     running: Vec<Running>,
-    /// The soft and the hard limit on descriptors that they get.
-    descriptor_limit: Option<(rlim_t, rlim_t)>,
 }
 
 impl Commands {
-    /// None yet. They will have the limit on descriptors that this process has now.
-    pub(super) fn new() -> Self {
-        Self {
-            running: Vec::new(),
-            descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE).ok(),
-        }
-    }
-
     /// Starts a command whose shard goes in `direction`, with its end of a pipe. `ours` is the
     /// other end.
     pub(super) fn start(
@@ -140,13 +120,14 @@ impl Commands {
         direction: Direction,
         theirs: OwnedFd,
         ours: impl AsFd,
+        descriptor_limit: DescriptorLimit,
     ) -> Result<()> {
         let pipe = Some(ours.as_fd().try_clone_to_owned()?);
         let (stdin, stdout) = match direction {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = spawn(&command.text, stdin, stdout, self.descriptor_limit)
+        let group = start_shell(&command.text, stdin, stdout, descriptor_limit)
             .with_context(|| format!("starting {}", command.with_text()))?;
         self.running.push(Running {
             command,
@@ -243,14 +224,10 @@ impl Running {
             Part::Other => "a process that it left in the background",
         };
         let how = match status {
-            WaitStatus::Exited(_, status) => format!("failed with exit status {status}"),
-            WaitStatus::Signaled(_, signal, _) => {
-                format!("failed with signal {} ({signal})", signal as i32)
-            }
             WaitStatus::Stopped(_, signal) => format!(
                 "wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask"
             ),
-            other => format!("failed with {other:?}"),
+            status => program::describe(status),
         };
         bail!("{}: {who} {how}", self.command.with_text())
     }
@@ -308,7 +285,7 @@ impl Drop for Commands {
         if has_ended_well {
             return;
         }
-        for signal in [SIGTERM, Signal::SIGKILL] {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             for running in &left {
                 // It was there a moment ago, and is ours. If it has ended by itself, so much the
                 // better.
@@ -324,23 +301,14 @@ impl Drop for Commands {
     }
 }
 
-/// Children whose parents are gone become ours, and the ends of children are kept for us even if
-/// the program was started to ignore SIGCHLD.
-fn prepare_to_wait() -> io::Result<()> {
-    nix::sys::prctl::set_child_subreaper(true)?;
-    // SAFETY: the default is no function, so that none of ours can run at the wrong time.
-    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
-    Ok(())
-}
-
 /// Starts a shell in a process group of its own, whose number is returned.
-fn spawn(
+fn start_shell(
     text: &str,
     stdin: Stdio,
     stdout: Stdio,
-    descriptor_limit: Option<(rlim_t, rlim_t)>,
+    descriptor_limit: DescriptorLimit,
 ) -> Result<Pid> {
-    prepare_to_wait().context("preparing to wait for it")?;
+    program::adopt_orphans(true).context("preparing to wait for it")?;
     let mut shell = if has_bash() {
         let mut bash = Command::new("bash");
         bash.args(["-o", "pipefail"]);
@@ -350,33 +318,10 @@ fn spawn(
     };
     shell.args(["-c", text]);
     shell.stdin(stdin).stdout(stdout).process_group(0);
-    // SAFETY: between fork and exec, `prepare_child` makes system calls only and allocates nothing.
-    unsafe { shell.pre_exec(move || prepare_child(descriptor_limit)) };
-    let child = shell.spawn().context("starting a shell")?;
-    Ok(Pid::from_raw(child.id() as libc::pid_t))
+    program::start(shell, program::RESET, descriptor_limit).context("starting a shell")
 }
 
 fn has_bash() -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| access(&dir.join("bash"), AccessFlags::X_OK).is_ok())
-}
-
-/// In the new process: gives it the signals and descriptors that a program expects.
-fn prepare_child(descriptor_limit: Option<(rlim_t, rlim_t)>) -> io::Result<()> {
-    if let Some((soft, hard)) = descriptor_limit {
-        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
-    }
-    for number in RESET {
-        // SAFETY: the default is no function, so that none of ours can run.
-        unsafe { signal(number, SigHandler::SigDfl) }?;
-    }
-    SigSet::empty().thread_set_mask()?;
-    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
-    // SAFETY: it only sets a flag on descriptors; no memory is involved.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
-    match Errno::result(result) {
-        // Kernels before 5.11 cannot. Our own descriptors are close-on-exec anyway.
-        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }

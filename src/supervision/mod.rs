@@ -1,8 +1,8 @@
-//! All that can end a transfer: a signal, a pump that fails, a shard command that fails.
+//! All that can end a transfer: a signal, a pump that fails, a command that fails.
 //!
 //! The rest of the program knows only pipes. A descriptor that is one already is used as it is, at
 //! no cost. For anything else a `pump` moves the data between a pipe and the descriptor, and a
-//! `command` has a pipe for its standard input or output.
+//! `command` has a pipe for its standard input or output. A `criu_command` has none: it runs CRIU.
 //!
 //! A pipe cannot tell *why* its other end is gone, and to a reader a failure looks like the end. So
 //! [`Interrupts::check`] is asked whenever it matters: while the transfer goes on, before the end
@@ -14,14 +14,18 @@
 //! what the transfer had open until its reason is told.
 
 mod command;
+mod criu_command;
+mod program;
 mod pump;
 mod signals;
 mod socket;
 
 use std::any::Any;
+use std::cell::OnceCell;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Error, Result};
@@ -31,6 +35,9 @@ use crate::os::descriptor::{Direction, FdKind};
 use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
 use command::Commands;
 pub(crate) use command::ShardCommand;
+use criu_command::RunningCriu;
+pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
+use program::DescriptorLimit;
 use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
@@ -74,8 +81,12 @@ impl From<Error> for Failure {
 
 /// The signals that came, and what is at the far ends of the pipes.
 pub struct Interrupts {
-    signals: Signals,
+    signals: Rc<Signals>,
+    /// The limit that commands are to have.
+    descriptor_limit: DescriptorLimit,
     commands: Commands,
+    /// Empty where we start no CRIU, and until then.
+    criu: OnceCell<RunningCriu>,
     /// The first failure of a pump.
     failure: Arc<OnceLock<Reason>>,
     /// One for each pump that writes. It closes when everything is written.
@@ -87,8 +98,10 @@ impl Interrupts {
     /// are other threads, and before this process changes the limits that commands are to have.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
-            signals: Signals::catch()?,
-            commands: Commands::new(),
+            signals: Rc::new(Signals::catch()?),
+            descriptor_limit: DescriptorLimit::now(),
+            commands: Commands::default(),
+            criu: OnceCell::new(),
             failure: Arc::default(),
             writing: Vec::new(),
         })
@@ -136,10 +149,45 @@ impl Interrupts {
         let start = |command: ShardCommand| {
             let (theirs, ours) = deal(pipe::new()?);
             let label = command.label();
-            self.commands.start(command, direction, theirs, &ours)?;
+            let limit = self.descriptor_limit;
+            self.commands
+                .start(command, direction, theirs, &ours, limit)?;
             Ok((ours, label))
         };
         commands.into_iter().map(start).collect()
+    }
+
+    /// Starts the command that runs CRIU, if there is one, for an image that goes in `direction`.
+    pub(crate) fn start_criu(
+        &self,
+        command: Option<&CriuCommand>,
+        direction: Direction,
+    ) -> Result<()> {
+        if let Some(command) = command {
+            let (limit, signals) = (self.descriptor_limit, Rc::clone(&self.signals));
+            let criu = RunningCriu::start(command, direction, limit, signals)?;
+            assert!(self.criu.set(criu).is_ok(), "CRIU is started once");
+        }
+        Ok(())
+    }
+
+    /// The command that runs CRIU, once it has ended well: nothing more will come of it.
+    pub(crate) fn ended_criu(&self) -> Option<&str> {
+        let criu = self.criu.get().filter(|criu| criu.has_ended());
+        criu.map(RunningCriu::text)
+    }
+
+    /// Whether the command that runs CRIU has ended well; true where there is none.
+    pub(crate) fn criu_has_succeeded(&self) -> bool {
+        self.criu.get().is_none_or(RunningCriu::has_ended)
+    }
+
+    /// The reason behind an error that shows that CRIU is gone.
+    pub(crate) fn explain_by_criu(&self, error: Error) -> Error {
+        match self.criu.get() {
+            Some(criu) if !is_final(&error) => criu.explain(error),
+            _ => error,
+        }
     }
 
     /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), or a pump or a
@@ -147,7 +195,8 @@ impl Interrupts {
     pub fn check(&self) -> Result<()> {
         self.signals.check()?;
         self.check_pumps()?;
-        self.commands.check()
+        self.commands.check()?;
+        self.criu.get().map_or(Ok(()), RunningCriu::check)
     }
 
     /// Whether all commands have ended well; true where there are none.
@@ -166,19 +215,20 @@ impl Interrupts {
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
-    /// command has ended well. After a failure the error is the first reason, and the commands are
-    /// ended when it is told.
+    /// command has ended well. After a failure the error is the first reason. When it is told, CRIU
+    /// loses its pipes, the commands are ended, and CRIU is waited for.
     pub(crate) fn conclude<T>(&mut self, result: Result<T, Failure>) -> Result<T, Failure> {
         let concluded = result.and_then(|value| Ok(self.finish().map(|()| value)?));
         let commands = mem::take(&mut self.commands);
         concluded.map_err(|Failure { error, mut open }| {
             let error = self.explain(error, &commands);
             open.push(Box::new(commands));
+            open.push(Box::new(self.criu.take()));
             Failure { error, open }
         })
     }
 
-    /// Waits until the pumps have written everything and the commands have ended.
+    /// Waits until the pumps have written everything and all commands have ended.
     fn finish(&mut self) -> Result<()> {
         while let Some(writing) = self.writing.last() {
             let closed = self
@@ -196,6 +246,37 @@ impl Interrupts {
                 .context("waiting for the shard commands")?;
             self.check()?;
         }
+        self.release_orphans()?;
+        self.finish_criu()
+    }
+
+    /// What is left of the shard commands, and what CRIU restores, need not be our children.
+    ///
+    /// # Errors
+    /// None that are known.
+    pub(crate) fn release_orphans(&self) -> Result<()> {
+        program::adopt_orphans(false).context("letting children go")
+    }
+
+    /// Waits until the command that runs CRIU has ended. All that it needed of us is done.
+    fn finish_criu(&self) -> Result<()> {
+        while let Some(criu) = self.criu.get()
+            && !criu.has_ended()
+        {
+            match self.check() {
+                // ^C was for the application in the foreground, and CRIU has got it too.
+                Err(error) if signal_behind(&error) == Some(Interrupted(libc::SIGINT)) => {}
+                Err(error) if signal_behind(&error).is_some() => {
+                    criu.leave();
+                    return Err(error);
+                }
+                checked => checked?,
+            }
+            if !criu.has_ended() {
+                self.wait(None, PollTimeout::NONE)
+                    .context("waiting for CRIU's end")?;
+            }
+        }
         Ok(())
     }
 
@@ -211,12 +292,17 @@ impl Interrupts {
 
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
     fn explain(&self, error: Error, commands: &Commands) -> Error {
-        match (signal_behind(&error), self.failure.get()) {
-            (Some(_), _) => error,
-            (None, Some(failure)) => failure.error(),
-            (None, None) => commands.explain(error),
+        match self.failure.get() {
+            _ if is_final(&error) => error,
+            Some(failure) => failure.error(),
+            None => commands.explain(error),
         }
     }
+}
+
+/// Whether there is no other reason behind an error.
+fn is_final(error: &Error) -> bool {
+    signal_behind(error).is_some() || criu_failure_behind(error).is_some()
 }
 
 impl AsFd for Interrupts {

@@ -9,6 +9,7 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::mem;
@@ -42,7 +43,10 @@ pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
 }
 
 /// The signals that came.
-pub(super) struct Signals(SignalFd);
+pub(super) struct Signals {
+    descriptor: SignalFd,
+    has_ended_us: Cell<bool>,
+}
 
 impl Signals {
     /// From now on signals no longer end the process but wait here. Must be called before there are
@@ -56,24 +60,33 @@ impl Signals {
         blocked.add(Signal::SIGXFSZ);
         blocked.thread_block()?;
         let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        Ok(Self(SignalFd::with_flags(&caught, flags)?))
+        Ok(Self {
+            descriptor: SignalFd::with_flags(&caught, flags)?,
+            has_ended_us: Cell::new(false),
+        })
     }
 
     /// Fails with [`Interrupted`] if a signal came that ends the transfer.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        while let Some(info) = self.0.read_signal()? {
+        while let Some(info) = self.descriptor.read_signal()? {
             let number = info.ssi_signo as i32;
             if number != Signal::SIGCHLD as i32 {
+                self.has_ended_us.set(true);
                 return Err(Interrupted(number).into());
             }
         }
         Ok(())
     }
+
+    /// Whether a signal came that ends the transfer.
+    pub(super) fn has_ended_us(&self) -> bool {
+        self.has_ended_us.get()
+    }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.descriptor.as_fd()
     }
 }
 

@@ -68,6 +68,7 @@ pub struct Launch {
     ext_files: Vec<(String, OwnedFd)>,
     inherited: Vec<OwnedFd>,
     arguments: Vec<OsString>,
+    criu_command: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     progress: Progress,
     stderr_reader_gone: bool,
@@ -94,6 +95,7 @@ impl Launch {
             ext_files: Vec::new(),
             inherited: Vec::new(),
             arguments: Vec::new(),
+            criu_command: Vec::new(),
             environment: Vec::new(),
             progress: Progress::Pipe,
             stderr_reader_gone: false,
@@ -130,6 +132,12 @@ impl Launch {
 
     pub fn args<S: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
         self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// A shell script as the command that is to run CRIU.
+    pub fn criu_command(mut self, script: &str) -> Self {
+        self.criu_command = ["--", "sh", "-c", script].map(OsString::from).to_vec();
         self
     }
 
@@ -229,6 +237,7 @@ impl Launch {
         command
             .args(self.arguments)
             .args(self.subcommand)
+            .args(self.criu_command)
             .envs(self.environment)
             .stdin(self.stdin)
             .stdout(self.stdout)

@@ -263,11 +263,7 @@ impl Machine {
     /// Starts the application through a command like `unshare`, which runs the program that its
     /// arguments name.
     pub fn start_in(&self, command: &str, parts: &str) -> Application<'_> {
-        let mut application = Application {
-            machine: self,
-            pid: String::new(),
-            state: self.path("application.state"),
-        };
+        let mut application = self.adopt("");
         // A session of its own and no terminal, or CRIU would have to be told about the shell's.
         // Its files are opened in its own mount namespace.
         let script = r#"
@@ -290,6 +286,15 @@ echo $pid
             panic!("the application did not start\n{}", self.describe());
         }
         application
+    }
+
+    /// An application that a script has started, with `application.state` for its state.
+    pub fn adopt(&self, pid: &str) -> Application<'_> {
+        Application {
+            machine: self,
+            pid: pid.into(),
+            state: self.path("application.state"),
+        }
     }
 
     /// Everything that may explain a failure: the processes, what the scripts said, and every log's

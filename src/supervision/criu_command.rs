@@ -1,0 +1,250 @@
+//! The command that runs CRIU: `capture -- criu dump …`, `serve -- criu restore …`.
+//!
+//! Its end is part of the transfer's: a failure fails the transfer at once, and an image is whole
+//! only when the command has ended well, since CRIU can fail after it has delivered everything
+//! (unlocking the network, an action script).
+//!
+//! **One process.** The command is waited for by its number, and nothing else of it: what CRIU has
+//! restored is no business of ours.
+//!
+//! **It is never ended.** CRIU has no handler for SIGTERM or SIGINT (`git grep` finds none in 4.2).
+//! In the middle of a dump these kill it, with the application's connections locked, its cgroup
+//! frozen, and code of CRIU's in it. A CRIU whose pipes break lets the application go on as it was.
+//! So when the transfer fails, CRIU loses its pipes, and is waited for. After a signal we are in a
+//! hurry, and [`PATIENCE`] has to do: CRIU goes on by itself.
+//!
+//! **Signals of the whole group.** The command is in our process group, as `--shell-job` needs it
+//! in the terminal's foreground. So ^C, the terminal's hangup, and the SIGTERM of timeout(1), which
+//! goes to its whole group, would kill CRIU beside us. A command of a capture ignores them, as with
+//! `trap '' INT`: they end the transfer, and that ends CRIU in order. A command of a restore starts
+//! with the default: nothing is lost with it, CRIU stays for as long as the application where
+//! it was not told to detach it, and ends a helper of its own by SIGTERM (`stop_cgroupd`). SIGHUP
+//! is left as we found it, for `nohup`.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::SigHandler::{SigDfl, SigIgn};
+use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+use super::program::{self, DescriptorLimit, Dispositions};
+use super::signals::Signals;
+use crate::os::descriptor::Direction;
+use crate::os::pipe::uninterrupted;
+use crate::report;
+
+/// How long CRIU may take to let the application go on when a signal has ended the transfer:
+/// less than a supervisor takes to send SIGKILL (10 s and more).
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// How long a CRIU that is gone from the socket may take to end and say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+const OF_A_DUMP: Dispositions = &[
+    (SIGHUP, SigIgn),
+    (SIGINT, SigIgn),
+    (SIGQUIT, SigIgn),
+    (SIGTERM, SigIgn),
+    (SIGPIPE, SigDfl),
+];
+
+const OF_A_RESTORE: Dispositions = &[
+    (SIGINT, SigDfl),
+    (SIGQUIT, SigDfl),
+    (SIGTERM, SigDfl),
+    (SIGPIPE, SigDfl),
+];
+
+/// What is to be run: a program and its arguments.
+#[derive(Debug, Clone)]
+pub(crate) struct CriuCommand {
+    program: OsString,
+    arguments: Vec<OsString>,
+}
+
+impl CriuCommand {
+    /// `None` where there are no words.
+    pub(crate) fn new(words: Vec<OsString>) -> Option<Self> {
+        let mut words = words.into_iter();
+        Some(Self {
+            program: words.next()?,
+            arguments: words.collect(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let words = std::iter::once(&self.program).chain(&self.arguments);
+        let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+        format!("`{}`", words.join(" "))
+    }
+}
+
+/// An error that stands for the failure of the command alone; the exit status is then its own.
+#[derive(Debug, Clone)]
+pub(crate) struct CriuFailed {
+    what: String,
+    pub(crate) status: u8,
+}
+
+impl std::fmt::Display for CriuFailed {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl std::error::Error for CriuFailed {}
+
+/// The failure of the command that led to an error, if one did.
+pub(crate) fn criu_failure_behind(error: &Error) -> Option<&CriuFailed> {
+    error.chain().find_map(|cause| cause.downcast_ref())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Ended(WaitStatus),
+    /// It goes on without us.
+    Left,
+}
+
+/// The command at work. Dropped before it has ended, it is waited for.
+pub(super) struct RunningCriu {
+    text: String,
+    process: Pid,
+    signals: Rc<Signals>,
+    state: Cell<State>,
+}
+
+impl RunningCriu {
+    /// Starts the command of a transfer whose image goes in `direction`.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub(super) fn start(
+        command: &CriuCommand,
+        direction: Direction,
+        limit: DescriptorLimit,
+        signals: Rc<Signals>,
+    ) -> Result<Self> {
+        let text = command.text();
+        let dispositions = match direction {
+            Direction::Out => OF_A_DUMP,
+            Direction::In => OF_A_RESTORE,
+        };
+        let mut process = Command::new(&command.program);
+        process.args(&command.arguments);
+        let process = program::start(process, dispositions, limit)
+            .with_context(|| format!("starting {text}"))?;
+        Ok(Self {
+            text,
+            process,
+            signals,
+            state: Cell::new(State::Running),
+        })
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Finds out whether it has ended, and fails if it has failed.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.state.get() == State::Running {
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+            match uninterrupted(|| waitid(Id::Pid(self.process), flags)) {
+                Ok(WaitStatus::StillAlive) => {}
+                Ok(end) => self.state.set(State::Ended(end)),
+                Err(error) => {
+                    self.state.set(State::Left);
+                    return Err(error).with_context(|| format!("asking how {} ended", self.text));
+                }
+            }
+        }
+        self.failure().map_or(Ok(()), |failed| Err(failed.into()))
+    }
+
+    fn failure(&self) -> Option<CriuFailed> {
+        let State::Ended(end) = self.state.get() else {
+            return None;
+        };
+        let status = match end {
+            WaitStatus::Exited(_, 0) => return None,
+            WaitStatus::Exited(_, status) => status as u8,
+            WaitStatus::Signaled(_, signal, _) => 128 + signal as u8,
+            _ => 1,
+        };
+        Some(CriuFailed {
+            what: format!("{} {}", self.text, program::describe(end)),
+            status,
+        })
+    }
+
+    /// Whether it has ended, as far as [`RunningCriu::check`] has seen.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state.get() != State::Running
+    }
+
+    /// The reason behind an error that shows that CRIU is gone: the command is given the time to
+    /// end and say why.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        let end = Instant::now() + LAST_WORDS;
+        while !self.has_ended() && Instant::now() < end && self.wait(Some(end)).is_ok() {}
+        match self.failure() {
+            Some(failed) => CriuFailed {
+                what: format!("{}: {error:#}", failed.what),
+                ..failed
+            }
+            .into(),
+            None => error,
+        }
+    }
+
+    /// Waits for a signal, such as that of the command's end, and looks for that.
+    ///
+    /// # Errors
+    /// When a signal came that ends us.
+    fn wait(&self, until: Option<Instant>) -> Result<()> {
+        // A failure shows in the state.
+        if self.check().is_err() || self.has_ended() {
+            return Ok(());
+        }
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            let left = until.saturating_duration_since(Instant::now());
+            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        uninterrupted(|| poll(&mut fds, timeout))?;
+        self.signals.check()
+    }
+
+    /// Lets it go on without us.
+    pub(super) fn leave(&self) {
+        report::warn(format_args!(
+            "{} goes on, as process {}",
+            self.text, self.process
+        ));
+        self.state.set(State::Left);
+    }
+}
+
+impl Drop for RunningCriu {
+    fn drop(&mut self) {
+        let mut until = None;
+        while !self.has_ended() {
+            if self.wait(until).is_err() || self.signals.has_ended_us() {
+                until.get_or_insert_with(|| Instant::now() + PATIENCE);
+            }
+            if until.is_some_and(|until| until <= Instant::now()) {
+                self.leave();
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Starting another program: what it gets of ours, and how its end is known.
+//!
+//! It starts as if a shell had started it. This process blocks the signals that it waits for, Rust
+//! ignores SIGPIPE, and the limit on descriptors is raised, which breaks programs that use `select`
+//! above 1024: the program gets none of that, and no descriptor but its standard streams.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
+use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
+use nix::sys::signal::{SigHandler, SigSet, signal};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+/// What a program does with signals at first.
+pub(super) type Dispositions = &'static [(Signal, SigHandler)];
+
+/// Those whose handling a shell or supervisor may have changed for us, as by default.
+pub(super) const RESET: Dispositions = &[
+    (SIGHUP, SigHandler::SigDfl),
+    (SIGINT, SigHandler::SigDfl),
+    (SIGQUIT, SigHandler::SigDfl),
+    (SIGPIPE, SigHandler::SigDfl),
+    (SIGTERM, SigHandler::SigDfl),
+];
+
+/// The soft and the hard limit on descriptors that this process was started with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DescriptorLimit(Option<(rlim_t, rlim_t)>);
+
+impl DescriptorLimit {
+    /// The present limit.
+    pub(super) fn now() -> Self {
+        Self(getrlimit(Resource::RLIMIT_NOFILE).ok())
+    }
+}
+
+/// Whether processes whose parents are gone become our children, as long as they have no other
+/// reaper before us.
+pub(super) fn adopt_orphans(adopt: bool) -> io::Result<()> {
+    Ok(nix::sys::prctl::set_child_subreaper(adopt)?)
+}
+
+/// Starts a program, and returns its process, which is to be waited for.
+///
+/// # Errors
+/// When there is no such program, or no process can be made.
+pub(super) fn start(
+    mut command: Command,
+    dispositions: Dispositions,
+    limit: DescriptorLimit,
+) -> io::Result<Pid> {
+    // This process may have been started to ignore SIGCHLD: then no end would be kept for it.
+    // SAFETY: the default is no function, so that none of ours can run at the wrong time.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    // SAFETY: between fork and exec, `prepare` makes system calls only and allocates nothing.
+    unsafe { command.pre_exec(move || prepare(dispositions, limit)) };
+    let child = command.spawn()?;
+    Ok(Pid::from_raw(child.id() as libc::pid_t))
+}
+
+/// In the new process: gives it the signals and descriptors that a program expects.
+fn prepare(dispositions: Dispositions, limit: DescriptorLimit) -> io::Result<()> {
+    if let Some((soft, hard)) = limit.0 {
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+    }
+    for &(number, handler) in dispositions {
+        // SAFETY: neither the default nor ignoring is a function, so that none of ours can run.
+        unsafe { signal(number, handler) }?;
+    }
+    SigSet::empty().thread_set_mask()?;
+    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    // SAFETY: it only sets a flag on descriptors; no memory is involved.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
+    match Errno::result(result) {
+        // Kernels before 5.11 cannot. Our own descriptors are close-on-exec anyway.
+        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How a program failed, as the end of a sentence about it.
+pub(super) fn describe(end: WaitStatus) -> String {
+    match end {
+        WaitStatus::Exited(_, status) => format!("failed with exit status {status}"),
+        WaitStatus::Signaled(_, signal, _) => {
+            format!("failed with signal {} ({signal})", signal as i32)
+        }
+        other => format!("failed with {other:?}"),
+    }
+}

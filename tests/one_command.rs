@@ -1,0 +1,385 @@
+//! `capture -- COMMAND` and `serve -- COMMAND`: the streamer starts CRIU, and its one exit status
+//! tells of both. A shell script stands in for the command, and the test for CRIU's connection.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::common::child::{Limit, wait_for_end};
+use crate::common::image::{self, Files};
+use crate::common::random;
+use crate::common::runs::{self, assert_same_files};
+use crate::common::shards::{Collector, pipe, pipes};
+use crate::common::streamer::{Exit, Launch, Streamer, binary};
+use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use tempfile::TempDir;
+
+/// A command that ends with a status when the test says so.
+struct Gate {
+    dir: TempDir,
+}
+
+impl Gate {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        mkfifo(&dir.path().join("gate"), Mode::S_IRWXU).unwrap();
+        Self { dir }
+    }
+
+    fn script(&self, then: &str) -> String {
+        format!(
+            "cd '{}'; read -r _ <gate; {then}",
+            self.dir.path().display()
+        )
+    }
+
+    fn open(&self) {
+        fs::write(self.dir.path().join("gate"), "go\n").unwrap();
+    }
+}
+
+fn files() -> Files {
+    Files::from([
+        ("pages-1.img".to_owned(), random::bytes(1, 3 << 20)),
+        ("inventory.img".to_owned(), random::bytes(2, 50)),
+    ])
+}
+
+/// Another status than 1 is only ever that of the command.
+#[track_caller]
+fn assert_ended(exit: &Exit, status: i32, words: &[&str]) {
+    assert_eq!(exit.status.code(), Some(status), "{}", exit.stderr);
+    for word in words {
+        assert!(exit.error().contains(word), "{word}: {}", exit.error());
+    }
+}
+
+/// What a launch needs beside the command.
+fn serving(launch: Launch, dir: &Path) -> Launch {
+    let shards = image::encode_files(&files(), 1, 4096);
+    fs::write(dir.join("image"), &shards[0]).unwrap();
+    let bring = format!("cat '{}'", dir.join("image").display());
+    launch.args(["--shard-cmd", &bring])
+}
+
+fn serving_with_index(dir: &Path) -> Launch {
+    let script = format!("cat >'{}/s{{}}'", dir.display());
+    let with = |launch: Launch, script: &str| launch.args(["--index", "--shard-cmd", script]);
+    let mut capture = with(Streamer::capture(), &script).start();
+    runs::send(&capture, &files());
+    capture.expect_success();
+    with(Streamer::serve(), &format!("cat '{}/s{{}}'", dir.display()))
+}
+
+fn all_launches(dir: &Path) -> [Launch; 4] {
+    let discard = ["--shard-cmd", "cat >/dev/null"];
+    [
+        Streamer::capture().args(discard),
+        serving(Streamer::serve(), dir),
+        serving(Streamer::extract_serve(), dir),
+        serving_with_index(dir),
+    ]
+}
+
+#[test]
+fn a_command_that_fails_before_it_connects_fails_the_transfer_at_once() {
+    let dir = TempDir::new().unwrap();
+    for launch in all_launches(dir.path()) {
+        let exit = launch.criu_command("exit 7").run();
+        assert_ended(&exit, 7, &["sh -c exit 7", "exit status 7"]);
+        assert!(exit.progress.contains(&"socket-init".to_owned()));
+    }
+    for launch in all_launches(dir.path()) {
+        let exit = launch.criu_command("kill -KILL $$").run();
+        assert_ended(&exit, 128 + 9, &["signal 9", "SIGKILL"]);
+    }
+}
+
+#[test]
+fn a_command_that_ends_well_without_having_connected_is_an_error_that_says_what_to_look_at() {
+    let dir = TempDir::new().unwrap();
+    for launch in all_launches(dir.path()) {
+        let exit = launch.criu_command("true").run();
+        exit.expect_failure(&["without having connected", "--stream", "--images-dir"]);
+    }
+}
+
+#[test]
+fn a_dump_into_the_directory_is_known_for_what_it_is() {
+    let images = TempDir::new().unwrap();
+    // CRIU's magic.
+    let script = format!(
+        r"printf '\026\061\061\130...' >'{}/inventory.img'",
+        images.path().display()
+    );
+    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
+    let exit = capture
+        .images_dir(images.path())
+        .criu_command(&script)
+        .run();
+    exit.expect_failure(&["--stream was probably forgotten"]);
+}
+
+#[test]
+fn a_command_that_is_not_there_is_named() {
+    let dir = TempDir::new().unwrap();
+    let output = std::process::Command::new(binary())
+        .arg("-D")
+        .arg(dir.path())
+        .args(["--shard-cmd", "cat", "capture", "--", "nonesuch", "dump"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("Error: starting `nonesuch dump`"), "{said}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// CRIU may fail when it has delivered everything: to unlock the network, or in an action script.
+#[test]
+fn an_image_is_whole_only_when_the_command_has_ended_well() {
+    for (status, is_whole) in [(0, true), (3, false)] {
+        let gate = Gate::new();
+        let (readers, writers) = pipes(2, None);
+        let script = gate.script(&format!("exit {status}"));
+        let launch = Streamer::capture().shards(writers);
+        let mut streamer = launch.criu_command(&script).start();
+        let collector = Collector::start(readers);
+        runs::send(&streamer, &files());
+        assert!(
+            streamer.outlasts(Duration::from_millis(300)),
+            "it waits for the command"
+        );
+        gate.open();
+        let exit = streamer.wait();
+        let decoded = image::decode(&collector.finish());
+        if is_whole {
+            assert!(exit.status.success(), "{}", exit.stderr);
+            assert_same_files(&decoded.unwrap(), &files());
+            assert!(exit.progress.last().unwrap().starts_with('{'));
+        } else {
+            assert_ended(&exit, status, &["exit status 3"]);
+            assert!(decoded.is_err(), "it has an end marker");
+        }
+    }
+}
+
+/// What CRIU says is the reason, not what its end looks like from here.
+#[test]
+fn a_dump_that_fails_half_way_ends_with_its_own_status() {
+    let gate = Gate::new();
+    let script = gate.script("sleep 0.3; exit 5");
+    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
+    let mut streamer = capture.criu_command(&script).start();
+    let criu = streamer.criu();
+    criu.write_file("pages-1.img", &[1; 100_000]);
+    gate.open();
+    drop(criu);
+    assert_ended(&streamer.wait(), 5, &["exit status 5", "inventory.img"]);
+}
+
+/// CRIU sees its pipes break, lets the application go on, and only then are we gone.
+#[test]
+fn when_the_transfer_fails_the_command_is_waited_for_and_not_ended() {
+    for signal in [None, Some(Signal::SIGTERM), Some(Signal::SIGINT)] {
+        let gate = Gate::new();
+        let script = gate.script("echo thawed >thawed; exit 1");
+        let shard = match signal {
+            None => "head -c 100000 >/dev/null; exit 6",
+            Some(_) => "cat >/dev/null",
+        };
+        let capture = Streamer::capture().args(["--shard-cmd", shard]);
+        let mut streamer = capture.criu_command(&script).start();
+        let criu = streamer.criu();
+        let mut pages = criu.create_file("pages-1.img");
+        if let Some(signal) = signal {
+            streamer.signal(signal);
+        }
+        let bytes = vec![1; 32 << 20];
+        let error = loop {
+            if let Err(error) = std::io::Write::write_all(&mut pages, &bytes) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+        assert!(
+            !wait_for_end(&streamer.pidfd(), Duration::from_millis(300)),
+            "it was not waited for"
+        );
+        gate.open();
+        let exit = streamer.wait();
+        let (status, word) = match signal {
+            None => (1, "shard command 1"),
+            Some(signal) => (128 + signal as i32, signal.as_str()),
+        };
+        assert_ended(&exit, status, &[word]);
+        assert!(gate.dir.path().join("thawed").exists());
+    }
+}
+
+/// The images directory's socket is gone, so that it cannot connect any more.
+#[test]
+fn a_command_that_does_not_end_is_left_alone_after_a_signal() {
+    let gate = Gate::new();
+    // Of its standard streams the test waits for the end.
+    let script = gate.script("echo done >done");
+    let script = format!("exec 2>/dev/null; {script}");
+    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
+    let mut streamer = capture.criu_command(&script).start();
+    streamer.wait_for_line("socket-init");
+    streamer.signal(Signal::SIGTERM);
+    let exit = streamer.wait();
+    assert_eq!(exit.status.code(), Some(128 + 15));
+    assert!(
+        exit.stderr.contains("goes on, as process"),
+        "{}",
+        exit.stderr
+    );
+    gate.open();
+    let deadline = std::time::Instant::now() + crate::common::HANG_TIMEOUT;
+    while !gate.dir.path().join("done").exists() {
+        assert!(std::time::Instant::now() < deadline, "it was ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_restore_is_waited_for_and_its_status_counts() {
+    let dir = TempDir::new().unwrap();
+    let launches = |dir| all_launches(dir).into_iter().skip(1);
+    for status in [0, 9] {
+        for launch in launches(dir.path()) {
+            let gate = Gate::new();
+            let script = gate.script(&format!("exit {status}"));
+            let mut streamer = launch.criu_command(&script).start();
+            let criu = streamer.criu();
+            for (name, content) in &files() {
+                criu.expect_file(name, content);
+            }
+            drop(criu);
+            assert!(
+                streamer.outlasts(Duration::from_millis(300)),
+                "it waits for the command"
+            );
+            gate.open();
+            let exit = streamer.wait();
+            assert_eq!(exit.status.code(), Some(status), "{}", exit.stderr);
+        }
+    }
+}
+
+/// A restored application in the terminal's foreground has a use for ^C, which the whole group
+/// gets. SIGTERM is meant for us, and ends neither CRIU nor the application.
+#[test]
+fn when_all_is_restored_an_interrupt_is_the_applications() {
+    let dir = TempDir::new().unwrap();
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let gate = Gate::new();
+        let launch = serving(Streamer::serve(), dir.path());
+        let script = format!("exec 2>/dev/null; {}", gate.script("echo done >done"));
+        let mut streamer = launch.criu_command(&script).start();
+        let criu = streamer.criu();
+        for (name, content) in &files() {
+            criu.expect_file(name, content);
+        }
+        drop(criu);
+        assert!(streamer.outlasts(Duration::from_millis(300)));
+        streamer.signal(signal);
+        if signal == Signal::SIGTERM {
+            assert_eq!(streamer.wait().status.code(), Some(128 + 15));
+            gate.open();
+        } else {
+            assert!(streamer.outlasts(Duration::from_millis(300)));
+            gate.open();
+            streamer.expect_success();
+            assert!(gate.dir.path().join("done").exists());
+        }
+    }
+}
+
+/// `--shell-job` needs our process group. A dump that is killed leaves the application as it is, so
+/// that signals for the whole group are kept from it; a restore is a program like any other.
+#[test]
+fn a_command_starts_like_one_that_a_shell_started_in_our_process_group() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("seen");
+    let script = format!(
+        "{{ grep Sig /proc/self/status; echo fds /proc/self/fd/*; ps -o pgid= -p $$ -p $PPID; \
+         ulimit -Sn; ulimit -Hn; }} >'{}'; exit 3",
+        path.display()
+    );
+    let (_reader, leaked) = pipe();
+    let number = |signal: Signal| 1_u64 << (signal as i32 - 1);
+    let ending = [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+    ];
+    let ending = ending.into_iter().map(number).sum::<u64>();
+    let discard = ["--shard-cmd", "cat >/dev/null"];
+    for (launch, ignored) in [
+        (Streamer::capture().args(discard), ending),
+        (serving(Streamer::serve(), dir.path()), 0),
+    ] {
+        let exit = launch
+            .inherit(leaked.try_clone().unwrap())
+            .limit(Limit::OpenFiles(900))
+            .limit(Limit::SoftOpenFiles(300))
+            .criu_command(&script)
+            .run();
+        assert_ended(&exit, 3, &[]);
+        let seen = fs::read_to_string(&path).unwrap();
+        let mask = |name| {
+            let line = seen.lines().find(|line| line.starts_with(name)).unwrap();
+            let signals = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
+            // Others are the business of the C library, or of the starter of this test.
+            signals & (ending | number(Signal::SIGPIPE) | number(Signal::SIGCHLD))
+        };
+        assert_eq!(mask("SigBlk"), 0, "{seen}");
+        assert_eq!(mask("SigIgn"), ignored, "{seen}");
+        let fds = seen.lines().find(|line| line.starts_with("fds")).unwrap();
+        let extra = fds.split(' ').filter_map(|path| path.rsplit('/').next());
+        let extra: Vec<u32> = extra.filter_map(|fd| fd.parse().ok()).collect();
+        // The shell holds the directory that it lists, and may hold a copy of its standard output.
+        let ours = |fd: &u32| *fd > 2 && *fd < 10;
+        assert!(
+            extra.iter().filter(|fd| ours(fd)).count() <= 1,
+            "descriptors of the command: {fds}"
+        );
+        let numbers: Vec<_> = seen
+            .lines()
+            .skip_while(|line| line != &fds)
+            .skip(1)
+            .collect();
+        assert_eq!(numbers[0], numbers[1], "the streamer's process group");
+        assert_eq!(numbers[2..], ["300", "900"], "limits on descriptors");
+    }
+}
+
+#[test]
+fn extract_starts_no_command() {
+    let exit = Streamer::extract().criu_command("true").run();
+    exit.expect_failure(&["extract", "--serve"]);
+}
+
+/// Nobody has to run it.
+#[test]
+fn people_are_not_told_to_run_criu_where_it_is_started() {
+    let dir = TempDir::new().unwrap();
+    for with_command in [false, true] {
+        let launch = serving(Streamer::serve(), dir.path()).args(["--progress-bar"]);
+        let launch = match with_command {
+            true => launch.criu_command("exit 3"),
+            false => launch,
+        };
+        let mut streamer = launch.start();
+        if !with_command {
+            drop(streamer.criu());
+        }
+        let said = streamer.wait().stderr;
+        assert_eq!(said.contains("run `criu restore"), !with_command, "{said}");
+    }
+}
