@@ -10,7 +10,7 @@
 //! * [`store`]: where received files go: memory, disk, external files, or nowhere
 //! * [`listen_ports`]: changes the ports that the application listens on
 //! * [`criu`]: the socket over which CRIU asks for files and passes pipes
-//! * [`supervision`]: all that can end a transfer: signals, pumps, shard commands
+//! * [`supervision`]: all that can end a transfer: signals, pumps, commands
 //! * [`report`]: what is counted, and what programs and people are told
 //! * [`format`]: the image format: markers, and names of files
 //! * `pace`: when to look again, and why
@@ -44,7 +44,7 @@ use supervision::Failure;
 /// When not all of it worked.
 pub fn run() -> Result<(), Failure> {
     match cli::parse() {
-        ParseResult::Ok(args) => commands::run(Plan::new(args)?),
+        ParseResult::Ok(args) => commands::run(Plan::new(*args)?),
         ParseResult::Text(text) => {
             // A reader such as `head` may have seen enough.
             let _ = writeln!(std::io::stdout(), "{text}");

@@ -25,6 +25,8 @@ mod cli;
 mod drain;
 /// A dump that falls short is refused, and named.
 mod dumps;
+/// External files by commands: started in time, waited for, and their failures are ours.
+mod external_command;
 /// `extract`: a whole image comes to the disk, or nothing.
 mod extract;
 /// Images of the original program are read, and ours look like them.

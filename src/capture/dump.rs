@@ -81,19 +81,21 @@ pub(super) struct Dump {
 }
 
 impl Dump {
+    /// An external file of this name will come.
+    pub(super) fn expect_external(&mut self, name: ImageName) {
+        self.external_names.push(name);
+    }
+
     /// Starts a file. One of the same name that is still open is replaced by it.
     ///
     /// # Errors
     /// When CRIU sends a file that has the name of an external one.
     pub(super) fn open(&mut self, mut source: Source) -> Result<&Source> {
         let name = source.name.clone();
-        match source.owner {
-            Owner::External => self.external_names.push(name.clone()),
-            Owner::Criu => ensure!(
-                !self.external_names.contains(&name),
-                "capturing {name}: CRIU sends a file of this name too; give the external file another name"
-            ),
-        }
+        ensure!(
+            source.owner == Owner::External || !self.external_names.contains(&name),
+            "capturing {name}: CRIU sends a file of this name too; give the external file another name"
+        );
         let id = self.next_id;
         self.next_id += 1;
         source.id = id;

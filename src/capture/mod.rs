@@ -32,7 +32,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
@@ -44,7 +44,7 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::{CriuCommand, Failure, Interrupts};
+use crate::supervision::{CriuCommand, Failure, Interrupts, LOOK_AGAIN, ShellCommand};
 use beside::Beside;
 use dump::Dump;
 pub(crate) use sequence::HasIndex;
@@ -71,6 +71,13 @@ const OTHER_DESCRIPTORS: usize = 32;
 /// before it gets another one.
 const OPEN_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Where an external file comes from.
+pub(crate) enum External {
+    Pipe(ReadEnd),
+    /// To be started when the application is frozen.
+    Command(ShellCommand),
+}
+
 /// What to capture from, and where to.
 pub(crate) struct Capture<'a> {
     /// Where CRIU writes what it does not stream.
@@ -79,7 +86,7 @@ pub(crate) struct Capture<'a> {
     /// The shards' pipes, with what error messages call them.
     pub(crate) shards: Vec<(WriteEnd, String)>,
     pub(crate) has_index: HasIndex,
-    pub(crate) external_files: Vec<(ImageName, ReadEnd)>,
+    pub(crate) external_files: Vec<(ImageName, External)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<&'a CriuCommand>,
@@ -125,6 +132,8 @@ struct CaptureLoop<'a> {
     /// Set while every open file is idle and the limit is reached.
     idle_since: Option<Instant>,
     is_frozen: bool,
+    /// The commands of external files, until the application is frozen.
+    file_commands: Vec<(ImageName, ShellCommand)>,
     progress: &'a mut Progress,
     files: Counter,
 }
@@ -155,12 +164,17 @@ impl Capture<'_> {
             most_open: descriptor_limit().saturating_sub(taken).max(1),
             idle_since: None,
             is_frozen: false,
+            file_commands: Vec::new(),
             progress: self.progress,
             files: self.counters.files,
         };
         capture.watch().context("preparing to wait for events")?;
-        for (name, pipe) in self.external_files {
-            capture.open(dump::external_file(name, pipe)?)?;
+        for (name, source) in self.external_files {
+            capture.dump.expect_external(name.clone());
+            match source {
+                External::Pipe(pipe) => capture.open(dump::external_file(name, pipe)?)?,
+                External::Command(command) => capture.file_commands.push((name, command)),
+            }
         }
         capture.progress.reached(Milestone::SocketInit);
         interrupts.start_criu(self.criu, Direction::Out)?;
@@ -233,7 +247,11 @@ impl<'a> CaptureLoop<'a> {
                 self.listener = None;
                 self.clients.close_idle();
                 self.dump.check()?;
-                if self.dump.open_files() == 0 && self.interrupts.criu_has_succeeded() {
+                self.check_file_commands()?;
+                if self.dump.open_files() == 0
+                    && self.interrupts.criu_has_succeeded()
+                    && self.interrupts.file_commands_have_succeeded()
+                {
                     return self.beside.check();
                 }
             }
@@ -244,6 +262,10 @@ impl<'a> CaptureLoop<'a> {
             wait = Wait::Now;
             match activity {
                 Activity::Idle if self.missed_criu().is_some() => {}
+                Activity::Idle if self.clients.all_gone() => {
+                    self.interrupts.check()?;
+                    wait = Wait::Until(Instant::now() + LOOK_AGAIN);
+                }
                 Activity::Idle => wait = Wait::Forever.or_until(self.clients.grace_ends()),
                 Activity::NoRoom => pace.nap_longer(),
                 Activity::Busy | Activity::Complete => pace.nap(),
@@ -318,6 +340,7 @@ impl<'a> CaptureLoop<'a> {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);
+                self.start_file_commands()?;
             }
             self.beside.unwatch();
             self.open(source)?;
@@ -325,6 +348,25 @@ impl<'a> CaptureLoop<'a> {
         }
         taken?;
         Ok(activity)
+    }
+
+    fn start_file_commands(&mut self) -> Result<()> {
+        for (name, command) in std::mem::take(&mut self.file_commands) {
+            let pipe = self.interrupts.start_file_writer(&command)?;
+            self.open(dump::external_file(name, pipe)?)?;
+        }
+        Ok(())
+    }
+
+    /// Fails if a command of an external file will never be started, now that CRIU is gone: what
+    /// was asked for would not be in the image.
+    fn check_file_commands(&self) -> Result<()> {
+        match self.file_commands.first() {
+            None => Ok(()),
+            Some((name, _)) => bail!(
+                "capturing {name}: its command was not started, since no application was frozen: leave out --ext-file-cmd where CRIU dumps none"
+            ),
+        }
     }
 
     fn open(&mut self, source: Source) -> Result<()> {

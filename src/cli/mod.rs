@@ -16,8 +16,9 @@ use structopt::clap::{AppSettings, ErrorKind};
 
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
+use crate::supervision::ShellCommand;
 use descriptor::FdNumber;
-pub(crate) use plan::{Action, Plan, Shards};
+pub(crate) use plan::{Action, FileEnd, Plan, Shards};
 
 /// What was typed.
 #[derive(Debug, PartialEq, Eq, StructOpt)]
@@ -73,6 +74,12 @@ pub struct Args {
     /// restore
     #[structopt(short, long, value_name = "name:fd,...", global = true)]
     ext_file_fds: Option<List<ExternalFile>>,
+
+    /// External file by a shell command, which must succeed: capture starts it when the application
+    /// is frozen, and adds its output to the image; extract and serve pipe the file into it, and it
+    /// has ended before CRIU is started. May be repeated
+    #[structopt(long, value_name = "name:command", number_of_values = 1, global = true)]
+    ext_file_cmd: Vec<ExternalFileCommand>,
 
     /// Descriptor for progress lines and statistics [default: 2; none with --progress-bar]
     #[structopt(short, long, value_name = "fd", global = true)]
@@ -185,18 +192,52 @@ impl FromStr for ExternalFile {
         let (name, fd) = text
             .rsplit_once(':')
             .ok_or_else(|| format!("{text:?} is not of the form name:fd, such as fs.tar:10"))?;
-        let name = ImageName::new(name)
-            .map_err(|why| format!("an external file cannot be named {name:?}: {why}"))?;
         Ok(Self {
-            name,
+            name: external_name(name)?,
             fd: fd.parse()?,
         })
     }
 }
 
+fn external_name(name: &str) -> Result<ImageName, String> {
+    let why = |why| format!("an external file cannot be named {name:?}: {why}");
+    ImageName::new(name).map_err(why)
+}
+
+/// An external file's name in the image, and the command that it comes from or goes to.
+#[derive(Debug, PartialEq, Eq)]
+struct ExternalFileCommand {
+    name: ImageName,
+    command: String,
+}
+
+impl FromStr for ExternalFileCommand {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, command) = text.split_once(':').ok_or_else(|| {
+            format!("{text:?} is not of the form name:command, such as 'fs.tar:tar -C fs -cf - .'")
+        })?;
+        if command.trim().is_empty() {
+            return Err(format!("the command of {name:?} is empty"));
+        }
+        Ok(Self {
+            name: external_name(name)?,
+            command: command.to_owned(),
+        })
+    }
+}
+
+impl ExternalFileCommand {
+    fn end(self) -> (ImageName, FileEnd) {
+        let command = ShellCommand::for_file(self.name.clone(), self.command);
+        (self.name, FileEnd::Command(command))
+    }
+}
+
 /// What the command line asks for.
 pub(crate) enum ParseResult {
-    Ok(Args),
+    Ok(Box<Args>),
     /// Help or the version, to show instead of doing something.
     Text(String),
     /// Nothing was typed: how to, in short.
@@ -227,10 +268,25 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+const EXT_FILE_CMD: &str = "--ext-file-cmd";
+
+/// How often an option was typed.
+fn typed(option: &str) -> usize {
+    let options = std::env::args_os().take_while(|word| word != "--");
+    let is_it = |word: &OsString| {
+        let rest = word.to_str().and_then(|word| word.strip_prefix(option));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    };
+    options.filter(is_it).count()
+}
+
 /// Parses what was typed.
 pub(crate) fn parse() -> ParseResult {
     match Args::from_iter_safe(std::env::args_os()) {
-        Ok(args) => ParseResult::Ok(args),
+        Ok(args) if args.ext_file_cmd.len() < typed(EXT_FILE_CMD) => ParseResult::Err(anyhow!(
+            "{EXT_FILE_CMD}: some stand before the subcommand and some behind it, and only these would count: give all of them on one side"
+        )),
+        Ok(args) => ParseResult::Ok(Box::new(args)),
         Err(error) => match error.kind {
             ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
                 ParseResult::Text(error.message)
@@ -286,5 +342,12 @@ mod tests {
         let file: ExternalFile = "a:b:7".parse().unwrap();
         assert_eq!(file.name, ImageName::new("a:b").unwrap());
         assert_eq!(file.fd, "7".parse().unwrap());
+    }
+
+    #[test]
+    fn an_external_files_command_may_have_colons() {
+        let file: ExternalFileCommand = "fs.tar:ssh a:b".parse().unwrap();
+        assert_eq!(file.name, ImageName::new("fs.tar").unwrap());
+        assert_eq!(file.command, "ssh a:b");
     }
 }

@@ -16,7 +16,7 @@ use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
 use crate::report::progress::Progress;
-use crate::supervision::{CriuCommand, ShardCommand};
+use crate::supervision::{CriuCommand, ShellCommand};
 
 /// The most shards that commands are started for: each is a pipe of 1 MiB and a pipeline of
 /// processes, and more have never been faster.
@@ -45,7 +45,7 @@ impl Action {
 pub(crate) enum Shards {
     /// With what messages call them.
     Descriptors(Vec<(OwnedFd, String)>),
-    Commands(Vec<ShardCommand>),
+    Commands(Vec<ShellCommand>),
 }
 
 impl Shards {
@@ -53,9 +53,15 @@ impl Shards {
     pub(crate) fn labels(&self) -> Vec<String> {
         match self {
             Shards::Descriptors(fds) => fds.iter().map(|(_, label)| label.clone()).collect(),
-            Shards::Commands(commands) => commands.iter().map(ShardCommand::label).collect(),
+            Shards::Commands(commands) => commands.iter().map(ShellCommand::label).collect(),
         }
     }
+}
+
+/// Where an external file comes from, or goes to.
+pub(crate) enum FileEnd {
+    Descriptor(OwnedFd),
+    Command(ShellCommand),
 }
 
 impl Default for Shards {
@@ -74,7 +80,7 @@ pub(crate) struct Plan {
     pub(crate) has_index: bool,
     /// The most that is held of an image that arrives, in bytes.
     pub(crate) hold_at_most: Option<u64>,
-    pub(crate) external_files: Vec<(ImageName, OwnedFd)>,
+    pub(crate) external_files: Vec<(ImageName, FileEnd)>,
     pub(crate) remaps: Vec<Remap>,
     /// Where `list` writes to; `None`: nowhere.
     pub(crate) listing: Option<OwnedFd>,
@@ -136,11 +142,15 @@ impl Plan {
         };
         let external_files = args.ext_file_fds.map_or_else(Vec::new, |list| list.0);
         ensure!(
-            external_files.is_empty() || action != Action::List,
-            "--ext-file-fds: `list` only counts external files, as all others: use `extract`"
+            action != Action::List || (external_files.is_empty() && args.ext_file_cmd.is_empty()),
+            "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`"
         );
-        if let Some(file) = first_repeated(&external_files, |file| &file.name) {
-            bail!("--ext-file-fds: {} is named twice", file.name);
+        let names = external_files.iter().map(|file| &file.name);
+        let names: Vec<_> = names
+            .chain(args.ext_file_cmd.iter().map(|file| &file.name))
+            .collect();
+        if let Some(name) = first_repeated(&names, |&name| name) {
+            bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
         }
         let progress_fd = match args.progress_fd {
             None if args.progress_bar || STDERR.was_closed_at_start() => None,
@@ -208,7 +218,8 @@ impl Plan {
             hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
             external_files: external_files
                 .into_iter()
-                .map(|(name, fd)| Ok((name, fd.claim()?)))
+                .map(|(name, fd)| Ok((name, FileEnd::Descriptor(fd.claim()?))))
+                .chain(args.ext_file_cmd.into_iter().map(|file| Ok(file.end())))
                 .collect::<Result<_>>()?,
             remaps,
             listing: listing.map(|fd| fd.claim()).transpose()?,
@@ -229,7 +240,7 @@ fn shard_commands(
     count: Option<usize>,
     has_index: bool,
     shard_fds: &Option<List<FdNumber>>,
-) -> Result<Option<Vec<ShardCommand>>> {
+) -> Result<Option<Vec<ShellCommand>>> {
     let Some(text) = text else {
         ensure!(
             count.is_none(),
@@ -251,7 +262,7 @@ fn shard_commands(
         !has_index || text.contains("{}"),
         "--index: the command has no {{}}, so that the index would go where the other shard goes"
     );
-    Ok(Some(ShardCommand::all(&text, count, has_index)))
+    Ok(Some(ShellCommand::for_shards(&text, count, has_index)))
 }
 
 /// The first item whose key an earlier one has.

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::Transfer;
-use crate::capture::{Capture, HasIndex};
-use crate::cli::{Plan, Shards};
+use crate::capture::{Capture, External, HasIndex};
+use crate::cli::{FileEnd, Plan, Shards};
 use crate::criu::{Listener, Role};
 use crate::supervision::Failure;
 
@@ -14,9 +14,12 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure>
     let external_files = plan
         .external_files
         .into_iter()
-        .map(|(name, fd)| {
-            let pipe = interrupts.source(fd, name.as_str())?;
-            Ok((name, pipe))
+        .map(|(name, end)| {
+            let source = match end {
+                FileEnd::Descriptor(fd) => External::Pipe(interrupts.source(fd, name.as_str())?),
+                FileEnd::Command(command) => External::Command(command),
+            };
+            Ok((name, source))
         })
         .collect::<Result<_>>()?;
     let shards = match plan.shards {

@@ -6,7 +6,6 @@ mod list;
 mod serve;
 
 use std::fs::DirBuilder;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Action, Plan, Shards, Usage};
+use crate::cli::{Action, FileEnd, Plan, Shards, Usage};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{ReadEnd, WriteEnd};
@@ -74,7 +73,7 @@ impl Transfer {
     fn receive<S: Store + 'static>(
         &mut self,
         shards: Shards,
-        external_files: Vec<(ImageName, OwnedFd)>,
+        external_files: Vec<(ImageName, FileEnd)>,
         store: S,
     ) -> Result<(S, Stats), Failure> {
         let (shards, external_files) = self.open(shards, external_files)?;
@@ -92,12 +91,15 @@ impl Transfer {
     fn open(
         &mut self,
         shards: Shards,
-        external_files: Vec<(ImageName, OwnedFd)>,
+        external_files: Vec<(ImageName, FileEnd)>,
     ) -> Result<(ShardPipes, FilePipes)> {
         let external_files = external_files
             .into_iter()
-            .map(|(name, fd)| {
-                let pipe = self.interrupts.sink(fd, name.as_str())?;
+            .map(|(name, end)| {
+                let pipe = match end {
+                    FileEnd::Descriptor(fd) => self.interrupts.sink(fd, name.as_str())?,
+                    FileEnd::Command(command) => self.interrupts.start_file_reader(&command)?,
+                };
                 Ok((name, pipe))
             })
             .collect::<Result<_>>()?;

@@ -3,6 +3,8 @@
 //! An image with an index is served while it arrives: receiving and serving take turns in one loop,
 //! and each says how long it can wait.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result, anyhow};
 
 use super::{ExternalFiles, Transfer, check_whole};
@@ -18,7 +20,7 @@ use crate::report;
 use crate::report::progress::Milestone;
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{Failure, Interrupts, LOOK_AGAIN};
 
 pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve)?;
@@ -95,15 +97,24 @@ fn serve_arriving(
             && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
     };
     let mut is_laid_out = false;
-    while !is_laid_out || !is_whole(&mut arriving) {
-        let rests = !is_laid_out && arriving.received() > most;
-        let reading = if rests {
+    while !is_laid_out
+        || !is_whole(&mut arriving)
+        // CRIU wants to find in place what these unpack.
+        || !interrupts.file_commands_have_succeeded()
+    {
+        let holds_enough = arriving.received() > most;
+        let reading = if holds_enough && !is_laid_out {
             Reading::UpTo(None)
+        } else if holds_enough && is_whole(&mut arriving) {
+            Reading::UpTo(arriving.wanted(std::iter::empty()))
         } else {
             Reading::All
         };
         wait = pace.after(arriving.step(wait, reading)?);
         interrupts.check()?;
+        if !interrupts.file_commands_have_succeeded() {
+            wait = wait.or(Wait::Until(Instant::now() + LOOK_AGAIN));
+        }
         if !is_laid_out
             && let Some(index) = arriving.index()
             && interrupts.command_has_succeeded(index)

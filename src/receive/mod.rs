@@ -218,6 +218,9 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.last = turn;
         self.check_memory()?;
         let (sent, room_to_send) = self.image.outlets().send()?;
+        for name in self.image.outlets().take_sent_whole() {
+            self.interrupts.end_input(&name);
+        }
         if turn == Turn::Busy {
             return Ok(Activity::Filled { found, room });
         }

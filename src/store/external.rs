@@ -52,6 +52,8 @@ struct Outlet {
 #[derive(Debug)]
 pub(crate) struct Outlets {
     all: Vec<Outlet>,
+    /// The files that were sent to their ends since this was asked for.
+    sent_whole: Vec<ImageName>,
     /// Bytes that were sent.
     sent: u64,
 }
@@ -74,6 +76,7 @@ impl Outlets {
         });
         Ok(Self {
             all: outlets.collect::<Result<_>>()?,
+            sent_whole: Vec::new(),
             sent: 0,
         })
     }
@@ -138,7 +141,7 @@ impl Outlets {
         missing.sort();
         if !missing.is_empty() {
             bail!(
-                "--ext-file-fds: the image has no file named {}",
+                "external files: the image has no file named {}",
                 missing.join(", ")
             );
         }
@@ -178,7 +181,10 @@ impl Outlets {
                 .with_context(|| format!("writing {}", outlet.name))?;
             self.sent += (before - transfer.left()) as u64;
             match progress {
-                Progress::Done => outlet.transfer = None,
+                Progress::Done => {
+                    outlet.transfer = None;
+                    self.sent_whole.push(outlet.name.clone());
+                }
                 Progress::Waiting => {}
                 Progress::Partial { slots } => {
                     outlet.full = true;
@@ -195,6 +201,11 @@ impl Outlets {
             }
         }
         Ok((filled, room))
+    }
+
+    /// The files that were sent to their ends since the last time.
+    pub(crate) fn take_sent_whole(&mut self) -> Vec<ImageName> {
+        std::mem::take(&mut self.sent_whole)
     }
 
     /// Whether much is held for readers that are at work.

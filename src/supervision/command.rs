@@ -1,7 +1,9 @@
-//! Shell commands that take the shards away, or bring them: `--shard-cmd`.
+//! Shell commands that take the shards away, or bring them: `--shard-cmd`; and those of external
+//! files: `--ext-file-cmd`.
 //!
-//! With `exec 10> >(lz4 | aws …)` a failed upload goes unnoticed. Here the streamer starts each
-//! command and waits for it, and the transfer has succeeded only if every command did.
+//! With `exec 10> >(lz4 | aws …)` a failed upload goes unnoticed, and a pipe cannot tell a `tar`
+//! that has finished from one that has died. Here the streamer starts each command and waits for
+//! it, and the transfer has succeeded only if every command did.
 //!
 //! **What a command is.** Its shell, and every process of its group that the shell does not wait
 //! for: with `tee >(upload)` the upload outlives the shell. As a subreaper we become the parent of
@@ -16,8 +18,8 @@
 //! the end of its input for the end of the data. Processes whose shell is gone become our children
 //! (we are a subreaper). So they can be waited for, and no group is signalled that has ended.
 //!
-//! **What they inherit.** Standard error, and on capture standard output; on restore standard input
-//! is /dev/null. Nothing else: see `program`.
+//! **What they inherit.** Standard error, and standard output where it is not the pipe; standard
+//! input is /dev/null where it is not. Nothing else: see `program`.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,6 +35,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
 use super::program::{self, DescriptorLimit};
+use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
 
@@ -45,35 +48,61 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Between two looks at commands that are about to end.
 const NEXT_LOOK: Duration = Duration::from_millis(5);
 
-/// A command for one shard.
+/// What a command is for.
 #[derive(Debug, Clone)]
-pub(crate) struct ShardCommand {
-    /// What `{}` stands for: a number from 1, or `index`.
-    number: String,
+enum Purpose {
+    /// A shard, with what `{}` stands for: a number from 1, or `index`.
+    Shard(String),
+    ExternalFile(ImageName),
+}
+
+/// A command for one shard or external file.
+#[derive(Debug, Clone)]
+pub(crate) struct ShellCommand {
+    purpose: Purpose,
     /// What the shell is given.
     text: String,
 }
 
-impl ShardCommand {
+impl ShellCommand {
     /// One command for each shard: `{}` in the text is the shard's number, and `index` for one more
     /// where there is an index.
-    pub(crate) fn all(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
+    pub(crate) fn for_shards(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
         let numbers = (1..=shards).map(|number| number.to_string());
         let all = numbers.chain(has_index.then(|| "index".to_owned()));
         all.map(|number| Self {
             text: text.replace("{}", &number),
-            number,
+            purpose: Purpose::Shard(number),
         })
         .collect()
     }
 
+    /// The command of an external file.
+    pub(crate) fn for_file(name: ImageName, text: String) -> Self {
+        Self {
+            purpose: Purpose::ExternalFile(name),
+            text,
+        }
+    }
+
     /// What messages call it.
     pub(crate) fn label(&self) -> String {
-        format!("shard command {}", self.number)
+        match &self.purpose {
+            Purpose::Shard(number) => format!("shard command {number}"),
+            Purpose::ExternalFile(name) => format!("the command of external file {name}"),
+        }
     }
 
     fn with_text(&self) -> String {
         format!("{}, `{}`", self.label(), self.text)
+    }
+
+    fn is_for_shard(&self) -> bool {
+        matches!(self.purpose, Purpose::Shard(_))
+    }
+
+    fn is_for_file(&self, wanted: &ImageName) -> bool {
+        matches!(&self.purpose, Purpose::ExternalFile(name) if name == wanted)
     }
 }
 
@@ -94,8 +123,8 @@ enum Part {
 }
 
 struct Running {
-    command: ShardCommand,
-    /// Which way its shard goes.
+    command: ShellCommand,
+    /// Which way its data goes.
     direction: Direction,
     group: Pid,
     /// A copy of our end of the pipe. It tells whether the command has closed its own, and keeps
@@ -112,11 +141,11 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    /// Starts a command whose shard goes in `direction`, with its end of a pipe. `ours` is the
+    /// Starts a command whose data goes in `direction`, with its end of a pipe. `ours` is the
     /// other end.
     pub(super) fn start(
         &mut self,
-        command: ShardCommand,
+        command: ShellCommand,
         direction: Direction,
         theirs: OwnedFd,
         ours: impl AsFd,
@@ -140,7 +169,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Fails if a command has failed, with its number, text and status.
+    /// Fails if a command has failed, with what it is for, its text and status.
     pub(super) fn check(&self) -> Result<()> {
         self.running.iter().try_for_each(Running::check)
     }
@@ -152,16 +181,33 @@ impl Commands {
         }
     }
 
-    /// Whether all have ended well, as far as [`Commands::check`] has seen.
-    pub(super) fn have_succeeded(&self) -> bool {
-        let mut states = self.running.iter().map(|running| running.state.get());
-        states.all(|state| state == CommandState::Succeeded)
+    /// Lets the command of this external file, if there is one, see the end of its input.
+    pub(super) fn close_pipe_of(&mut self, file: &ImageName) {
+        let mut all = self.running.iter_mut();
+        if let Some(running) = all.find(|running| running.command.is_for_file(file)) {
+            running.pipe = None;
+        }
     }
 
-    /// Whether the command of this number, from 0, has; true where there is none.
-    pub(super) fn has_succeeded(&self, number: usize) -> bool {
-        let running = self.running.get(number);
-        running.is_none_or(|running| running.state.get() == CommandState::Succeeded)
+    /// Whether all have ended well, as far as [`Commands::check`] has seen.
+    pub(super) fn have_succeeded(&self) -> bool {
+        self.running.iter().all(Running::has_succeeded)
+    }
+
+    /// Whether those of external files have.
+    pub(super) fn have_succeeded_for_files(&self) -> bool {
+        let shards_or_well =
+            |running: &Running| running.command.is_for_shard() || running.has_succeeded();
+        self.running.iter().all(shards_or_well)
+    }
+
+    /// Whether the command of this shard, from 0, has; true where there is none.
+    pub(super) fn has_succeeded_for_shard(&self, number: usize) -> bool {
+        let mut of_shards = self
+            .running
+            .iter()
+            .filter(|running| running.command.is_for_shard());
+        of_shards.nth(number).is_none_or(Running::has_succeeded)
     }
 
     /// The reason behind an error of the transfer: a command that closed its pipe is given the time
@@ -178,14 +224,16 @@ impl Commands {
             std::thread::sleep(NEXT_LOOK);
         }
         let early = self.running.iter().find(|running| {
-            running.direction == Direction::Out
-                && running.state.get() == CommandState::Succeeded
-                && running.pipe.is_some()
+            running.direction == Direction::Out && running.has_succeeded() && running.pipe.is_some()
         });
         match early {
             Some(running) => anyhow!(
-                "{}: it ended with exit status 0 before it had read the whole shard, which is lost",
-                running.command.with_text()
+                "{}: it ended with exit status 0 before it had read the whole {}, which is lost",
+                running.command.with_text(),
+                match running.command.purpose {
+                    Purpose::Shard(_) => "shard",
+                    Purpose::ExternalFile(_) => "file",
+                }
             ),
             None => error,
         }
@@ -193,6 +241,10 @@ impl Commands {
 }
 
 impl Running {
+    fn has_succeeded(&self) -> bool {
+        self.state.get() == CommandState::Succeeded
+    }
+
     /// Finds out what became of the command, and fails if it has failed.
     fn check(&self) -> Result<()> {
         while self.state.get() == CommandState::Running {

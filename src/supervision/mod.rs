@@ -21,20 +21,22 @@ mod signals;
 mod socket;
 
 use std::any::Any;
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind};
-use crate::os::pipe::{self, ReadEnd, WriteEnd, uninterrupted};
+use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
 use command::Commands;
-pub(crate) use command::ShardCommand;
+pub(crate) use command::ShellCommand;
 use criu_command::RunningCriu;
 pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
 use program::DescriptorLimit;
@@ -42,9 +44,9 @@ use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
-/// Between two looks at the shard commands, in milliseconds: there is no signal when a process
-/// leaves a command's group.
-const LOOK_AGAIN: u8 = 100;
+/// Between two looks at commands that are to end: there is no signal when a process leaves a
+/// command's group.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Our ends of the shards' pipes, with what messages call them.
 type Pipes<E> = Vec<(E, String)>;
@@ -84,7 +86,8 @@ pub struct Interrupts {
     signals: Rc<Signals>,
     /// The limit that commands are to have.
     descriptor_limit: DescriptorLimit,
-    commands: Commands,
+    /// Those of external files are started in the middle of a capture.
+    commands: RefCell<Commands>,
     /// Empty where we start no CRIU, and until then.
     criu: OnceCell<RunningCriu>,
     /// The first failure of a pump.
@@ -100,7 +103,7 @@ impl Interrupts {
         Ok(Self {
             signals: Rc::new(Signals::catch()?),
             descriptor_limit: DescriptorLimit::now(),
-            commands: Commands::default(),
+            commands: RefCell::default(),
             criu: OnceCell::new(),
             failure: Arc::default(),
             writing: Vec::new(),
@@ -128,33 +131,58 @@ impl Interrupts {
     }
 
     /// Starts commands that read a shard each from their standard input.
-    pub(crate) fn start_readers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<WriteEnd>> {
-        let deal = |(read, write): (ReadEnd, _)| (read.into(), write);
-        self.start(Direction::Out, commands, deal)
+    pub(crate) fn start_readers(&self, commands: Vec<ShellCommand>) -> Result<Pipes<WriteEnd>> {
+        let start = |command: ShellCommand| Ok((self.start_reader(&command)?, command.label()));
+        commands.into_iter().map(start).collect()
     }
 
     /// Starts commands that write a shard each to their standard output.
-    pub(crate) fn start_writers(&mut self, commands: Vec<ShardCommand>) -> Result<Pipes<ReadEnd>> {
-        let deal = |(read, write): (_, WriteEnd)| (write.into(), read);
-        self.start(Direction::In, commands, deal)
+    pub(crate) fn start_writers(&self, commands: Vec<ShellCommand>) -> Result<Pipes<ReadEnd>> {
+        let start = |command: ShellCommand| Ok((self.start_writer(&command)?, command.label()));
+        commands.into_iter().map(start).collect()
     }
 
-    /// Starts commands. `deal` makes one end of a pipe theirs, and the other one ours.
-    fn start<E: AsFd>(
-        &mut self,
+    fn start_reader(&self, command: &ShellCommand) -> Result<WriteEnd> {
+        let (theirs, ours) = pipe::new()?;
+        self.start(command, Direction::Out, theirs.into(), &ours)?;
+        Ok(ours)
+    }
+
+    fn start_writer(&self, command: &ShellCommand) -> Result<ReadEnd> {
+        let (ours, theirs) = pipe::new()?;
+        self.start(command, Direction::In, theirs.into(), &ours)?;
+        Ok(ours)
+    }
+
+    /// Starts the command that an external file goes to.
+    pub(crate) fn start_file_reader(&self, command: &ShellCommand) -> Result<WriteEnd> {
+        let pipe = self.start_reader(command)?;
+        pipe::grow(&pipe, LARGEST)?;
+        Ok(pipe)
+    }
+
+    /// Starts the command that an external file comes from.
+    pub(crate) fn start_file_writer(&self, command: &ShellCommand) -> Result<ReadEnd> {
+        let pipe = self.start_writer(command)?;
+        pipe::grow(&pipe, LARGEST)?;
+        Ok(pipe)
+    }
+
+    fn start(
+        &self,
+        command: &ShellCommand,
         direction: Direction,
-        commands: Vec<ShardCommand>,
-        deal: impl Fn((ReadEnd, WriteEnd)) -> (OwnedFd, E),
-    ) -> Result<Pipes<E>> {
-        let start = |command: ShardCommand| {
-            let (theirs, ours) = deal(pipe::new()?);
-            let label = command.label();
-            let limit = self.descriptor_limit;
-            self.commands
-                .start(command, direction, theirs, &ours, limit)?;
-            Ok((ours, label))
-        };
-        commands.into_iter().map(start).collect()
+        theirs: OwnedFd,
+        ours: impl AsFd,
+    ) -> Result<()> {
+        let mut commands = self.commands.borrow_mut();
+        let limit = self.descriptor_limit;
+        commands.start(command.clone(), direction, theirs, ours, limit)
+    }
+
+    /// All of an external file has been sent: its command, if there is one, sees the end.
+    pub(crate) fn end_input(&self, file: &ImageName) {
+        self.commands.borrow_mut().close_pipe_of(file);
     }
 
     /// Starts the command that runs CRIU, if there is one, for an image that goes in `direction`.
@@ -195,18 +223,23 @@ impl Interrupts {
     pub fn check(&self) -> Result<()> {
         self.signals.check()?;
         self.check_pumps()?;
-        self.commands.check()?;
+        self.commands.borrow().check()?;
         self.criu.get().map_or(Ok(()), RunningCriu::check)
     }
 
     /// Whether all commands have ended well; true where there are none.
     pub(crate) fn commands_have_succeeded(&self) -> bool {
-        self.commands.have_succeeded()
+        self.commands.borrow().have_succeeded()
+    }
+
+    /// Whether the commands of external files have ended well; true where there are none.
+    pub(crate) fn file_commands_have_succeeded(&self) -> bool {
+        self.commands.borrow().have_succeeded_for_files()
     }
 
     /// Whether the command of this shard, from 0, has ended well; true where there are no commands.
     pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
-        self.commands.has_succeeded(shard)
+        self.commands.borrow().has_succeeded_for_shard(shard)
     }
 
     fn check_pumps(&self) -> Result<()> {
@@ -219,7 +252,7 @@ impl Interrupts {
     /// loses its pipes, the commands are ended, and CRIU is waited for.
     pub(crate) fn conclude<T>(&mut self, result: Result<T, Failure>) -> Result<T, Failure> {
         let concluded = result.and_then(|value| Ok(self.finish().map(|()| value)?));
-        let commands = mem::take(&mut self.commands);
+        let commands = mem::take(self.commands.get_mut());
         concluded.map_err(|Failure { error, mut open }| {
             let error = self.explain(error, &commands);
             open.push(Box::new(commands));
@@ -240,17 +273,18 @@ impl Interrupts {
             self.check()?;
         }
         self.check_pumps()?;
-        self.commands.close_pipes();
-        while !self.commands.have_succeeded() {
-            self.wait(None, LOOK_AGAIN)
-                .context("waiting for the shard commands")?;
+        self.commands.get_mut().close_pipes();
+        let look_again = PollTimeout::try_from(LOOK_AGAIN).expect("less than a month");
+        while !self.commands_have_succeeded() {
+            self.wait(None, look_again)
+                .context("waiting for the commands")?;
             self.check()?;
         }
         self.release_orphans()?;
         self.finish_criu()
     }
 
-    /// What is left of the shard commands, and what CRIU restores, need not be our children.
+    /// What is left of the commands, and what CRIU restores, need not be our children.
     ///
     /// # Errors
     /// None that are known.

@@ -68,7 +68,7 @@ pub struct Launch {
     ext_files: Vec<(String, OwnedFd)>,
     inherited: Vec<OwnedFd>,
     arguments: Vec<OsString>,
-    criu_command: Vec<OsString>,
+    arguments_behind: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     progress: Progress,
     stderr_reader_gone: bool,
@@ -95,7 +95,7 @@ impl Launch {
             ext_files: Vec::new(),
             inherited: Vec::new(),
             arguments: Vec::new(),
-            criu_command: Vec::new(),
+            arguments_behind: Vec::new(),
             environment: Vec::new(),
             progress: Progress::Pipe,
             stderr_reader_gone: false,
@@ -135,10 +135,16 @@ impl Launch {
         self
     }
 
-    /// A shell script as the command that is to run CRIU.
-    pub fn criu_command(mut self, script: &str) -> Self {
-        self.criu_command = ["--", "sh", "-c", script].map(OsString::from).to_vec();
+    /// Arguments that stand behind the subcommand.
+    pub fn args_behind<S: Into<OsString>>(mut self, all: impl IntoIterator<Item = S>) -> Self {
+        self.arguments_behind
+            .extend(all.into_iter().map(Into::into));
         self
+    }
+
+    /// A shell script as the command that is to run CRIU.
+    pub fn criu_command(self, script: &str) -> Self {
+        self.args_behind(["--", "sh", "-c", script])
     }
 
     pub fn env(mut self, name: &str, value: &str) -> Self {
@@ -237,7 +243,7 @@ impl Launch {
         command
             .args(self.arguments)
             .args(self.subcommand)
-            .args(self.criu_command)
+            .args(self.arguments_behind)
             .envs(self.environment)
             .stdin(self.stdin)
             .stdout(self.stdout)

@@ -1,0 +1,347 @@
+//! `--ext-file-cmd`: an external file that a command writes while the application is frozen, and
+//! another unpacks before CRIU comes back. Each must succeed.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::common::image::{self, Files};
+use crate::common::random;
+use crate::common::runs::{self, assert_same_bytes, assert_same_files};
+use crate::common::shards::pipe;
+use crate::common::streamer::{Exit, Launch, Streamer};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
+use tempfile::TempDir;
+
+const NAME: &str = "fs.tar";
+
+fn files() -> Files {
+    Files::from([
+        ("core-1.img".to_owned(), random::bytes(1, 700)),
+        ("pages-1.img".to_owned(), random::bytes(2, 5 << 20)),
+        ("inventory.img".to_owned(), random::bytes(3, 50)),
+    ])
+}
+
+/// What the external file holds.
+fn archive() -> Vec<u8> {
+    random::bytes(4, (7 << 20) + 5)
+}
+
+/// A directory with the archive, a gate, and the image's shards once they are there. Commands run
+/// in it.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(TempDir::new().unwrap());
+        fs::write(place.path("archive"), archive()).unwrap();
+        mkfifo(&place.path("gate"), Mode::S_IRWXU).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, command: &str) -> String {
+        format!("{NAME}:cd '{}'; {command}", self.0.path().display())
+    }
+
+    /// With this command for the external file, and the shards here.
+    fn with(&self, launch: Launch, command: &str, options: &[&str]) -> Launch {
+        let dir = self.0.path().display();
+        let shard = match launch.writes_shards() {
+            true => format!("cat >'{dir}'/s{{}}"),
+            false => format!("cat '{dir}'/s{{}}"),
+        };
+        launch
+            .args(["--num-shards", "2", "--shard-cmd", &shard])
+            .args(["--ext-file-cmd", &self.command(command)])
+            .args(options)
+    }
+
+    fn capture(&self, command: &str, options: &[&str]) -> Exit {
+        let mut streamer = self.with(Streamer::capture(), command, options).start();
+        runs::send(&streamer, &files());
+        streamer.wait()
+    }
+
+    fn captured(options: &[&str]) -> Self {
+        let place = Self::new();
+        let exit = place.capture("cat archive", options);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        place
+    }
+
+    fn shards(&self) -> Vec<Vec<u8>> {
+        let names = ["s1", "s2", "sindex"].map(|name| self.path(name));
+        let found = names.iter().filter(|path| path.exists());
+        found.map(|path| fs::read(path).unwrap()).collect()
+    }
+
+    fn open_gate(&self) {
+        fs::write(self.path("gate"), "go\n").unwrap();
+    }
+
+    #[track_caller]
+    fn assert_unpacked(&self) {
+        assert_same_bytes(NAME, &fs::read(self.path("unpacked")).unwrap(), &archive());
+    }
+}
+
+const INDEX: &[&str] = &["--index"];
+
+/// Every way back, with the options of the capture that it needs.
+fn ways_back() -> [(Launch, &'static [&'static str]); 4] {
+    [
+        (Streamer::extract(), &[]),
+        (Streamer::serve(), &[]),
+        (Streamer::extract_serve(), &[]),
+        (Streamer::serve(), INDEX),
+    ]
+}
+
+#[test]
+fn a_file_comes_from_a_command_and_goes_to_one() {
+    for (launch, options) in ways_back() {
+        let place = Place::captured(options);
+        let mut with_archive = files();
+        with_archive.insert(NAME.into(), archive());
+        assert_same_files(&image::decode(&place.shards()).unwrap(), &with_archive);
+
+        let images = TempDir::new().unwrap();
+        let launch = launch.images_dir(images.path());
+        let mut streamer = place.with(launch, "cat >unpacked", options).start();
+        if streamer.listens() {
+            // Not only when CRIU has gone again.
+            place.assert_unpacked();
+            runs::assert_served(&mut streamer, &files());
+        } else {
+            streamer.expect_success();
+            assert_same_files(&runs::read_dir(images.path()), &files());
+        }
+        place.assert_unpacked();
+    }
+}
+
+/// `tar` archives what the application has left, and not what it still writes.
+#[test]
+fn on_capture_the_command_is_started_when_the_application_is_frozen() {
+    let place = Place::new();
+    let command = "echo started >started; cat archive";
+    let mut streamer = place.with(Streamer::capture(), command, &[]).start();
+    let criu = streamer.criu();
+    criu.write_file("cpuinfo.img", b"cpuinfo");
+    assert!(streamer.outlasts(Duration::from_millis(300)));
+    assert!(
+        !place.path("started").exists(),
+        "the application still runs"
+    );
+    for (name, content) in runs::inventory_last(&files()) {
+        criu.write_file(name, content);
+    }
+    drop(criu);
+    streamer.expect_success();
+    assert!(place.path("started").exists());
+}
+
+#[test]
+fn a_command_that_fails_fails_the_capture_and_its_image() {
+    for command in [
+        "exit 4",
+        "head -c 100000 archive; exit 4",
+        "cat archive; exit 4",
+        // Of its output everything is there by then.
+        "cat archive; exec >&-; sleep 0.3; exit 4",
+        "(exit 4) | cat archive",
+        "cat archive; (exec >&-; sleep 0.3; exit 4) &",
+    ] {
+        let place = Place::new();
+        let exit = place.capture(command, &[]);
+        exit.expect_failure(&[NAME, command, "exit status 4"]);
+        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+        assert!(image::decode(&place.shards()).is_err(), "{command}");
+    }
+}
+
+/// CRIU is not started for an application whose files are not there.
+#[test]
+fn a_command_that_fails_fails_the_restore_before_criu_is_started() {
+    for command in [
+        "exit 5",
+        "cat >/dev/null; exit 5",
+        "cat >/dev/null; sleep 0.3; exit 5",
+    ] {
+        for (launch, options) in ways_back() {
+            let place = Place::captured(options);
+            let images = TempDir::new().unwrap();
+            let launch = launch.images_dir(images.path());
+            let exit = place.with(launch, command, options).run();
+            exit.expect_failure(&[NAME, command, "exit status 5"]);
+            assert!(exit.progress.iter().all(|line| line != "socket-init"));
+            assert_eq!(fs::read_dir(images.path()).unwrap().count(), 0);
+        }
+    }
+}
+
+#[test]
+fn on_restore_the_command_has_ended_before_criu_can_connect() {
+    for (launch, options) in ways_back() {
+        let place = Place::captured(options);
+        let images = TempDir::new().unwrap();
+        let launch = launch.images_dir(images.path());
+        let command = "cat >unpacked; echo read >read; read -r _ <gate; echo done >done";
+        let mut streamer = place.with(launch, command, options).start();
+        assert!(streamer.outlasts(Duration::from_millis(500)));
+        assert!(!streamer.progress_lines().contains(&"socket-init".into()));
+        assert!(!images.path().join("inventory.img").exists());
+        place.open_gate();
+        if streamer.listens() {
+            assert!(place.path("done").exists());
+            runs::assert_served(&mut streamer, &files());
+        } else {
+            streamer.expect_success();
+        }
+        place.assert_unpacked();
+    }
+}
+
+#[test]
+fn criu_is_started_when_the_files_are_there() {
+    for (launch, options) in ways_back().into_iter().skip(1) {
+        let place = Place::captured(options);
+        let command = "cat >unpacked; sleep 0.3; echo done >done";
+        let criu = format!(
+            "test -e '{}'; exit $((3 + $?))",
+            place.path("done").display()
+        );
+        let exit = place
+            .with(launch, command, options)
+            .criu_command(&criu)
+            .run();
+        assert_eq!(exit.status.code(), Some(3), "{}", exit.stderr);
+    }
+}
+
+/// Its data stands between that of the memory, of which there is more than may be held.
+#[test]
+fn little_is_held_while_a_file_of_an_image_with_an_index_is_unpacked() {
+    let mut large = files();
+    large.insert("pages-1.img".into(), random::bytes(5, 64 << 20));
+    let place = Place::new();
+    let mut capture = place
+        .with(Streamer::capture(), "cat archive", INDEX)
+        .start();
+    runs::send(&capture, &large);
+    capture.expect_success();
+
+    let options = ["--index", "--hold-at-most", "4M"];
+    let command = "for part in 1 2 3 4; do head -c 500000; sleep 0.05; done >unpacked; \
+                   cat >>unpacked; sleep 0.5";
+    let mut streamer = place.with(Streamer::serve(), command, &options).start();
+    assert!(streamer.listens());
+    place.assert_unpacked();
+    let held = streamer.image_kib();
+    // What stands before the rest of the file had to be taken.
+    assert!(held < 48 << 10, "{held} KiB are held");
+    runs::assert_served(&mut streamer, &large);
+}
+
+/// What it has not read is lost, whatever it says.
+#[test]
+fn a_command_that_does_not_read_its_file_fails_the_restore() {
+    for (launch, options) in ways_back() {
+        let place = Place::captured(options);
+        let exit = place.with(launch, "head -c 10 >/dev/null", options).run();
+        exit.expect_failure(&[NAME, "head -c 10"]);
+    }
+}
+
+/// An archive that was cut off must not look like one that has ended.
+#[test]
+fn a_command_does_not_see_the_end_of_a_file_that_has_none() {
+    let place = Place::captured(&[]);
+    let shards = place.shards();
+    for (number, shard) in shards.iter().enumerate() {
+        fs::write(
+            place.path(&format!("s{}", number + 1)),
+            &shard[..shard.len() / 3],
+        )
+        .unwrap();
+    }
+    for launch in [Streamer::extract(), Streamer::serve()] {
+        let exit = place.with(launch, "cat >/dev/null; touch ended", &[]).run();
+        exit.expect_failure(&["shard command"]);
+        assert!(!place.path("ended").exists(), "it saw an end");
+    }
+}
+
+/// `criu cpuinfo dump` freezes nothing, and the image would lack what was asked for.
+#[test]
+fn a_command_that_was_never_started_is_an_error() {
+    let place = Place::new();
+    let mut streamer = place.with(Streamer::capture(), "cat archive", &[]).start();
+    streamer.criu().write_file("cpuinfo.img", b"cpuinfo");
+    streamer.expect_failure(&[NAME, "not started", "--ext-file-cmd"]);
+    assert!(image::decode(&place.shards()).is_err());
+}
+
+#[test]
+fn a_file_of_criu_cannot_have_the_same_name() {
+    for name in ["cpuinfo.img", "core-1.img"] {
+        let launch = Streamer::capture()
+            .args(["--shard-cmd", "cat >/dev/null"])
+            .args(["--ext-file-cmd", &format!("{name}:cat /dev/null")]);
+        let mut streamer = launch.start();
+        let criu = streamer.criu();
+        let _refused = criu.try_create_file(name, None);
+        streamer.expect_failure(&[name, "another name"]);
+    }
+}
+
+#[test]
+fn a_name_is_given_once_and_a_command_is_there() {
+    let place = Place::new();
+    let (_other, fd) = pipe();
+    let twice = ["fs.tar:cat", "--ext-file-cmd", "fs.tar:cat"];
+    let both_sides = |launch: Launch| {
+        launch
+            .args(["--ext-file-cmd", "one:cat"])
+            .args_behind(["--ext-file-cmd", "two:cat"])
+    };
+    let discard = |launch: Launch| launch.args(["--shard-cmd", "cat >/dev/null"]);
+    for (launch, words) in [
+        (
+            discard(Streamer::capture())
+                .args(["--ext-file-cmd"])
+                .args(twice),
+            &["fs.tar", "twice"][..],
+        ),
+        (
+            discard(Streamer::capture())
+                .ext_file("fs.tar", fd)
+                .args(["--ext-file-cmd", "fs.tar:cat"]),
+            &["fs.tar", "twice"],
+        ),
+        (
+            discard(Streamer::capture()).args(["--ext-file-cmd", "fs.tar: "]),
+            &["fs.tar", "empty"],
+        ),
+        (
+            discard(Streamer::capture()).args(["--ext-file-cmd", "a/b:cat"]),
+            &["a/b"],
+        ),
+        (
+            discard(Streamer::capture()).args(["--ext-file-cmd", "fs.tar"]),
+            &["name:command"],
+        ),
+        (both_sides(discard(Streamer::capture())), &["one side"]),
+    ] {
+        launch
+            .images_dir(place.path("images"))
+            .run()
+            .expect_failure(words);
+    }
+    assert!(!place.path("images").exists(), "nothing has happened");
+}
