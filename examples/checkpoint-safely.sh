@@ -36,12 +36,12 @@ tree() {
 
 resume() {
     local process
-    for process in $processes; do
+    # What was started while CRIU was at work belongs to it too.
+    for process in $processes $(tree "$pid"); do
         kill -CONT "$process" 2>/dev/null || true
     done
 }
 
-work=$(mktemp -d)
 streamer=
 processes=
 finish() {
@@ -52,7 +52,6 @@ finish() {
         [ -z "$streamer" ] || wait "$streamer" 2>/dev/null || true
         resume
     fi
-    rm -rf "$work"
 }
 trap finish EXIT
 trap 'exit 130' INT
@@ -60,23 +59,15 @@ trap 'exit 143' TERM HUP
 
 kill -0 "$pid" || fail "there is no process $pid that we may signal"
 processes=$(tree "$pid")
-mkdir -p "$images"
-mkfifo "$work/progress"
-criu-image-streamer --images-dir "$images" --progress-fd 3 \
-    --num-shards "$shards" --shard-cmd "$command" capture 3>"$work/progress" &
-streamer=$!
-
-# Opened for reading as long as the streamer may write to it; it ends when the streamer does.
-exec 4<"$work/progress"
-read -r line <&4 && [ "$line" = socket-init ] || fail "the streamer could not start"
-
+# In the background, so that the traps run at once.
 # shellcheck disable=SC2086 # CRIU_OPTIONS is a list of words
-criu dump --stream --images-dir "$images" --log-file dump.log --tree "$pid" --leave-stopped ${CRIU_OPTIONS:-} ||
-    fail "CRIU failed (see $images/dump.log): process $pid goes on"
-# What was started while CRIU was at work belongs to it too.
-processes=$(tree "$pid")
-wait "$streamer" || fail "the image could not be written: process $pid goes on"
+criu-image-streamer --images-dir "$images" --num-shards "$shards" --shard-cmd "$command" capture -- \
+    criu dump --stream --images-dir "$images" --log-file dump.log --tree "$pid" --leave-stopped \
+    ${CRIU_OPTIONS:-} &
+streamer=$!
+wait "$streamer" || fail "the checkpoint failed (see also $images/dump.log): process $pid goes on"
 streamer=
+processes=$(tree "$pid")
 
 # Only now is the image safe. No process runs between these signals: all are stopped.
 for process in $processes; do

@@ -290,8 +290,8 @@ fn every_subcommand_shows_an_example() {
         let help = run(binary().to_str().unwrap(), &[subcommand, "--help"]);
         let examples = help.split_once("Examples:").expect("examples").1;
         let own = examples.lines().any(|line| {
-            line.contains("criu-image-streamer ") && line.ends_with(subcommand)
-                || line.contains(&format!(" {subcommand} |"))
+            line.contains("criu-image-streamer ")
+                && (line.ends_with(subcommand) || line.contains(&format!(" {subcommand} -- criu ")))
         });
         assert!(own, "{examples}");
     }

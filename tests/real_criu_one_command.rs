@@ -32,7 +32,7 @@ fn ends_with(application: &Application<'_>, status: u8, script: &str) -> String 
 fn nothing_is_left(machine: &Machine) {
     let script = "
         for attempt in $(seq 100); do
-            left=$(ps -e -o stat=,comm= | grep -E '^Z|criu' | grep -v '^Z.*application' || true)
+            left=$(ps -e -o stat=,comm= | grep -E '^Z|criu|sleep' | grep -v '^Z.*application' || true)
             test \"$left\" || exit 0
             sleep 0.1
         done

@@ -4,8 +4,8 @@
 pub(super) const ABOUT: &str = "\
 Streams a CRIU checkpoint image between CRIU and pipes, without touching the disk.
 
-Start `criu-image-streamer` first, wait for its line `socket-init`, then run `criu dump --stream`
-or `criu restore --stream` with the same --images-dir.";
+It starts `criu dump --stream` or `criu restore --stream` when CRIU can connect, and waits for it.
+Or start it first, wait for its line `socket-init`, and then run CRIU with the same --images-dir.";
 
 pub(super) const ALL_TEMPLATE: &str = "\
 {about}
@@ -34,6 +34,9 @@ pub(super) const TEMPLATE: &str = "\
 
 Usage: {usage}
 
+Arguments:
+{positionals}
+
 Options:
 {unified}
 
@@ -42,28 +45,25 @@ Options:
 pub(super) const EXAMPLES: &str = "\
 Examples:
 
-Checkpoint process 1234 to a compressed file; run `criu dump` when `socket-init` has come:
+Checkpoint process 1234 to a compressed file, and restore it:
 
-  $ criu-image-streamer --images-dir images capture | lz4 >app.lz4
-  $ criu dump --stream --images-dir images --tree 1234
+  $ criu-image-streamer -D images --shard-cmd 'lz4 >app.lz4' capture -- criu dump --stream -D images -t 1234
+  $ criu-image-streamer -D images --shard-cmd 'lz4 -d <app.lz4' serve -- criu restore --stream -D images -d
 
-Upload it as four objects, and fail if one of the uploads does:
+With the directory that it works in:
 
-  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'lz4 | aws s3 cp - s3://app/{}.lz4' capture
+  $ criu-image-streamer -D images --ext-file-cmd 'fs.tar:tar -C /srv/app -cf - .' --shard-cmd 'lz4 >app.lz4' capture -- criu dump --stream -D images -t 1234
+  $ criu-image-streamer -D images --ext-file-cmd 'fs.tar:tar -C /srv/app -xf -' --shard-cmd 'lz4 -d <app.lz4' serve -- criu restore --stream -D images -d
 
-Restore from a compressed file; run `criu restore` when `socket-init` has come:
+As four objects, which fails if one of the uploads or downloads does:
 
-  $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images serve
-  $ criu restore --stream --images-dir images
-
-Download it from four objects, and serve nothing if one of the downloads fails:
-
-  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'aws s3 cp s3://app/{}.lz4 - | lz4 -d' serve
+  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'lz4 | aws s3 cp - s3://app/{}.lz4' capture -- criu dump --stream -D images -t 1234
+  $ criu-image-streamer -D images --num-shards 4 --shard-cmd 'aws s3 cp s3://app/{}.lz4 - | lz4 -d' serve -- criu restore --stream -D images -d
 
 Write the image's files to a directory, and restore from there without the streamer:
 
-  $ lz4 -d <app.lz4 | criu-image-streamer --images-dir images extract
-  $ criu restore --images-dir images
+  $ lz4 -d <app.lz4 | criu-image-streamer -D images extract
+  $ criu restore -D images
 
 Look into a stored image, and find out whether it is whole:
 

@@ -25,7 +25,7 @@ pub(crate) use plan::{Action, FileEnd, Plan, Shards};
 #[structopt(
     about = help::ABOUT,
     template = help::ALL_TEMPLATE,
-    usage = "criu-image-streamer [OPTIONS] --images-dir <images-dir> <SUBCOMMAND>",
+    usage = "criu-image-streamer [OPTIONS] --images-dir <images-dir> <SUBCOMMAND> [-- <command>...]",
     global_settings = &[
         AppSettings::VersionlessSubcommands,
         AppSettings::DeriveDisplayOrder,
