@@ -365,6 +365,21 @@ fn extract_starts_no_command() {
     exit.expect_failure(&["extract", "--serve"]);
 }
 
+/// `-- $CRIU`, where the variable is not set.
+#[test]
+fn an_empty_command_is_refused() {
+    for launch in [Streamer::capture, Streamer::serve] {
+        let images = TempDir::new().unwrap();
+        let launch = launch().images_dir(images.path().join("images"));
+        launch
+            .args(["--shard-cmd", "cat"])
+            .args_behind(["--"])
+            .run()
+            .expect_failure(&["no command"]);
+        assert!(!images.path().join("images").exists());
+    }
+}
+
 /// Nobody has to run it.
 #[test]
 fn people_are_not_told_to_run_criu_where_it_is_started() {

@@ -67,6 +67,9 @@ const REFUSALS_PER_ROUND: usize = 16;
 /// client can bring.
 const OTHER_DESCRIPTORS: usize = 32;
 
+/// A command's pipe, and the copy of it that is kept.
+const DESCRIPTORS_OF_A_COMMAND: usize = 2;
+
 /// How long CRIU may leave all of its open files alone, when these are as many as there may be,
 /// before it gets another one.
 const OPEN_PATIENCE: Duration = Duration::from_secs(1);
@@ -144,8 +147,16 @@ impl Capture<'_> {
     /// # Errors
     /// Whenever the image did not become complete.
     pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats, Failure> {
+        let to_start = self
+            .external_files
+            .iter()
+            .filter(|(_, source)| match source {
+                External::Pipe(_) => false,
+                External::Command(_) => true,
+            });
         let taken = open_descriptors()
             .unwrap_or_else(|| self.shards.len() + self.external_files.len())
+            + to_start.count() * DESCRIPTORS_OF_A_COMMAND
             + OTHER_DESCRIPTORS;
         let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
         capacity::even_out(&pipes).context("giving the shards the same capacity")?;
@@ -262,7 +273,7 @@ impl<'a> CaptureLoop<'a> {
             wait = Wait::Now;
             match activity {
                 Activity::Idle if self.missed_criu().is_some() => {}
-                Activity::Idle if self.clients.all_gone() => {
+                Activity::Idle if self.waits_for_commands() => {
                     self.interrupts.check()?;
                     wait = Wait::Until(Instant::now() + LOOK_AGAIN);
                 }
@@ -278,6 +289,11 @@ impl<'a> CaptureLoop<'a> {
     fn missed_criu(&self) -> Option<&'a str> {
         let is_missing = self.clients.are_missing();
         self.interrupts.ended_criu().filter(|_| is_missing)
+    }
+
+    /// Whether only commands of external files have not ended yet.
+    fn waits_for_commands(&self) -> bool {
+        self.clients.all_gone() && !self.interrupts.file_commands_have_succeeded()
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.

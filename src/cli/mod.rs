@@ -286,6 +286,9 @@ pub(crate) fn parse() -> ParseResult {
         Ok(args) if args.ext_file_cmd.len() < typed(EXT_FILE_CMD) => ParseResult::Err(anyhow!(
             "{EXT_FILE_CMD}: some stand before the subcommand and some behind it, and only these would count: give all of them on one side"
         )),
+        Ok(_) if std::env::args_os().last().is_some_and(|word| word == "--") => ParseResult::Err(
+            anyhow!("--: there is no command behind it: give one, such as `criu dump --stream …`"),
+        ),
         Ok(args) => ParseResult::Ok(Box::new(args)),
         Err(error) => match error.kind {
             ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {

@@ -97,11 +97,8 @@ fn serve_arriving(
             && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
     };
     let mut is_laid_out = false;
-    while !is_laid_out
-        || !is_whole(&mut arriving)
-        // CRIU wants to find in place what these unpack.
-        || !interrupts.file_commands_have_succeeded()
-    {
+    // What the commands of external files unpack has to be in place, too.
+    while !is_laid_out || !is_whole(&mut arriving) || !interrupts.file_commands_have_succeeded() {
         let holds_enough = arriving.received() > most;
         let reading = if holds_enough && !is_laid_out {
             Reading::UpTo(None)
