@@ -34,6 +34,17 @@ pub(super) const TEMPLATE: &str = "\
 
 Usage: {usage}
 
+Options:
+{unified}
+
+{after-help}";
+
+/// For a subcommand that may have a command behind it.
+pub(super) const COMMAND_TEMPLATE: &str = "\
+{about}
+
+Usage: {usage}
+
 Arguments:
 {positionals}
 

@@ -106,7 +106,7 @@ pub struct Args {
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
-    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
     Capture {
         /// Command that runs `criu dump --stream`, started when CRIU can connect; its status counts
         #[structopt(last = true, value_name = "command", parse(from_os_str))]
@@ -114,7 +114,7 @@ enum Command {
     },
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
-    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
     Extract {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
@@ -128,7 +128,7 @@ enum Command {
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as
     /// `extract --serve`
-    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
     Serve {
         /// Command that runs `criu restore --stream`, started when CRIU can connect; its status
         /// counts
