@@ -7,6 +7,10 @@
 //!
 //! An inventory that does not begin with CRIU's magic comes from a program that is not the CRIU we
 //! know. What else it should have sent is not known either, and nothing more is asked for.
+//!
+//! **The end of a dump.** CRIU asks for inventory.img after all other files (`cr_dump_tasks` in
+//! CRIU 3.15 to 4.2), and requests come in their order. So when inventory.img and every file that
+//! is open have ended, and are whole, nothing follows, although CRIU is still connected.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -137,6 +141,12 @@ impl Delivered {
             Contents::Other => {}
         }
         Ok(())
+    }
+
+    /// Whether a whole dump of the CRIU that is known has come. An image that only its sender's end
+    /// can show to be whole, such as cpuinfo.img alone, is none.
+    pub(super) fn is_whole_dump(&self) -> bool {
+        self.inventory == Some(Inventory::OfDump) && self.check().is_ok()
     }
 
     /// Fails unless all that came is a whole image.

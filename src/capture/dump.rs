@@ -185,7 +185,12 @@ impl Dump {
         self.delivered.record(&mut source)
     }
 
-    /// Fails when the image can no longer become complete, now that CRIU is gone.
+    /// Whether CRIU has sent and closed all files of a whole dump.
+    pub(super) fn is_whole_dump(&self) -> bool {
+        self.open_of_criu == 0 && self.delivered.is_whole_dump()
+    }
+
+    /// Fails when the image can no longer become complete, now that CRIU sends no more.
     pub(super) fn check(&mut self) -> Result<()> {
         if self.open_of_criu == 0 && !self.is_whole {
             self.delivered.check()?;

@@ -230,7 +230,11 @@ impl<'a> CaptureLoop<'a> {
         Ok(())
     }
 
-    /// Runs until CRIU is gone and every file has been read to its end.
+    /// Runs until CRIU sends no more and every file has been read to its end.
+    ///
+    /// CRIU's hook at `post-dump` waits for our end while CRIU is connected (see
+    /// [`crate::commands`]): so a whole dump ends the connection. What CRIU would send after it
+    /// fails there, for want of a reader. A CRIU that we run ourselves is waited for.
     fn receive_files(&mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
@@ -254,6 +258,12 @@ impl<'a> CaptureLoop<'a> {
                 }
                 _ => None,
             };
+            if self.interrupts.criu_has_succeeded()
+                && self.clients.is_alone()
+                && self.dump.is_whole_dump()
+            {
+                self.clients.dismiss()?;
+            }
             if self.clients.all_gone() {
                 self.listener = None;
                 self.clients.close_idle();

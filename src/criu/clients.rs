@@ -52,6 +52,12 @@ struct Client<R> {
     is_dump: bool,
 }
 
+impl<R> Client<R> {
+    fn is_between_requests(&self) -> bool {
+        self.requested.is_none() && !self.connection.is_within_message()
+    }
+}
+
 /// Whether more clients than were expected may ask for files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum More {
@@ -140,6 +146,33 @@ impl<R> Clients<R> {
         self.next_id > 0 && self.clients.is_empty()
     }
 
+    /// Whether the one client that was expected is at work, and not in the middle of a message.
+    pub fn is_alone(&self) -> bool {
+        let mut speaking = self.clients.values().filter(|client| client.has_spoken);
+        self.expected == 1
+            && self.speaking == 1
+            && speaking.all(|client| client.is_between_requests())
+    }
+
+    /// Ends the conversation with those who have asked for files. What they say from now on fails
+    /// (`EPIPE`), so that none takes a file for sent.
+    ///
+    /// # Errors
+    /// When one has said more, which nobody will look at.
+    pub fn dismiss(&mut self) -> Result<()> {
+        for client in self.clients.values_mut().filter(|it| it.has_spoken) {
+            let connection = &mut client.connection;
+            ensure!(
+                connection.stop_receiving()? == Receipt::Closed,
+                "capturing the image: {} sends more files after inventory.img and a whole dump: it is a CRIU that is not known here; discard the image",
+                connection.peer()
+            );
+        }
+        self.clients.retain(|_, client| !client.has_spoken);
+        self.speaking = 0;
+        Ok(())
+    }
+
     /// Closes the connections that have asked for no file.
     pub fn close_idle(&mut self) {
         self.clients.retain(|_, client| client.has_spoken);
@@ -203,8 +236,7 @@ impl<R> Clients<R> {
         }
         match heard {
             Ok(Receipt::Closed) => {
-                let unfinished =
-                    client.requested.is_some() || client.connection.is_within_message();
+                let unfinished = !client.is_between_requests();
                 let peer = client.connection.peer().to_owned();
                 self.remove(id);
                 ensure!(

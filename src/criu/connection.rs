@@ -16,7 +16,8 @@ use anyhow::{Context, Result, ensure};
 use prost::Message as _;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, Shutdown,
+    recvmsg, send, shutdown,
 };
 
 /// The protobuf messages of `proto/criu.proto`.
@@ -112,6 +113,18 @@ impl Connection {
         }
         self.received.extend_from_slice(&buffer[..bytes]);
         Ok(Receipt::Something)
+    }
+
+    /// Has the peer's next message fail, and looks whether one came before: if not, the connection
+    /// is at its end.
+    ///
+    /// # Errors
+    /// Those of [`Connection::receive`].
+    pub fn stop_receiving(&mut self) -> Result<Receipt> {
+        match shutdown(&self.stream, Shutdown::Read) {
+            Ok(()) | Err(Errno::NOTCONN) => self.receive(),
+            Err(error) => Err(error).with_context(|| format!("dismissing {}", self.peer)),
+        }
     }
 
     /// The next whole message among what was received.
