@@ -2,7 +2,7 @@
 //!
 //! The modules in the order of the data. Each uses only those below it:
 //!
-//! * `commands`: capture, extract, serve, list; each wires its parts, and reports
+//! * `commands`: capture, extract, serve, list and hook; each wires its parts, and reports
 //! * [`cli`]: what was typed, and what it means
 //! * `capture`: from CRIU's pipes to the shards
 //! * [`receive`]: from the shards to a store
@@ -45,6 +45,7 @@ use supervision::Failure;
 pub fn run() -> Result<(), Failure> {
     match cli::parse() {
         ParseResult::Ok(args) => commands::run(Plan::new(*args)?),
+        ParseResult::Hook => commands::run_hook(),
         ParseResult::Text(text) => {
             // A reader such as `head` may have seen enough.
             let _ = writeln!(std::io::stdout(), "{text}");

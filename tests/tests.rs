@@ -68,6 +68,9 @@ mod hostile;
 /// An image with an index is served while it arrives, and never if it is damaged.
 mod index;
 
+/// CRIU starts the streamer through its hook, and waits for it while nothing runs.
+mod hook;
+
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.

@@ -2,6 +2,7 @@
 
 mod descriptor;
 mod help;
+mod options;
 mod plan;
 
 use std::ffi::OsString;
@@ -10,10 +11,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::anyhow;
+use anyhow::{Result, anyhow, ensure};
 use structopt::StructOpt;
 use structopt::clap::{AppSettings, ErrorKind};
 
+use crate::criu::caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::supervision::ShellCommand;
@@ -103,6 +105,17 @@ pub struct Args {
     command: Command,
 }
 
+impl Args {
+    /// Refuses options of the hook, which would count for nothing.
+    fn check_hook(&self) -> Result<()> {
+        ensure!(
+            *self == Self::from_iter(["criu-image-streamer", "hook"]),
+            "hook: its options are in files, not on its command line; see the README"
+        );
+        Ok(())
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
@@ -140,6 +153,13 @@ enum Command {
     /// of each of its files to standard output
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     List,
+
+    /// CRIU's action script, which starts `capture` or `serve` for it: `criu dump --stream
+    /// --action-script criu-image-streamer`. The options are in streamer-capture.options and
+    /// streamer-serve.options, in the images directory or in the directory that
+    /// CRIU_IMAGE_STREAMER_OPTIONS names, one option a line
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    Hook,
 }
 
 /// A list separated by commas.
@@ -238,6 +258,8 @@ impl ExternalFileCommand {
 /// What the command line asks for.
 pub(crate) enum ParseResult {
     Ok(Box<Args>),
+    /// CRIU runs this program as its action script.
+    Hook,
     /// Help or the version, to show instead of doing something.
     Text(String),
     /// Nothing was typed: how to, in short.
@@ -282,6 +304,10 @@ fn typed(option: &str) -> usize {
 
 /// Parses what was typed.
 pub(crate) fn parse() -> ParseResult {
+    // CRIU gives its action scripts no arguments.
+    if std::env::args_os().len() == 1 && caller::action().is_some() {
+        return ParseResult::Hook;
+    }
     match Args::from_iter_safe(std::env::args_os()) {
         Ok(args) if args.ext_file_cmd.len() < typed(EXT_FILE_CMD) => ParseResult::Err(anyhow!(
             "{EXT_FILE_CMD}: some stand before the subcommand and some behind it, and only these would count: give all of them on one side"
@@ -289,6 +315,10 @@ pub(crate) fn parse() -> ParseResult {
         Ok(_) if std::env::args_os().last().is_some_and(|word| word == "--") => ParseResult::Err(
             anyhow!("--: there is no command behind it: give one, such as `criu dump --stream …`"),
         ),
+        Ok(args) if args.command == Command::Hook => match args.check_hook() {
+            Ok(()) => ParseResult::Hook,
+            Err(error) => ParseResult::Err(error),
+        },
         Ok(args) => ParseResult::Ok(Box::new(args)),
         Err(error) => match error.kind {
             ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {

@@ -12,6 +12,8 @@ use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, Command, ExternalFile, List};
+use crate::criu::Way;
+use crate::criu::caller::Caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
@@ -89,6 +91,8 @@ pub(crate) struct Plan {
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<CriuCommand>,
     pub(crate) criu_clients: usize,
+    /// The CRIU that waits in its hook for this streamer, if one does.
+    pub(crate) caller: Option<Caller>,
 }
 
 impl Plan {
@@ -105,6 +109,7 @@ impl Plan {
                 (Action::Serve, criu)
             }
             Command::List => (Action::List, Vec::new()),
+            Command::Hook => bail!("hook: CRIU starts it"),
         };
         let criu = CriuCommand::new(criu);
         ensure!(
@@ -230,7 +235,18 @@ impl Plan {
             progress_bar: args.progress_bar,
             criu,
             criu_clients: args.criu_clients.get(),
+            caller: None,
         })
+    }
+}
+
+impl Plan {
+    /// How CRIU gets to the socket.
+    pub(crate) fn way(&self) -> Way {
+        match self.caller {
+            Some(_) => Way::OwnPath,
+            None => Way::SamePath,
+        }
     }
 }
 

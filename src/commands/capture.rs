@@ -10,7 +10,7 @@ use crate::supervision::Failure;
 
 pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let interrupts = &mut transfer.interrupts;
-    let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
+    let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.way())?;
     let external_files = plan
         .external_files
         .into_iter()

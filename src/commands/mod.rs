@@ -2,10 +2,12 @@
 
 mod capture;
 mod extract;
+mod hook;
 mod list;
 mod serve;
 
 use std::fs::DirBuilder;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -26,6 +28,8 @@ use crate::store::Store;
 use crate::store::disk::Origin;
 use crate::supervision::{Failure, Interrupted, Interrupts, criu_failure_behind, signal_behind};
 
+pub(crate) use hook::run as run_hook;
+
 /// The shards of a restore, with what messages call them.
 type ShardPipes = Vec<(ReadEnd, String)>;
 
@@ -41,7 +45,13 @@ struct Transfer {
 
 /// Carries out a plan.
 pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
-    let interrupts = Interrupts::catch().context("preparing for signals")?;
+    let mut interrupts = Interrupts::catch().context("preparing for signals")?;
+    if let Some(caller) = &plan.caller {
+        let process = caller.as_fd().try_clone_to_owned();
+        process
+            .and_then(|process| interrupts.watch(process))
+            .context("preparing to watch CRIU")?;
+    }
     raise_descriptor_limit();
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
@@ -155,15 +165,19 @@ impl ExternalFiles {
 /// and the number of the signal that ended the program, or that of the command that runs CRIU if
 /// only that has failed, otherwise 1.
 pub fn exit_status(failure: Failure) -> ExitCode {
+    conclude(failure).into()
+}
+
+fn conclude(failure: Failure) -> u8 {
     let error = failure.error();
     match error.downcast_ref::<Usage>() {
         Some(usage) => report::usage(usage),
         None => report::error(error),
     }
     let status = match (signal_behind(error), criu_failure_behind(error)) {
-        (Some(Interrupted(signal)), _) => ExitCode::from(128 + signal as u8),
-        (None, Some(failed)) => ExitCode::from(failed.status),
-        (None, None) => ExitCode::FAILURE,
+        (Some(Interrupted(signal)), _) => 128 + signal as u8,
+        (None, Some(failed)) => failed.status,
+        (None, None) => 1,
     };
     drop(failure);
     status

@@ -23,7 +23,7 @@ use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Interrupts, LOOK_AGAIN};
 
 pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
-    Listener::check(&plan.images_dir, Role::Serve)?;
+    Listener::check(&plan.images_dir, Role::Serve, plan.way())?;
     if plan.has_index {
         return while_it_arrives(plan, transfer);
     }
@@ -40,7 +40,7 @@ fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure
     check_files(&mut files, external, plan.criu_clients)?;
     remap_ports(&mut files, &plan.remaps)?;
     transfer.report(&mut plan.progress, &stats);
-    let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
+    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
     announce(&mut plan, &transfer.interrupts, "the image is in memory")?;
     let served = serve::serve(listener, files, plan.criu_clients, &transfer.interrupts);
     transfer.interrupts.conclude(served)
@@ -124,10 +124,10 @@ fn serve_arriving(
     }
     remap_ports(arriving.catalog(), &plan.remaps)?;
 
-    let listener = Listener::bind(&plan.images_dir, Role::Serve)?;
+    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
     let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
     announce(plan, interrupts, "the image is on its way")?;
-    let mut both = Poller::new().context("preparing to wait for events")?;
+    let both = Poller::new().context("preparing to wait for events")?;
     both.add(&arriving, Watched::Shards, 0, Interest::Readable)
         .and_then(|()| both.add(&server, Watched::Criu, 0, Interest::Readable))
         .context("preparing to wait for events")?;

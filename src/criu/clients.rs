@@ -73,7 +73,8 @@ pub struct Clients<R> {
     more: More,
     spoken: usize,
     speaking: usize,
-    give_up: Option<Instant>,
+    /// When the wait for another client is over, and why.
+    give_up: Option<(Instant, &'static str)>,
 }
 
 impl<R> Clients<R> {
@@ -180,18 +181,16 @@ impl<R> Clients<R> {
 
     /// When the wait for another client is over, if one has left without a word.
     pub fn grace_ends(&self) -> Option<Instant> {
-        self.give_up
+        self.give_up.map(|(end, _)| end)
     }
 
     /// # Errors
     /// When the wait for another client is over.
     pub fn check_grace(&self) -> Result<()> {
-        if self.give_up.is_some_and(|end| end <= Instant::now()) {
-            bail!(
-                "waiting for CRIU: it connected and went away without asking for any file; see CRIU's log"
-            );
+        match self.give_up {
+            Some((end, why)) if end <= Instant::now() => bail!("waiting for CRIU: {why}"),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
@@ -245,7 +244,9 @@ impl<R> Clients<R> {
                 );
                 // Another client that is connected may be CRIU, at work before its first file.
                 if !has_spoken && self.clients.is_empty() && self.spoken < self.expected {
-                    self.give_up = Some(Instant::now() + GRACE);
+                    self.give_up_after_grace(
+                        "it connected and went away without asking for any file; see CRIU's log",
+                    );
                 }
                 Ok(())
             }
@@ -259,6 +260,19 @@ impl<R> Clients<R> {
                 Ok(())
             }
         }
+    }
+
+    /// The CRIU that was to come has ended. It may have connected just before.
+    pub fn criu_has_ended(&mut self) {
+        if self.spoken == 0 && self.clients.is_empty() && self.give_up.is_none() {
+            self.give_up_after_grace(
+                "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one",
+            );
+        }
+    }
+
+    fn give_up_after_grace(&mut self, why: &'static str) {
+        self.give_up = Some((Instant::now() + GRACE, why));
     }
 
     fn remove(&mut self, id: u64) {

@@ -48,12 +48,27 @@ pub enum Role {
 
 impl Role {
     /// The name of the socket in the images directory.
-    pub fn socket_name(self) -> &'static str {
-        match self {
-            Role::Capture => "streamer-capture.sock",
-            Role::Serve => "streamer-serve.sock",
-        }
+    pub fn socket_name(self) -> String {
+        self.file_name(".sock")
     }
+
+    /// The name of a file that belongs to the streamer of this role.
+    pub fn file_name(self, suffix: &str) -> String {
+        let stem = match self {
+            Role::Capture => "streamer-capture",
+            Role::Serve => "streamer-serve",
+        };
+        format!("{stem}{suffix}")
+    }
+}
+
+/// How CRIU gets to the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By the directory's path, as this program was given it.
+    SamePath,
+    /// By a path of its own: relative, or in /proc under RPC. It has connected, or fails at once.
+    OwnPath,
 }
 
 /// The listening socket; its name is removed from the directory when this is dropped, unless it is
@@ -74,8 +89,8 @@ impl Listener {
     ///
     /// # Errors
     /// When the path is too long for CRIU, and when the name is taken.
-    pub fn check(images_dir: &Path, role: Role) -> Result<()> {
-        Directory::open(images_dir, role)?.remove_stale(role.socket_name())
+    pub fn check(images_dir: &Path, role: Role, way: Way) -> Result<()> {
+        Directory::open(images_dir, role, way)?.remove_stale(&role.socket_name())
     }
 
     /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else
@@ -83,10 +98,10 @@ impl Listener {
     ///
     /// # Errors
     /// Those of [`Listener::check`], and what binding can lead to.
-    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
-        let directory = Directory::open(images_dir, role)?;
+    pub fn bind(images_dir: &Path, role: Role, way: Way) -> Result<Self> {
+        let directory = Directory::open(images_dir, role, way)?;
         let name = role.socket_name();
-        directory.remove_stale(name)?;
+        directory.remove_stale(&name)?;
         let socket = socket(
             AddressFamily::Unix,
             SockType::Stream,
@@ -111,8 +126,8 @@ impl Listener {
         let backlog = Backlog::new(16).unwrap_or(Backlog::MAXCONN);
         listen(&listener.socket, backlog)
             .with_context(|| format!("listening on {}", listener.path()))?;
-        listener.directory.rename(&listener.name, name)?;
-        listener.name = name.to_owned();
+        listener.directory.rename(&listener.name, &name)?;
+        listener.name = name;
         Ok(listener)
     }
 
@@ -200,11 +215,11 @@ struct Directory {
 
 impl Directory {
     /// Opens the directory, whose socket's path must not be too long for CRIU.
-    fn open(path: &Path, role: Role) -> Result<Self> {
+    fn open(path: &Path, role: Role, way: Way) -> Result<Self> {
         let socket = path.join(role.socket_name());
         let length = socket.as_os_str().len();
         ensure!(
-            length <= LONGEST_PATH,
+            length <= LONGEST_PATH || way == Way::OwnPath,
             "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {LONGEST_PATH}: use a shorter path",
             socket.display()
         );

@@ -14,9 +14,11 @@
 //! end of the connection means that no further file will be asked for; the pipes that are open then
 //! go on.
 //!
-//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. What the files are, by name
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`caller`] is a CRIU that has
+//! started this program. What the files are, by name
 //! and contents, [`files`] and [`contents`] know.
 
+pub(crate) mod caller;
 mod clients;
 mod connection;
 pub(crate) mod contents;
@@ -25,4 +27,4 @@ mod listener;
 
 pub(crate) use clients::Clients;
 pub use connection::{Connection, Message, Receipt, proto};
-pub use listener::{Listener, Role};
+pub use listener::{Listener, Role, Way};

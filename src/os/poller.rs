@@ -95,7 +95,6 @@ pub(crate) struct Event<K> {
 /// An epoll instance for things of the kinds `K`. Descriptors leave it by being closed.
 pub(crate) struct Poller<K> {
     epoll: Epoll,
-    events: Vec<EpollEvent>,
     kinds: PhantomData<K>,
 }
 
@@ -107,7 +106,6 @@ impl<K: Kind> Poller<K> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         Ok(Self {
             epoll,
-            events: vec![EpollEvent::empty(); BATCH],
             kinds: PhantomData,
         })
     }
@@ -140,16 +138,17 @@ impl<K: Kind> Poller<K> {
     ///
     /// # Errors
     /// Those of `epoll_wait` but for interruptions.
-    pub(crate) fn wait(&mut self, wait: Wait, found: &mut Vec<Event<K>>) -> io::Result<()> {
+    pub(crate) fn wait(&self, wait: Wait, found: &mut Vec<Event<K>>) -> io::Result<()> {
         found.clear();
+        let mut events = [EpollEvent::empty(); BATCH];
         let count = loop {
-            match self.epoll.wait(&mut self.events, wait.timeout()) {
+            match self.epoll.wait(&mut events, wait.timeout()) {
                 // The time that is left is looked at anew.
                 Err(Errno::EINTR) => {}
                 result => break result?,
             }
         };
-        found.extend(self.events[..count].iter().map(|event| {
+        found.extend(events[..count].iter().map(|event| {
             Event {
                 kind: K::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
                 id: event.data() >> KIND_BITS,
@@ -185,7 +184,7 @@ mod tests {
 
     #[test]
     fn events_carry_what_was_registered() {
-        let mut poller = Poller::new().unwrap();
+        let poller = Poller::new().unwrap();
         let mut events = Vec::new();
         let (read, write) = pipe::new().unwrap();
         poller

@@ -1,8 +1,18 @@
 //! Processes of this machine, told apart from those of others and from later ones of the same
-//! number.
+//! number; and this process in the background.
 
-use std::fs;
+#![allow(unsafe_code)]
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+
+use crate::os::pipe::uninterrupted;
 
 /// Which process something comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,12 +50,56 @@ impl Origin {
     }
 }
 
-/// Field 22 of /proc/PID/stat. The fields behind the name, which ends with the last parenthesis,
+/// When a process was started, in clock ticks since the machine was.
+pub(crate) fn start_of(pid: u32) -> Option<u64> {
+    field_of(pid, 22)
+}
+
+/// The PID of a process's parent; `None` for one that has none here.
+pub(crate) fn parent_of(pid: u32) -> Option<u32> {
+    field_of(pid, 4).filter(|&parent| parent != 0)
+}
+
+/// A field of /proc/PID/stat. The fields behind the name, which ends with the last parenthesis,
 /// start with the third (proc(5)).
-fn start_of(pid: u32) -> Option<u64> {
+fn field_of<T: FromStr>(pid: u32, number: usize) -> Option<T> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(") ")?;
-    fields.split(' ').nth(22 - 3)?.parse().ok()
+    fields.split(' ').nth(number - 3)?.parse().ok()
+}
+
+/// A part of this program that goes on in the background.
+pub(crate) struct Background(Pid);
+
+impl Background {
+    /// Has `work` go on as a process of a session of its own, which reads nothing, and whose
+    /// standard output and standard error are `log`. Its exit status is what `work` returns. There
+    /// must be no other threads.
+    ///
+    /// # Errors
+    /// Those of `fork`, and when there is no /dev/null.
+    pub(crate) fn start(log: OwnedFd, work: impl FnOnce() -> u8) -> Result<Self> {
+        let null = File::open("/dev/null").context("opening /dev/null")?;
+        // SAFETY: this is the only thread, so that no lock is held by one that the new process
+        // lacks.
+        match unsafe { fork() }.context("starting a process")? {
+            ForkResult::Parent { child } => Ok(Self(child)),
+            ForkResult::Child => {
+                let detached = setsid()
+                    .and_then(|_| dup2_stdin(null))
+                    .and_then(|()| dup2_stdout(&log))
+                    .and_then(|()| dup2_stderr(log));
+                let status = detached.map_or(1, |()| work());
+                std::process::exit(status.into())
+            }
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(self) {
+        // Its exit status tells nothing that is asked for.
+        let _ = uninterrupted(|| waitpid(self.0, None));
+    }
 }
 
 #[cfg(test)]

@@ -19,6 +19,16 @@ pub(crate) enum Milestone {
     CheckpointStart,
 }
 
+impl Milestone {
+    /// The line that tells of it.
+    pub(crate) fn line(self) -> &'static str {
+        match self {
+            Milestone::SocketInit => "socket-init",
+            Milestone::CheckpointStart => "checkpoint-start",
+        }
+    }
+}
+
 /// What passed through each shard, in the order of `--shard-fds`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Stats {
@@ -34,27 +44,30 @@ pub struct ShardStats {
     pub transfer_duration_millis: u64,
 }
 
-/// The progress descriptor.
+/// The descriptors that get progress lines.
 #[derive(Debug)]
-pub(crate) struct Progress(Option<File>);
+pub(crate) struct Progress(Vec<File>);
 
 impl Progress {
     /// Reports to `fd`.
     pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self(Some(File::from(fd)))
+        Self(vec![File::from(fd)])
     }
 
     /// Reports nothing.
     pub(crate) fn silent() -> Self {
-        Self(None)
+        Self(Vec::new())
+    }
+
+    /// Reports to `fd` too.
+    pub(crate) fn and(mut self, fd: OwnedFd) -> Self {
+        self.0.push(File::from(fd));
+        self
     }
 
     /// Reports a milestone.
     pub(crate) fn reached(&mut self, milestone: Milestone) {
-        self.line(match milestone {
-            Milestone::SocketInit => "socket-init",
-            Milestone::CheckpointStart => "checkpoint-start",
-        });
+        self.line(milestone.line());
     }
 
     /// Reports the statistics, as one line of JSON.
@@ -63,11 +76,8 @@ impl Progress {
     }
 
     fn line(&mut self, line: &str) {
-        if let Some(file) = &self.0
-            && write_text(file, &format!("{line}\n")).is_err()
-        {
-            self.0 = None;
-        }
+        self.0
+            .retain(|file| write_text(file, &format!("{line}\n")).is_ok());
     }
 }
 

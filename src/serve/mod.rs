@@ -120,6 +120,8 @@ impl<'a> Server<'a> {
         interrupts: &'a Interrupts,
     ) -> Result<Self> {
         let poller = Poller::new().context("preparing to wait for events")?;
+        // It ends when it has restored everything; what it still wants, its connection tells.
+        interrupts.let_caller_end();
         poller
             .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
             .context("preparing to wait for signals")?;
@@ -201,6 +203,9 @@ impl<'a> Server<'a> {
         if now >= self.try_again {
             self.try_again = now + TRY_AGAIN;
             self.busy.extend(self.transfers.keys());
+        }
+        if self.interrupts.caller_has_ended() {
+            self.clients.criu_has_ended();
         }
         self.clients.check_grace()?;
         if self.clients.all_gone() {

@@ -1,4 +1,5 @@
-//! All that can end a transfer: a signal, a pump that fails, a command that fails.
+//! All that can end a transfer: a signal, a pump that fails, a command that fails, and the end of a
+//! CRIU that has started us.
 //!
 //! The rest of the program knows only pipes. A descriptor that is one already is used as it is, at
 //! no cost. For anything else a `pump` moves the data between a pipe and the descriptor, and a
@@ -13,6 +14,7 @@
 //! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open
 //! what the transfer had open until its reason is told.
 
+mod caller;
 mod command;
 mod criu_command;
 mod program;
@@ -35,6 +37,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind};
 use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
+use caller::Watch;
 use command::Commands;
 pub(crate) use command::ShellCommand;
 use criu_command::RunningCriu;
@@ -84,6 +87,7 @@ impl From<Error> for Failure {
 /// The signals that came, and what is at the far ends of the pipes.
 pub struct Interrupts {
     signals: Rc<Signals>,
+    caller: Option<Watch>,
     /// The limit that commands are to have.
     descriptor_limit: DescriptorLimit,
     /// Those of external files are started in the middle of a capture.
@@ -102,12 +106,32 @@ impl Interrupts {
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             signals: Rc::new(Signals::catch()?),
+            caller: None,
             descriptor_limit: DescriptorLimit::now(),
             commands: RefCell::default(),
             criu: OnceCell::new(),
             failure: Arc::default(),
             writing: Vec::new(),
         })
+    }
+
+    /// From now on the transfer fails when this process ends: a CRIU whose hook has started it.
+    pub(crate) fn watch(&mut self, process: OwnedFd) -> io::Result<()> {
+        self.caller = Some(Watch::new(process, &*self.signals)?);
+        Ok(())
+    }
+
+    /// The CRIU that has started the transfer may end before it, from now on.
+    pub(crate) fn let_caller_end(&self) {
+        if let Some(caller) = &self.caller {
+            caller.let_end();
+        }
+    }
+
+    /// Whether a CRIU that has started the transfer has ended, as far as [`Interrupts::check`] has
+    /// seen.
+    pub(crate) fn caller_has_ended(&self) -> bool {
+        self.caller.as_ref().is_some_and(Watch::has_ended)
     }
 
     /// A pipe whose data goes to `fd`, which errors call `label`.
@@ -218,10 +242,13 @@ impl Interrupts {
         }
     }
 
-    /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), or a pump or a
-    /// command has failed.
+    /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), the CRIU that has
+    /// started it is gone, or a pump or a command has failed.
     pub fn check(&self) -> Result<()> {
         self.signals.check()?;
+        if let Some(caller) = &self.caller {
+            caller.check()?;
+        }
         self.check_pumps()?;
         self.commands.borrow().check()?;
         self.criu.get().map_or(Ok(()), RunningCriu::check)
@@ -341,6 +368,9 @@ fn is_final(error: &Error) -> bool {
 
 impl AsFd for Interrupts {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.signals.as_fd()
+        match &self.caller {
+            Some(caller) => caller.as_fd(),
+            None => self.signals.as_fd(),
+        }
     }
 }

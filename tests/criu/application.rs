@@ -10,6 +10,9 @@
 //! it reports there instead, `damaged: …`, and exits. Parts:
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
+//!     rewrite=<MiB>     private memory that it writes anew from the first page to the last, each
+//!                       round with the next number in every page, behind `REWRITE` and the page's
+//!                       number
 //!     hugetlb=<MiB>     shared memory on huge pages
 //!     threads=<n>       threads besides the main one, that count in memory
 //!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token
@@ -141,6 +144,25 @@ impl Part for Memory {
 
     fn sweeps(&self) -> u64 {
         self.sweeps
+    }
+}
+
+struct Rewritten {
+    bytes: &'static mut [u8],
+    rounds: u64,
+}
+
+impl Part for Rewritten {
+    fn check(&mut self) -> Result<(), String> {
+        self.rounds += 1;
+        for (page, bytes) in self.bytes.chunks_exact_mut(4096).enumerate() {
+            bytes[..8].copy_from_slice(b"REWRITE\0");
+            bytes[8..16].copy_from_slice(&(page as u64).to_le_bytes());
+            for word in bytes[16..].chunks_exact_mut(8) {
+                word.copy_from_slice(&self.rounds.to_le_bytes());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -371,6 +393,10 @@ fn main() {
             number("memory"),
             MAP_PRIVATE,
         )));
+    }
+    if number("rewrite") > 0 {
+        let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
+        checked.push(Box::new(Rewritten { bytes, rounds: 0 }));
     }
     if number("hugetlb") > 0 && me == 0 {
         checked.push(Box::new(Memory::new(

@@ -1,0 +1,187 @@
+//! Files of options, for a streamer that CRIU's hook starts: CRIU runs an action script without
+//! arguments.
+//!
+//! A line is one option and its value, which is the rest of the line: a command stands there as
+//! in a script, without a second level of quotes. Empty lines, and those that begin with `#`, are
+//! left out. Options that name descriptors are refused, since a hook inherits none, and those that
+//! say what CRIU says.
+//!
+//! Such a file has commands that run as the user who starts CRIU. One that others may write to is
+//! refused.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use structopt::StructOpt;
+
+use super::Args;
+
+/// The largest file of options, in bytes.
+const LARGEST: u64 = 64 << 10;
+
+/// Mode bits that let others than the owner write.
+const OTHERS_WRITE: u32 = 0o022;
+
+impl Args {
+    /// Reads the options for `subcommand` from a file, for a streamer whose socket is in
+    /// `images_dir`.
+    ///
+    /// # Errors
+    /// Each names the file, and where it can the line.
+    pub(crate) fn from_file(path: &Path, subcommand: &str, images_dir: &Path) -> Result<Self> {
+        let read = || Self::parse(&read(path)?, subcommand);
+        let mut args = read().with_context(|| path.display().to_string())?;
+        args.images_dir = Some(images_dir.to_owned());
+        Ok(args)
+    }
+
+    fn parse(text: &str, subcommand: &str) -> Result<Self> {
+        let mut all = Vec::new();
+        for (line, number) in text.lines().map(str::trim).zip(1..) {
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let option = option(line);
+            Self::of(std::slice::from_ref(&option), subcommand)
+                .and_then(|alone: Self| alone.check_option(line))
+                .with_context(|| format!("line {number}"))?;
+            all.push(option);
+        }
+        let args = Self::of(&all, subcommand)?;
+        ensure!(
+            args.shard_cmd.is_some(),
+            "there is no line with --shard-cmd, the command that takes or brings the image"
+        );
+        Ok(args)
+    }
+
+    fn of(options: &[String], subcommand: &str) -> Result<Self> {
+        let words = std::iter::once("criu-image-streamer")
+            .chain(options.iter().map(String::as_str))
+            .chain([subcommand]);
+        Self::from_iter_safe(words).map_err(|error| {
+            // The rest shows the usage of the command line.
+            let reason = error.message.lines().next().unwrap_or_default();
+            anyhow::anyhow!("{}", reason.trim_start_matches("error: "))
+        })
+    }
+
+    /// Refuses what a line of such a file cannot be.
+    fn check_option(&self, line: &str) -> Result<()> {
+        ensure!(
+            line.starts_with('-'),
+            "{line:?} is no option: a line is one option and its value"
+        );
+        ensure!(
+            self.images_dir.is_none(),
+            "--images-dir: it is CRIU's, which tells it"
+        );
+        let is_of_descriptors = self.shard_fds.is_some()
+            || self.index_fd.is_some()
+            || self.ext_file_fds.is_some()
+            || self.progress_fd.is_some();
+        ensure!(
+            !is_of_descriptors,
+            "{line:?} names a descriptor, and CRIU's hook has none of them: give commands"
+        );
+        ensure!(
+            !self.progress_bar,
+            "--progress-bar: nobody sees the bar of a streamer in the background"
+        );
+        Ok(())
+    }
+}
+
+/// The word that a line is on a command line.
+fn option(line: &str) -> String {
+    match line.split_once(char::is_whitespace) {
+        Some((name, value)) if name.starts_with("--") && !name.contains('=') => {
+            format!("{name}={}", value.trim_start())
+        }
+        _ => line.to_owned(),
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = file.open(path).context("opening it")?;
+    let metadata = file.metadata().context("looking at it")?;
+    ensure!(metadata.is_file(), "it is no regular file");
+    let own = nix::unistd::geteuid().as_raw();
+    if ![0, own].contains(&metadata.uid()) || metadata.mode() & OTHERS_WRITE != 0 {
+        bail!(
+            "other users may write to it, and it has commands: it must be root's or user {own}'s, with a mode such as 0644"
+        );
+    }
+    let mut text = String::new();
+    file.take(LARGEST + 1)
+        .read_to_string(&mut text)
+        .context("reading it")?;
+    ensure!(
+        text.len() as u64 <= LARGEST,
+        "it has more than {LARGEST} bytes"
+    );
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn refused(text: &str, words: &[&str]) {
+        let error = format!("{:#}", Args::parse(text, "capture").unwrap_err());
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_is_an_option_and_its_value() {
+        let text = "
+            # the store
+            --num-shards 2
+            --index
+            --shard-cmd lz4 -d <'app {}.lz4' | tee \"$HOME/copy\" # all of it
+        ";
+        let args = Args::parse(text, "serve").unwrap();
+        let command = "lz4 -d <'app {}.lz4' | tee \"$HOME/copy\" # all of it";
+        assert_eq!(args.shard_cmd.as_deref(), Some(command));
+        assert_eq!(args.num_shards, Some(2));
+        assert!(args.index);
+        let args = Args::parse("--shard-cmd=-x\r\n", "capture").unwrap();
+        assert_eq!(args.shard_cmd.as_deref(), Some("-x"));
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        refused(
+            "--shard-cmd cat\n\n--shard-comd cat",
+            &["line 3", "--shard-comd"],
+        );
+        refused("--num-shards many", &["line 1", "many"]);
+        refused("capture", &["line 1", "capture"]);
+        refused("# a\ncat", &["line 2", "cat"]);
+        refused("--help", &["line 1", "--help"]);
+        refused(
+            "--shard-cmd cat\n--images-dir a",
+            &["line 2", "--images-dir"],
+        );
+        for descriptors in [
+            "--shard-fds 3",
+            "-s=3",
+            "--index-fd 3",
+            "--ext-file-fds a:3",
+            "--progress-fd 2",
+        ] {
+            refused(descriptors, &["line 1", descriptors]);
+        }
+        refused("--progress-bar", &["line 1", "--progress-bar"]);
+        refused("--shard-cmd a\n--shard-cmd b", &["--shard-cmd"]);
+        refused("--num-shards 2", &["--shard-cmd"]);
+    }
+}

@@ -1,0 +1,163 @@
+//! `hook`: CRIU's action script, which starts the streamer and waits for it.
+//!
+//! What CRIU does, and what this does at each action (docs/protocol.md, section 1, has the facts):
+//!
+//! ```text
+//! dump         pre-stream    start `capture`, return when the socket listens
+//!              …             CRIU connects, freezes the application, sends its files
+//!              post-dump     return when the streamer has ended, with its status
+//! restore      pre-stream    start `serve`, return when the socket listens
+//!              …             CRIU connects, restores
+//! any other action           nothing
+//! ```
+//!
+//! **Dump.** At `post-dump` everything is written and nothing runs. If the script fails there, CRIU
+//! lets the application go on, and fails. So CRIU kills the application, or lets it write to its
+//! memory again (`--leave-running`), only after every shard command has succeeded. `capture` ends
+//! for that although CRIU is still connected (see [`crate::capture`]); and it fails if CRIU ends
+//! before, since the application then runs while its pages are still in pipes.
+//!
+//! **Restore.** Nothing is left to wait for. `serve` lets CRIU connect when the whole image is
+//! here; an image with an index it lets CRIU finish when it is. A `serve` that fails after that
+//! closes CRIU's connection. And it cannot have ended before `post-resume`, when the application
+//! runs already: CRIU closes the connection just before.
+//!
+//! **Without arguments.** CRIU starts an action script with no arguments (`execvp` of one name), so
+//! this program takes itself for the hook when it has none, and the action is in its environment.
+//!
+//! **In the background.** The streamer goes on in a process and a session of its own when the
+//! script returns, with nothing of CRIU's open: who reads CRIU's output to its end does not wait
+//! for it. What it and its commands say is in a log in the images directory, and how it ended in
+//! an [`Outcome`].
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use crate::cli::{Args, Plan};
+use crate::criu::Role;
+use crate::criu::caller::{self, Caller};
+use crate::os::process::Background;
+use crate::report::outcome::{self, Outcome};
+use crate::report::progress::{Milestone, Progress};
+use crate::supervision::Failure;
+
+/// Names the directory of the files of options.
+const OPTIONS_DIR: &str = "CRIU_IMAGE_STREAMER_OPTIONS";
+
+/// How the names of files end that begin with `streamer-capture` or `streamer-serve`: the options,
+/// what the streamer in the background says, and how it ended.
+const OPTIONS: &str = ".options";
+const LOG: &str = ".log";
+const OUTCOME: &str = ".outcome";
+
+/// Does what is to do at CRIU's present action.
+pub(crate) fn run() -> Result<(), Failure> {
+    let action = caller::action().context(
+        "hook: CRIU starts it: criu dump --stream --action-script criu-image-streamer …",
+    )?;
+    match action.to_str() {
+        Some("pre-stream") => Ok(start()?),
+        Some("post-dump") => Ok(wait()?),
+        _ => Ok(()),
+    }
+}
+
+/// Starts the streamer that CRIU wants, and returns when CRIU can connect.
+fn start() -> Result<()> {
+    let caller = Caller::find()?;
+    let images_dir = caller.images_dir().to_owned();
+    let directory = open_directory(&images_dir)?;
+    let (role, options) = choose(&caller)?;
+    let mut plan = read_plan(&options, role, &images_dir)?;
+    let mut outcome = Outcome::begin(&directory, &role.file_name(OUTCOME), &caller.identity())
+        .with_context(|| {
+            images_dir
+                .join(role.file_name(OUTCOME))
+                .display()
+                .to_string()
+        })?;
+    let log = outcome::log(&directory, &role.file_name(LOG))
+        .with_context(|| images_dir.join(role.file_name(LOG)).display().to_string())?;
+    let (progress, reports) = std::io::pipe().context("making a pipe")?;
+    plan.progress = Progress::new(reports.into()).and(log.try_clone()?);
+    plan.caller = Some(caller);
+    let streamer = Background::start(log, || {
+        let ended = super::run(plan);
+        let reason = ended.as_ref().err().map(|it| format!("{:#}", it.error()));
+        let status = ended.map_or_else(super::conclude, |()| 0);
+        // An outcome that cannot be written is none, which is a failure.
+        let _ = outcome.end(reason.as_deref());
+        status
+    })?;
+    for line in BufReader::new(progress).lines() {
+        if line.context("waiting for the streamer")? == Milestone::SocketInit.line() {
+            return Ok(());
+        }
+    }
+    streamer.wait();
+    outcome.read_end()?;
+    bail!("the streamer ended before CRIU could connect")
+}
+
+/// Waits until the streamer has ended, and fails if it has.
+fn wait() -> Result<()> {
+    let caller = Caller::find()?;
+    let directory = open_directory(caller.images_dir())?;
+    let name = Role::Capture.file_name(OUTCOME);
+    Outcome::find(&directory, &name, &caller.identity())?.wait()
+}
+
+/// What CRIU is about to do, and the file with the options for it.
+fn choose(caller: &Caller) -> Result<(Role, PathBuf)> {
+    let given = std::env::var_os(OPTIONS_DIR).map(PathBuf::from);
+    let directory = given.unwrap_or_else(|| caller.images_dir().to_owned());
+    let options = |role: Role| directory.join(role.file_name(OPTIONS));
+    // Capture options on a restore could overwrite the very image that is to be restored, so
+    // without CRIU's word there must be no choice.
+    let role = caller.role().map_or_else(
+        || match [Role::Capture, Role::Serve].map(|role| options(role).exists()) {
+            [true, false] => Ok(Role::Capture),
+            [false, true] => Ok(Role::Serve),
+            [false, false] => bail!(
+                "there are no options, neither {} nor {}: write one of them, or name their directory with {OPTIONS_DIR}",
+                options(Role::Capture).display(),
+                options(Role::Serve).display()
+            ),
+            [true, true] => bail!(
+                "nothing tells whether CRIU dumps or restores: leave only one of {} and {} there",
+                options(Role::Capture).display(),
+                options(Role::Serve).display()
+            ),
+        },
+        Ok,
+    )?;
+    Ok((role, options(role)))
+}
+
+fn read_plan(options: &Path, role: Role, images_dir: &Path) -> Result<Plan> {
+    let subcommand = match role {
+        Role::Capture => "capture",
+        Role::Serve => "serve",
+    };
+    let args = Args::from_file(options, subcommand, images_dir)?;
+    let plan = Plan::new(args).and_then(|plan| {
+        // Its clients are all gone when it ends, and the one that waits for it never is.
+        ensure!(
+            role == Role::Serve || plan.criu_clients == 1,
+            "--criu-clients: CRIU's hook waits for the end of a capture, which has one client then"
+        );
+        Ok(plan)
+    });
+    plan.with_context(|| options.display().to_string())
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(path, flags, Mode::empty())
+        .with_context(|| format!("opening CRIU's images directory {}", path.display()))
+}

@@ -1,0 +1,160 @@
+//! What becomes of a streamer that is nobody's child: who has started it, and how it ended.
+//!
+//! A file in the images directory tells. Its first line names the CRIU that has started the
+//! streamer, so that no other run's outcome is taken for this one's. The streamer holds the file's
+//! lock for as long as it runs, and writes the second line when all is over. The kernel releases
+//! the lock however the streamer ends: a free lock and no second line mean that it was killed.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::retry_on_intr;
+
+/// The second line of a streamer that has done all it had to.
+const SUCCESS: &str = "succeeded";
+
+/// Bytes of the file that are looked at: a reason has some hundred.
+const MOST: u64 = 64 << 10;
+
+/// The file, open.
+pub(crate) struct Outcome(File);
+
+impl Outcome {
+    /// Begins anew: a streamer that `starter` has started is about to run. The lock is held until
+    /// this, and all copies of it in other processes, are gone.
+    ///
+    /// # Errors
+    /// When a streamer is running that has the same file.
+    pub(crate) fn begin(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        let mut file = File::from(openat(directory, name, flags, mode)?);
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+                "a streamer that another CRIU has started is still at work here: wait for its end, or use another images directory"
+            ),
+            locked => locked.context("locking it")?,
+        }
+        file.set_len(0)?;
+        writeln!(file, "{starter}")?;
+        Ok(Self(file))
+    }
+
+    /// What `starter` has begun.
+    ///
+    /// # Errors
+    /// When it has begun nothing.
+    pub(crate) fn find(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let found = match openat(directory, name, flags, Mode::empty()) {
+            Err(Errno::ENOENT) => None,
+            file => Some(Self(File::from(file?))),
+        };
+        let Some(mut outcome) = found else {
+            bail!("{NOTHING_BEGUN}")
+        };
+        let text = outcome.read()?;
+        ensure!(text.lines().next() == Some(starter), "{NOTHING_BEGUN}");
+        Ok(outcome)
+    }
+
+    /// Waits until the streamer has ended, and fails with its reason if it has failed.
+    pub(crate) fn wait(mut self) -> Result<()> {
+        retry_on_intr(|| flock(&self.0, FlockOperation::LockShared))
+            .context("waiting for the streamer's end")?;
+        self.read_end()
+    }
+
+    /// Fails with the streamer's reason if it has failed. It must have ended.
+    pub(crate) fn read_end(&mut self) -> Result<()> {
+        let text = self.read()?;
+        match text.split_once('\n').map(|(_, end)| end.trim_end()) {
+            Some(SUCCESS) => Ok(()),
+            None | Some("") => bail!("the streamer was killed, or crashed"),
+            Some(reason) => bail!("{reason}"),
+        }
+    }
+
+    /// Writes how the streamer has ended: the reason of its failure, if it has failed.
+    pub(crate) fn end(&mut self, failure: Option<&str>) -> Result<()> {
+        writeln!(self.0, "{}", failure.unwrap_or(SUCCESS)).context("writing how it ended")
+    }
+
+    fn read(&mut self) -> Result<String> {
+        let mut text = Vec::new();
+        self.0.rewind()?;
+        (&self.0).take(MOST).read_to_end(&mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+const NOTHING_BEGUN: &str = "this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook";
+
+/// Makes a file that takes what a streamer in the background says.
+///
+/// # Errors
+/// Those of opening it.
+pub(crate) fn log(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
+    let flags = OFlag::O_WRONLY
+        | OFlag::O_CREAT
+        | OFlag::O_TRUNC
+        | OFlag::O_APPEND
+        | OFlag::O_NOFOLLOW
+        | OFlag::O_CLOEXEC;
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    Ok(openat(directory, name, flags, mode)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use tempfile::TempDir;
+
+    fn directory() -> (TempDir, OwnedFd) {
+        let directory = TempDir::new().unwrap();
+        let fd = File::open(directory.path()).unwrap().into();
+        (directory, fd)
+    }
+
+    fn begin(directory: &OwnedFd, starter: &str) -> Result<Outcome> {
+        Outcome::begin(directory, "outcome", starter)
+    }
+
+    fn find(directory: &OwnedFd, starter: &str) -> Result<Outcome> {
+        Outcome::find(directory, "outcome", starter)
+    }
+
+    #[test]
+    fn how_a_streamer_ended_is_known_to_the_one_that_started_it() {
+        let (_guard, directory) = directory();
+        assert!(find(&directory, "CRIU 1 2").is_err());
+        let mut outcome = begin(&directory, "CRIU 1 2").unwrap();
+        assert!(begin(&directory, "CRIU 3 4").is_err());
+        outcome.end(None).unwrap();
+        drop(outcome);
+        find(&directory, "CRIU 1 2").unwrap().wait().unwrap();
+        assert!(find(&directory, "CRIU 1 23").is_err());
+
+        let mut outcome = begin(&directory, "CRIU 1 23").unwrap();
+        assert!(find(&directory, "CRIU 1 2").is_err());
+        outcome.end(Some("reading a: no\nsecond line")).unwrap();
+        drop(outcome);
+        let failed = find(&directory, "CRIU 1 23").unwrap().wait().unwrap_err();
+        assert_eq!(failed.to_string(), "reading a: no\nsecond line");
+    }
+
+    #[test]
+    fn a_streamer_that_wrote_no_end_was_killed() {
+        let (_guard, directory) = directory();
+        drop(begin(&directory, "CRIU 1 2").unwrap());
+        let killed = find(&directory, "CRIU 1 2").unwrap().wait().unwrap_err();
+        assert!(killed.to_string().contains("killed"), "{killed}");
+    }
+}
