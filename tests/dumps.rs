@@ -2,18 +2,21 @@
 //! looks the same whether the dump succeeded or not.
 
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::common::child::Limit;
+use crate::common::criu::Criu;
 use crate::common::dump::{self, PRESENT};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files};
+use crate::common::shards::pipe;
 use crate::common::streamer::{Exit, Streamer};
-use crate::common::{PAGE, skip};
+use crate::common::{HANG_TIMEOUT, PAGE, skip};
 
 /// Captures these files, and gives what the shards hold.
 fn capture(files: &Files) -> (Exit, Vec<Vec<u8>>) {
@@ -318,4 +321,99 @@ fn where_nothing_can_be_watched_image_files_are_still_found_in_the_end() {
     fs::write(directory.path().join("ids-1.img"), dump::tree(&[])).unwrap();
     runs::send(&streamer, &dump::whole());
     streamer.expect_failure(&["ids-1.img", "beside the stream"]);
+}
+
+/// How long a capture that must not end is watched.
+const WATCHED: Duration = Duration::from_millis(300);
+
+/// Has a CRIU that stays connected send these files.
+fn send_connected(criu: &Criu, files: &Files) {
+    for (name, content) in runs::inventory_last(files) {
+        criu.write_file(name, content);
+    }
+}
+
+#[test]
+fn a_whole_dump_ends_the_capture_although_criu_is_connected() {
+    let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
+    let criu = streamer.criu();
+    send_connected(&criu, &dump::whole());
+    streamer.expect_success();
+    let files = image::decode(&collector.finish()).unwrap();
+    assert_same_files(&files, &dump::whole());
+    let late = criu.try_create_file("late.img", None);
+    assert_eq!(late.unwrap_err().kind(), ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn what_criu_sends_after_a_whole_dump_fails_while_the_shards_are_read() {
+    // The capture goes on until this shard is read.
+    let (reader, writer) = pipe();
+    let mut streamer = Streamer::capture().shards([writer]).start();
+    let criu = streamer.criu();
+    send_connected(&criu, &dump::whole());
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while criu.try_create_file("late.img", None).is_ok() {
+        // It is part of the image as long as the dump has not ended.
+        assert!(Instant::now() < deadline, "it is not refused");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(streamer.is_running());
+    drop(reader);
+    streamer.expect_failure(&["shard fd"]);
+}
+
+#[test]
+fn a_file_that_criu_has_open_holds_up_the_end() {
+    for (name, content) in dump::whole() {
+        let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
+        let criu = streamer.criu();
+        let mut others = dump::whole();
+        others.remove(&name);
+        let mut open = criu.create_file(&name);
+        send_connected(&criu, &others);
+        open.write_all(&content).unwrap();
+        assert!(streamer.outlasts(WATCHED), "{name} is open");
+        drop(open);
+        streamer.expect_success();
+        let files = image::decode(&collector.finish()).unwrap();
+        assert_same_files(&files, &dump::whole());
+    }
+}
+
+#[test]
+fn what_only_the_end_of_criu_can_show_to_be_whole_waits_for_it() {
+    let foreign = Files::from([("inventory.img".to_owned(), b"inventory".to_vec())]);
+    let cpuinfo = Files::from([("cpuinfo.img".to_owned(), dump::file([]))]);
+    for files in [foreign, cpuinfo] {
+        let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
+        let criu = streamer.criu();
+        send_connected(&criu, &files);
+        assert!(streamer.outlasts(WATCHED), "{:?}", files.keys());
+        drop(criu);
+        streamer.expect_success();
+    }
+    let mut short = dump::whole();
+    short.remove("fs-71.img");
+    let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
+    let criu = streamer.criu();
+    send_connected(&criu, &short);
+    assert!(streamer.outlasts(WATCHED), "a file is missing");
+    criu.write_file("fs-71.img", &dump::whole()["fs-71.img"]);
+    streamer.expect_success();
+}
+
+#[test]
+fn a_capture_from_several_processes_waits_for_all_of_them() {
+    let (mut streamer, _collector) =
+        runs::collect(Streamer::capture().args(["--criu-clients", "2"]), 2);
+    let criu = streamer.criu();
+    send_connected(&criu, &dump::whole());
+    drop(criu);
+    assert!(streamer.outlasts(WATCHED), "one of two was there");
+    let second = streamer.criu();
+    second.write_file("eventfd.img", &dump::file([]));
+    assert!(streamer.outlasts(WATCHED), "the second is connected");
+    drop(second);
+    streamer.expect_success();
 }

@@ -1,8 +1,25 @@
-//! CRIU starts the streamer through its hook, with a real CRIU: it kills the application, or lets
-//! it go on, only when every upload has succeeded, and nothing else runs before. They need root;
-//! see tests/criu/mod.rs.
+//! CRIU starts the streamer through its hook, kills the application, or lets it go on, only when
+//! every upload has succeeded, and nothing runs before. The first part is with a real CRIU, and
+//! needs root (see tests/criu/mod.rs); the second with a process that stands for one.
 
-use crate::common::{PAGE, report};
+use std::fs::{self, File, Permissions};
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::common::criu::{Criu, Role};
+use crate::common::streamer::binary;
+use crate::common::{HANG_TIMEOUT, PAGE, dump, image, report, runs};
 use crate::criu::{Application, Machine};
 
 /// Makes the images directory, with `capture` as the command that takes the image of a dump, and
@@ -325,4 +342,350 @@ fn a_long_path_is_in_the_way_only_where_criu_uses_it() {
     application.is_gone();
     application.run(&inside(RESTORE.into())).success();
     application.goes_on_from(before);
+}
+
+/// A process that stands for CRIU: the images directory is its standard input.
+struct Caller {
+    process: Child,
+    /// The one that the hook sees.
+    pid: u32,
+    images_dir: Arc<TempDir>,
+    /// Its images directory in place of its standard input.
+    directory: Option<File>,
+}
+
+impl Caller {
+    /// `words` are its command line.
+    fn new(words: &[&str]) -> Self {
+        Self::beside(words, Arc::new(TempDir::with_prefix("images-").unwrap()))
+    }
+
+    fn beside(words: &[&str], images_dir: Arc<TempDir>) -> Self {
+        let mut command = Command::new("tail");
+        // It says that there are no such files, and goes on.
+        command.arg0("criu").args(["-f", "/dev/null"]).args(words);
+        command.stdout(Stdio::null());
+        Self::start(command, images_dir)
+    }
+
+    /// This process, which has the pipes of the files.
+    fn of_this_process() -> Self {
+        let mut caller = Self::new(&[]);
+        caller.pid = std::process::id();
+        caller.directory = Some(File::open(caller.images_dir.path()).unwrap());
+        caller
+    }
+
+    /// Under RPC: its parent's command line has these words.
+    fn of_engine(words: &[&str]) -> Self {
+        let images_dir = Arc::new(TempDir::with_prefix("images-").unwrap());
+        let mut command = Command::new("bash");
+        command.args(["-c", "sleep 1000 <&0 >/dev/null & echo $!; wait"]);
+        command.args(words).stdout(Stdio::piped());
+        let mut caller = Self::start(command, images_dir);
+        let said = caller.process.stdout.take().unwrap();
+        let mut line = String::new();
+        BufReader::new(said).read_line(&mut line).unwrap();
+        caller.pid = line.trim().parse().unwrap();
+        caller
+    }
+
+    fn start(mut command: Command, images_dir: Arc<TempDir>) -> Self {
+        let process = command
+            .stdin(File::open(images_dir.path()).unwrap())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self {
+            pid: process.id(),
+            process,
+            images_dir,
+            directory: None,
+        }
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.images_dir.path().join(name), text).unwrap();
+    }
+
+    /// What the hook says at this action, and its status. Returns when nobody has its output open.
+    fn hook(&self, action: &str) -> Output {
+        self.hook_with(action, None)
+    }
+
+    fn hook_with(&self, action: &str, options_dir: Option<&Path>) -> Output {
+        let mut command = Command::new(binary());
+        if let Some(directory) = options_dir {
+            command.env("CRIU_IMAGE_STREAMER_OPTIONS", directory);
+        }
+        let fd = self.directory.as_ref().map_or(0, AsRawFd::as_raw_fd);
+        command
+            .env("CRTOOLS_SCRIPT_ACTION", action)
+            .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{fd}", self.pid))
+            .current_dir(self.images_dir.path())
+            .output()
+            .unwrap()
+    }
+
+    #[track_caller]
+    fn succeeds(&self, action: &str) {
+        let output = self.hook(action);
+        assert!(output.status.success(), "{action}: {output:?}");
+        assert!(output.stdout.is_empty() && output.stderr.is_empty());
+    }
+
+    #[track_caller]
+    fn fails(&self, action: &str, words: &[&str]) {
+        failed(&self.hook(action), words);
+    }
+
+    fn connect(&self) -> Criu {
+        Criu::connect(self.images_dir.path(), Role::Capture)
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.images_dir.path().join(name)).unwrap()
+    }
+
+    /// Ends it, and waits for the end of its streamer, whose log must have these words.
+    #[track_caller]
+    fn dies_and_streamer_says(mut self, role: &str, words: &str) {
+        self.end();
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        let log = || String::from_utf8(self.read(&format!("{role}.log"))).unwrap();
+        while !log().contains(words) {
+            assert!(Instant::now() < deadline, "{words:?} is not in {}", log());
+            thread::sleep(Duration::from_millis(10));
+        }
+        let socket = self.images_dir.path().join(format!("{role}.sock"));
+        while socket.exists() {
+            assert!(Instant::now() < deadline, "the streamer is still there");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn end(&mut self) {
+        if ![self.process.id(), std::process::id()].contains(&self.pid) {
+            let _ = kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL);
+            self.pid = self.process.id();
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[track_caller]
+fn failed(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in {said}");
+    }
+}
+
+#[test]
+fn the_hook_has_something_to_do_at_two_actions_only() {
+    let caller = Caller::new(&["dump"]);
+    for action in [
+        "pre-dump",
+        "network-lock",
+        "network-unlock",
+        "pre-restore",
+        "setup-namespaces",
+        "post-setup-namespaces",
+        "post-restore",
+        "pre-resume",
+        "post-resume",
+        "status-ready",
+        "an action of a newer CRIU",
+    ] {
+        caller.succeeds(action);
+    }
+    assert_eq!(fs::read_dir(caller.images_dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
+    let caller = Caller::new(&["dump"]);
+    let options = "--num-shards 2\n--shard-cmd cat >shard-{}; until [ -e go ]; do sleep 0.02; done";
+    caller.write("streamer-capture.options", options);
+    caller.succeeds("pre-stream");
+    let criu = caller.connect();
+    for (name, content) in runs::inventory_last(&dump::whole()) {
+        criu.write_file(name, content);
+    }
+    thread::scope(|scope| {
+        let end = scope.spawn(|| caller.succeeds("post-dump"));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!end.is_finished(), "the upload has not ended");
+        caller.write("go", "");
+    });
+    let shards = [caller.read("shard-1"), caller.read("shard-2")];
+    let files = image::decode(&shards).unwrap();
+    runs::assert_same_files(&files, &dump::whole());
+    let log = String::from_utf8(caller.read("streamer-capture.log")).unwrap();
+    assert!(log.contains("{\"shards\":["), "{log}");
+    assert!(!Role::Capture.socket(caller.images_dir.path()).exists());
+}
+
+/// The application would be frozen for ever.
+#[test]
+fn a_file_that_criu_never_closes_fails_the_dump() {
+    let caller = Caller::of_this_process();
+    caller.write("streamer-capture.options", "--shard-cmd cat >image");
+    caller.succeeds("pre-stream");
+    let criu = caller.connect();
+    let forgotten = criu.create_file("of-a-plugin.img");
+    for (name, content) in runs::inventory_last(&dump::whole()) {
+        criu.write_file(name, content);
+    }
+    caller.fails("post-dump", &["has not closed 1 files"]);
+    drop(forgotten);
+    caller.succeeds("post-dump");
+}
+
+#[test]
+fn no_run_takes_another_ones_outcome_for_its_own() {
+    let first = Caller::new(&["dump"]);
+    first.write("streamer-capture.options", "--shard-cmd cat >image");
+    first.succeeds("pre-stream");
+    let criu = first.connect();
+    for (name, content) in runs::inventory_last(&dump::whole()) {
+        criu.write_file(name, content);
+    }
+    first.succeeds("post-dump");
+
+    let second = Caller::new(&["dump"]);
+    let outcome = first.read("streamer-capture.outcome");
+    fs::write(
+        second.images_dir.path().join("streamer-capture.outcome"),
+        outcome,
+    )
+    .unwrap();
+    second.fails("post-dump", &["has not started the hook"]);
+
+    // In one directory there is one streamer at a time.
+    second.write("streamer-capture.options", "--shard-cmd cat >image");
+    second.succeeds("pre-stream");
+    let third = Caller::beside(&["dump"], Arc::clone(&second.images_dir));
+    third.fails("pre-stream", &["still at work"]);
+    third.fails("post-dump", &["has not started the hook"]);
+}
+
+#[test]
+fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
+    let capture = Caller::new(&["dump"]);
+    capture.write("streamer-capture.options", "--shard-cmd cat >image");
+    capture.succeeds("pre-stream");
+    capture.dies_and_streamer_says("streamer-capture", "did not wait for it");
+
+    let serve = Caller::new(&["restore"]);
+    let shards = runs::capture(&dump::whole(), 1, None);
+    fs::write(serve.images_dir.path().join("image"), &shards[0]).unwrap();
+    serve.write("streamer-serve.options", "--shard-cmd cat image");
+    serve.succeeds("pre-stream");
+    serve.dies_and_streamer_says("streamer-serve", "it has ended without having connected");
+
+    // While the image is still on its way, the hook itself is told.
+    let mut waits = Caller::new(&["restore"]);
+    waits.write(
+        "streamer-serve.options",
+        "--shard-cmd touch begun; sleep 1000",
+    );
+    let images_dir = waits.images_dir.path().to_owned();
+    let pid = Pid::from_raw(waits.pid as i32);
+    thread::scope(|scope| {
+        let hook = scope.spawn(|| waits.fails("pre-stream", &["did not wait for it"]));
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while !images_dir.join("begun").exists() && !hook.is_finished() {
+            assert!(Instant::now() < deadline);
+            thread::sleep(Duration::from_millis(10));
+        }
+        kill(pid, Signal::SIGKILL).unwrap();
+    });
+    waits.end();
+}
+
+#[test]
+fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
+    let capture = "--shard-cmd cat >image";
+    let serve = "--shard-cmd touch served; false";
+    let is_served = |caller: &Caller| {
+        caller.write("streamer-serve.options", serve);
+        caller.fails("pre-stream", &["touch served"]);
+        assert!(caller.images_dir.path().join("served").exists());
+    };
+    for words in [&["dump"][..], &["pre-dump"]] {
+        let dump = Caller::new(words);
+        dump.write("streamer-capture.options", capture);
+        dump.write("streamer-serve.options", serve);
+        dump.succeeds("pre-stream");
+    }
+    let restore = Caller::new(&["restore"]);
+    restore.write("streamer-capture.options", capture);
+    restore.fails("pre-stream", &["streamer-serve.options"]);
+    is_served(&restore);
+    let engine = Caller::of_engine(&["runc", "restore", "app"]);
+    engine.write("streamer-capture.options", capture);
+    engine.fails("pre-stream", &["streamer-serve.options"]);
+    is_served(&engine);
+
+    let unknown = Caller::of_engine(&["engine"]);
+    let both = ["streamer-capture.options", "streamer-serve.options"];
+    unknown.fails("pre-stream", &both);
+    is_served(&unknown);
+    unknown.write("streamer-capture.options", capture);
+    unknown.fails("pre-stream", &both);
+    assert!(!unknown.images_dir.path().join("image").exists());
+}
+
+#[test]
+fn the_options_may_be_in_another_directory() {
+    let caller = Caller::new(&["dump"]);
+    let elsewhere = TempDir::new().unwrap();
+    let hook = || caller.hook_with("pre-stream", Some(elsewhere.path()));
+    caller.write("streamer-capture.options", "--shard-cmd false");
+    let file = elsewhere.path().join("streamer-capture.options");
+    failed(&hook(), &[&file.display().to_string()]);
+    fs::write(&file, "--shard-cmd cat >image").unwrap();
+    assert!(hook().status.success());
+    assert!(Role::Capture.socket(caller.images_dir.path()).exists());
+}
+
+#[test]
+fn options_that_the_hook_cannot_follow_are_refused_by_file_and_line() {
+    let caller = Caller::new(&["dump"]);
+    let file = caller.images_dir.path().join("streamer-capture.options");
+    let name = file.display().to_string();
+    for (text, words) in [
+        ("--shard-cmd cat\n--criu-clients 2", "--criu-clients"),
+        ("--shard-cmd cat\n--num-shards 99", "--num-shards"),
+        ("--shard-cmd cat\n--progress-fd 2", "line 2"),
+        ("--shard-cmd cat\ncapture", "line 2"),
+        ("", "--shard-cmd"),
+    ] {
+        fs::write(&file, text).unwrap();
+        caller.fails("pre-stream", &[&name, words]);
+    }
+    fs::write(&file, "--shard-cmd cat >image").unwrap();
+    fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+    caller.fails("pre-stream", &[&name, "other users may write to it"]);
+    assert!(!caller.images_dir.path().join("image").exists());
+}
+
+#[test]
+fn the_hook_is_for_criu() {
+    let run = |args: &[&str]| {
+        let mut command = Command::new(binary());
+        command.env_remove("CRTOOLS_SCRIPT_ACTION");
+        command.args(args).output().unwrap()
+    };
+    failed(&run(&["hook"]), &["--action-script"]);
+    failed(&run(&["--shard-cmd", "cat", "hook"]), &["hook", "in files"]);
 }

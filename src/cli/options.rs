@@ -14,8 +14,9 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use structopt::StructOpt;
+use structopt::clap::ErrorKind;
 
 use super::Args;
 
@@ -62,10 +63,15 @@ impl Args {
         let words = std::iter::once("criu-image-streamer")
             .chain(options.iter().map(String::as_str))
             .chain([subcommand]);
-        Self::from_iter_safe(words).map_err(|error| {
-            // The rest shows the usage of the command line.
-            let reason = error.message.lines().next().unwrap_or_default();
-            anyhow::anyhow!("{}", reason.trim_start_matches("error: "))
+        Self::from_iter_safe(words).map_err(|error| match error.kind {
+            ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
+                anyhow!("{options:?} shows a text, and starts nothing")
+            }
+            _ => {
+                // The rest shows the usage of the command line.
+                let reason = error.message.lines().next().unwrap_or_default();
+                anyhow!("{}", reason.trim_start_matches("error: "))
+            }
         })
     }
 
@@ -163,7 +169,7 @@ mod tests {
             "--shard-cmd cat\n\n--shard-comd cat",
             &["line 3", "--shard-comd"],
         );
-        refused("--num-shards many", &["line 1", "many"]);
+        refused("--num-shards many", &["line 1", "--num-shards"]);
         refused("capture", &["line 1", "capture"]);
         refused("# a\ncat", &["line 2", "cat"]);
         refused("--help", &["line 1", "--help"]);
@@ -178,7 +184,7 @@ mod tests {
             "--ext-file-fds a:3",
             "--progress-fd 2",
         ] {
-            refused(descriptors, &["line 1", descriptors]);
+            refused(descriptors, &["line 1", "names a descriptor"]);
         }
         refused("--progress-bar", &["line 1", "--progress-bar"]);
         refused("--shard-cmd a\n--shard-cmd b", &["--shard-cmd"]);

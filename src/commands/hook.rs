@@ -26,8 +26,8 @@
 //! this program takes itself for the hook when it has none, and the action is in its environment.
 //!
 //! **In the background.** The streamer goes on in a process and a session of its own when the
-//! script returns, with nothing of CRIU's open: who reads CRIU's output to its end does not wait
-//! for it. What it and its commands say is in a log in the images directory, and how it ended in
+//! script returns, with nothing open of what CRIU or another script has left to it: who reads
+//! CRIU's output to its end does not wait for it. What it and its commands say is in a log in the images directory, and how it ended in
 //! an [`Outcome`].
 
 use std::io::{BufRead, BufReader};
@@ -41,7 +41,7 @@ use nix::sys::stat::Mode;
 use crate::cli::{Args, Plan};
 use crate::criu::Role;
 use crate::criu::caller::{self, Caller};
-use crate::os::process::Background;
+use crate::os::process::{self, Background};
 use crate::report::outcome::{self, Outcome};
 use crate::report::progress::{Milestone, Progress};
 use crate::supervision::Failure;
@@ -57,6 +57,7 @@ const OUTCOME: &str = ".outcome";
 
 /// Does what is to do at CRIU's present action.
 pub(crate) fn run() -> Result<(), Failure> {
+    process::close_inherited();
     let action = caller::action().context(
         "hook: CRIU starts it: criu dump --stream --action-script criu-image-streamer …",
     )?;
@@ -87,6 +88,9 @@ fn start() -> Result<()> {
     plan.progress = Progress::new(reports.into()).and(log.try_clone()?);
     plan.caller = Some(caller);
     let streamer = Background::start(log, || {
+        if let Err(error) = outcome.is_of_this_process() {
+            return super::conclude(error.into());
+        }
         let ended = super::run(plan);
         let reason = ended.as_ref().err().map(|it| format!("{:#}", it.error()));
         let status = ended.map_or_else(super::conclude, |()| 0);
@@ -104,12 +108,23 @@ fn start() -> Result<()> {
     bail!("the streamer ended before CRIU could connect")
 }
 
-/// Waits until the streamer has ended, and fails if it has.
+/// Waits until the streamer has ended, and fails if it has failed.
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
     let directory = open_directory(caller.images_dir())?;
     let name = Role::Capture.file_name(OUTCOME);
-    Outcome::find(&directory, &name, &caller.identity())?.wait()
+    let mut outcome = Outcome::find(&directory, &name, &caller.identity())?;
+    let streamer = outcome.streamer()?;
+    // CRIU has closed all of its files. One that it has left open by mistake, or a plugin of it,
+    // would never end, and the application would be frozen for ever.
+    outcome.wait(|| {
+        let open = streamer.map_or(0, |pid| process::common_pipes(caller.pid(), pid));
+        ensure!(
+            open == 0,
+            "CRIU has not closed {open} files of the image, and says that it is written: a plugin may have forgotten them"
+        );
+        Ok(())
+    })
 }
 
 /// What CRIU is about to do, and the file with the options for it.

@@ -62,6 +62,10 @@ impl Caller {
         })
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Its images directory: the path of it if there is one, else one in /proc.
     pub(crate) fn images_dir(&self) -> &Path {
         &self.images_dir

@@ -3,9 +3,10 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
@@ -66,6 +67,31 @@ fn field_of<T: FromStr>(pid: u32, number: usize) -> Option<T> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(") ")?;
     fields.split(' ').nth(number - 3)?.parse().ok()
+}
+
+/// Closes all descriptors but the standard streams, which whoever started this process has left
+/// open. Before Linux 5.9 they stay.
+pub(crate) fn close_inherited() {
+    let (first, last, flags) = (3_u32, u32::MAX, 0_u32);
+    // SAFETY: the caller has opened nothing yet, and nothing else has: there are no other threads.
+    // No memory is involved.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
+}
+
+/// How many pipes both of two processes have open.
+pub(crate) fn common_pipes(one: u32, other: u32) -> usize {
+    pipes_of(one).intersection(&pipes_of(other)).count()
+}
+
+/// The inodes of the pipes that a process has open.
+fn pipes_of(pid: u32) -> HashSet<u64> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd"));
+    let files = open.into_iter().flatten().flatten();
+    files
+        .filter_map(|file| fs::metadata(file.path()).ok())
+        .filter(|file| file.file_type().is_fifo())
+        .map(|file| file.ino())
+        .collect()
 }
 
 /// A part of this program that goes on in the background.

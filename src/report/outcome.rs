@@ -1,26 +1,33 @@
 //! What becomes of a streamer that is nobody's child: who has started it, and how it ended.
 //!
 //! A file in the images directory tells. Its first line names the CRIU that has started the
-//! streamer, so that no other run's outcome is taken for this one's. The streamer holds the file's
-//! lock for as long as it runs, and writes the second line when all is over. The kernel releases
-//! the lock however the streamer ends: a free lock and no second line mean that it was killed.
+//! streamer, so that no other run's outcome is taken for this one's, and the second one is the
+//! streamer's PID. The streamer holds the file's lock for as long as it runs, and writes what
+//! follows when all is over. The kernel releases the lock however the streamer ends: a free lock
+//! and no end mean that it was killed.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::retry_on_intr;
+use rustix::io::Errno;
 
-/// The second line of a streamer that has done all it had to.
+/// The end of a streamer that has done all it had to.
 const SUCCESS: &str = "succeeded";
 
 /// Bytes of the file that are looked at: a reason has some hundred.
 const MOST: u64 = 64 << 10;
+
+/// Between two attempts to take the lock: a lock cannot be waited for with a limit.
+const NAP: Duration = Duration::from_millis(10);
+
+/// Between two looks at whether to go on waiting.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The file, open.
 pub(crate) struct Outcome(File);
@@ -36,7 +43,7 @@ impl Outcome {
         let mode = Mode::S_IRUSR | Mode::S_IWUSR;
         let mut file = File::from(openat(directory, name, flags, mode)?);
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            Err(Errno::WOULDBLOCK) => bail!(
                 "a streamer that another CRIU has started is still at work here: wait for its end, or use another images directory"
             ),
             locked => locked.context("locking it")?,
@@ -53,7 +60,7 @@ impl Outcome {
     pub(crate) fn find(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let found = match openat(directory, name, flags, Mode::empty()) {
-            Err(Errno::ENOENT) => None,
+            Err(nix::errno::Errno::ENOENT) => None,
             file => Some(Self(File::from(file?))),
         };
         let Some(mut outcome) = found else {
@@ -64,17 +71,39 @@ impl Outcome {
         Ok(outcome)
     }
 
-    /// Waits until the streamer has ended, and fails with its reason if it has failed.
-    pub(crate) fn wait(mut self) -> Result<()> {
-        retry_on_intr(|| flock(&self.0, FlockOperation::LockShared))
-            .context("waiting for the streamer's end")?;
-        self.read_end()
+    /// The streamer is this process.
+    pub(crate) fn is_of_this_process(&mut self) -> Result<()> {
+        writeln!(self.0, "{}", std::process::id()).context("writing who it is")
+    }
+
+    /// The PID of the streamer, if it has begun.
+    pub(crate) fn streamer(&mut self) -> Result<Option<u32>> {
+        let text = self.read()?;
+        Ok(text.lines().nth(1).and_then(|line| line.parse().ok()))
+    }
+
+    /// Waits until the streamer has ended, and fails with its reason if it has failed. Now and then
+    /// it looks whether `may_wait`, and fails as that does.
+    pub(crate) fn wait(mut self, may_wait: impl Fn() -> Result<()>) -> Result<()> {
+        let mut look = Instant::now() + LOOK;
+        loop {
+            match flock(&self.0, FlockOperation::NonBlockingLockShared) {
+                Ok(()) => return self.read_end(),
+                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(error) => return Err(error).context("waiting for the streamer's end"),
+            }
+            if Instant::now() >= look {
+                may_wait()?;
+                look = Instant::now() + LOOK;
+            }
+            std::thread::sleep(NAP);
+        }
     }
 
     /// Fails with the streamer's reason if it has failed. It must have ended.
     pub(crate) fn read_end(&mut self) -> Result<()> {
         let text = self.read()?;
-        match text.split_once('\n').map(|(_, end)| end.trim_end()) {
+        match text.splitn(3, '\n').nth(2).map(str::trim_end) {
             Some(SUCCESS) => Ok(()),
             None | Some("") => bail!("the streamer was killed, or crashed"),
             Some(reason) => bail!("{reason}"),
@@ -137,24 +166,40 @@ mod tests {
         assert!(find(&directory, "CRIU 1 2").is_err());
         let mut outcome = begin(&directory, "CRIU 1 2").unwrap();
         assert!(begin(&directory, "CRIU 3 4").is_err());
+        outcome.is_of_this_process().unwrap();
+        let streamer = find(&directory, "CRIU 1 2").unwrap().streamer().unwrap();
+        assert_eq!(streamer, Some(std::process::id()));
         outcome.end(None).unwrap();
         drop(outcome);
-        find(&directory, "CRIU 1 2").unwrap().wait().unwrap();
+        find(&directory, "CRIU 1 2")
+            .unwrap()
+            .wait(|| Ok(()))
+            .unwrap();
         assert!(find(&directory, "CRIU 1 23").is_err());
 
         let mut outcome = begin(&directory, "CRIU 1 23").unwrap();
         assert!(find(&directory, "CRIU 1 2").is_err());
+        outcome.is_of_this_process().unwrap();
         outcome.end(Some("reading a: no\nsecond line")).unwrap();
         drop(outcome);
-        let failed = find(&directory, "CRIU 1 23").unwrap().wait().unwrap_err();
+        let failed = find(&directory, "CRIU 1 23")
+            .unwrap()
+            .wait(|| Ok(()))
+            .unwrap_err();
         assert_eq!(failed.to_string(), "reading a: no\nsecond line");
     }
 
     #[test]
     fn a_streamer_that_wrote_no_end_was_killed() {
         let (_guard, directory) = directory();
-        drop(begin(&directory, "CRIU 1 2").unwrap());
-        let killed = find(&directory, "CRIU 1 2").unwrap().wait().unwrap_err();
+        begin(&directory, "CRIU 1 2")
+            .unwrap()
+            .is_of_this_process()
+            .unwrap();
+        let killed = find(&directory, "CRIU 1 2")
+            .unwrap()
+            .wait(|| Ok(()))
+            .unwrap_err();
         assert!(killed.to_string().contains("killed"), "{killed}");
     }
 }
