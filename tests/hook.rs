@@ -80,8 +80,10 @@ fn the_application_goes_on_when_an_upload_fails_at_the_end() {
         return;
     };
     let application = machine.start("memory=20");
-    let script = options("cat >app.image; exit 7", "cat app.image") + DUMP;
-    let said = application.run(&script).failure().stderr();
+    let script = options("cat >app.image; exit 7", "cat app.image") + DUMP + " || echo $?";
+    let ran = application.run(&script).success();
+    assert_eq!(ran.stdout(), "255\n", "{}", ran.stderr());
+    let said = ran.stderr();
     assert!(said.contains("failed with exit status 7"), "{said}");
     application.goes_on();
     nothing_is_left(&application);
@@ -94,8 +96,10 @@ fn the_application_goes_on_when_an_upload_fails_on_the_way() {
         return;
     };
     let application = machine.start("memory=20");
-    let script = options("head -c 5000000 >app.image; exit 7", "cat app.image") + DUMP;
-    application.run(&script).failure();
+    let upload = "head -c 5000000 >app.image; exit 7";
+    let script = options(upload, "cat app.image") + DUMP + " || echo $?";
+    let ran = application.run(&script).success();
+    assert_eq!(ran.stdout(), "1\n", "{}", ran.stderr());
     let log = machine.read("images/streamer-capture.log");
     let log = String::from_utf8_lossy(&log);
     assert!(log.contains("failed with exit status 7"), "{log}");

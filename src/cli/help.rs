@@ -61,6 +61,11 @@ Checkpoint process 1234 to a compressed file, and restore it:
   $ criu-image-streamer -D images --shard-cmd 'lz4 >app.lz4' capture -- criu dump --stream -D images -t 1234
   $ criu-image-streamer -D images --shard-cmd 'lz4 -d <app.lz4' serve -- criu restore --stream -D images -d
 
+Let CRIU start the streamer, and kill the process only when the upload has succeeded:
+
+  $ echo '--shard-cmd lz4 >app.lz4' >images/streamer-capture.options
+  $ criu dump --stream --action-script criu-image-streamer --images-dir images --tree 1234
+
 With the directory that it works in:
 
   $ criu-image-streamer -D images --ext-file-cmd 'fs.tar:tar -C /srv/app -cf - .' --shard-cmd 'lz4 >app.lz4' capture -- criu dump --stream -D images -t 1234

@@ -154,10 +154,11 @@ enum Command {
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     List,
 
-    /// CRIU's action script, which starts `capture` or `serve` for it: `criu dump --stream
-    /// --action-script criu-image-streamer`. The options are in streamer-capture.options and
-    /// streamer-serve.options, in the images directory or in the directory that
-    /// CRIU_IMAGE_STREAMER_OPTIONS names, one option a line
+    /// Be CRIU's action script: start `capture` or `serve` for it, and have it wait for the uploads
+    ///
+    /// `criu dump --stream --action-script criu-image-streamer`, without `hook`, is enough. The
+    /// options are in streamer-capture.options and streamer-serve.options, one a line, in the
+    /// images directory or in the directory that CRIU_IMAGE_STREAMER_OPTIONS names
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Hook,
 }

@@ -27,8 +27,8 @@
 //!
 //! **In the background.** The streamer goes on in a process and a session of its own when the
 //! script returns, with nothing open of what CRIU or another script has left to it: who reads
-//! CRIU's output to its end does not wait for it. What it and its commands say is in a log in the images directory, and how it ended in
-//! an [`Outcome`].
+//! CRIU's output to its end does not wait for it. What it and its commands say is in a log in the
+//! images directory, and how it ended in an [`Outcome`].
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
