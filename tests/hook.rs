@@ -75,6 +75,30 @@ fn criu_alone_checkpoints_and_restores() {
 }
 
 #[test]
+fn the_hook_may_stand_in_crius_configuration_file() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=20");
+    let before = application.goes_on();
+    let configured = |command: &str| {
+        let elsewhere = "
+printf '%s\n' stream 'action-script criu-image-streamer' >hook.conf
+export CRIU_IMAGE_STREAMER_OPTIONS=$PWD/images
+mkdir -p empty
+criu COMMAND --config hook.conf --images-dir empty
+";
+        elsewhere.replace("COMMAND", command)
+    };
+    let options = options("cat >app.image", "cat app.image");
+    let dump = options + &configured("dump --tree $PID");
+    application.run(&dump).success();
+    application.is_gone();
+    application.run(&configured("restore -d")).success();
+    application.goes_on_from(before);
+}
+
+#[test]
 fn the_application_goes_on_when_an_upload_fails_at_the_end() {
     let Some(machine) = Machine::new() else {
         return;
@@ -303,7 +327,13 @@ fn a_wrong_option_ends_the_dump_before_anything_happens() {
     let none = "rm -rf images; mkdir images\n".to_owned();
     for (options, words) in [
         (wrong, ["streamer-capture.options: line 4", "--num-shard"]),
-        (none, ["images/streamer-capture.options", "opening it"]),
+        (
+            none,
+            [
+                "images/streamer-capture.options",
+                "opening the file with the options",
+            ],
+        ),
     ] {
         let said = application.run(&(options + DUMP)).failure().stderr();
         for word in words {

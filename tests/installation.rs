@@ -97,7 +97,14 @@ fn assert_tells_what_help_tells(text: &str) {
         .collect();
     assert!(options.len() > 7, "{options:?}");
     for option in options {
-        let own = !["--help", "--version", "--tree", "--serve"].contains(&option);
+        let others = [
+            "--help",
+            "--version",
+            "--tree",
+            "--action-script",
+            "--serve",
+        ];
+        let own = !others.contains(&option);
         assert!(
             !own || text.contains(option),
             "{option} is missing in\n{text}"

@@ -104,8 +104,9 @@ impl Args {
 /// The word that a line is on a command line.
 fn option(line: &str) -> String {
     match line.split_once(char::is_whitespace) {
-        Some((name, value)) if name.starts_with("--") && !name.contains('=') => {
-            format!("{name}={}", value.trim_start())
+        Some((name, value)) if !name.contains('=') => {
+            let between = if name.starts_with("--") { "=" } else { "" };
+            format!("{name}{between}{}", value.trim_start())
         }
         _ => line.to_owned(),
     }
@@ -114,7 +115,9 @@ fn option(line: &str) -> String {
 fn read(path: &Path) -> Result<String> {
     let mut options = File::options();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK);
-    let file = file.open(path).context("opening it")?;
+    let file = file.open(path).context(
+        "opening the file with the options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4",
+    )?;
     let metadata = file.metadata().context("looking at it")?;
     ensure!(metadata.is_file(), "it is no regular file");
     let own = nix::unistd::geteuid().as_raw();
@@ -179,7 +182,7 @@ mod tests {
         );
         for descriptors in [
             "--shard-fds 3",
-            "-s=3",
+            "-s 3",
             "--index-fd 3",
             "--ext-file-fds a:3",
             "--progress-fd 2",

@@ -67,7 +67,8 @@ impl Role {
 pub enum Way {
     /// By the directory's path, as this program was given it.
     SamePath,
-    /// By a path of its own: relative, or in /proc under RPC. It has connected, or fails at once.
+    /// By a path of its own, such as a relative one, or one in /proc under RPC. If that is too
+    /// long, CRIU fails before it freezes anything.
     OwnPath,
 }
 

@@ -105,7 +105,9 @@ impl Outcome {
         let text = self.read()?;
         match text.splitn(3, '\n').nth(2).map(str::trim_end) {
             Some(SUCCESS) => Ok(()),
-            None | Some("") => bail!("the streamer was killed, or crashed"),
+            None | Some("") => {
+                bail!("the streamer was killed, or crashed: discard what there is of the image")
+            }
             Some(reason) => bail!("{reason}"),
         }
     }
