@@ -65,11 +65,18 @@ fn criu_alone_checkpoints_and_restores() {
     };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
-    let options = options("lz4 >app.lz4", "lz4 -d <app.lz4");
+    let external_files = "
+echo '--ext-file-cmd a:cat a' >>images/streamer-capture.options
+echo '--ext-file-cmd b:cat b' >>images/streamer-capture.options
+echo '--ext-file-cmd a:cat >restored' >>images/streamer-serve.options
+echo 'of the application' | tee a >b
+";
+    let options = options("lz4 >app.lz4", "lz4 -d <app.lz4") + external_files;
     application.run(&(options + DUMP)).success();
     application.is_gone();
     nothing_is_left(&application);
     application.run(RESTORE).success();
+    application.run("cmp a restored").success();
     application.goes_on_from(before);
     nothing_is_left(&application);
 }
