@@ -68,6 +68,10 @@ mod hostile;
 /// An image with an index is served while it arrives, and never if it is damaged.
 mod index;
 
+/// Containers, with runc.
+mod containers;
+/// What streams cannot restore comes back from memory, which is given back meanwhile.
+mod from_memory;
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.

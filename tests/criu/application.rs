@@ -11,6 +11,8 @@
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
 //!     hugetlb=<MiB>     shared memory on huge pages
+//!     private-hugetlb=<MiB>
+//!                       private memory on huge pages
 //!     threads=<n>       threads besides the main one, that count in memory
 //!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token
 //!                       goes to each child and back through pipes, and every process counts in a
@@ -372,13 +374,15 @@ fn main() {
             MAP_PRIVATE,
         )));
     }
-    if number("hugetlb") > 0 && me == 0 {
-        checked.push(Box::new(Memory::new(
-            "huge pages",
-            nonce,
-            number("hugetlb"),
-            MAP_SHARED | MAP_HUGETLB,
-        )));
+    for (part, kind) in [("hugetlb", MAP_SHARED), ("private-hugetlb", MAP_PRIVATE)] {
+        if number(part) > 0 && me == 0 {
+            checked.push(Box::new(Memory::new(
+                "huge pages",
+                nonce,
+                number(part),
+                kind | MAP_HUGETLB,
+            )));
+        }
     }
     if number("threads") > 0 {
         checked.push(Box::new(Threads::new(number("threads"))));
