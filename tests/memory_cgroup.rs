@@ -2,18 +2,15 @@
 //! that stands for the machine. Pages in pipes belong to no process, so that the kernel's
 //! out-of-memory killer would take the wrong one.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio, id};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::common::child::Limit;
+use crate::common::cgroup::Cgroup;
 use crate::common::image::Shard;
 use crate::common::keeping::Keeping;
 use crate::common::shards::pipe;
@@ -26,10 +23,9 @@ const MIB: u64 = 1 << 20;
 const LIMIT: u64 = 256 * MIB;
 
 /// A memory cgroup of our own. It ends with the test.
-struct Cgroup {
-    path: PathBuf,
+struct MemoryCgroup {
+    group: Cgroup,
     version: Version,
-    members: File,
 }
 
 #[derive(Clone, Copy)]
@@ -38,41 +34,25 @@ enum Version {
     V2,
 }
 
-impl Cgroup {
+impl MemoryCgroup {
     fn create(limit: u64) -> io::Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "criu-image-streamer-test-{}-{}",
-            id(),
-            NUMBER.fetch_add(1, Ordering::Relaxed)
-        );
         let v1 = Path::new("/sys/fs/cgroup/memory");
-        let (path, version) = if v1.join("memory.limit_in_bytes").exists() {
-            (v1.join(name), Version::V1)
+        let (parent, version) = if v1.join("memory.limit_in_bytes").exists() {
+            (v1, Version::V1)
         } else {
             let root = Path::new("/sys/fs/cgroup");
             fs::write(root.join("cgroup.subtree_control"), "+memory")?;
-            (root.join(name), Version::V2)
+            (root, Version::V2)
         };
-        fs::create_dir(&path)?;
-        let members = File::options().write(true).open(path.join("cgroup.procs"));
-        let cgroup = Self {
-            members: members?,
-            path,
-            version,
-        };
+        let group = Cgroup::create_in(parent)?;
         let (file, swapping) = match version {
             Version::V1 => ("memory.limit_in_bytes", "memory.swappiness"),
             Version::V2 => ("memory.max", "memory.swap.max"),
         };
-        fs::write(cgroup.path.join(file), limit.to_string())?;
+        fs::write(group.path().join(file), limit.to_string())?;
         // Not there where the kernel does not swap.
-        let _ = fs::write(cgroup.path.join(swapping), "0");
-        Ok(cgroup)
-    }
-
-    fn limit(&self) -> Limit {
-        Limit::Cgroup(self.members.as_raw_fd())
+        let _ = fs::write(group.path().join(swapping), "0");
+        Ok(Self { group, version })
     }
 
     /// How many processes the kernel has killed in it.
@@ -81,28 +61,19 @@ impl Cgroup {
             Version::V1 => "memory.oom_control",
             Version::V2 => "memory.events",
         };
-        let text = fs::read_to_string(self.path.join(file)).expect("read the cgroup's events");
+        let events = self.group.path().join(file);
+        let text = fs::read_to_string(events).expect("read the cgroup's events");
         let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
         kills.expect("a count of kills").trim().parse().unwrap()
     }
 }
 
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // A process that was reaped may be in it for another moment.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while fs::remove_dir(&self.path).is_err() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
 /// A cgroup, or `None` where no cgroup can be made.
-fn cgroup() -> Option<Cgroup> {
+fn cgroup() -> Option<MemoryCgroup> {
     if !root_or_skip() {
         return None;
     }
-    let made = Cgroup::create(LIMIT);
+    let made = MemoryCgroup::create(LIMIT);
     if let Err(why) = &made {
         skip(&format!("no memory cgroup can be made here: {why}"));
     }
@@ -111,7 +82,7 @@ fn cgroup() -> Option<Cgroup> {
 
 /// Writes an image with one page file of `size` bytes, from within the cgroup: pages in a pipe
 /// count as memory of the process that wrote them.
-fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
+fn produce(cgroup: &MemoryCgroup, size: u64, shard: OwnedFd) -> Child {
     let dir = TempDir::new().unwrap();
     let begin = Shard::new()
         .filename(0, "pages-1.img")
@@ -130,7 +101,7 @@ fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
     // The directory goes when the script has opened what is in it.
     let mut producer = Command::new("bash")
         .args(["-ec", SCRIPT, "bash"])
-        .arg(cgroup.path.join("cgroup.procs"))
+        .arg(cgroup.group.path().join("cgroup.procs"))
         .arg((size >> 16).to_string())
         .current_dir(dir.path())
         .stdin(Stdio::null())
@@ -145,10 +116,10 @@ fn produce(cgroup: &Cgroup, size: u64, shard: OwnedFd) -> Child {
 }
 
 /// A `serve` in the cgroup, and what writes its image.
-fn receive(cgroup: &Cgroup, size: u64, keeping: Keeping) -> (Streamer, Child) {
+fn receive(cgroup: &MemoryCgroup, size: u64, keeping: Keeping) -> (Streamer, Child) {
     let (reader, writer) = pipe();
     let launch = keeping.serve().shards([reader]);
-    let streamer = launch.limit(cgroup.limit()).start();
+    let streamer = launch.limit(cgroup.group.limit()).start();
     (streamer, produce(cgroup, size, writer))
 }
 

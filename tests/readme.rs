@@ -118,7 +118,14 @@ fn make_files(directory: &Path, mib: usize) {
 fn every_recipe_is_of_a_kind_that_some_test_runs() {
     let bash = |block: &Block| block.language == "bash";
     let all = blocks().iter().filter(|block| bash(block)).count();
-    let known = ["application", "s3", "migration"].into_iter();
+    let known = [
+        "application",
+        "container",
+        "checkpointed container",
+        "s3",
+        "migration",
+    ]
+    .into_iter();
     let known: usize = known.flat_map(recipes).map(|(_, texts)| texts.len()).sum();
     assert_eq!(known, all, "a recipe's comment names no known kind");
     for block in blocks() {

@@ -9,6 +9,7 @@
 
 use crate::common::keeping::Keeping;
 use crate::common::skip;
+use crate::criu::huge_pages::HugePages;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine};
 
@@ -317,30 +318,4 @@ fn a_server_is_restored_to_another_port() {
     let answer = ask(7001).success().stdout();
     assert!(answer.starts_with(&before.nonce.to_string()), "{answer}");
     ask(7000).failure();
-}
-
-/// Huge pages that were added to the machine's pool, and are given back.
-struct HugePages {
-    before: String,
-}
-
-impl HugePages {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn reserve(number: usize) -> Option<Self> {
-        let read = || std::fs::read_to_string(Self::POOL);
-        let before = read().ok()?;
-        let had: usize = before.trim().parse().ok()?;
-        std::fs::write(Self::POOL, (had + number).to_string()).ok()?;
-        let reserved = Self { before };
-        let has: usize = read().ok()?.trim().parse().ok()?;
-        (has >= had + number).then_some(reserved)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        // A pool that stays larger is no reason to fail.
-        let _ = std::fs::write(Self::POOL, &self.before);
-    }
 }

@@ -214,7 +214,7 @@ fn an_application_of_a_terminal_moves_to_another() {
         ))
         .success();
     let pid = machine.run("cat pid").success().stdout();
-    let application = machine.adopt(pid.trim());
+    let application = machine.adopt(&pid, "application.state");
     let before = application.goes_on();
     application
         .run(

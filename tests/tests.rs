@@ -70,7 +70,10 @@ mod index;
 
 /// CRIU starts the streamer through its hook, and waits for it while nothing runs.
 mod hook;
-
+/// Containers, with runc.
+mod containers;
+/// What streams cannot restore comes back from memory, which is given back meanwhile.
+mod from_memory;
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.

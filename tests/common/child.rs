@@ -136,7 +136,8 @@ pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(with_rights).join().unwrap())
 }
 
-fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
+/// Has the child of `command` inherit these descriptors, and start with these limits.
+pub fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
     let prepare = move || {
         for &fd in &fds {
             // SAFETY: changes a flag in the new process's own descriptor table; no memory is

@@ -1,6 +1,7 @@
 //! What every integration test and the benchmark stand on: the parties around the streamer,
 //! simulated.
 //!
+//! * [`cgroup`]: a cgroup that ends with the test;
 //! * [`criu`]: CRIU's side of the image socket;
 //! * [`dump`]: what CRIU's image files hold;
 //! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and
@@ -16,6 +17,7 @@
 //! killed by its watchdog, which turns the hang into a broken pipe and the broken pipe into a
 //! failed test.
 
+pub mod cgroup;
 pub mod child;
 pub mod criu;
 pub mod dump;

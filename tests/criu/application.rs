@@ -14,6 +14,8 @@
 //!                       round with the next number in every page, behind `REWRITE` and the page's
 //!                       number
 //!     hugetlb=<MiB>     shared memory on huge pages
+//!     private-hugetlb=<MiB>
+//!                       private memory on huge pages
 //!     threads=<n>       threads besides the main one, that count in memory
 //!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token
 //!                       goes to each child and back through pipes, and every process counts in a
@@ -394,6 +396,7 @@ fn main() {
             MAP_PRIVATE,
         )));
     }
+<<<<<<< HEAD
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
         checked.push(Box::new(Rewritten { bytes, rounds: 0 }));
@@ -405,6 +408,17 @@ fn main() {
             number("hugetlb"),
             MAP_SHARED | MAP_HUGETLB,
         )));
+=======
+    for (part, kind) in [("hugetlb", MAP_SHARED), ("private-hugetlb", MAP_PRIVATE)] {
+        if number(part) > 0 && me == 0 {
+            checked.push(Box::new(Memory::new(
+                "huge pages",
+                nonce,
+                number(part),
+                kind | MAP_HUGETLB,
+            )));
+        }
+>>>>>>> containers-oneline
     }
     if number("threads") > 0 {
         checked.push(Box::new(Threads::new(number("threads"))));

@@ -3,10 +3,12 @@
 //!
 //! CRIU restores a process with the PID that it had. Inside, PIDs are few and no other process
 //! takes one, so tests run side by side and beside whatever the host does. Ports are free too, and
-//! when the machine is dropped, or the test dies, the kernel ends every process in it.
+//! when the machine is dropped, or the test dies, the kernel ends every process in it. A container
+//! engine gets a machine with a hierarchy of cgroups, too: see [`Machine::for_containers`].
 //!
 //! What a test does there it does in bash, as the README shows it: see [`Machine::run`].
 
+pub mod huge_pages;
 pub mod recipes;
 
 use std::cell::Cell;
@@ -23,6 +25,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::common::cgroup::Cgroup;
+use crate::common::child::inherit;
 use crate::common::skip;
 use crate::common::streamer::binary;
 
@@ -39,10 +43,26 @@ for fd in $(ls /proc/self/fd); do [ $fd -le 2 ] || eval "exec $fd>&-"; done
 cd "$MACHINE"
 "#;
 
+/// What a machine for containers does first: engines keep their state in `/run`, and take the
+/// cgroups that they see for their own.
+const HIERARCHY_OF_ITS_OWN: &str = "
+mount -t tmpfs tmpfs /run
+if mountpoint -q /sys/fs/cgroup; then umount -R /sys/fs/cgroup; fi
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+";
+
 /// The programs that every machine has: CRIU, and the application to checkpoint.
 struct Programs {
     criu: PathBuf,
     application: PathBuf,
+    home: PathBuf,
+}
+
+impl Programs {
+    /// The application for a container without any library.
+    fn static_application(&self) -> PathBuf {
+        self.home.join("static/application")
+    }
 }
 
 /// Brings the programs, once; `Err` says why there are none.
@@ -65,16 +85,18 @@ fn programs() -> &'static Result<Programs, String> {
             return Err(String::from_utf8_lossy(&found.stderr).trim().into());
         }
         let application = home.join("application");
-        compile(&source.join("application.rs"), &application);
+        compile(&application, &[]);
         Ok(Programs {
             criu: String::from_utf8_lossy(&found.stdout).trim().into(),
             application,
+            home,
         })
     })
 }
 
 /// Compiles the application, unless that was done since its source changed.
-fn compile(source: &Path, program: &Path) {
+fn compile(program: &Path, options: &[&str]) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/criu/application.rs");
     let home = program.parent().expect("a directory");
     std::fs::create_dir_all(home).expect("make a directory");
     // Another run of the tests may be doing the same, and a program that is replaced while it runs
@@ -84,7 +106,7 @@ fn compile(source: &Path, program: &Path) {
         .map_err(|(_, why)| why)
         .expect("lock");
     let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
-    if modified(program) > modified(source) {
+    if modified(program) > modified(&source) {
         return;
     }
     let unfinished = program.with_extension("new");
@@ -92,7 +114,8 @@ fn compile(source: &Path, program: &Path) {
     let output = Command::new(rustc)
         .args(["--edition=2024", "-O", "-o"])
         .arg(&unfinished)
-        .arg(source)
+        .args(options)
+        .arg(&source)
         .output()
         .expect("rustc");
     let complaints = String::from_utf8_lossy(&output.stderr);
@@ -111,6 +134,33 @@ pub struct Machine {
     unshare: Child,
     init: String,
     scripts: Cell<u32>,
+    cgroups: Option<Cgroups>,
+}
+
+/// The cgroups of a machine for containers. A container's may be below the root that the machine
+/// sees, and never where other processes are.
+struct Cgroups {
+    /// Where its own processes are; removed first.
+    machine: Cgroup,
+    root: Cgroup,
+}
+
+impl Cgroups {
+    fn create() -> Result<Self, String> {
+        let mounts = std::fs::read_to_string("/proc/mounts").map_err(|why| why.to_string())?;
+        let hierarchy = mounts.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            (fields.get(2) == Some(&"cgroup2")).then(|| fields[1].to_owned())
+        });
+        let hierarchy = hierarchy.ok_or("no cgroup2 is mounted here")?;
+        let create_in = |parent: &Path| {
+            Cgroup::create_in(parent)
+                .map_err(|why| format!("no cgroup in {}: {why}", parent.display()))
+        };
+        let root = create_in(Path::new(&hierarchy))?;
+        let machine = create_in(root.path())?;
+        Ok(Self { machine, root })
+    }
 }
 
 impl Machine {
@@ -138,17 +188,36 @@ impl Machine {
         Self::new_in(found?)
     }
 
+    /// A machine for a container engine: it has a hierarchy of cgroups and a `/run` of its own, and
+    /// its scripts know the application, linked statically, as `$APPLICATION`.
+    pub fn for_containers() -> Option<Self> {
+        Self::boot_or_skip(|programs| {
+            let cgroups = Cgroups::create()?;
+            let program = programs.static_application();
+            // Not position-independent: the README's Limits say what may happen to such a program.
+            compile(
+                &program,
+                &["-Ctarget-feature=+crt-static", "-Crelocation-model=static"],
+            );
+            Ok(Self::boot(programs, &std::env::temp_dir(), Some(cgroups)))
+        })
+    }
+
     fn new_in(parent: &Path) -> Option<Self> {
-        match programs() {
-            Ok(programs) => Some(Self::boot(programs, parent)),
+        Self::boot_or_skip(|programs| Ok(Self::boot(programs, parent, None)))
+    }
+
+    fn boot_or_skip(boot: impl FnOnce(&Programs) -> Result<Self, String>) -> Option<Self> {
+        match programs().as_ref().map_err(String::clone).and_then(boot) {
+            Ok(machine) => Some(machine),
             Err(why) => {
-                skip(why);
+                skip(&why);
                 None
             }
         }
     }
 
-    fn boot(programs: &Programs, parent: &Path) -> Self {
+    fn boot(programs: &Programs, parent: &Path, cgroups: Option<Cgroups>) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("criu-image-streamer-")
             .tempdir_in(parent)
@@ -168,9 +237,18 @@ impl Machine {
 
         // The first process: reaps what is left to it, and ends, and all with it, when its standard
         // input does.
-        let mut unshare = Command::new("unshare")
-            .args(["--pid", "--fork", "--mount-proc", "--net", "bash", "-c"])
-            .arg("ip link set lo up && : >booted && while read -r; do :; done")
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--pid", "--fork", "--mount-proc", "--net"]);
+        let mut script = String::new();
+        if let Some(cgroups) = &cgroups {
+            // The root of what it sees is where it is when it makes the namespace.
+            unshare.arg("--cgroup");
+            inherit(&mut unshare, Vec::new(), vec![cgroups.root.limit()]);
+            script += HIERARCHY_OF_ITS_OWN;
+        }
+        script += "ip link set lo up; : >booted; while read -r; do :; done";
+        let mut unshare = unshare
+            .args(["bash", "-euc", &script])
             .env("PATH", &path)
             .current_dir(directory.path())
             .stdin(Stdio::piped())
@@ -190,9 +268,16 @@ impl Machine {
             unshare,
             init: init.trim().into(),
             scripts: Cell::new(0),
+            cgroups,
         };
         if !booted || machine.init.is_empty() {
             panic!("cannot make namespaces\n{}", machine.describe());
+        }
+        if let Some(cgroups) = &machine.cgroups {
+            for process in [&machine.unshare.id().to_string(), &machine.init] {
+                std::fs::write(cgroups.machine.path().join("cgroup.procs"), process)
+                    .expect("move a process");
+            }
         }
         machine
     }
@@ -200,6 +285,21 @@ impl Machine {
     /// Its first process, as seen from here.
     pub fn init(&self) -> &str {
         &self.init
+    }
+
+    /// The cgroups that its container engine has made, as seen from here.
+    pub fn container_cgroups(&self) -> Vec<PathBuf> {
+        let cgroups = self.cgroups.as_ref().expect("a machine for containers");
+        let mut found = cgroups.root.below();
+        found.retain(|path| path != cgroups.machine.path());
+        found.extend(cgroups.machine.below());
+        found
+    }
+
+    /// The root of its cgroups, as seen from here.
+    pub fn cgroups(&self) -> PathBuf {
+        let cgroups = self.cgroups.as_ref().expect("a machine for containers");
+        cgroups.root.path().to_owned()
     }
 
     /// The machine's directory, as seen from here and from inside.
@@ -222,9 +322,16 @@ impl Machine {
     fn run_with(&self, variables: &[(&str, &str)], script: &str) -> Ran<'_> {
         let number = self.scripts.replace(self.scripts.get() + 1);
         let log = |stream: &str| File::create(self.path(&log_name(number, stream))).expect("a log");
-        let mut bash = Command::new("nsenter")
-            .args(["--target", &self.init, "--pid", "--mount", "--net", "--"])
-            .args(["bash", "-euo", "pipefail", "-c"])
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args(["--target", &self.init, "--pid", "--mount", "--net"]);
+        if let Some(cgroups) = &self.cgroups {
+            nsenter.arg("--cgroup");
+            inherit(&mut nsenter, Vec::new(), vec![cgroups.machine.limit()]);
+            let program = programs().as_ref().map(Programs::static_application);
+            nsenter.env("APPLICATION", program.expect("this machine has booted"));
+        }
+        let mut bash = nsenter
+            .args(["--", "bash", "-euo", "pipefail", "-c"])
             .arg(format!("{SCRIPT_HEAD}{script}"))
             .env("PATH", &self.path)
             .env("MACHINE", self.directory.path())
@@ -263,7 +370,6 @@ impl Machine {
     /// Starts the application through a command like `unshare`, which runs the program that its
     /// arguments name.
     pub fn start_in(&self, command: &str, parts: &str) -> Application<'_> {
-        let mut application = self.adopt("");
         // A session of its own and no terminal, or CRIU would have to be told about the shell's.
         // Its files are opened in its own mount namespace.
         let script = r#"
@@ -281,20 +387,20 @@ echo $pid
 "#;
         let script = script.replace("COMMAND", command).replace("PARTS", parts);
         let pid = self.run(&script).success().stdout();
-        application.pid = pid.trim().into();
+        self.adopt(&pid, "application.state")
+    }
+
+    /// An application that a script has started, and the name of its state file.
+    pub fn adopt(&self, pid: &str, state: &str) -> Application<'_> {
+        let application = Application {
+            machine: self,
+            pid: pid.trim().into(),
+            state: self.path(state),
+        };
         if !wait_until(|| application.state_line().is_some()) {
             panic!("the application did not start\n{}", self.describe());
         }
         application
-    }
-
-    /// An application that a script has started, with `application.state` for its state.
-    pub fn adopt(&self, pid: &str) -> Application<'_> {
-        Application {
-            machine: self,
-            pid: pid.into(),
-            state: self.path("application.state"),
-        }
     }
 
     /// Everything that may explain a failure: the processes, what the scripts said, and every log's
