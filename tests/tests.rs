@@ -68,12 +68,12 @@ mod hostile;
 /// An image with an index is served while it arrives, and never if it is damaged.
 mod index;
 
-/// CRIU starts the streamer through its hook, and waits for it while nothing runs.
-mod hook;
 /// Containers, with runc.
 mod containers;
 /// What streams cannot restore comes back from memory, which is given back meanwhile.
 mod from_memory;
+/// CRIU starts the streamer through its hook, and waits for it while nothing runs.
+mod hook;
 /// `make install` and `make deb`.
 mod installation;
 /// Live migration between two hosts.

@@ -396,19 +396,10 @@ fn main() {
             MAP_PRIVATE,
         )));
     }
-<<<<<<< HEAD
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
         checked.push(Box::new(Rewritten { bytes, rounds: 0 }));
     }
-    if number("hugetlb") > 0 && me == 0 {
-        checked.push(Box::new(Memory::new(
-            "huge pages",
-            nonce,
-            number("hugetlb"),
-            MAP_SHARED | MAP_HUGETLB,
-        )));
-=======
     for (part, kind) in [("hugetlb", MAP_SHARED), ("private-hugetlb", MAP_PRIVATE)] {
         if number(part) > 0 && me == 0 {
             checked.push(Box::new(Memory::new(
@@ -418,7 +409,6 @@ fn main() {
                 kind | MAP_HUGETLB,
             )));
         }
->>>>>>> containers-oneline
     }
     if number("threads") > 0 {
         checked.push(Box::new(Threads::new(number("threads"))));
