@@ -4,16 +4,16 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
 use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Body, Files};
+use crate::common::indexed::{IS_INDEX, Indexed, capture, serve};
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, assert_same_bytes};
-use crate::common::shards::{self, Collector, Feeder};
+use crate::common::shards::Feeder;
 use crate::common::streamer::{Launch, Streamer};
 
 const MIB: usize = 1 << 20;
@@ -25,63 +25,6 @@ fn files() -> Files {
     files.insert("pages-2.img".into(), random::bytes(2, 3 * MIB));
     files.insert("ghost-file-1.img".into(), random::bytes(3, 3 * MIB + 1));
     files
-}
-
-/// Data shards, and the index.
-struct Image {
-    shards: Vec<Vec<u8>>,
-    index: Vec<u8>,
-}
-
-impl Image {
-    fn all(&self) -> Vec<Vec<u8>> {
-        let shards = self.shards.iter().cloned();
-        shards.chain([self.index.clone()]).collect()
-    }
-}
-
-fn with_index(launch: Launch, end: OwnedFd) -> Launch {
-    let number = end.as_raw_fd().to_string();
-    launch.inherit(end).args(["--index-fd", &number])
-}
-
-fn capture(files: &Files, shard_count: usize) -> Image {
-    let (readers, writers) = shards::pipes(shard_count, None);
-    let (index_reader, index_writer) = shards::pipe();
-    let mut streamer = with_index(Streamer::capture().shards(writers), index_writer).start();
-    let collector = Collector::start(readers);
-    let index = Collector::start(vec![index_reader]);
-    let criu = streamer.criu();
-    for (name, content) in runs::inventory_last(files) {
-        criu.write_file(name, content);
-    }
-    drop(criu);
-    streamer.expect_success();
-    let exit = streamer.wait();
-    let stats = exit.progress.last().unwrap();
-    assert_eq!(stats.matches("size").count(), shard_count + 1, "{stats}");
-    Image {
-        shards: collector.finish(),
-        index: index.finish().remove(0),
-    }
-}
-
-/// A streamer that serves an image with an index, and the ends to feed it through.
-struct Serving {
-    streamer: Streamer,
-    shards: Vec<OwnedFd>,
-    index: OwnedFd,
-}
-
-fn serve(shard_count: usize, launch: Launch) -> Serving {
-    let (readers, shards) = shards::pipes(shard_count, None);
-    let (index_reader, index) = shards::pipe();
-    let streamer = with_index(launch.shards(readers), index_reader).start();
-    Serving {
-        streamer,
-        shards,
-        index,
-    }
 }
 
 #[test]
@@ -112,7 +55,7 @@ fn data_shards_carry_the_data_of_large_files_and_nothing_else() {
     // The first marker says so: field 100, true.
     let length = u32::from_le_bytes(*image.index.first_chunk().unwrap()) as usize;
     let first = &image.index[4..4 + length];
-    assert!(first.windows(3).any(|bytes| bytes == [0xa0, 0x06, 1]));
+    assert!(first.windows(3).any(|bytes| bytes == IS_INDEX));
 }
 
 #[test]
@@ -203,13 +146,9 @@ fn restore(streamer: &Streamer, files: &Files) -> bool {
 }
 
 /// Whatever is wrong with it, CRIU does not get the last of the pages.
-fn assert_never_restored(image: &Image, files: &Files, what: &str) {
-    let serving = serve(image.shards.len(), Streamer::serve());
-    let mut streamer = serving.streamer;
-    let feeder = Feeder::start(
-        serving.shards.into_iter().chain([serving.index]).collect(),
-        &image.all(),
-    );
+fn assert_never_restored(image: &Indexed, files: &Files, what: &str) {
+    let (mut streamer, ends) = serve(image.shards.len(), Streamer::serve()).into_parts();
+    let feeder = Feeder::start(ends, &image.all());
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
     while streamer.is_running() && std::time::Instant::now() < deadline {
         if streamer
@@ -240,10 +179,7 @@ fn a_damaged_image_never_gives_criu_the_last_of_the_pages() {
     let rounds = crate::common::setting("INDEX_SEEDS", 60);
     crate::common::random::for_each_seed(0..rounds, |seed| {
         let mut random = Random::new(seed);
-        let mut damaged = Image {
-            shards: image.shards.clone(),
-            index: image.index.clone(),
-        };
+        let mut damaged = image.clone();
         let which = random.below(2);
         let what = match random.below(6) {
             0 | 1 => {
@@ -282,7 +218,7 @@ fn a_damaged_image_never_gives_criu_the_last_of_the_pages() {
 fn an_image_without_an_index_is_refused_where_one_is_expected() {
     let files = files();
     let shards = runs::capture(&files, 2, None);
-    let image = Image {
+    let image = Indexed {
         index: shards[0].clone(),
         shards: vec![shards[1].clone()],
     };
@@ -368,8 +304,7 @@ fn no_more_is_held_than_the_limit_says_unless_criu_waits_for_it() {
 /// What the dump has left out is known from the index: CRIU never connects.
 #[test]
 fn an_index_without_inventory_is_refused_before_criu_may_connect() {
-    let is_index = [0xa0, 0x06, 1];
-    let first = [&[2 << 3 | 2, 10][..], b"core-1.img", &is_index].concat();
+    let first = [&[2 << 3 | 2, 10][..], b"core-1.img", &IS_INDEX].concat();
     let index = image::Shard::new()
         .marker(0, &first)
         .data(1, b"core")

@@ -65,6 +65,8 @@ mod fuzz_inputs;
 /// Broken and hostile images are refused, with the place of the defect.
 mod hostile;
 
+/// The same at any pace, with every fault, thousands of times.
+mod arriving;
 /// An image with an index is served while it arrives, and never if it is damaged.
 mod index;
 

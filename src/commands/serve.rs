@@ -3,8 +3,6 @@
 //! An image with an index is served while it arrives: receiving and serving take turns in one loop,
 //! and each says how long it can wait.
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, anyhow};
 
 use super::{ExternalFiles, Transfer, check_whole};
@@ -20,7 +18,7 @@ use crate::report;
 use crate::report::progress::Milestone;
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
-use crate::supervision::{Failure, Interrupts, LOOK_AGAIN};
+use crate::supervision::{Failure, Interrupts};
 
 pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve, plan.way())?;
@@ -90,28 +88,32 @@ fn serve_arriving(
     let mut pace = Pace::new();
     let mut wait = Wait::Now;
     // The index, with the files of which something must be known before CRIU may connect, or which
-    // several clients read.
-    let is_whole = |arriving: &mut Arriving| {
+    // several clients read. All of the image, if it has no pages that CRIU must wait for.
+    let is_prepared = |arriving: &mut Arriving| {
         let catalog = arriving.catalog();
         catalog.shared_are_whole()
             && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
+            && arriving.keeps_back()
+    };
+    let may_connect = |arriving: &mut Arriving| -> Result<bool> {
+        // What the commands of external files unpack has to be in place, too.
+        Ok(interrupts.file_commands_have_succeeded()
+            && (is_prepared(arriving)
+                || arriving.is_whole()? && interrupts.commands_have_succeeded()))
     };
     let mut is_laid_out = false;
-    // What the commands of external files unpack has to be in place, too.
-    while !is_laid_out || !is_whole(&mut arriving) || !interrupts.file_commands_have_succeeded() {
-        let holds_enough = arriving.received() > most;
+    while !is_laid_out || !may_connect(&mut arriving)? {
+        let holds_enough = arriving.kept() > most;
         let reading = if holds_enough && !is_laid_out {
             Reading::UpTo(None)
-        } else if holds_enough && is_whole(&mut arriving) {
-            Reading::UpTo(arriving.wanted(std::iter::empty()))
+        } else if holds_enough && is_prepared(&mut arriving) {
+            arriving.wanted(std::iter::empty())
         } else {
             Reading::All
         };
-        wait = pace.after(arriving.step(wait, reading)?);
+        let activity = arriving.step(wait.or_until(interrupts.look_again()), reading)?;
+        wait = pace.after(activity);
         interrupts.check()?;
-        if !interrupts.file_commands_have_succeeded() {
-            wait = wait.or(Wait::Until(Instant::now() + LOOK_AGAIN));
-        }
         if !is_laid_out
             && let Some(index) = arriving.index()
             && interrupts.command_has_succeeded(index)
@@ -135,9 +137,9 @@ fn serve_arriving(
     let mut is_proven = false;
     let mut stats = None;
     loop {
-        let held = arriving.received().saturating_sub(server.sent());
+        let held = arriving.kept().saturating_sub(server.freed());
         let reading = if held > most {
-            Reading::UpTo(arriving.wanted(server.starving()))
+            arriving.wanted(server.starving())
         } else {
             Reading::All
         };
@@ -169,7 +171,8 @@ fn serve_arriving(
             (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
         };
         if wait != Wait::Now {
-            both.wait(wait, &mut events)
+            let look_again = interrupts.look_again().filter(|_| !is_proven);
+            both.wait(wait.or_until(look_again), &mut events)
                 .context("waiting for the shards and CRIU")?;
         }
     }

@@ -7,14 +7,17 @@
 //! while it arrives.
 //!
 //! **A damaged image never runs.** CRIU cannot finish a restore without the last of the pages. So
-//! the last chunk of the pages is kept back until every piece of the image has come, nothing
+//! the last piece of the pages is kept back until every piece of the image has come, nothing
 //! follows it, and all that brought it has ended well ([`Indexed::release`]). It comes last anyway.
+//! The last piece of a file that has any bytes shows only at the file's end, as a chunk may be
+//! empty: of that file one piece is always kept back, until another follows it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
 use anyhow::{Result, anyhow, bail, ensure};
 
+use super::Reading;
 use super::assembly::{Image, Origin, Step};
 use super::order::{Behind, Place};
 use crate::criu::files;
@@ -64,11 +67,53 @@ struct Stream {
     waiting: BTreeMap<Place, Arrived>,
 }
 
+impl Stream {
+    /// Takes the next piece, if it has come.
+    fn next_in_turn(&mut self) -> Option<Piece> {
+        loop {
+            let markers = match self.segments.front_mut()? {
+                Segment::Awaited(markers) => markers,
+                Segment::Piece(_) => match self.segments.pop_front() {
+                    Some(Segment::Piece(piece)) => return Some(piece),
+                    _ => unreachable!("a piece was in front"),
+                },
+            };
+            let place = Place {
+                seq: markers.start,
+                part: self.part,
+            };
+            let arrived = self.waiting.remove(&place)?;
+            match arrived.behind {
+                Behind::Part => self.part += 1,
+                Behind::Marker => {
+                    self.part = 0;
+                    markers.start += 1;
+                    if markers.is_empty() {
+                        self.segments.pop_front();
+                    }
+                }
+            }
+            if arrived.piece.is_some() {
+                return arrived.piece;
+            }
+        }
+    }
+}
+
 /// The markers of one gap in the index: all of them are data of one file.
 #[derive(Debug)]
 struct Gap {
     markers: Range<u64>,
     stream: usize,
+}
+
+/// The end of the pages, which CRIU does not get before the image has proved whole.
+#[derive(Debug)]
+struct KeptBack {
+    /// The file with the last of the pages.
+    stream: usize,
+    /// The last piece of it that has come in its turn.
+    piece: Option<Piece>,
 }
 
 /// An image whose index is read first.
@@ -90,8 +135,10 @@ pub(super) struct Indexed {
     /// The markers that have not come yet.
     missing: BTreeMap<u64, u64>,
     is_laid_out: bool,
-    /// The last chunk of the pages, until it is released.
-    kept_back: Option<u64>,
+    /// Until it is released.
+    kept_back: Option<KeptBack>,
+    /// Bytes that came for no one: of files that later ones replaced.
+    unwanted: u64,
 }
 
 impl Indexed {
@@ -110,6 +157,7 @@ impl Indexed {
             missing: BTreeMap::new(),
             is_laid_out: false,
             kept_back: None,
+            unwanted: 0,
         }
     }
 
@@ -130,6 +178,16 @@ impl Indexed {
     /// Whether the files are known.
     pub(super) fn is_laid_out(&self) -> bool {
         self.is_laid_out
+    }
+
+    /// Whether there is something that CRIU cannot do without, and does not get yet.
+    pub(super) fn keeps_back(&self) -> bool {
+        self.kept_back.is_some()
+    }
+
+    /// Bytes of data that came, and that no one wants.
+    pub(super) fn unwanted(&self) -> u64 {
+        self.unwanted + self.catalog.unwanted()
     }
 
     /// Finds out from the whole index which files there are, and what is missing of them.
@@ -205,7 +263,11 @@ impl Indexed {
         }
         self.outlets.check_complete_after(complete.keys())?;
         self.is_laid_out = true;
-        self.kept_back = self.last_of_pages();
+        let last = self.last_of_pages();
+        self.kept_back = last.map(|stream| KeptBack {
+            stream,
+            piece: None,
+        });
         for stream in 0..self.streams.len() {
             if let Destination::Catalog(name) = &self.streams[stream].to {
                 self.catalog.begin(name.clone());
@@ -232,16 +294,16 @@ impl Indexed {
         Ok(self.streams.len() - 1)
     }
 
-    /// The last marker with data of pages that is not in the index.
-    fn last_of_pages(&self) -> Option<u64> {
-        let of_pages = self
+    /// The file with the last of the pages that are not in the index.
+    fn last_of_pages(&self) -> Option<usize> {
+        let mut of_pages = self
             .gaps
             .iter()
             .filter(|gap| match &self.streams[gap.stream].to {
                 Destination::Catalog(name) => files::is_pages(name.as_str()),
                 Destination::External(_) | Destination::Nowhere => false,
             });
-        of_pages.map(|gap| gap.markers.end - 1).max()
+        of_pages.next_back().map(|gap| gap.stream)
     }
 
     /// Gives CRIU the last of the pages: the image has proved whole.
@@ -249,28 +311,43 @@ impl Indexed {
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
     pub(super) fn release(&mut self) -> Result<()> {
-        if let Some(marker) = self.kept_back.take()
-            && let Some(stream) = self.stream_of(marker)
-        {
+        if let Some(KeptBack { stream, piece }) = self.kept_back.take() {
+            if let Some(piece) = piece {
+                self.pass_on(stream, piece)?;
+            }
             self.deliver(stream)?;
         }
         Ok(())
     }
 
-    /// The last of the markers that these files, and external files whose readers have nothing
-    /// left, need next.
-    pub(super) fn wanted<'a>(&self, files: impl Iterator<Item = &'a ImageName>) -> Option<u64> {
+    /// What is to be read for these files, whose readers have nothing left, and for external files
+    /// with such readers: up to the last of the markers that they need next.
+    pub(super) fn wanted<'a>(&self, files: impl Iterator<Item = &'a ImageName>) -> Reading {
         let files: Vec<_> = files.collect();
-        let wanting = self.streams.iter().filter(|stream| match &stream.to {
-            Destination::Catalog(name) => files.contains(&name),
-            Destination::External(number) => self.outlets.is_starving(*number),
-            Destination::Nowhere => false,
-        });
-        let next = wanting.filter_map(|stream| match stream.segments.front()? {
-            Segment::Awaited(markers) => Some(markers.start),
-            Segment::Piece(_) => None,
-        });
-        next.max()
+        let mut last = None;
+        for (number, stream) in self.streams.iter().enumerate() {
+            let is_wanted = match &stream.to {
+                Destination::Catalog(name) => files.contains(&name),
+                Destination::External(number) => self.outlets.is_starving(*number),
+                Destination::Nowhere => false,
+            };
+            if !is_wanted {
+                continue;
+            }
+            match stream.segments.front() {
+                Some(Segment::Awaited(markers)) => last = last.max(Some(markers.start)),
+                Some(Segment::Piece(_)) => {}
+                // What its reader waits for is kept back until everything is here.
+                None if self.is_kept_back(number) => return Reading::All,
+                None => {}
+            }
+        }
+        Reading::UpTo(last)
+    }
+
+    fn is_kept_back(&self, stream: usize) -> bool {
+        let kept_back = self.kept_back.as_ref();
+        kept_back.is_some_and(|kept_back| kept_back.stream == stream)
     }
 
     fn stream_of(&self, marker: u64) -> Option<usize> {
@@ -320,50 +397,31 @@ impl Indexed {
 
     /// Moves on what is in its turn of a file.
     fn deliver(&mut self, number: usize) -> Result<()> {
-        let stream = &mut self.streams[number];
-        loop {
-            let piece = match stream.segments.front_mut() {
-                None => break,
-                Some(Segment::Piece(_)) => match stream.segments.pop_front() {
-                    Some(Segment::Piece(piece)) => Some(piece),
-                    _ => unreachable!("a piece was in front"),
-                },
-                Some(Segment::Awaited(markers)) => {
-                    let place = Place {
-                        seq: markers.start,
-                        part: stream.part,
-                    };
-                    if self.kept_back == Some(place.seq) {
-                        return Ok(());
-                    }
-                    let Some(arrived) = stream.waiting.remove(&place) else {
-                        return Ok(());
-                    };
-                    match arrived.behind {
-                        Behind::Part => stream.part += 1,
-                        Behind::Marker => {
-                            stream.part = 0;
-                            markers.start += 1;
-                            if markers.is_empty() {
-                                stream.segments.pop_front();
-                            }
-                        }
-                    }
-                    arrived.piece
-                }
+        while let Some(piece) = self.streams[number].next_in_turn() {
+            let piece = match &mut self.kept_back {
+                Some(kept_back) if kept_back.stream == number => kept_back.piece.replace(piece),
+                _ => Some(piece),
             };
             if let Some(piece) = piece {
-                match &stream.to {
-                    Destination::Catalog(name) => self.catalog.add(name, piece)?,
-                    Destination::External(number) => self.outlets.append(*number, piece)?,
-                    Destination::Nowhere => {}
-                }
+                self.pass_on(number, piece)?;
             }
         }
-        match &stream.to {
-            Destination::Catalog(name) => self.catalog.end(name),
-            Destination::External(number) => self.outlets.finish(*number),
-            Destination::Nowhere => {}
+        let stream = &self.streams[number];
+        if stream.segments.is_empty() && !self.is_kept_back(number) {
+            match &stream.to {
+                Destination::Catalog(name) => self.catalog.end(name),
+                Destination::External(number) => self.outlets.finish(*number),
+                Destination::Nowhere => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn pass_on(&mut self, stream: usize, piece: Piece) -> Result<()> {
+        match &self.streams[stream].to {
+            Destination::Catalog(name) => self.catalog.add(name, piece)?,
+            Destination::External(number) => self.outlets.append(*number, piece)?,
+            Destination::Nowhere => self.unwanted += piece.len() as u64,
         }
         Ok(())
     }

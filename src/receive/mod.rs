@@ -471,13 +471,15 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// Fails if the index cannot come any more.
     fn check_index(&self) -> Result<()> {
+        // The index says so in its first marker.
+        let is_no_index = |shard: &Reader| shard.has_ended() || shard.last_seq().is_some();
         match self.image.awaited_index() {
             Some(index) if self.shards[index].has_ended() => bail!(
                 "putting the image together: {}, its index, was cut off at byte {}",
                 self.shards[index].label(),
                 self.shards[index].offset()
             ),
-            None if self.shards.iter().all(Reader::has_ended) && !self.image.has_index() => {
+            None if !self.image.has_index() && self.shards.iter().all(is_no_index) => {
                 bail!("putting the image together: no shard is an index: serve it without --index")
             }
             _ => Ok(()),
@@ -640,15 +642,22 @@ impl<'a> Arriving<'a> {
         self.receiver.image.outlets().is_sending()
     }
 
-    /// The last of the markers that are waited for: by CRIU, which waits for these files, and by
-    /// readers of external files.
-    pub(crate) fn wanted<'b>(&mut self, files: impl Iterator<Item = &'b ImageName>) -> Option<u64> {
+    /// What is to be read for CRIU, which waits for these files, and for readers of external files.
+    pub(crate) fn wanted<'b>(&self, files: impl Iterator<Item = &'b ImageName>) -> Reading {
         self.receiver.image.wanted(files)
     }
 
-    /// Bytes that have come, less those that readers of external files have taken.
-    pub(crate) fn received(&mut self) -> u64 {
-        self.receiver.taken() - self.receiver.image.outlets().sent()
+    /// Bytes of data that have come, less those that no one wants, and those that readers of
+    /// external files have taken.
+    pub(crate) fn kept(&mut self) -> u64 {
+        let data: u64 = self.receiver.shards.iter().map(Reader::data).sum();
+        let image = &mut self.receiver.image;
+        data.saturating_sub(image.outlets().sent() + image.unwanted())
+    }
+
+    /// Whether there is something that CRIU cannot do without, and does not get yet.
+    pub(crate) fn keeps_back(&self) -> bool {
+        self.receiver.image.keeps_back()
     }
 
     pub(crate) fn stats(&self) -> Stats {

@@ -112,6 +112,8 @@ pub(super) struct Reader {
     last_seq: Option<u64>,
     /// Bytes of the stream taken so far.
     taken: u64,
+    /// Of them, those of markers.
+    markers: u64,
     meter: Meter,
 }
 
@@ -139,6 +141,7 @@ impl Reader {
             ended: false,
             last_seq: None,
             taken: 0,
+            markers: 0,
             meter,
         })
     }
@@ -178,6 +181,11 @@ impl Reader {
     /// Bytes of the stream taken so far: where in it an error is.
     pub(super) fn offset(&self) -> u64 {
         self.taken
+    }
+
+    /// Bytes of data taken so far.
+    pub(super) fn data(&self) -> u64 {
+        self.taken - self.markers
     }
 
     /// An error at the current place of this shard.
@@ -226,6 +234,7 @@ impl Reader {
                 left,
             });
         }
+        self.markers += size as u64;
         let mut left = size;
         while left > 0 {
             let part = self.take_front(left).expect("a marker was read whole");

@@ -73,8 +73,8 @@ pub(crate) struct Server<'a> {
     refused: BTreeSet<ImageName>,
     /// When all transfers are tried again.
     try_again: Instant,
-    /// Bytes that were sent, or were not wanted.
-    sent: u64,
+    /// Bytes that were sent, or were not wanted, and are not kept for another time.
+    freed: u64,
 }
 
 /// Says what CRIU will not restore of these files, whatever is served.
@@ -138,7 +138,7 @@ impl<'a> Server<'a> {
             next_transfer: 0,
             refused: BTreeSet::new(),
             try_again: Instant::now(),
-            sent: 0,
+            freed: 0,
         })
     }
 
@@ -147,9 +147,9 @@ impl<'a> Server<'a> {
         self.clients.all_gone() && self.transfers.is_empty()
     }
 
-    /// Bytes that were sent, or were not wanted.
-    pub(crate) fn sent(&self) -> u64 {
-        self.sent
+    /// Bytes that were sent, or were not wanted, and are not kept for another time.
+    pub(crate) fn freed(&self) -> u64 {
+        self.freed
     }
 
     /// The files whose readers wait for something that has not come yet.
@@ -213,7 +213,7 @@ impl<'a> Server<'a> {
             self.clients.close_idle();
         }
         self.take_more(files)?;
-        let (sent, room) = self.send()?;
+        let (sent, room) = self.send(files)?;
         if sent > 0 {
             let (sent, room) = (sent as u64, room as u64);
             return Ok(Activity::Emptied { sent, room });
@@ -271,6 +271,11 @@ impl<'a> Server<'a> {
                 }
                 Watched::Client => self.answer(files, event.id)?,
                 Watched::Transfer => {
+                    if event.hung_up
+                        && let Some(sending) = self.transfers.get_mut(&event.id)
+                    {
+                        sending.transfer.hang_up();
+                    }
                     if !self.busy.contains(&event.id) {
                         self.busy.push(event.id);
                     }
@@ -326,17 +331,16 @@ impl<'a> Server<'a> {
             },
         );
         for sending in opened {
-            self.start(sending)?;
+            self.start(files, sending)?;
         }
         answered
     }
 
     /// Sends the first part of a file, which for most is all of it, and has the rest follow as its
     /// reader makes room.
-    fn start(&mut self, mut sending: Sending) -> Result<()> {
-        let before = sending.transfer.left();
-        let progress = sending.send()?;
-        self.sent += (before - sending.transfer.left()) as u64;
+    fn start(&mut self, files: &mut Catalog, mut sending: Sending) -> Result<()> {
+        let (progress, freed) = sending.send(files)?;
+        self.freed += freed;
         if matches!(progress, Progress::Done | Progress::ReaderGone) {
             return Ok(());
         }
@@ -356,15 +360,14 @@ impl<'a> Server<'a> {
 
     /// Lets every transfer that may have room send. Tells how many slots were filled, and how many
     /// the pipes have that took something.
-    fn send(&mut self) -> Result<(usize, usize)> {
+    fn send(&mut self, files: &mut Catalog) -> Result<(usize, usize)> {
         let (mut filled, mut room) = (0, 0);
         for id in std::mem::take(&mut self.busy) {
             let Some(sending) = self.transfers.get_mut(&id) else {
                 continue;
             };
-            let before = sending.transfer.left();
-            let progress = sending.send()?;
-            self.sent += (before - sending.transfer.left()) as u64;
+            let (progress, freed) = sending.send(files)?;
+            self.freed += freed;
             match progress {
                 Progress::Done | Progress::ReaderGone => drop(self.transfers.remove(&id)),
                 Progress::Waiting => {}
@@ -383,11 +386,19 @@ impl<'a> Server<'a> {
 }
 
 impl Sending {
-    /// Sends what the pipe takes. CRIU may close the pipe early, which is no error.
-    fn send(&mut self) -> Result<Progress> {
-        self.transfer
+    /// Sends what the pipe takes, and tells how many bytes are freed by that. CRIU may close the
+    /// pipe early, which is no error.
+    fn send(&mut self, files: &mut Catalog) -> Result<(Progress, u64)> {
+        let (before, is_kept) = (self.transfer.left(), self.transfer.is_kept());
+        let progress = self
+            .transfer
             .send()
-            .with_context(|| format!("serving {}", self.name))
+            .with_context(|| format!("serving {}", self.name))?;
+        if progress == Progress::ReaderGone {
+            files.forget(&self.name);
+        }
+        let sent = (before - self.transfer.left()) as u64;
+        Ok((progress, if is_kept { 0 } else { sent }))
     }
 }
 

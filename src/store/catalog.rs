@@ -82,6 +82,8 @@ pub struct Catalog {
     keep: Keep,
     /// Bytes in kept files.
     kept: usize,
+    /// Bytes that came for files whose readers had gone.
+    unwanted: u64,
     /// For copies.
     arena: Arena,
 }
@@ -212,8 +214,26 @@ impl Catalog {
         match self.files.get_mut(name) {
             Some(State::Arriving(contents)) => contents.push(data),
             Some(State::Asked(asked)) => asked.ready.push(data),
-            _ => Ok(()),
+            _ => {
+                self.unwanted += data.len() as u64;
+                Ok(())
+            }
         }
+    }
+
+    /// The reader of a file that is not whole yet is gone: what is here of it and what comes is
+    /// freed.
+    pub(crate) fn forget(&mut self, name: &ImageName) {
+        if let Some(state @ State::Asked(_)) = self.files.get_mut(name)
+            && let State::Asked(asked) = std::mem::replace(state, State::Gone)
+        {
+            self.unwanted += asked.ready.len() as u64;
+        }
+    }
+
+    /// Bytes that came for files whose readers had gone.
+    pub(crate) fn unwanted(&self) -> u64 {
+        self.unwanted
     }
 
     /// All of a file that was begun is here.

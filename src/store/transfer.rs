@@ -117,6 +117,8 @@ pub(crate) struct Transfer {
     left: usize,
     /// More is to come.
     is_open: bool,
+    /// The reader closed the pipe.
+    hung_up: bool,
     grown: bool,
 }
 
@@ -129,6 +131,7 @@ impl Transfer {
             left: cursor.left(),
             cursor,
             is_open: false,
+            hung_up: false,
             grown: false,
         }
     }
@@ -153,6 +156,17 @@ impl Transfer {
     /// Nothing is to come any more.
     pub(crate) fn close(&mut self) {
         self.is_open = false;
+    }
+
+    /// Notes that the reader closed the pipe, which [`Transfer::send`] finds out only if there is
+    /// something to send.
+    pub(crate) fn hang_up(&mut self) {
+        self.hung_up = true;
+    }
+
+    /// Whether what is sent is kept for the next time.
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self.cursor, Cursor::Kept { .. })
     }
 
     /// Whether more is to come.
@@ -201,6 +215,9 @@ impl Transfer {
             self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
         let mut filled = 0;
+        if self.hung_up {
+            return Ok(self.leave());
+        }
         while !self.cursor.is_empty() {
             let (offered, sent) = self.cursor.send(&self.pipe, self.slots);
             match sent {
@@ -215,9 +232,7 @@ impl Transfer {
                     return Ok(Progress::Partial { slots: filled });
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
-                    self.cursor = Cursor::Once(Contents::default());
-                    self.left = 0;
-                    return Ok(Progress::ReaderGone);
+                    return Ok(self.leave());
                 }
                 Err(error) => return Err(error),
             }
@@ -227,6 +242,13 @@ impl Transfer {
         } else {
             Progress::Done
         })
+    }
+
+    /// Frees what the reader left.
+    fn leave(&mut self) -> Progress {
+        self.cursor = Cursor::Once(Contents::default());
+        self.left = 0;
+        Progress::ReaderGone
     }
 }
 

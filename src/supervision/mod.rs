@@ -29,7 +29,7 @@ use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -267,6 +267,13 @@ impl Interrupts {
     /// Whether the command of this shard, from 0, has ended well; true where there are no commands.
     pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
         self.commands.borrow().has_succeeded_for_shard(shard)
+    }
+
+    /// When to ask again whether the commands have ended: there is no signal for all of it. `None`
+    /// once all have ended well.
+    pub(crate) fn look_again(&self) -> Option<Instant> {
+        let is_over = self.commands_have_succeeded();
+        (!is_over).then(|| Instant::now() + LOOK_AGAIN)
     }
 
     fn check_pumps(&self) -> Result<()> {

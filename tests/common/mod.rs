@@ -9,6 +9,7 @@
 //! * [`shards`]: pipes that are collected into or fed from memory;
 //! * [`image`]: the image format, written down a second time. It shares no code with the program,
 //!   so that an error in the program's encoder cannot hide behind the same error in its decoder;
+//! * [`indexed`]: the same for images with an index;
 //! * [`keeping`]: where a restore keeps an image: in pipes, in memory or in both;
 //! * [`random`]: reproducible bytes and decisions;
 //! * [`runs`]: whole captures and restores in one call.
@@ -22,6 +23,7 @@ pub mod child;
 pub mod criu;
 pub mod dump;
 pub mod image;
+pub mod indexed;
 pub mod keeping;
 pub mod lines;
 pub mod random;
