@@ -17,7 +17,8 @@ use crate::criu::{Application, Machine};
 /// faster.
 const ROUNDS: usize = 4;
 
-const PLAIN_DUMP: &str = "rm -rf images; mkdir images; criu dump --images-dir images --tree $PID";
+const PLAIN_DUMP: &str =
+    "rm -rf images; mkdir images; criu dump --images-dir images --tree $PID $DUMP_OPTIONS";
 
 const PLAIN_RESTORE: &str = "criu restore --images-dir images --restore-detached $RESTORE_OPTIONS";
 
@@ -54,6 +55,8 @@ struct Case {
     observe: &'static str,
     /// It runs in its own root file system.
     own_root: bool,
+    /// What CRIU has to be told.
+    dump_options: &'static str,
 }
 
 impl Case {
@@ -113,7 +116,10 @@ impl Case {
         } else {
             ""
         };
-        let options = format!(r#"RESTORE_OPTIONS="--pidfile $PWD/restored.pid {root}""#);
+        let options = format!(
+            r#"RESTORE_OPTIONS="--pidfile $PWD/restored.pid {root}"; DUMP_OPTIONS="{}""#,
+            self.dump_options
+        );
         for script in ["rm -f restored.pid", dump, restore] {
             let ran = application.run(&format!("{options}\n{script}"));
             if !ran.succeeded() {
@@ -218,6 +224,20 @@ fn a_process_in_its_own_mount_namespace_with_a_tmpfs() {
     .goes_through();
 }
 
+/// CRIU has it in an archive of its own, which is larger than what an index takes of a file.
+#[test]
+fn a_process_with_a_large_tmpfs() {
+    Case {
+        command: "unshare --mount",
+        own_root: true,
+        parts: "memory=20",
+        network: "head -c 100M /dev/urandom >/mnt/large",
+        observe: "sha256sum /mnt/large",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
 #[test]
 fn a_process_with_everything_of_its_own() {
     Case {
@@ -226,6 +246,7 @@ fn a_process_with_everything_of_its_own() {
         parts: "memory=20 tree=2x2 threads=2 file=/mnt/file ghost=/mnt/ghost",
         network: "ip link set lo up; hostname another; iptables-legacy -A INPUT -p tcp --dport 99 -j DROP",
         observe: "hostname; iptables-legacy-save --table filter | grep -e '^-A'; cd /mnt && find . -type f | sort | xargs sha256sum",
+        ..Case::default()
     }
     .goes_through();
 }
@@ -233,7 +254,18 @@ fn a_process_with_everything_of_its_own() {
 #[test]
 fn deleted_files_of_many_sizes() {
     Case {
-        parts: "ghost=$PWD/a ghost=$PWD/b ghost=$PWD/c ghost=$PWD/d file=$PWD/e",
+        parts: "ghost=$PWD/a ghost=$PWD/b,1 ghost=$PWD/c,3 ghost=$PWD/d,9 file=$PWD/e,2",
+        dump_options: "--ghost-limit 16M",
+        ..Case::default()
+    }
+    .goes_through();
+}
+
+/// CRIU dumps it first, and asks for it last.
+#[test]
+fn processes_that_share_memory() {
+    Case {
+        parts: "shared=40 memory=5 tree=2x2",
         ..Case::default()
     }
     .goes_through();

@@ -1,13 +1,15 @@
-//! A damaged image with an index, served while it arrives to a real CRIU: no process is ever left
+//! An image with an index that arrives at a real CRIU. Of a damaged one no process is ever left
 //! running, and the streamer says what was wrong. They need root; see tests/criu/mod.rs.
+//!
+//! `INDEX_CUTS` sets at how many places shards are cut, and `INDEX_SEED` where.
 
 use crate::common::random::Random;
 use crate::common::setting;
 use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
-use crate::criu::{Application, Machine};
+use crate::criu::{Application, Machine, State};
 
-/// A restore from `app-{}` as `$READ` makes it of each shard: both CRIU and the streamer fail, and
-/// nothing runs.
+/// A restore from what `$READ` makes of each shard: both CRIU and the streamer fail, which gives
+/// `$REASON`, and nothing runs.
 const FAILING_RESTORE: &str = r#"
 rm -rf images ready; mkdir images; mkfifo ready
 criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd "$READ" \
@@ -21,72 +23,207 @@ fi
 status=0
 wait $streamer || status=$?
 [ $status = 1 ]
-grep -q 'criu-image-streamer Error: ' streamer.log
+grep -E "criu-image-streamer Error: .*($REASON)" streamer.log
 # A killed process takes a moment to go.
 for _ in $(seq 100); do
-    kill -0 -- -$PID 2>/dev/null || exit 0
+    left=$(OTHERS)
+    [ -n "$left" ] || exit 0
     sleep 0.05
 done
-echo "something was left running" >&2
+echo "something was left running: $left" >&2
 exit 1
 "#;
 
-fn fails(application: &Application<'_>, read: &str) {
+/// Lists the processes of the machine besides its first one and this script's.
+const OTHERS: &str = "ps -e -o pid=,ppid=,stat=,args= | awk -v me=$$ '$1 != 1 && $1 != me && $2 != me && $3 !~ /^Z/ && $4 !~ /^(ps|awk)$/'";
+
+#[track_caller]
+fn fails(application: &Application<'_>, read: &str, reason: &str) {
+    let restore = FAILING_RESTORE.replace("OTHERS", OTHERS);
     application
-        .run(&format!("READ='{read}'\n{FAILING_RESTORE}"))
+        .run(&format!("READ='{read}'\nREASON='{reason}'\n{restore}"))
         .success();
 }
 
+/// It was not the application's fault: the whole image is restored, and runs.
+#[track_caller]
+fn succeeds(application: &Application<'_>, before: State) {
+    application.run(RESTORE_WITH_INDEX).success();
+    application.goes_on_from(before);
+    let running = application.run(OTHERS).success().stdout();
+    assert!(running.contains("application.state"), "{running}");
+}
+
+/// What reads `app-{}`, but one of the shards in another way.
+fn but(which: &str, other: &str) -> String {
+    format!("if [ {{}} = {which} ]; then {other}; else cat app-{{}}; fi")
+}
+
+const PARTS: &str = "memory=24 threads=2 tree=1x2 shared=4";
+
+/// Makes `app-*`, the image of an application that was running, and tells how large its shards are.
+fn checkpoint(machine: &Machine, application: &Application<'_>) -> [usize; 3] {
+    application.run(CAPTURE_WITH_INDEX).success();
+    application.is_gone();
+    let sizes = SHARDS.map(|name| machine.read(&format!("app-{name}")).len());
+    assert!(sizes[0] > 1 << 20 && sizes[1] > 1 << 20, "{sizes:?}");
+    sizes
+}
+
+const SHARDS: [&str; 3] = ["1", "2", "index"];
+
 #[test]
-fn nothing_of_a_damaged_image_is_left_running() {
+fn nothing_is_left_running_of_an_image_that_is_cut() {
     let Some(machine) = Machine::new() else {
         return;
     };
-    let application = machine.start("memory=24 threads=2 tree=1x2");
+    let application = machine.start(PARTS);
     let before = application.goes_on();
-    application.run(CAPTURE_WITH_INDEX).success();
-    application.is_gone();
-    let size = |name: &str| machine.read(name).len();
-    let sizes = ["app-1", "app-2", "app-index"].map(size);
-    assert!(sizes[0] > 1 << 20 && sizes[1] > 1 << 20, "{sizes:?}");
-
-    let mut random = Random::new(setting("INDEX_SEED", 1));
-    for round in 0..setting("INDEX_CUTS", 12) {
-        let which = random.below(2);
-        let cut = match round {
-            // The last byte, and a shard that is missing.
-            0 => sizes[which] - 1,
-            1 => 0,
-            _ => random.below(sizes[which]),
-        };
-        let number = which + 1;
+    let sizes = checkpoint(&machine, &application);
+    let cut = |which: usize, at: usize| {
+        let name = SHARDS[which];
         fails(
             &application,
-            &format!("if [ {{}} = {number} ]; then head -c {cut} app-{{}}; else cat app-{{}}; fi"),
+            &but(name, &format!("head -c {at} app-{name}")),
+            "cut off|is missing|no shard is an index",
+        );
+    };
+    for (which, size) in sizes.into_iter().enumerate() {
+        cut(which, size - 1);
+        cut(which, 0);
+    }
+    let mut random = Random::new(setting("INDEX_SEED", 1));
+    for round in 0..setting("INDEX_CUTS", 30) {
+        let which = if round % 8 == 7 { 2 } else { random.below(2) };
+        cut(which, random.below(sizes[which]));
+    }
+    succeeds(&application, before);
+}
+
+#[test]
+fn nothing_is_left_running_of_an_image_whose_command_fails() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start(PARTS);
+    let before = application.goes_on();
+    checkpoint(&machine, &application);
+    for name in SHARDS {
+        let command = format!("shard command {name},.* exit status");
+        // There is no such object; the download breaks off; it fails after its last byte, at once
+        // or when everything else has come.
+        fails(&application, &but(name, "cat app-none"), &command);
+        for failing in ["head -c 1000", "cat", "sleep 0.3; cat"] {
+            let failing = format!("{failing} app-{name}; exit 3");
+            fails(&application, &but(name, &failing), &command);
+        }
+        let late = format!("cat app-{name}; exec >&-; sleep 0.5; exit 3");
+        fails(&application, &but(name, &late), &command);
+        // What verifies the download finds it damaged.
+        let background = format!("cat app-{name}; (sleep 0.5; exit 4) >/dev/null & true");
+        fails(&application, &but(name, &background), &command_behind(name));
+    }
+    succeeds(&application, before);
+}
+
+fn command_behind(name: &str) -> String {
+    format!("shard command {name},.* in the background failed with exit status 4")
+}
+
+#[test]
+fn nothing_is_left_running_of_an_image_of_which_something_is_wrong() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start(PARTS);
+    let before = application.goes_on();
+    checkpoint(&machine, &application);
+    // A download that was repeated.
+    for name in SHARDS {
+        fails(
+            &application,
+            &but(name, &format!("cat app-{name}; head -c 100 app-{name}")),
+            "something follows|comes after marker|comes a second time",
         );
     }
-    // A download that fails after its last byte.
-    fails(&application, "cat app-{}; [ {} != 2 ]");
-    let cut = random.below(sizes[2]);
     fails(
         &application,
-        &format!("if [ {{}} = index ]; then head -c {cut} app-{{}}; else cat app-{{}}; fi"),
+        "if [ {} = 1 ]; then cat app-2; else cat app-{}; fi",
+        "comes a second time|is missing",
     );
-    // Something follows the end of a shard.
     fails(
         &application,
-        "cat app-{}; [ {} != 1 ] || head -c 100 app-{}",
+        "if [ {} = index ]; then cat app-1; else cat app-{}; fi",
+        "comes a second time|no shard is an index",
     );
 
-    application.run(RESTORE_WITH_INDEX).success();
-    application.goes_on_from(before);
+    // Shards of two images of the same application, one moment and the next.
+    succeeds(&application, before);
+    application
+        .run("for name in 1 2 index; do mv app-$name other-$name; done")
+        .success();
+    checkpoint(&machine, &application);
+    let same = "cmp app-1 other-1 || cmp app-2 other-2";
+    application.run(same).failure();
+    for name in SHARDS {
+        fails(
+            &application,
+            &but(name, &format!("cat other-{name}")),
+            "is missing|comes a second time|belongs in the index|is in the index too",
+        );
+    }
+    succeeds(&application, before);
+}
 
-    // Shards of two images.
-    application.run("mv app-2 other-2").success();
-    application.run(CAPTURE_WITH_INDEX).success();
-    application.is_gone();
-    fails(
-        &application,
-        "if [ {} = 2 ]; then cat other-2; else cat app-{}; fi",
-    );
+/// A checkpoint with two archives, and the restore while it arrives: their readers end before CRIU
+/// is started, and some sockets listen elsewhere.
+const CAPTURE_WITH_ARCHIVES: &str = r#"
+rm -rf images ready first second; mkdir images; mkfifo ready first second
+tar -C files -cf - . >first & tars=$!
+tar -C more -cf - . >second & tars+=" $!"
+criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat >app-{}' \
+    --ext-file-fds fs.tar:4,more.tar:5 --progress-fd 3 capture 3>ready 4<first 5<second & streamer=$!
+grep -q -m1 socket-init ready
+criu dump --stream --images-dir images --tree $PID
+for process in $tars $streamer; do wait $process; done
+"#;
+
+const RESTORE_WITH_ARCHIVES: &str = r#"
+rm -rf images ready first second restored; mkdir images restored restored/files restored/more; mkfifo ready first second
+tar -C restored/files -xf - <first & tars=$!
+tar -C restored/more -xf - <second & tars+=" $!"
+criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat app-{}' \
+    --ext-file-fds fs.tar:4,more.tar:5 $OPTIONS --progress-fd 3 serve 3>ready 4>first 5>second & streamer=$!
+grep -q -m1 socket-init ready
+for process in $tars; do wait $process; done
+diff -r files restored/files
+diff -r more restored/more
+criu restore --stream --images-dir images --restore-detached
+wait $streamer
+"#;
+
+#[test]
+fn external_files_and_ports_are_restored_while_the_image_arrives() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("listen=7000 memory=30");
+    application
+        .run("mkdir files more; head -c 20M /dev/urandom >files/large; for i in $(seq 100); do echo $i >files/$i; done; head -c 9M /dev/urandom >more/large")
+        .success();
+    let before = application.goes_on();
+    let limits = ["", "--hold-at-most 2M", "--hold-at-most 64M"];
+    for (port, limit) in (7000..).zip(limits) {
+        application.run(CAPTURE_WITH_ARCHIVES).success();
+        application.is_gone();
+        let next = port + 1;
+        let options = format!("OPTIONS='{limit} --tcp-listen-remap {port}:{next}'\n");
+        application
+            .run(&(options + RESTORE_WITH_ARCHIVES))
+            .success();
+        application.goes_on_from(before);
+        let ask = format!("exec 5<>/dev/tcp/127.0.0.1/{next} && head -n 1 <&5");
+        let answer = application.run(&ask).success().stdout();
+        assert!(answer.starts_with(&before.nonce.to_string()), "{answer}");
+    }
 }

@@ -16,12 +16,13 @@
 //!     hugetlb=<MiB>     shared memory on huge pages
 //!     private-hugetlb=<MiB>
 //!                       private memory on huge pages
+//!     shared=<MiB>      memory with a pattern that all processes share
 //!     threads=<n>       threads besides the main one, that count in memory
 //!     tree=<d>x<w>      each process has w children, d generations of them; every round, a token
 //!                       goes to each child and back through pipes, and every process counts in a
 //!                       shared memory segment
-//!     ghost=<file>      a file that was deleted while open
-//!     file=<file>       an open file
+//!     ghost=<file>      a file that was deleted while open; `<file>,<MiB>` is one of that size
+//!     file=<file>       an open file, likewise
 //!     listen=<port>     answers every TCP connection with `<nonce> <rounds>`
 //!
 //! It is no part of the crate: the tests compile it with `rustc`.
@@ -170,20 +171,23 @@ impl Part for Rewritten {
 
 struct OpenFile {
     path: String,
-    nonce: u64,
+    contents: Vec<u8>,
     file: File,
 }
 
 impl OpenFile {
+    /// The size where none is given, in words.
     const WORDS: usize = 40_000;
 
-    fn contents(nonce: u64) -> Vec<u8> {
-        (0..Self::WORDS)
+    /// `path,MiB` gives the size.
+    fn new(named: &str, nonce: u64) -> Self {
+        let (path, words) = match named.split_once(',') {
+            Some((path, mib)) => (path, mib.parse::<usize>().expect("a size") * MIB / 8),
+            None => (named, Self::WORDS),
+        };
+        let contents: Vec<u8> = (0..words)
             .flat_map(|index| word(nonce, index).to_le_bytes())
-            .collect()
-    }
-
-    fn new(path: &str, nonce: u64) -> Self {
+            .collect();
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -191,10 +195,10 @@ impl OpenFile {
             .truncate(true)
             .open(path);
         let mut file = file.unwrap_or_else(|why| panic!("open {path}: {why}"));
-        file.write_all(&Self::contents(nonce)).unwrap();
+        file.write_all(&contents).unwrap();
         Self {
             path: path.into(),
-            nonce,
+            contents,
             file,
         }
     }
@@ -202,13 +206,12 @@ impl OpenFile {
 
 impl Part for OpenFile {
     fn check(&mut self) -> Result<(), String> {
-        let expected = Self::contents(self.nonce);
-        let mut found = vec![0; expected.len() + 1];
+        let mut found = vec![0; self.contents.len() + 1];
         let length = self
             .file
             .read_at(&mut found, 0)
             .map_err(|why| format!("{}: {why}", self.path))?;
-        if found[..length] == expected[..] {
+        if found[..length] == self.contents[..] {
             Ok(())
         } else {
             Err(format!("open file {}", self.path))
@@ -378,6 +381,11 @@ fn main() {
     // SAFETY: page aligned, zeroed, never unmapped, and touched as AtomicU64 only.
     let counts = unsafe { std::slice::from_raw_parts(counts.as_ptr().cast::<AtomicU64>(), all) };
 
+    let shared = match number("shared") {
+        0 => None,
+        mib => Some(Memory::new("shared memory", nonce, mib, MAP_SHARED)),
+    };
+
     let (me, up, children) = grow(depth, width);
     let nonce = word(nonce, me);
     let mut tree = Tree {
@@ -410,15 +418,19 @@ fn main() {
             )));
         }
     }
+    if let Some(shared) = shared {
+        checked.push(Box::new(shared));
+    }
     if number("threads") > 0 {
         checked.push(Box::new(Threads::new(number("threads"))));
     }
     for (name, path) in parts.iter().filter(|_| me == 0) {
         if name == "file" || name == "ghost" {
-            checked.push(Box::new(OpenFile::new(path, nonce)));
-        }
-        if name == "ghost" {
-            std::fs::remove_file(path).unwrap();
+            let file = OpenFile::new(path, nonce);
+            if name == "ghost" {
+                std::fs::remove_file(&file.path).unwrap();
+            }
+            checked.push(Box::new(file));
         }
     }
     let check =

@@ -1,5 +1,5 @@
 //! Recipes that more than one test follows, much like the README's. They know the application's PID
-//! as `$PID`.
+//! as `$PID`, and CRIU gets `$DUMP_OPTIONS` and `$RESTORE_OPTIONS`.
 
 /// Checkpoint to a compressed file. The pipeline is in braces so that `wait` gets to know when any
 /// part of it failed.
@@ -7,11 +7,11 @@ pub const CAPTURE: &str = r#"
 rm -rf images ready; mkdir images; mkfifo ready
 { criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready | lz4 >app.lz4; } & pipeline=$!
 grep -q -m1 socket-init ready
-criu dump --stream --images-dir images --tree $PID
+criu dump --stream --images-dir images --tree $PID ${DUMP_OPTIONS:-}
 wait $pipeline
 "#;
 
-/// Restore from it, with `$RESTORE_OPTIONS` for CRIU.
+/// Restore from it.
 pub const RESTORE: &str = r#"
 rm -rf images ready; mkdir images; mkfifo ready
 { lz4 -d <app.lz4 | criu-image-streamer --images-dir images --progress-fd 3 serve 3>ready; } & pipeline=$!
@@ -32,11 +32,11 @@ rm -rf images ready; mkdir images; mkfifo ready
 criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat >app-{}' \
     --progress-fd 3 capture 3>ready & streamer=$!
 grep -q -m1 socket-init ready
-criu dump --stream --images-dir images --tree $PID
+criu dump --stream --images-dir images --tree $PID ${DUMP_OPTIONS:-}
 wait $streamer
 "#;
 
-/// Restore from them while they arrive, with `$RESTORE_OPTIONS` for CRIU.
+/// Restore from them while they arrive.
 pub const RESTORE_WITH_INDEX: &str = r#"
 rm -rf images ready; mkdir images; mkfifo ready
 criu-image-streamer --images-dir images --num-shards 2 --index --shard-cmd 'cat app-{}' \
