@@ -14,8 +14,17 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[allow(
+    dead_code,
+    reason = "the tests use all of it, and the benchmark a part"
+)]
+#[path = "../criu/mod.rs"]
+mod criu;
+
+mod arriving;
 mod capture;
 mod clock;
+mod download;
 mod image;
 mod machine;
 mod measured;
@@ -123,13 +132,13 @@ fn list(options: &Options) {
     for name in captures
         .chain(restores)
         .chain([restore::EXTRACT.to_owned()])
+        .chain(arriving::SCENARIOS.map(|scenario| scenario.name.to_owned()))
     {
         println!("{name}");
     }
 }
 
 fn measure(options: &Options) -> Result<Report> {
-    machine::drop_resource_capability();
     let work_dir = WorkDir::create()?;
     let watchdog = start_watchdog();
     let say = |step: &str| {
@@ -141,8 +150,18 @@ fn measure(options: &Options) -> Result<Report> {
         capture: vec![],
         restore: vec![],
         extract: None,
+        arriving: vec![],
+        no_criu: None,
         bounds: vec![],
     };
+    let mut arrivals = arriving::SCENARIOS.to_vec();
+    arrivals.retain(|scenario| options.wants(scenario.name));
+    match arriving::measure(&arrivals, options, &work_dir, say)? {
+        Ok(figures) => report.arriving = figures,
+        Err(why) => report.no_criu = Some(why),
+    }
+    // CRIU needs it, and all that follows does without.
+    machine::drop_resource_capability();
     let mut captures = capture::scenarios(options);
     captures.retain(|scenario| options.wants(&scenario.name));
     report.capture = capture::measure(&captures, options, &work_dir, say)?;

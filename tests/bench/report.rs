@@ -1,7 +1,7 @@
 //! The tables, the JSON, and whether the project's bounds were met.
 
 use crate::machine::{Machine, Temperature};
-use crate::{capture, restore};
+use crate::{arriving, capture, restore};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -10,6 +10,9 @@ pub struct Report {
     pub capture: Vec<capture::Figures>,
     pub restore: Vec<restore::Figures>,
     pub extract: Option<restore::ExtractFigures>,
+    pub arriving: Vec<arriving::Figures>,
+    /// Why nothing was measured that takes a real CRIU.
+    pub no_criu: Option<String>,
     pub bounds: Vec<Bound>,
 }
 
@@ -58,6 +61,7 @@ impl Report {
                 Bound::at_most("extract: CPU time, times `cat`'s", 1.1, cpu),
             ]);
         }
+        bounds.extend(self.arriving.iter().flat_map(arriving_bounds));
         self.bounds = bounds;
     }
 
@@ -80,6 +84,7 @@ impl Report {
                 extract.cat_cpu_s
             );
         }
+        self.print_arriving();
         self.print_bounds();
     }
 
@@ -175,6 +180,42 @@ impl Report {
         }
         println!(
             "CPU: the receiver's, and of it, the producers and CRIU together. Memory: the machine's peak until CRIU has taken all, over what was in use before and the image's size."
+        );
+    }
+
+    fn print_arriving(&self) {
+        if let Some(why) = &self.no_criu {
+            println!("\nrestore with a real CRIU: not measured, as there is none ({why})");
+        }
+        if self.arriving.is_empty() {
+            return;
+        }
+        println!(
+            "\nrestore with a real CRIU, from 4 shards and an index: seconds from the first byte to the running application"
+        );
+        println!(
+            "{:<24} {:>9} {:>9} {:>9} {:>9} {:>9} {:>23}",
+            "", "download", "CRIU", "all first", "as it", "x the", "memory over image, MiB"
+        );
+        println!(
+            "{:<24} {:>9} {:>9} {:>9} {:>9} {:>9} {:>11} {:>11}",
+            "scenario", "alone", "alone", "then CRIU", "arrives", "longer", "all first", "arriving"
+        );
+        for row in &self.arriving {
+            println!(
+                "{:<24} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.2} {:>11.1} {:>11.1}",
+                row.scenario,
+                row.download_s,
+                row.restore_s,
+                row.without_index_s,
+                row.with_index_s,
+                row.with_index_s / row.longer_s(),
+                row.without_index_over_image_mib,
+                row.with_index_over_image_mib
+            );
+        }
+        println!(
+            "Memory: the machine's peak until the application runs, with its own memory, over what was in use before and the image's size."
         );
     }
 
@@ -291,6 +332,21 @@ fn restore_bounds(rows: &[restore::Figures]) -> Vec<Bound> {
         ]);
     }
     bounds
+}
+
+fn arriving_bounds(row: &arriving::Figures) -> Vec<Bound> {
+    let of = |what: &str| format!("{}: {what}", row.scenario);
+    let time = if row.scenario == arriving::AT_ONCE {
+        let times = row.with_index_s / row.without_index_s;
+        Bound::at_most(of("s with an index, times without"), 1.0, times)
+    } else {
+        let times = row.with_index_s / row.longer_s();
+        let what = of("s, times the longer of download and CRIU's restore");
+        Bound::at_most(what, 1.15, times)
+    };
+    let what = of("the machine's memory over the image, MiB");
+    let memory = row.with_index_over_image_mib;
+    vec![time, Bound::at_most(what, MACHINE_OVER_IMAGE_MIB, memory)]
 }
 
 fn bounds_of_row(row: &restore::Figures) -> Vec<Bound> {

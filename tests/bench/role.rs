@@ -9,7 +9,7 @@
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::{cpu_s, spawn_with_fds};
-use crate::{machine, naive, producer, reader, sink, writer};
+use crate::{download, machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -28,6 +28,7 @@ pub enum Role {
     Reader(reader::Reader),
     Naive(naive::Naive),
     Janitor(machine::Janitor),
+    Download(download::Download),
 }
 
 /// The first argument that makes this program play a role.
@@ -52,6 +53,7 @@ impl Role {
             Self::Reader(role) => role.play(),
             Self::Naive(role) => role.play(),
             Self::Janitor(role) => role.play(),
+            Self::Download(role) => role.play(),
         }
     }
 
@@ -62,8 +64,13 @@ impl Role {
     /// The same, with the path at which the program is found.
     pub fn command_of(&self, program: &Path) -> Result<Command> {
         let mut command = Command::new(program);
-        command.arg(ROLE_ARGUMENT).arg(serde_json::to_string(self)?);
+        command.arg(ROLE_ARGUMENT).arg(self.argument()?);
         Ok(command)
+    }
+
+    /// The argument that makes this program play the role.
+    pub fn argument(&self) -> Result<String> {
+        Ok(serde_json::to_string(self)?)
     }
 }
 

@@ -208,13 +208,13 @@ impl Machine {
     }
 
     fn boot_or_skip(boot: impl FnOnce(&Programs) -> Result<Self, String>) -> Option<Self> {
-        match programs().as_ref().map_err(String::clone).and_then(boot) {
-            Ok(machine) => Some(machine),
-            Err(why) => {
-                skip(&why);
-                None
-            }
-        }
+        let booted = programs().as_ref().map_err(String::clone).and_then(boot);
+        booted.inspect_err(|why| skip(why)).ok()
+    }
+
+    /// A machine whose directory is in `parent`; `Err` says why none can be had.
+    pub fn try_new_in(parent: &Path) -> Result<Self, String> {
+        Ok(Self::boot(programs().as_ref()?, parent, None))
     }
 
     fn boot(programs: &Programs, parent: &Path, cgroups: Option<Cgroups>) -> Self {
@@ -319,7 +319,8 @@ impl Machine {
         self.run_with(&[], script)
     }
 
-    fn run_with(&self, variables: &[(&str, &str)], script: &str) -> Ran<'_> {
+    /// The same with these variables.
+    pub fn run_with(&self, variables: &[(&str, &str)], script: &str) -> Ran<'_> {
         let number = self.scripts.replace(self.scripts.get() + 1);
         let log = |stream: &str| File::create(self.path(&log_name(number, stream))).expect("a log");
         let mut nsenter = Command::new("nsenter");
