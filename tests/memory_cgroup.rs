@@ -5,75 +5,30 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::common::cgroup::Cgroup;
+use crate::common::cgroup::MemoryCgroup;
 use crate::common::image::Shard;
 use crate::common::keeping::Keeping;
 use crate::common::shards::pipe;
 use crate::common::streamer::Streamer;
 use crate::common::{root_or_skip, skip};
+use crate::criu::Machine;
+use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
 
 const MIB: u64 = 1 << 20;
 
 /// What a cgroup's processes may use together.
 const LIMIT: u64 = 256 * MIB;
 
-/// A memory cgroup of our own. It ends with the test.
-struct MemoryCgroup {
-    group: Cgroup,
-    version: Version,
-}
-
-#[derive(Clone, Copy)]
-enum Version {
-    V1,
-    V2,
-}
-
-impl MemoryCgroup {
-    fn create(limit: u64) -> io::Result<Self> {
-        let v1 = Path::new("/sys/fs/cgroup/memory");
-        let (parent, version) = if v1.join("memory.limit_in_bytes").exists() {
-            (v1, Version::V1)
-        } else {
-            let root = Path::new("/sys/fs/cgroup");
-            fs::write(root.join("cgroup.subtree_control"), "+memory")?;
-            (root, Version::V2)
-        };
-        let group = Cgroup::create_in(parent)?;
-        let (file, swapping) = match version {
-            Version::V1 => ("memory.limit_in_bytes", "memory.swappiness"),
-            Version::V2 => ("memory.max", "memory.swap.max"),
-        };
-        fs::write(group.path().join(file), limit.to_string())?;
-        // Not there where the kernel does not swap.
-        let _ = fs::write(group.path().join(swapping), "0");
-        Ok(Self { group, version })
-    }
-
-    /// How many processes the kernel has killed in it.
-    fn oom_kills(&self) -> u64 {
-        let file = match self.version {
-            Version::V1 => "memory.oom_control",
-            Version::V2 => "memory.events",
-        };
-        let events = self.group.path().join(file);
-        let text = fs::read_to_string(events).expect("read the cgroup's events");
-        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        kills.expect("a count of kills").trim().parse().unwrap()
-    }
-}
-
 /// A cgroup, or `None` where no cgroup can be made.
-fn cgroup() -> Option<MemoryCgroup> {
+fn cgroup(limit: Option<u64>) -> Option<MemoryCgroup> {
     if !root_or_skip() {
         return None;
     }
-    let made = MemoryCgroup::create(LIMIT);
+    let made = MemoryCgroup::create(limit);
     if let Err(why) = &made {
         skip(&format!("no memory cgroup can be made here: {why}"));
     }
@@ -101,7 +56,7 @@ fn produce(cgroup: &MemoryCgroup, size: u64, shard: OwnedFd) -> Child {
     // The directory goes when the script has opened what is in it.
     let mut producer = Command::new("bash")
         .args(["-ec", SCRIPT, "bash"])
-        .arg(cgroup.group.path().join("cgroup.procs"))
+        .arg(cgroup.members())
         .arg((size >> 16).to_string())
         .current_dir(dir.path())
         .stdin(Stdio::null())
@@ -119,14 +74,16 @@ fn produce(cgroup: &MemoryCgroup, size: u64, shard: OwnedFd) -> Child {
 fn receive(cgroup: &MemoryCgroup, size: u64, keeping: Keeping) -> (Streamer, Child) {
     let (reader, writer) = pipe();
     let launch = keeping.serve().shards([reader]);
-    let streamer = launch.limit(cgroup.group.limit()).start();
+    let streamer = launch.limit(cgroup.limit()).start();
     (streamer, produce(cgroup, size, writer))
 }
 
 #[test]
 fn an_image_larger_than_the_memory_is_refused_before_the_kernel_kills() {
     for keeping in Keeping::ALL {
-        let Some(cgroup) = cgroup() else { return };
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
         let (mut streamer, mut producer) = receive(&cgroup, 2 * LIMIT, keeping);
         let exit = streamer.wait();
         assert_eq!(exit.status.code(), Some(1), "{keeping:?}: {}", exit.status);
@@ -141,7 +98,9 @@ fn an_image_larger_than_the_memory_is_refused_before_the_kernel_kills() {
 #[test]
 fn an_image_that_fits_is_served_in_little_more_memory_than_its_size() {
     for keeping in Keeping::ALL {
-        let Some(cgroup) = cgroup() else { return };
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
         let size = LIMIT / 4 * 3;
         let (mut streamer, mut producer) = receive(&cgroup, size, keeping);
         let criu = streamer.criu();
@@ -154,3 +113,42 @@ fn an_image_that_fits_is_served_in_little_more_memory_than_its_size() {
         assert_eq!(cgroup.oom_kills(), 0, "{keeping:?}");
     }
 }
+
+/// Image and application together: what CRIU has taken is gone.
+#[test]
+fn a_restore_takes_little_more_memory_than_the_image_and_the_application_together_hold() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=200 tree=1x1");
+    for restore in [RESTORE_WITH_INDEX, RESTORE_ALL_FIRST] {
+        let before = application.goes_on();
+        application.run(CAPTURE_WITH_INDEX).success();
+        application.is_gone();
+        let names = ["app-1", "app-2", "app-index"];
+        let image: usize = names.map(|name| machine.read(name).len()).iter().sum();
+        let Some(cgroup) = cgroup(None) else { return };
+        let enter = format!("echo 0 >{}\n", cgroup.members().display());
+        application.run(&(enter + restore)).success();
+        let peak = cgroup.peak().expect("a cgroup knows its peak");
+        application.goes_on_from(before);
+        assert!(peak > image as u64 / 2, "{peak} bytes: of something else");
+        let over = peak.saturating_sub(image as u64) / MIB;
+        assert!(over < 64, "{over} MiB more than {} MiB", image as u64 / MIB);
+        application.run(CAPTURE_WITH_INDEX).success();
+        application.is_gone();
+        // The next one is restored outside of it.
+        application.run(RESTORE_WITH_INDEX).success();
+    }
+}
+
+/// The same image, all of which is received before CRIU starts.
+const RESTORE_ALL_FIRST: &str = r#"
+rm -rf images ready; mkdir images; mkfifo ready
+ln -sf app-index app-3
+criu-image-streamer --images-dir images --num-shards 3 --shard-cmd 'cat app-{}' \
+    --progress-fd 3 serve 3>ready & streamer=$!
+grep -q -m1 socket-init ready
+criu restore --stream --images-dir images --restore-detached
+wait $streamer
+"#;

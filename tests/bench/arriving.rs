@@ -7,6 +7,7 @@
 //! in the other figures.
 
 use crate::Options;
+use crate::common::cgroup::MemoryCgroup;
 use crate::criu::{Application, Machine, recipes};
 use crate::download::Download;
 use crate::machine::{Memory, MemoryWatch, Temperature, WorkDir};
@@ -14,7 +15,11 @@ use crate::role::Role;
 use crate::statistics::median_of;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use std::{env::current_exe, fs};
+use std::{
+    env::current_exe,
+    fs,
+    path::{Path, PathBuf},
+};
 
 const SHARDS: usize = 4;
 
@@ -52,7 +57,7 @@ pub struct Figures {
     /// From the first byte to a running application.
     pub without_index_s: f64,
     pub with_index_s: f64,
-    /// The machine's peak over what was in use before, and the image's size.
+    /// The most memory of downloads, streamer, CRIU and application, over the image's size.
     pub without_index_over_image_mib: f64,
     pub with_index_over_image_mib: f64,
 }
@@ -65,6 +70,7 @@ impl Figures {
 }
 
 const DOWNLOAD: &str = r#"
+[ -z "$MEMBERS" ] || echo 0 >"$MEMBERS"
 start=$EPOCHREALTIME
 for name in $SHARDS index; do
     bash -c "${FETCH//\{\}/$name}" >/dev/null & downloads+=" $!"
@@ -74,6 +80,7 @@ echo $start $EPOCHREALTIME $EPOCHREALTIME
 "#;
 
 const RESTORE: &str = r#"
+[ -z "$MEMBERS" ] || echo 0 >"$MEMBERS"
 rm -rf images ready; mkdir images; mkfifo ready
 export CRIU_CONFIG_FILE=/dev/null
 start=$EPOCHREALTIME
@@ -99,7 +106,39 @@ struct Run {
     first_s: f64,
     /// From then on.
     rest_s: f64,
-    machine_peak_bytes: f64,
+    peak_bytes: f64,
+}
+
+/// The most memory that a run takes: that of a cgroup of its own, or else, where none can be made,
+/// of the whole machine.
+enum PeakWatch {
+    Cgroup(MemoryCgroup),
+    Machine(MemoryWatch),
+}
+
+impl PeakWatch {
+    fn start() -> Result<Self> {
+        match MemoryCgroup::create(None) {
+            Ok(cgroup) if cgroup.peak().is_ok() => Ok(Self::Cgroup(cgroup)),
+            _ => MemoryWatch::start().map(Self::Machine),
+        }
+    }
+
+    /// Where the run's first process writes its number, if anywhere.
+    fn members(&self) -> PathBuf {
+        match self {
+            Self::Cgroup(cgroup) => cgroup.members(),
+            Self::Machine(_) => PathBuf::new(),
+        }
+    }
+
+    /// Bytes so far, and the cgroup, which ends when nothing is left in it.
+    fn finish(self) -> Result<(u64, Option<MemoryCgroup>)> {
+        match self {
+            Self::Cgroup(cgroup) => Ok((cgroup.peak()?, Some(cgroup))),
+            Self::Machine(watch) => Ok((watch.finish()?, None)),
+        }
+    }
 }
 
 /// `Err` says why there is no CRIU.
@@ -141,21 +180,30 @@ pub fn measure(
             ways.rotate_left(round % count);
             for way in ways {
                 memory.prepare();
-                let watch = MemoryWatch::start()?;
-                let (first_s, rest_s) = run(way, scenario, options, &machine, &application)?;
-                let machine_peak_bytes = watch.finish()? as f64;
+                let watch = PeakWatch::start()?;
+                let (first_s, rest_s) = run(
+                    way,
+                    scenario,
+                    options,
+                    &machine,
+                    &application,
+                    &watch.members(),
+                )?;
+                let (peak_bytes, cgroup) = watch.finish()?;
                 if way != Way::Download {
                     application.goes_on_from(before);
                     application.run("kill -KILL -- -$PID").success();
                     application.is_gone();
                 }
+                drop(cgroup);
                 memory.finish()?;
+                let peak_bytes = peak_bytes as f64;
                 runs.push((
                     way,
                     Run {
                         first_s,
                         rest_s,
-                        machine_peak_bytes,
+                        peak_bytes,
                     },
                 ));
             }
@@ -172,7 +220,7 @@ impl Figures {
             median_of(of_way.map(|(_, run)| figure(run)))
         };
         let whole = |run: &Run| run.first_s + run.rest_s;
-        let over_image = |run: &Run| (run.machine_peak_bytes - bytes as f64) / (1 << 20) as f64;
+        let over_image = |run: &Run| (run.peak_bytes - bytes as f64) / (1 << 20) as f64;
         Self {
             scenario: scenario.name,
             runs: runs.len() / 3,
@@ -193,6 +241,7 @@ fn run(
     options: &Options,
     machine: &Machine,
     application: &Application<'_>,
+    members: &Path,
 ) -> Result<(f64, f64)> {
     let download = Role::Download(Download {
         bytes_per_s: scenario.bytes_per_s.map(|speed| speed / SHARDS as f64),
@@ -204,9 +253,10 @@ fn run(
     };
     let shards: Vec<_> = (1..=SHARDS).map(|number| number.to_string()).collect();
     let program = current_exe()?;
-    let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("Odd path");
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("Odd path");
     let variables = [
         ("PID", application.pid.clone()),
+        ("MEMBERS", text(members)?),
         ("SHARDS", shards.join(" ")),
         ("SHARD_OPTIONS", shard_options),
         ("STREAMER", text(&fs::canonicalize(&options.streamer)?)?),

@@ -215,7 +215,7 @@ impl Report {
             );
         }
         println!(
-            "Memory: the machine's peak until the application runs, with its own memory, over what was in use before and the image's size."
+            "Memory: the most that downloads, streamer, CRIU and application took together, over the image's size."
         );
     }
 
@@ -344,7 +344,7 @@ fn arriving_bounds(row: &arriving::Figures) -> Vec<Bound> {
         let what = of("s, times the longer of download and CRIU's restore");
         Bound::at_most(what, 1.15, times)
     };
-    let what = of("the machine's memory over the image, MiB");
+    let what = of("memory in use over the image, MiB");
     let memory = row.with_index_over_image_mib;
     vec![time, Bound::at_most(what, MACHINE_OVER_IMAGE_MIB, memory)]
 }

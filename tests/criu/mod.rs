@@ -191,7 +191,7 @@ impl Machine {
     /// A machine for a container engine: it has a hierarchy of cgroups and a `/run` of its own, and
     /// its scripts know the application, linked statically, as `$APPLICATION`.
     pub fn for_containers() -> Option<Self> {
-        Self::boot_or_skip(|programs| {
+        let boot = |programs: &Programs| {
             let cgroups = Cgroups::create()?;
             let program = programs.static_application();
             // Not position-independent: the README's Limits say what may happen to such a program.
@@ -200,15 +200,15 @@ impl Machine {
                 &["-Ctarget-feature=+crt-static", "-Crelocation-model=static"],
             );
             Ok(Self::boot(programs, &std::env::temp_dir(), Some(cgroups)))
-        })
+        };
+        Self::or_skip(programs().as_ref().map_err(String::clone).and_then(boot))
     }
 
     fn new_in(parent: &Path) -> Option<Self> {
-        Self::boot_or_skip(|programs| Ok(Self::boot(programs, parent, None)))
+        Self::or_skip(Self::try_new_in(parent))
     }
 
-    fn boot_or_skip(boot: impl FnOnce(&Programs) -> Result<Self, String>) -> Option<Self> {
-        let booted = programs().as_ref().map_err(String::clone).and_then(boot);
+    fn or_skip(booted: Result<Self, String>) -> Option<Self> {
         booted.inspect_err(|why| skip(why)).ok()
     }
 
