@@ -1,13 +1,16 @@
-//! Images that the original criu-image-streamer captured from a real CRIU dump (with an external
-//! file `fs.tar`), and the SHA-256 of every file in them.
+//! Images of a real CRIU's dump (with an external file `fs.tar`), and the SHA-256 of every file in
+//! them: two that the original criu-image-streamer captured, and one of ours with an index, whose
+//! sums are those of the files that the original has extracted from it.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::image::{self, Files};
+use crate::common::image::{self, Body, Entry, Files, Shard};
+use crate::common::indexed::{self, Indexed, UNKNOWN};
+use crate::common::random::Random;
 use crate::common::runs;
-use crate::common::shards::{Collector, pipe};
+use crate::common::shards::{Collector, Feeder, pipe};
 use crate::common::streamer::Streamer;
 use sha2::{Digest, Sha256};
 
@@ -46,6 +49,16 @@ fn sums(files: &Files) -> BTreeMap<String, String> {
         .collect()
 }
 
+const WITH_INDEX: &str = "two-shards-and-index";
+
+fn with_index() -> Indexed {
+    let fixture = fixture(WITH_INDEX);
+    Indexed {
+        shards: shards(&fixture),
+        index: fs::read(fixture.join("index.bin")).unwrap(),
+    }
+}
+
 #[test]
 fn extract_writes_the_original_streamers_images_to_disk() {
     for name in ["one-shard", "three-shards"] {
@@ -68,24 +81,119 @@ fn serve_gives_the_original_streamers_images_to_criu() {
         let fixture = fixture(name);
         let (tar_reader, tar_writer) = pipe();
         let tar = Collector::start(vec![tar_reader]);
-        let (mut streamer, _feeder) = runs::feed(
+        let (streamer, _feeder) = runs::feed(
             Streamer::serve().ext_file("fs.tar", tar_writer),
             &shards(&fixture),
         );
-        let criu = streamer.criu();
-        let mut expected = expected_sums(&fixture);
-        assert_eq!(Some(sum(&tar.finish()[0])), expected.remove("fs.tar"));
-        assert_eq!(criu.read_file("fs.tar"), None, "{name}");
-        for (file, expected) in expected {
-            assert_eq!(
-                sum(&criu.read_file(&file).expect(&file)),
-                expected,
-                "{name}: {file}"
-            );
-        }
-        drop(criu);
-        streamer.expect_success();
+        assert_serves(streamer, tar, &fixture);
     }
+}
+
+/// CRIU and the reader of `fs.tar` get what is theirs.
+#[track_caller]
+fn assert_serves(mut streamer: Streamer, tar: Collector, fixture: &Path) {
+    let criu = streamer.criu();
+    let mut expected = expected_sums(fixture);
+    assert_eq!(Some(sum(&tar.finish()[0])), expected.remove("fs.tar"));
+    assert_eq!(criu.read_file("fs.tar"), None);
+    for (file, expected) in expected {
+        let content = criu.read_file(&file).expect(&file);
+        assert_eq!(sum(&content), expected, "{file}");
+    }
+    drop(criu);
+    streamer.expect_success();
+}
+
+#[test]
+fn an_image_with_an_index_arrives() {
+    let image = with_index();
+    let (tar_reader, tar_writer) = pipe();
+    let tar = Collector::start(vec![tar_reader]);
+    let launch = Streamer::serve().ext_file("fs.tar", tar_writer);
+    let (streamer, ends) = indexed::serve(image.shards.len(), launch).into_parts();
+    let _feeder = Feeder::start(ends, &image.all());
+    assert_serves(streamer, tar, &fixture(WITH_INDEX));
+}
+
+/// The index is a shard like any other, in any place among them.
+#[test]
+fn an_image_with_an_index_is_read_by_all_who_know_of_none() {
+    let fixture = fixture(WITH_INDEX);
+    let mut shards = with_index().all();
+    for _ in 0..shards.len() {
+        shards.rotate_left(1);
+        let decoded = image::decode(&shards).unwrap();
+        assert_eq!(sums(&decoded), expected_sums(&fixture));
+        let (dir, exit) = runs::extract(&shards);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_eq!(sums(&runs::read_dir(dir.path())), expected_sums(&fixture));
+        let (tar_reader, tar_writer) = pipe();
+        let tar = Collector::start(vec![tar_reader]);
+        let launch = Streamer::serve().ext_file("fs.tar", tar_writer);
+        let (streamer, _feeder) = runs::feed(launch, &shards);
+        assert_serves(streamer, tar, &fixture);
+    }
+}
+
+/// What the data shards of an image with an index carry, and what field 100 says, and where.
+#[test]
+fn the_index_carries_all_but_the_pages() {
+    let image = with_index();
+    let entries = image::markers(&image.all()).unwrap();
+    let index = image.shards.len();
+    let mut current = "";
+    let mut used = vec![false; index];
+    for Entry { shard, body, .. } in &entries {
+        if let Body::Filename(name) = body {
+            current = name;
+        }
+        let is_spread = matches!(body, Body::FileData(_)) && current.starts_with("pages-");
+        assert_eq!(*shard < index, is_spread, "{body:?} of {current}");
+        if *shard < index {
+            used[*shard] = true;
+        }
+    }
+    assert!(used.iter().all(|used| *used), "{used:?}");
+}
+
+/// The rules by which the original reads: a marker may be on any shard, and fields that are unknown
+/// say nothing.
+#[test]
+fn markers_may_be_on_any_shard_and_have_fields_that_no_one_knows() {
+    let three = shards(&fixture("three-shards"));
+    for (name, shards) in [("three-shards", three), (WITH_INDEX, with_index().all())] {
+        let fixture = fixture(name);
+        for seed in 0..5 {
+            let mut random = Random::new(seed);
+            let dealt = deal_anew(&shards, 1 + random.below(5), &mut random);
+            let decoded = image::decode(&dealt).unwrap();
+            assert_eq!(sums(&decoded), expected_sums(&fixture), "{name}");
+            let (dir, exit) = runs::extract(&dealt);
+            assert!(exit.status.success(), "{name}: {}", exit.stderr);
+            let extracted = runs::read_dir(dir.path());
+            assert_eq!(sums(&extracted), expected_sums(&fixture), "{name}");
+        }
+    }
+}
+
+/// The same image in so many shards: each marker goes to any of them, with an unknown field before
+/// and behind what it says.
+fn deal_anew(shards: &[Vec<u8>], count: usize, random: &mut Random) -> Vec<Vec<u8>> {
+    let mut dealt = vec![Shard::new(); count];
+    for entry in image::markers(shards).unwrap() {
+        let body = match &entry.body {
+            Body::Filename(name) => indexed::filename(name),
+            Body::FileData(size) => indexed::file_data(*size as usize),
+            Body::FileEof => vec![4 << 3, 1],
+            Body::ImageEof => vec![5 << 3, 1],
+        };
+        let body = [*random.pick(&UNKNOWN), &body, *random.pick(&UNKNOWN)].concat();
+        let shard = &mut dealt[random.below(count)];
+        *shard = std::mem::take(shard)
+            .marker(entry.seq, &body)
+            .raw(&entry.data);
+    }
+    dealt.into_iter().map(|shard| shard.bytes).collect()
 }
 
 #[test]
@@ -93,11 +201,7 @@ fn the_reference_decoder_reads_the_original_streamers_images() {
     for name in ["one-shard", "three-shards"] {
         let fixture = fixture(name);
         let files = image::decode(&shards(&fixture)).unwrap();
-        let sums: BTreeMap<_, _> = files
-            .iter()
-            .map(|(name, content)| (name.clone(), sum(content)))
-            .collect();
-        assert_eq!(sums, expected_sums(&fixture), "{name}");
+        assert_eq!(sums(&files), expected_sums(&fixture), "{name}");
     }
 }
 

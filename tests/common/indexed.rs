@@ -17,7 +17,7 @@ pub const KEPT_IN_INDEX: usize = 1 << 20;
 pub const IS_INDEX: [u8; 3] = [0xa0, 0x06, 1];
 
 /// Fields that a reader does not know: a number, eight bytes, some bytes, and four.
-const UNKNOWN: [&[u8]; 4] = [
+pub const UNKNOWN: [&[u8]; 4] = [
     &[0x70, 0x96, 0x01],
     &[0xb1, 0x06, 1, 2, 3, 4, 5, 6, 7, 8],
     &[0xe2, 0x12, 3, b'n', b'e', b'w'],
@@ -101,14 +101,14 @@ pub fn encode(files: &Files, shard_count: usize, random: &mut Random) -> Indexed
     }
 }
 
-fn filename(name: &str) -> Vec<u8> {
+pub fn filename(name: &str) -> Vec<u8> {
     let mut field = vec![2 << 3 | 2];
     image::put_varint(&mut field, name.len() as u64);
     field.extend_from_slice(name.as_bytes());
     field
 }
 
-fn file_data(size: usize) -> Vec<u8> {
+pub fn file_data(size: usize) -> Vec<u8> {
     let mut field = vec![3 << 3];
     image::put_varint(&mut field, size as u64);
     field
