@@ -117,10 +117,12 @@ fn nothing_is_left_running_of_an_image_whose_command_fails() {
             let failing = format!("{failing} app-{name}; exit 3");
             fails(&application, &but(name, &failing), &command);
         }
-        let late = format!("cat app-{name}; exec >&-; sleep 0.5; exit 3");
+        // Long enough for CRIU, had it all that it needs. Of the index it waits for that.
+        let pause = if name == "index" { 0.3 } else { 2.0 };
+        let late = format!("cat app-{name}; exec >&-; sleep {pause}; exit 3");
         fails(&application, &but(name, &late), &command);
         // What verifies the download finds it damaged.
-        let background = format!("cat app-{name}; (sleep 0.5; exit 4) >/dev/null & true");
+        let background = format!("cat app-{name}; (sleep {pause}; exit 4) >/dev/null & true");
         fails(&application, &but(name, &background), &command_behind(name));
     }
     succeeds(&application, before);
