@@ -248,6 +248,15 @@ fn files_imgs() -> Seeds {
                 &[magics, &listening(65535, 6, 10), &listening(65535, 6, 10)].concat(),
             ),
         ),
+        // Found by the fuzzer: the new port is taken.
+        (
+            "taken",
+            files_img::input(
+                65535,
+                443,
+                &[magics, &listening(65535, 6, 10), &listening(443, 6, 10)].concat(),
+            ),
+        ),
         (
             "none",
             files_img::input(22, 80, &[magics, &others].concat()),

@@ -23,6 +23,9 @@ use crate::criu::files::{self, CPUINFO, INVENTORY, Layout, MAGIC, OPEN_FILES, TR
 /// Each process that has not ended has one of these, besides its core.
 const OF_A_PROCESS: [&str; 4] = ["ids", "mm", "fs", "pagemap"];
 
+/// Why a dump with that option can never be captured.
+pub(super) const LAZY_PAGES: &str = "the memory stays with CRIU, to be fetched from it later (--lazy-pages): the image can never be whole; dump without that option";
+
 /// What ends each error: which part is missing stands before it.
 const INCOMPLETE: &str =
     "the image is incomplete: discard it; see CRIU's log for what became of the application";
@@ -124,7 +127,7 @@ impl Delivered {
             Contents::Pagemap(pagemap) => {
                 ensure!(
                     pagemap.lazy == 0,
-                    "capturing {name}: {} pages of the application's memory stay with CRIU, to be fetched from it later (--lazy-pages): the image can never be whole; dump without that option",
+                    "capturing {name}: of {} pages, {LAZY_PAGES}",
                     pagemap.lazy
                 );
                 ensure!(

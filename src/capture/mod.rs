@@ -32,7 +32,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
@@ -46,6 +46,7 @@ use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::{CriuCommand, Failure, Interrupts, LOOK_AGAIN, ShellCommand};
 use beside::Beside;
+use delivered::LAZY_PAGES;
 use dump::Dump;
 pub(crate) use sequence::HasIndex;
 use sequence::{Activity, Sequence};
@@ -348,7 +349,10 @@ impl<'a> CaptureLoop<'a> {
         if self.dump.open_files() >= self.most_open && !self.is_stuck() {
             return Ok(Activity::NoRoom);
         }
-        let is_of_dump = self.clients.is_dump(id);
+        let asked_for = self.clients.asked_for(id);
+        // Its files show it too, but maybe only when CRIU has written all of them, and waits for
+        // someone who fetches the memory: then it would not see that the capture has failed.
+        ensure!(!asked_for.lazy_pages, "capturing the image: {LAZY_PAGES}");
         let mut opened = Vec::new();
         let taken = self.clients.next_requests(
             id,
@@ -362,7 +366,7 @@ impl<'a> CaptureLoop<'a> {
         );
         let mut activity = Activity::Idle;
         for mut source in opened {
-            source.is_of_dump = is_of_dump;
+            source.is_of_dump = asked_for.dump;
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);

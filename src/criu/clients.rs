@@ -26,22 +26,36 @@ use crate::report;
 /// How long to go on listening after a client that asked for nothing has left.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Whether a peer is a CRIU that was asked for a dump, and not for cpuinfo.img alone. Its command
-/// line does not tell under RPC, in another PID namespace, and when it has ended already; a dump is
-/// not assumed then.
-fn is_dump(connection: &Connection) -> bool {
-    let arguments = || {
-        let peer = getsockopt(connection, PeerCredentials).ok()?;
-        let process = Path::new("/proc").join(peer.pid().to_string());
-        std::fs::read(process.join("cmdline")).ok()
-    };
-    let arguments = arguments().unwrap_or_default();
-    let has = |word: &[u8]| {
-        arguments
-            .split(|&byte| byte == 0)
-            .any(|argument| argument == word)
-    };
-    has(b"dump") && !has(b"cpuinfo")
+/// What a CRIU was asked for, as far as its command line told when it connected. That does not tell
+/// under RPC, in another PID namespace, and when CRIU has ended already; nothing is assumed then.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AskedFor {
+    /// A dump, and not cpuinfo.img alone.
+    pub dump: bool,
+    /// To keep the application's memory, and hand it out later (`--lazy-pages`).
+    pub lazy_pages: bool,
+}
+
+impl AskedFor {
+    fn of(connection: &Connection) -> Self {
+        let peer = getsockopt(connection, PeerCredentials).ok();
+        let command_line = peer.and_then(|peer| {
+            let process = Path::new("/proc").join(peer.pid().to_string());
+            std::fs::read(process.join("cmdline")).ok()
+        });
+        Self::by(&command_line.unwrap_or_default())
+    }
+
+    /// `command_line` has a NUL behind each argument. CRIU takes the beginning of an option for the
+    /// option.
+    fn by(command_line: &[u8]) -> Self {
+        let arguments = || command_line.split(|&byte| byte == 0);
+        let has = |word: &[u8]| arguments().any(|argument| argument == word);
+        Self {
+            dump: has(b"dump") && !has(b"cpuinfo"),
+            lazy_pages: arguments().any(|argument| argument.starts_with(b"--lazy")),
+        }
+    }
 }
 
 struct Client<R> {
@@ -49,7 +63,7 @@ struct Client<R> {
     /// What it asked for and has not sent a descriptor for yet.
     requested: Option<R>,
     has_spoken: bool,
-    is_dump: bool,
+    asked_for: AskedFor,
 }
 
 impl<R> Client<R> {
@@ -117,7 +131,7 @@ impl<R> Clients<R> {
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {
-                is_dump: is_dump(&connection),
+                asked_for: AskedFor::of(&connection),
                 connection,
                 requested: None,
                 has_spoken: false,
@@ -127,9 +141,10 @@ impl<R> Clients<R> {
         Ok(())
     }
 
-    /// Whether a client was asked for a dump, as far as its command line told when it connected.
-    pub fn is_dump(&self, id: u64) -> bool {
-        self.clients.get(&id).is_some_and(|client| client.is_dump)
+    /// What a client was asked for; nothing of one that has left.
+    pub fn asked_for(&self, id: u64) -> AskedFor {
+        let client = self.clients.get(&id);
+        client.map_or_else(AskedFor::default, |client| client.asked_for)
     }
 
     /// As many clients as were expected have asked for files, and all of these are gone.
@@ -282,6 +297,30 @@ impl<R> Clients<R> {
             .is_some_and(|client| client.has_spoken)
         {
             self.speaking -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_tells_what_criu_was_asked_for() {
+        let asked_for = |line: &str| AskedFor::by(line.replace(' ', "\0").as_bytes());
+        let dump = AskedFor {
+            dump: true,
+            lazy_pages: false,
+        };
+        assert_eq!(asked_for("criu dump --stream -t 7"), dump);
+        let lazy = AskedFor {
+            lazy_pages: true,
+            ..dump
+        };
+        assert_eq!(asked_for("criu dump --lazy-pages --stream"), lazy);
+        assert_eq!(asked_for("criu dump --stream --lazy"), lazy);
+        for line in ["", "criu cpuinfo dump --stream", "criu swrk 3"] {
+            assert_eq!(asked_for(line), AskedFor::default(), "{line:?}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Any bytes as `files.img`: changed exactly when a dumb reference finds them well-formed with a
-//! socket listening on the port, and then nothing but the ports of such sockets differs.
+//! socket listening on the port and none on the new one, and then nothing but the ports of such
+//! sockets differs.
 //!
 //! ```text
 //! input: | old port (u16 LE) | new port (u16 LE) | files.img |
@@ -21,8 +22,12 @@ pub fn run(input: &[u8]) {
     };
     let (old, new) = (u16::from_le_bytes(*old), u16::from_le_bytes(*new));
     let expected = parse(before).filter(|entries| {
-        let mut sockets = entries.iter().flatten().filter_map(Part::socket);
-        sockets.any(|socket| listening_port(socket) == Some(u64::from(old)))
+        let sockets = entries.iter().flatten().filter_map(Part::socket);
+        let ports: Vec<_> = sockets
+            .filter_map(|socket| listening_port(socket))
+            .collect();
+        let has = |port: u16| ports.contains(&u64::from(port));
+        has(old) && (old == new || !has(new))
     });
     match (remap(before, &[Remap { old, new }]), expected) {
         (Ok(after), Some(mut entries)) => {
