@@ -126,7 +126,7 @@ fn read_at_random(seed: u64) {
 #[test]
 fn readers_that_open_read_and_leave_at_random_get_right_bytes_and_an_end() {
     let first = setting("SERVING_FIRST_SEED", 0);
-    let end = first + setting("SERVING_SEEDS", 2000);
+    let end = first + setting("SERVING_SEEDS", 500);
     let middle = first.midpoint(end);
     thread::scope(|scope| {
         scope.spawn(|| for_each_seed(first..middle, read_at_random));
