@@ -4,7 +4,7 @@
 //!
 //! * `commands`: capture, extract, serve, list and hook; each wires its parts, and reports
 //! * [`cli`]: what was typed, and what it means
-//! * `capture`: from CRIU's pipes to the shards
+//! * `capture`: from CRIU's pipes to the shards, or first to a buffer
 //! * [`receive`]: from the shards to a store
 //! * `serve`: from memory to CRIU's pipes
 //! * [`store`]: where received files go: memory, disk, external files, or nowhere

@@ -6,7 +6,7 @@
 //! which copies, naps for as long as pipes take to fill; serving, for as long as they take to be
 //! emptied.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::os::poller::Wait;
 
@@ -21,6 +21,9 @@ const SLACK: u64 = 1000;
 
 /// The longest nap, for when nothing moves because all shards are full or empty.
 pub const LONGEST_NAP: Duration = Duration::from_millis(5);
+
+/// The shortest time that the poller can wait.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 /// The longest nap while pipes fill: 1 MiB in this time is 2 GB/s from each shard. Slots that are
 /// not full, as small spliced pieces leave them, keep a pipe from ever looking full, and then this
@@ -118,6 +121,18 @@ impl Pace {
     pub(crate) fn nap_longer(&mut self) {
         std::thread::sleep(self.next);
         self.next = (self.next * 2).min(LONGEST_NAP);
+    }
+
+    /// The same, but an event ends it: once naps are as long as the poller's waits can be, this
+    /// tells how long to wait for one.
+    pub(crate) fn rest(&mut self) -> Wait {
+        if self.next < SHORTEST_WAIT {
+            self.nap_longer();
+            return Wait::Now;
+        }
+        let end = Instant::now() + self.next;
+        self.next = (self.next * 2).min(LONGEST_NAP);
+        Wait::Until(end)
     }
 }
 

@@ -523,3 +523,24 @@ fn free_pipe(subcommand: fn() -> Launch) -> OwnedFd {
         ends.0
     }
 }
+
+#[test]
+fn a_buffer_has_a_size_and_is_for_captures() {
+    for size in ["0", "1T", "0%", "101%", "much"] {
+        assert_refused(
+            Streamer::capture().args(["--buffer", size]),
+            &["--buffer", size],
+        );
+    }
+    for subcommand in &SUBCOMMANDS[1..] {
+        assert_refused(
+            subcommand().args(["--buffer", "1M"]),
+            &["--buffer", "capture"],
+        );
+    }
+    let alone = ["--buffer", "1M", "--go-on-when-copied"];
+    assert_refused(
+        Streamer::capture().args(alone),
+        &["--go-on-when-copied", "hook"],
+    );
+}

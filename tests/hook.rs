@@ -24,7 +24,7 @@ use crate::criu::{Application, Machine};
 
 /// Makes the images directory, with `capture` as the command that takes the image of a dump, and
 /// `serve` as the one that brings it to a restore.
-fn options(capture: &str, serve: &str) -> String {
+pub fn options(capture: &str, serve: &str) -> String {
     format!(
         r#"
 rm -rf images; mkdir images
@@ -40,7 +40,7 @@ END
     )
 }
 
-const DUMP: &str =
+pub const DUMP: &str =
     "criu dump --stream --action-script criu-image-streamer --images-dir images --tree $PID";
 
 const RESTORE: &str = "criu restore --stream --action-script criu-image-streamer --images-dir images --restore-detached";
@@ -227,9 +227,12 @@ wait $criu
     assert!(!open.contains("script-"), "{open}");
 }
 
-/// Captures an application that goes on, into a shard of 20 MB/s, and returns the pages in the
-/// image.
-fn capture_while_running(machine: &Machine, application: &Application<'_>, dump: &str) -> Vec<u8> {
+/// Captures an application that goes on, into a slow shard, and returns the pages in the image.
+pub fn capture_while_running(
+    machine: &Machine,
+    application: &Application<'_>,
+    dump: &str,
+) -> Vec<u8> {
     let extract = "
 rm -rf extracted
 criu-image-streamer --images-dir extracted extract <app.image
@@ -243,8 +246,8 @@ cat extracted/pages-*.img >pages
 }
 
 /// How many pages were written after the application had been frozen: it writes the first page
-/// first, so that none can be ahead of it, and one at most is half written.
-fn torn(pages: &[u8]) -> usize {
+/// first, so that none can be ahead of it, and one at most is half written. It writes `mib` MiB.
+pub fn torn(pages: &[u8], mib: usize) -> usize {
     let word = |page: &[u8], at: usize| {
         u64::from_le_bytes(page[at..at + 8].try_into().expect("eight bytes"))
     };
@@ -256,7 +259,7 @@ fn torn(pages: &[u8]) -> usize {
     found.sort_unstable();
     let (number, first, _) = found[0];
     assert_eq!(number, 0, "the first page is there");
-    assert_eq!(found.len(), REWRITTEN * (1 << 20) / PAGE);
+    assert_eq!(found.len(), mib * (1 << 20) / PAGE);
     let ahead = found
         .iter()
         .filter(|(_, start, end)| (*start).max(*end) > first);
@@ -277,7 +280,7 @@ fn an_application_may_go_on_after_a_checkpoint_through_the_hook() {
     let dump = options(slow, "cat app.image") + DUMP + " --leave-running";
     for _ in 0..10 {
         let pages = capture_while_running(&machine, &application, &dump);
-        assert_eq!(torn(&pages), 0);
+        assert_eq!(torn(&pages, REWRITTEN), 0);
     }
     let without_hook = format!(
         r#"
@@ -288,11 +291,8 @@ criu dump --stream --images-dir images --tree $PID --leave-running
 wait $streamer
 "#
     );
-    let pages = torn(&capture_while_running(
-        &machine,
-        &application,
-        &without_hook,
-    ));
+    let pages = capture_while_running(&machine, &application, &without_hook);
+    let pages = torn(&pages, REWRITTEN);
     report(format_args!("without the hook, {pages} pages were torn"));
     assert!(pages > 0, "this test cannot fail");
 }
@@ -332,8 +332,14 @@ fn a_wrong_option_ends_the_dump_before_anything_happens() {
     let wrong = options("cat >app.image", "cat app.image")
         + "echo --num-shard 2 >>images/streamer-capture.options\n";
     let none = "rm -rf images; mkdir images\n".to_owned();
+    let no_buffer = options("cat >app.image", "cat app.image")
+        + "echo --go-on-when-copied >>images/streamer-capture.options\n";
     for (options, words) in [
         (wrong, ["streamer-capture.options: line 4", "--num-shard"]),
+        (
+            no_buffer,
+            ["streamer-capture.options", "only with --buffer"],
+        ),
         (
             none,
             [

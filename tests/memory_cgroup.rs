@@ -1,20 +1,25 @@
 //! An image that does not fit ends in an error while the machine still breathes, in a memory cgroup
 //! that stands for the machine. Pages in pipes belong to no process, so that the kernel's
-//! out-of-memory killer would take the wrong one.
+//! out-of-memory killer would take the wrong one. And a capture with a buffer takes no more than
+//! there is.
 
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::buffer::dump_of;
 use crate::common::cgroup::MemoryCgroup;
-use crate::common::image::Shard;
+use crate::common::image::{self, Shard};
 use crate::common::keeping::Keeping;
-use crate::common::shards::pipe;
+use crate::common::runs::{self, assert_same_files};
+use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::Streamer;
-use crate::common::{root_or_skip, skip};
+use crate::common::{HANG_TIMEOUT, root_or_skip, skip};
 use crate::criu::Machine;
 use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
 
@@ -152,3 +157,32 @@ grep -q -m1 socket-init ready
 criu restore --stream --images-dir images --restore-detached
 wait $streamer
 "#;
+
+#[test]
+fn a_buffer_takes_no_more_than_there_is_and_criu_waits() {
+    for buffer in ["2G", "100%"] {
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
+        let files = dump_of((2 * LIMIT / MIB) as usize);
+        let (readers, writers) = shards::pipes(1, None);
+        let launch = Streamer::capture().args(["--buffer", buffer]);
+        let mut streamer = launch.limit(cgroup.limit()).shards(writers).start();
+        let collector = thread::scope(|scope| {
+            scope.spawn(|| runs::send(&streamer, &files));
+            // The shard takes nothing until the buffer is as full as it gets.
+            let deadline = Instant::now() + HANG_TIMEOUT;
+            let rss = || streamer.memory_kib("VmRSS") << 10;
+            while rss() < LIMIT / 2 {
+                assert!(Instant::now() < deadline, "{} bytes only", rss());
+                thread::sleep(Duration::from_millis(10));
+            }
+            thread::sleep(Duration::from_millis(500));
+            assert!(rss() < LIMIT, "{} bytes", rss());
+            Collector::start(readers)
+        });
+        streamer.expect_success();
+        assert_eq!(cgroup.oom_kills(), 0, "{buffer}");
+        assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
+    }
+}

@@ -17,6 +17,8 @@ mod splice;
 
 /// Shards and external files are whatever a shell can redirect.
 mod any_descriptor;
+/// `capture --buffer`: nobody waits for the shards, and the application least of all.
+mod buffer;
 /// `capture`: every byte of CRIU's files comes to the shards, whatever a shard does.
 mod capture;
 /// The command line: what is accepted, and how the rest is refused.
@@ -84,6 +86,8 @@ mod migration;
 mod readme;
 /// What CRIU can restore alone, it can restore through the streamer.
 mod real_criu;
+/// An application goes on when its memory is copied, and neither it nor its image minds.
+mod real_criu_buffer;
 /// A real CRIU's dumps and restores that fail leave the application unharmed.
 mod real_criu_failures;
 /// A damaged image with an index leaves nothing running.

@@ -19,6 +19,9 @@ pub(super) enum Route {
     /// Spliced into the staging pipe, and read from there into the shard's queue, to be written
     /// with the markers: copied bytes fill their slots.
     Copied,
+    /// Out of the buffer: the shard's pipe gets references to our own pages, each of which takes a
+    /// slot. Small chunks out of the buffer are [`Route::Copied`] from there.
+    Lent,
 }
 
 /// A part of a file.
@@ -43,9 +46,14 @@ impl Chunk {
             self.shorten(slot - MARKERS);
             self.route = Route::Copied;
         } else {
-            self.shorten(slots * slot);
-            if self.route == Route::Staged {
-                self.route = Route::Copied;
+            match self.route {
+                // The bytes need not begin at a page.
+                Route::Lent if slots > 1 => self.shorten((slots - 1) * slot),
+                Route::Lent | Route::Staged => {
+                    self.shorten(slots * slot);
+                    self.route = Route::Copied;
+                }
+                Route::Direct | Route::Copied => self.shorten(slots * slot),
             }
         }
         self.slots = slots;
@@ -107,9 +115,23 @@ mod tests {
     }
 
     #[test]
+    fn lent_memory_may_begin_within_a_page() {
+        for slot in SIZES {
+            assert_eq!(
+                cut(16 * slot, Route::Lent, 3, slot),
+                (2 * slot, Route::Lent, false)
+            );
+            assert_eq!(
+                cut(16 * slot, Route::Lent, 1, slot),
+                (slot, Route::Copied, false)
+            );
+        }
+    }
+
+    #[test]
     fn a_shard_of_one_slot_takes_a_chunk_in_the_slot_of_its_markers() {
         for slot in SIZES {
-            for route in [Route::Direct, Route::Staged, Route::Copied] {
+            for route in [Route::Direct, Route::Staged, Route::Copied, Route::Lent] {
                 let (bytes, route, is_last) = cut(16 * slot, route, 0, slot);
                 assert_eq!((route, is_last), (Route::Copied, false));
                 assert!((1..=slot - MARKERS).contains(&bytes));

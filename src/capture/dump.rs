@@ -18,6 +18,7 @@ use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 
+use super::buffer::{Buffered, Copied};
 use super::delivered::Delivered;
 use super::sequence::{Activity, Sequence};
 use super::source::{Owner, Source};
@@ -72,7 +73,10 @@ pub(super) struct Dump {
     busy: Vec<u64>,
     /// Those that found no room, in the order in which they are tried again.
     waiting: VecDeque<u64>,
-    /// How many of CRIU's files are open.
+    /// Those that have something for the buffer.
+    arriving: VecDeque<u64>,
+    /// How many files may still bring something, and how many of these are CRIU's.
+    open: usize,
     open_of_criu: usize,
     delivered: Delivered,
     /// All that CRIU had to deliver has come.
@@ -99,6 +103,7 @@ impl Dump {
         let id = self.next_id;
         self.next_id += 1;
         source.id = id;
+        self.open += 1;
         self.open_of_criu += usize::from(source.owner == Owner::Criu);
         if let Some(earlier) = self.by_name.insert(name, id)
             && let Some(replaced) = self.sources.get_mut(&earlier)
@@ -107,18 +112,36 @@ impl Dump {
             // One that the image does not name yet, because it waits itself, never will be.
             let is_named = replaced.is_named;
             source.replaces = is_named.then_some(earlier).or(replaced.replaces);
-            self.wake(earlier);
+            self.make_busy(earlier);
         }
         Ok(self.sources.entry(id).or_insert(source))
     }
 
-    /// How many files are open.
+    /// How many files may still bring something.
     pub(super) fn open_files(&self) -> usize {
-        self.sources.len()
+        self.open
     }
 
-    /// Something has changed about a source.
+    /// Whether all files are complete in the image.
+    pub(super) fn is_complete(&self) -> bool {
+        self.sources.is_empty()
+    }
+
+    /// Something has changed about a source's pipe.
     pub(super) fn wake(&mut self, id: u64) {
+        match self.sources.get_mut(&id) {
+            Some(source) if source.buffered.is_some() && !source.is_replaced => {
+                if !source.is_arriving {
+                    source.is_arriving = true;
+                    self.arriving.push_back(id);
+                }
+            }
+            _ => self.make_busy(id),
+        }
+    }
+
+    /// A source has something to do for the shards.
+    pub(super) fn make_busy(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id)
             && !source.is_queued
         {
@@ -132,6 +155,62 @@ impl Dump {
         if let Some(source) = self.sources.get_mut(&id) {
             source.has_ended = true;
         }
+    }
+
+    /// How many sources have something for the buffer.
+    pub(super) fn arriving(&self) -> usize {
+        self.arriving.len()
+    }
+
+    /// Has the first of these copied, and tells how it fared. Where it found no room, it is the
+    /// first again.
+    ///
+    /// # Errors
+    /// Those of copying, and when this file shows that the image can never be whole.
+    pub(super) fn copy_arriving(
+        &mut self,
+        copy: impl FnOnce(&mut Source) -> Result<Copied>,
+    ) -> Result<Activity> {
+        let Some(id) = self.arriving.pop_front() else {
+            return Ok(Activity::Idle);
+        };
+        let Some(source) = self.sources.get_mut(&id) else {
+            return Ok(Activity::Idle);
+        };
+        source.is_arriving = false;
+        if source.is_replaced {
+            self.make_busy(id);
+            return Ok(Activity::Idle);
+        }
+        let copied = copy(source)?;
+        source.is_arriving = matches!(copied, Copied::Some | Copied::NoRoom);
+        let activity = match copied {
+            Copied::Some => {
+                self.arriving.push_back(id);
+                Activity::Busy
+            }
+            Copied::NoRoom => {
+                self.arriving.push_front(id);
+                Activity::NoRoom
+            }
+            Copied::Nothing => Activity::Idle,
+            Copied::All => {
+                self.has_come(id)?;
+                Activity::Complete
+            }
+        };
+        self.make_busy(id);
+        Ok(activity)
+    }
+
+    /// All of a file is in the buffer.
+    fn has_come(&mut self, id: u64) -> Result<()> {
+        let Some(mut source) = self.sources.remove(&id) else {
+            return Ok(());
+        };
+        let recorded = self.record(&mut source);
+        self.sources.insert(id, source);
+        recorded
     }
 
     pub(super) fn take_busy(&mut self) -> Vec<u64> {
@@ -175,6 +254,16 @@ impl Dump {
         if self.by_name.get(&source.name) == Some(&source.id) {
             self.by_name.remove(&source.name);
         }
+        if source.is_open() {
+            self.record(&mut source)?;
+        }
+        Ok(())
+    }
+
+    /// Records a file that brings nothing more, and closes its pipe.
+    fn record(&mut self, source: &mut Source) -> Result<()> {
+        source.close();
+        self.open -= 1;
         if source.owner == Owner::External {
             return Ok(());
         }
@@ -182,7 +271,7 @@ impl Dump {
         if source.is_replaced {
             return Ok(());
         }
-        self.delivered.record(&mut source)
+        self.delivered.record(source)
     }
 
     /// Whether CRIU has sent and closed all files of a whole dump.
@@ -211,8 +300,14 @@ impl Dump {
         source: &mut Source,
         sequence: &mut Sequence,
     ) -> Result<Activity> {
+        if source.buffered.is_some() {
+            source.buffered = Some(Buffered::default());
+        }
         if source.is_named && sequence.end_file(source)? == Activity::NoRoom {
             return Ok(Activity::NoRoom);
+        }
+        if !source.is_open() {
+            return Ok(Activity::Complete);
         }
         let null = match &mut self.null {
             Some(null) => null,
@@ -224,7 +319,7 @@ impl Dump {
             ),
         };
         loop {
-            match pipe::splice(&source.pipe, &*null, DISCARD)
+            match pipe::splice(source.pipe(), &*null, DISCARD)
                 .with_context(|| format!("skipping the first of two files named {}", source.name))?
             {
                 Moved::Bytes(_) => {}

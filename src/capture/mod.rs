@@ -10,14 +10,18 @@
 //! what may   bytes,    place and    which        measures      a queue, and
 //! be moved   slots,    markers      shard        what pages    the slots of
 //! now        route                               do not fill   its pipe
+//!   │          ▲
+//!   └► buffer ─┘  with `--buffer`: memory that CRIU's data is copied to first
 //! ```
 //!
 //! The end marker is written only for a complete image (see `delivered` and `beside`). In every
 //! other case this fails, and with the program's end CRIU's pipes break, so that CRIU lets the
 //! application go on.
 
+mod ahead;
 mod balancer;
 mod beside;
+mod buffer;
 mod capacity;
 mod chunk;
 mod delivered;
@@ -46,6 +50,7 @@ use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::{CriuCommand, Failure, Interrupts, LOOK_AGAIN, ShellCommand};
 use beside::Beside;
+use buffer::Buffer;
 use delivered::LAZY_PAGES;
 use dump::Dump;
 pub(crate) use sequence::HasIndex;
@@ -90,6 +95,10 @@ pub(crate) struct Capture<'a> {
     /// The shards' pipes, with what error messages call them.
     pub(crate) shards: Vec<(WriteEnd, String)>,
     pub(crate) has_index: HasIndex,
+    /// How much the buffer holds at most, in bytes, if there is to be one.
+    pub(crate) buffer: Option<u64>,
+    /// A CRIU that waits for the end may go on when the memory is copied.
+    pub(crate) goes_on_when_copied: bool,
     pub(crate) external_files: Vec<(ImageName, External)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
@@ -129,6 +138,12 @@ struct CaptureLoop<'a> {
     clients: Clients<ImageName>,
     dump: Dump,
     beside: Beside,
+    /// `None`: the application's pages go to the shards.
+    buffer: Option<Buffer>,
+    /// All is in the buffer or in the image, and that was told.
+    is_copied: bool,
+    /// A CRIU that waits for the end may go on then.
+    goes_on_when_copied: bool,
     sequence: Sequence,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
@@ -172,6 +187,9 @@ impl Capture<'_> {
             clients: Clients::exactly(self.criu_clients),
             dump: Dump::default(),
             beside: Beside::look(self.images_dir),
+            buffer: self.buffer.map(Buffer::new),
+            is_copied: false,
+            goes_on_when_copied: self.goes_on_when_copied,
             sequence: Sequence::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(1),
             idle_since: None,
@@ -252,8 +270,18 @@ impl<'a> CaptureLoop<'a> {
             }
             let received = self.handle(&events)?;
             self.clients.check_grace()?;
-            let moved = self.round()?;
-            self.idle_since = match (received, moved) {
+            let copied = self.copy()?;
+            let shards_wait_until = self.buffer.as_ref().and_then(Buffer::comes_first_until);
+            let moved = match shards_wait_until {
+                Some(_) => Activity::Idle,
+                None => self.round()?,
+            };
+            // What takes it from CRIU.
+            let taken = match self.buffer {
+                Some(_) => copied,
+                None => moved,
+            };
+            self.idle_since = match (received, taken) {
                 (Activity::NoRoom, Activity::Idle) => {
                     self.idle_since.or_else(|| Some(Instant::now()))
                 }
@@ -270,14 +298,15 @@ impl<'a> CaptureLoop<'a> {
                 self.clients.close_idle();
                 self.dump.check()?;
                 self.check_file_commands()?;
-                if self.dump.open_files() == 0
+                self.tell_when_copied()?;
+                if self.dump.is_complete()
                     && self.interrupts.criu_has_succeeded()
                     && self.interrupts.file_commands_have_succeeded()
                 {
                     return self.beside.check();
                 }
             }
-            let mut activity = received.max(moved);
+            let mut activity = received.max(copied).max(moved);
             if activity < Activity::Busy && self.sequence.flush()? == Flushed::Partly {
                 activity = Activity::NoRoom;
             }
@@ -286,9 +315,21 @@ impl<'a> CaptureLoop<'a> {
                 Activity::Idle if self.missed_criu().is_some() => {}
                 Activity::Idle if self.waits_for_commands() => {
                     self.interrupts.check()?;
-                    wait = Wait::Until(Instant::now() + LOOK_AGAIN);
+                    let again = Wait::Until(Instant::now() + LOOK_AGAIN);
+                    wait = again.or_until(shards_wait_until);
                 }
-                Activity::Idle => wait = Wait::Forever.or_until(self.clients.grace_ends()),
+                Activity::Idle => {
+                    wait = Wait::Forever
+                        .or_until(self.clients.grace_ends())
+                        .or_until(shards_wait_until);
+                }
+                // Something was copied, and the pipe has filled meanwhile, or an event will come.
+                _ if copied >= Activity::Busy => {}
+                // CRIU does not wait for the shards, and is to be heard at once; unless it is known
+                // to have something to say, and has too many files open.
+                Activity::NoRoom if self.buffer.is_some() && received == Activity::Idle => {
+                    wait = pace.rest();
+                }
                 Activity::NoRoom => pace.nap_longer(),
                 Activity::Busy | Activity::Complete => pace.nap(),
             }
@@ -399,12 +440,55 @@ impl<'a> CaptureLoop<'a> {
         }
     }
 
-    fn open(&mut self, source: Source) -> Result<()> {
+    fn open(&mut self, mut source: Source) -> Result<()> {
+        if self.buffer.is_some() {
+            let prepared = source.go_through_buffer();
+            prepared.with_context(|| format!("preparing to read {}", source.name))?;
+        }
         let source = self.dump.open(source)?;
         let (kind, interest) = (Watched::Source, Interest::ReadableEdge);
         self.poller
-            .add(&source.pipe, kind, source.id, interest)
+            .add(source.pipe(), kind, source.id, interest)
             .with_context(|| format!("preparing to wait for {}", source.name))
+    }
+
+    /// Copies to the buffer what has come, one turn for each source. Tells how the busiest fared.
+    fn copy(&mut self) -> Result<Activity> {
+        let Some(buffer) = &mut self.buffer else {
+            return Ok(Activity::Idle);
+        };
+        let mut busiest = Activity::Idle;
+        for _ in 0..self.dump.arriving() {
+            let activity = self.dump.copy_arriving(|source| buffer.copy(source))?;
+            busiest = busiest.max(activity);
+            if activity == Activity::NoRoom {
+                break;
+            }
+        }
+        Ok(busiest)
+    }
+
+    /// Tells, once, that nothing of the application is needed any more. By then all that CRIU had
+    /// to deliver has come.
+    fn tell_when_copied(&mut self) -> Result<()> {
+        let has_all = self.buffer.is_some()
+            && self.dump.open_files() == 0
+            && self.interrupts.file_commands_have_succeeded();
+        if self.is_copied || !self.is_frozen || !has_all {
+            return Ok(());
+        }
+        // An external file that could not be read looks like one that has ended.
+        self.interrupts.check()?;
+        self.beside.check()?;
+        self.is_copied = true;
+        if let Some(buffer) = &mut self.buffer {
+            buffer.expect_no_more();
+        }
+        if self.goes_on_when_copied {
+            self.interrupts.let_caller_end();
+        }
+        self.progress.reached(Milestone::MemoryCopied);
+        Ok(())
     }
 
     /// Gives every busy source one turn, and those that wait for room as long as there is some.

@@ -110,7 +110,7 @@ impl Sequence {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots - MARKER_SLOTS, slot());
-        if chunk.route != Route::Direct {
+        if source.buffered.is_none() && chunk.route != Route::Direct {
             chunk.shorten(self.staging.fill(source, chunk.bytes)?);
         }
         self.name_file(source, shard);
@@ -126,15 +126,23 @@ impl Sequence {
     /// Moves all of a chunk. What the shard has no room for after all goes into its queue.
     fn move_chunk(&mut self, source: &mut Source, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
+        if let Some(buffered) = &mut source.buffered {
+            let extent = buffered.take(chunk.bytes);
+            let lent = match chunk.route {
+                Route::Lent => shard.lend(extent.sealed(0), chunk.slots)?,
+                _ => 0,
+            };
+            return shard.copy_memory(&extent.bytes()[lent..]);
+        }
         let staged = self.staging.read_end();
         match chunk.route {
             Route::Copied => source.copied(shard.copy(staged, chunk.bytes)?),
-            Route::Staged => {
+            Route::Staged | Route::Lent => {
                 let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
                 shard.copy(staged, chunk.bytes - spliced)?;
             }
             Route::Direct => {
-                let mut spliced = shard.splice(&source.pipe, chunk.bytes, chunk.slots)?;
+                let mut spliced = shard.splice(source.pipe(), chunk.bytes, chunk.slots)?;
                 if spliced < chunk.bytes {
                     source.holds_pieces();
                 }
@@ -302,7 +310,7 @@ mod tests {
             }
             let activity = sequence.give(&mut source, chunk).unwrap();
             assert_eq!(activity, Activity::Busy);
-            let moved = pages.len() - pipe::available(&source.pipe).unwrap();
+            let moved = pages.len() - pipe::available(source.pipe()).unwrap();
             assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
 
             let mut arrived = Vec::new();
@@ -323,7 +331,7 @@ mod tests {
             let (mut sequence, _reader, _other) = sequence();
             let (mut source, pages, mut chunk) = source(sequence.staging());
             chunk.route = route;
-            pipe::read(&source.pipe, &mut vec![0; pages.len()]).unwrap();
+            pipe::read(source.pipe(), &mut vec![0; pages.len()]).unwrap();
             let error = sequence.give(&mut source, chunk).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
         }

@@ -21,6 +21,7 @@ use nix::errno::Errno;
 
 use super::balancer::Slots;
 use crate::format::Marker;
+use crate::os::memory::Sealed;
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 use crate::report::meter::Meter;
 use crate::report::progress::ShardStats;
@@ -167,6 +168,38 @@ impl Shard {
         // What does not fit may have taken all slots.
         self.record(bytes, if bytes == len { slots } else { self.slots });
         Ok(bytes)
+    }
+
+    /// Puts references to memory behind all that is queued, which take this number of slots at
+    /// most. Tells how many bytes these are: all, if the slots were free.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub(super) fn lend(&mut self, memory: Sealed, slots: usize) -> Result<usize> {
+        if self.flush()? == Flushed::Partly {
+            return Ok(0);
+        }
+        let len = memory.bytes().len();
+        let lent = pipe::vmsplice(&self.pipe, &[memory]).map_err(|error| self.broken(error))?;
+        let bytes = match lent {
+            Moved::Bytes(bytes) => bytes,
+            Moved::WouldBlock | Moved::End => 0,
+        };
+        // What does not fit may have taken all slots.
+        self.record(bytes, if bytes == len { slots } else { self.slots });
+        Ok(bytes)
+    }
+
+    /// Queues a copy of these bytes.
+    ///
+    /// # Errors
+    /// When the shard's reader is gone.
+    pub(super) fn copy_memory(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.queue.len() + bytes.len() > LONG_QUEUE {
+            self.flush()?;
+        }
+        self.queue.extend_from_slice(bytes);
+        Ok(())
     }
 
     /// Queues the next `len` bytes of a pipe, which must hold them, and gives them to look at.

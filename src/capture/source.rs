@@ -15,12 +15,14 @@
 
 use std::io;
 
+use super::buffer::Buffered;
 use super::capacity;
 use super::chunk::{Chunk, Route};
 use crate::criu::contents::{Contents, Defect, Reader};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
+use crate::store::Extent;
 
 /// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
@@ -31,7 +33,7 @@ const LARGE: usize = DEFAULT_SLOTS / 2;
 
 /// The largest chunk that is copied, in bytes. One `write` then brings dozens of small files to a
 /// shard and wakes its reader once; spliced, each would wake it twice.
-const LARGEST_COPIED: usize = 16 << 10;
+pub(super) const LARGEST_COPIED: usize = 16 << 10;
 
 /// The largest chunk of a file that is looked into, in bytes.
 const LARGEST_READ: usize = 64 << 10;
@@ -56,13 +58,24 @@ pub(super) enum Ready {
     Ended,
 }
 
+/// What a source's pipe shows.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// It has this number of bytes, which it is time to take.
+    Bytes(usize),
+    Empty,
+    Filling,
+    Ended,
+}
+
 /// A file that is being captured.
 #[derive(Debug)]
 pub(super) struct Source {
     /// Given by [`super::dump::Dump::open`].
     pub(super) id: u64,
     pub(super) name: ImageName,
-    pub(super) pipe: ReadEnd,
+    /// `None` when all of it is in the buffer.
+    pipe: Option<ReadEnd>,
     pub(super) owner: Owner,
     /// Its writer is gone: what is in the pipe is the last of it.
     pub(super) has_ended: bool,
@@ -74,12 +87,17 @@ pub(super) struct Source {
     pub(super) replaces: Option<u64>,
     /// It comes from a CRIU that is known to have been asked for a dump.
     pub(super) is_of_dump: bool,
-    /// It stands in one of the queues of [`super::dump::Dump`].
+    /// It stands in one of the queues of [`super::dump::Dump`] of those that have something to do.
     pub(super) is_queued: bool,
+    /// It stands in the queue of those that have something for the buffer.
+    pub(super) is_arriving: bool,
+    /// Where captures have a buffer: what that holds of this file.
+    pub(super) buffered: Option<Buffered>,
     /// The pipe's capacity.
     slots: usize,
     is_grown: bool,
     last_seen: usize,
+    /// Bytes taken out of the pipe.
     moved: usize,
     whole_pages: bool,
     /// Looks into the file while it passes.
@@ -96,7 +114,7 @@ impl Source {
         Self {
             id: 0,
             name,
-            pipe,
+            pipe: Some(pipe),
             owner,
             has_ended: false,
             is_named: false,
@@ -104,6 +122,8 @@ impl Source {
             replaces: None,
             is_of_dump: false,
             is_queued: false,
+            is_arriving: false,
+            buffered: None,
             slots,
             is_grown: false,
             last_seen: 0,
@@ -113,15 +133,61 @@ impl Source {
         }
     }
 
-    /// Looks at the pipe and decides. `staging` is the number of slots of the staging pipe.
+    /// Has what comes out of its pipe go through the buffer.
+    ///
+    /// # Errors
+    /// When the pipe cannot be made non-blocking.
+    pub(super) fn go_through_buffer(&mut self) -> io::Result<()> {
+        if let Some(pipe) = self.pipe.take() {
+            self.pipe = Some(pipe.nonblocking()?);
+        }
+        self.buffered = Some(Buffered::default());
+        Ok(())
+    }
+
+    /// The pipe that it comes through, of a file that is not in the buffer as a whole.
+    pub(super) fn pipe(&self) -> &ReadEnd {
+        self.pipe
+            .as_ref()
+            .expect("it is closed when nothing more comes")
+    }
+
+    /// Whether more may come through its pipe.
+    pub(super) fn is_open(&self) -> bool {
+        self.pipe.is_some()
+    }
+
+    /// All of it has come.
+    pub(super) fn close(&mut self) {
+        self.pipe = None;
+    }
+
+    /// Decides what to give to a shard. `staging` is the number of slots of the staging pipe.
     pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
-        let available = pipe::available(&self.pipe)?;
+        if let Some(buffered) = &self.buffered {
+            return Ok(match buffered.chunk(self.is_open()) {
+                Some(chunk) => Ready::Chunk(chunk),
+                None if self.is_open() => Ready::Empty,
+                None => Ready::Ended,
+            });
+        }
+        Ok(match self.look()? {
+            Look::Bytes(available) => Ready::Chunk(self.chunk(available, staging, slot())),
+            Look::Empty => Ready::Empty,
+            Look::Filling => Ready::Filling,
+            Look::Ended => Ready::Ended,
+        })
+    }
+
+    /// Looks at the pipe.
+    pub(super) fn look(&mut self) -> io::Result<Look> {
+        let available = pipe::available(self.pipe())?;
         if available == 0 {
             self.last_seen = 0;
             return Ok(if self.has_ended {
-                Ready::Ended
+                Look::Ended
             } else {
-                Ready::Empty
+                Look::Empty
             });
         }
         let unchanged = available == self.last_seen;
@@ -130,13 +196,15 @@ impl Source {
         self.whole_pages = are_whole_pages(self.whole_pages, available, self.slots, slot);
         if !self.is_grown && available.max(self.moved) >= LARGE * slot {
             self.is_grown = true;
-            self.slots = capacity::grow_source(&self.pipe, self.slots)?;
+            self.slots = capacity::grow_source(self.pipe(), self.slots)?;
         }
         let half_full = available * 2 >= self.slots * slot;
-        Ok(if self.has_ended || half_full || unchanged {
-            Ready::Chunk(self.chunk(available, staging, slot))
+        // What is copied costs as much in one go as in several, and the writer does not wait.
+        let is_due = self.has_ended || half_full || unchanged || self.buffered.is_some();
+        Ok(if is_due {
+            Look::Bytes(available)
         } else {
-            Ready::Filling
+            Look::Filling
         })
     }
 
@@ -174,7 +242,8 @@ impl Source {
     /// Whether the data of this file goes to all shards, where the rest of the image has an index
     /// of its own: pages always, other files once they have brought much.
     pub(super) fn is_spread(&self) -> bool {
-        files::is_pages(self.name.as_str()) || self.moved > LARGEST_IN_INDEX
+        let kept = self.buffered.as_ref().map_or(0, Buffered::bytes);
+        files::is_pages(self.name.as_str()) || self.moved - kept > LARGEST_IN_INDEX
     }
 
     /// Its bytes took more slots than whole pages would.
@@ -186,6 +255,15 @@ impl Source {
     pub(super) fn moved(&mut self, bytes: usize) {
         self.moved += bytes;
         self.last_seen = 0;
+    }
+
+    /// These bytes of it are in the buffer now.
+    pub(super) fn keep(&mut self, extent: Extent) {
+        self.copied(extent.bytes());
+        self.moved(extent.len());
+        if let Some(buffered) = &mut self.buffered {
+            buffered.push(extent);
+        }
     }
 
     /// These bytes of it were copied.
@@ -302,7 +380,7 @@ mod tests {
             source.inspect(STAGING).unwrap(),
             chunk(full, DEFAULT_SLOTS, Route::Direct)
         );
-        pipe::read(&source.pipe, &mut [0; 10]).unwrap();
+        pipe::read(source.pipe(), &mut [0; 10]).unwrap();
         assert_eq!(
             source.inspect(STAGING).unwrap(),
             chunk(full - 10, DEFAULT_SLOTS, Route::Staged)

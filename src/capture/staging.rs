@@ -40,7 +40,7 @@ impl Staging {
     /// When the source has nothing any more.
     pub(super) fn fill(&self, source: &mut Source, len: usize) -> Result<usize> {
         let full = self.slots * slot();
-        let moved = pipe::splice(&source.pipe, &self.write, len.min(full))
+        let moved = pipe::splice(source.pipe(), &self.write, len.min(full))
             .with_context(|| format!("capturing {}", source.name))?;
         let Moved::Bytes(bytes) = moved else {
             return Err(source.ended_early(len));

@@ -11,13 +11,14 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use structopt::StructOpt;
 use structopt::clap::{AppSettings, ErrorKind};
 
 use crate::criu::caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
+use crate::os::memory;
 use crate::supervision::ShellCommand;
 use descriptor::FdNumber;
 pub(crate) use plan::{Action, FileEnd, Plan, Shards};
@@ -71,6 +72,18 @@ pub struct Args {
     /// known) is held, unless CRIU waits for something that has not come
     #[structopt(long, value_name = "bytes", global = true)]
     hold_at_most: Option<Bytes>,
+
+    /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
+    /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
+    /// there. The progress line `memory-copied` tells when the application may go on
+    #[structopt(long, value_name = "bytes", global = true)]
+    buffer: Option<BufferSize>,
+
+    /// capture with --buffer, under CRIU's hook: let CRIU go on as soon as the memory is copied, for
+    /// an application that it leaves running. What becomes of the image then is in
+    /// streamer-capture.outcome
+    #[structopt(long, global = true)]
+    go_on_when_copied: bool,
 
     /// External files: added to the image from these descriptors on capture, written to them on
     /// restore
@@ -199,6 +212,50 @@ impl FromStr for Bytes {
     }
 }
 
+/// A number of bytes, or a part of the memory that is available.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BufferSize {
+    Bytes(u64),
+    Percent(u8),
+}
+
+impl FromStr for BufferSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let why = || {
+            format!("{text:?} is no size of a buffer, such as 512M, 4G or 50% of what is available")
+        };
+        let size = match text.strip_suffix('%') {
+            Some(percent) => percent.parse().ok().map(Self::Percent),
+            None => text.parse().ok().map(|Bytes(bytes)| Self::Bytes(bytes)),
+        };
+        size.filter(|size| match size {
+            Self::Bytes(bytes) => *bytes > 0,
+            Self::Percent(percent) => (1..=100).contains(percent),
+        })
+        .ok_or_else(why)
+    }
+}
+
+impl BufferSize {
+    /// In bytes, of the memory that is available now.
+    ///
+    /// # Errors
+    /// When the kernel does not tell how much that is.
+    pub(crate) fn bytes(self) -> Result<u64> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::Percent(percent) => {
+                let available = memory::available().context(
+                    "--buffer: /proc/meminfo does not tell how much memory is available: give a number of bytes",
+                )?;
+                Ok(available / 100 * u64::from(percent))
+            }
+        }
+    }
+}
+
 /// An external file's name in the image, and the descriptor that it comes from or goes to.
 #[derive(Debug, PartialEq, Eq)]
 struct ExternalFile {
@@ -316,6 +373,9 @@ pub(crate) fn parse() -> ParseResult {
         Ok(_) if std::env::args_os().last().is_some_and(|word| word == "--") => ParseResult::Err(
             anyhow!("--: there is no command behind it: give one, such as `criu dump --stream …`"),
         ),
+        Ok(args) if args.go_on_when_copied => ParseResult::Err(anyhow!(
+            "--go-on-when-copied: it is for the options of CRIU's hook, which waits for the end otherwise; here, wait for the progress line `memory-copied`"
+        )),
         Ok(args) if args.command == Command::Hook => match args.check_hook() {
             Ok(()) => ParseResult::Hook,
             Err(error) => ParseResult::Err(error),
@@ -369,6 +429,18 @@ mod tests {
         for text in ["", "M", "1T", "-1", "99999999999G"] {
             assert!(text.parse::<Bytes>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_buffer_is_a_number_of_bytes_or_a_part_of_what_is_available() {
+        assert_eq!("512M".parse(), Ok(BufferSize::Bytes(512 << 20)));
+        assert_eq!("50%".parse(), Ok(BufferSize::Percent(50)));
+        for text in ["", "0", "0%", "101%", "%", "-5%", "50 %", "half"] {
+            assert!(text.parse::<BufferSize>().is_err(), "{text:?}");
+        }
+        let half = BufferSize::Percent(50).bytes().unwrap();
+        let all = BufferSize::Percent(100).bytes().unwrap();
+        assert!(half > 0 && half < all, "{half} of {all}");
     }
 
     #[test]

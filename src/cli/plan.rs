@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, Command, ExternalFile, List};
+use super::{Args, BufferSize, Command, ExternalFile, List};
 use crate::criu::Way;
 use crate::criu::caller::Caller;
 use crate::format::ImageName;
@@ -82,6 +82,9 @@ pub(crate) struct Plan {
     pub(crate) has_index: bool,
     /// The most that is held of an image that arrives, in bytes.
     pub(crate) hold_at_most: Option<u64>,
+    pub(crate) buffer: Option<BufferSize>,
+    /// The CRIU that waits in its hook may go on when the memory is copied.
+    pub(crate) goes_on_when_copied: bool,
     pub(crate) external_files: Vec<(ImageName, FileEnd)>,
     pub(crate) remaps: Vec<Remap>,
     /// Where `list` writes to; `None`: nowhere.
@@ -137,6 +140,14 @@ impl Plan {
         ensure!(
             args.hold_at_most.is_none() || (has_index && action == Action::Serve),
             "--hold-at-most: it is for `serve` with an index"
+        );
+        ensure!(
+            args.buffer.is_none() || action == Action::Capture,
+            "--buffer: it is for `capture`"
+        );
+        ensure!(
+            args.buffer.is_some() || !args.go_on_when_copied,
+            "--go-on-when-copied: memory is copied only with --buffer"
         );
         let commands =
             shard_commands(args.shard_cmd, args.num_shards, args.index, &args.shard_fds)?;
@@ -221,6 +232,8 @@ impl Plan {
             },
             has_index,
             hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
+            buffer: args.buffer,
+            goes_on_when_copied: args.go_on_when_copied,
             external_files: external_files
                 .into_iter()
                 .map(|(name, fd)| Ok((name, FileEnd::Descriptor(fd.claim()?))))

@@ -4,12 +4,13 @@ use anyhow::Result;
 
 use super::Transfer;
 use crate::capture::{Capture, External, HasIndex};
-use crate::cli::{FileEnd, Plan, Shards};
+use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::{Listener, Role};
 use crate::supervision::Failure;
 
 pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
     let interrupts = &mut transfer.interrupts;
+    let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
     let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.way())?;
     let external_files = plan
         .external_files
@@ -38,6 +39,8 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure>
         } else {
             HasIndex::No
         },
+        buffer,
+        goes_on_when_copied: plan.goes_on_when_copied,
         external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),

@@ -5,7 +5,8 @@
 //! ```text
 //! dump         pre-stream    start `capture`, return when the socket listens
 //!              …             CRIU connects, freezes the application, sends its files
-//!              post-dump     return when the streamer has ended, with its status
+//!              post-dump     return when the streamer has ended, with its status; or when it has
+//!                            copied the memory, if it is told so
 //! restore      pre-stream    start `serve`, return when the socket listens
 //!              …             CRIU connects, restores
 //! any other action           nothing
@@ -15,7 +16,9 @@
 //! lets the application go on, and fails. So CRIU kills the application, or lets it write to its
 //! memory again (`--leave-running`), only after every shard command has succeeded. `capture` ends
 //! for that although CRIU is still connected (see [`crate::capture`]); and it fails if CRIU ends
-//! before, since the application then runs while its pages are still in pipes.
+//! before, since the application then runs while its pages are still in pipes. With a buffer and
+//! `--go-on-when-copied` that is when the application's memory is copied: it may then be written to
+//! again, and the upload goes on in the background.
 //!
 //! **Restore.** Nothing is left to wait for. `serve` lets CRIU connect when the whole image is
 //! here; an image with an index it lets CRIU finish when it is. A `serve` that fails after that
@@ -86,6 +89,9 @@ fn start() -> Result<()> {
         .with_context(|| images_dir.join(role.file_name(LOG)).display().to_string())?;
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
     plan.progress = Progress::new(reports.into()).and(log.try_clone()?);
+    if plan.goes_on_when_copied {
+        plan.progress = plan.progress.and_when_copied(outcome.copy()?);
+    }
     plan.caller = Some(caller);
     let streamer = Background::start(log, || {
         if let Err(error) = outcome.is_of_this_process() {
@@ -108,7 +114,7 @@ fn start() -> Result<()> {
     bail!("the streamer ended before CRIU could connect")
 }
 
-/// Waits until the streamer has ended, and fails if it has failed.
+/// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed.
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
     let directory = open_directory(caller.images_dir())?;

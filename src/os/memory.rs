@@ -135,6 +135,27 @@ impl Drop for Mapping {
     }
 }
 
+/// Has the kernel put pages behind memory of ours.
+pub(crate) fn populate(memory: &mut [u8]) {
+    let pages = whole_pages(
+        memory.as_ptr().addr()..memory.as_ptr().addr() + memory.len(),
+        page_size(),
+    );
+    let Some(first) = NonNull::new(memory.as_mut_ptr()) else {
+        return;
+    };
+    if pages.is_empty() {
+        return;
+    }
+    // SAFETY: the pages lie in memory that is borrowed exclusively, and keep what they hold.
+    // Refused by kernels before 5.14, and where there is no memory: who fills it gets the pages, or
+    // the error.
+    let _ = unsafe {
+        let first = first.add(pages.start - first.addr().get());
+        madvise(first.cast(), pages.len(), MmapAdvise::MADV_POPULATE_WRITE)
+    };
+}
+
 /// The bytes of memory that this process can still get without taking them from others: what the
 /// machine has available, or less where a memory cgroup of ours has less left. `None` where that
 /// cannot be read.

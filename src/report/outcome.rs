@@ -2,9 +2,10 @@
 //!
 //! A file in the images directory tells. Its first line names the CRIU that has started the
 //! streamer, so that no other run's outcome is taken for this one's, and the second one is the
-//! streamer's PID. The streamer holds the file's lock for as long as it runs, and writes what
-//! follows when all is over. The kernel releases the lock however the streamer ends: a free lock
-//! and no end mean that it was killed.
+//! streamer's PID. A line `memory-copied` lets who has started it go on before its end. The
+//! streamer holds the file's lock for as long as it runs, and writes the last lines when all is
+//! over. The kernel releases the lock however the streamer ends: a free lock and no end mean that
+//! it was killed.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -16,6 +17,8 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+
+use super::progress::Milestone;
 
 /// The end of a streamer that has done all it had to.
 const SUCCESS: &str = "succeeded";
@@ -82,13 +85,19 @@ impl Outcome {
         Ok(text.lines().nth(1).and_then(|line| line.parse().ok()))
     }
 
-    /// Waits until the streamer has ended, and fails with its reason if it has failed. Now and then
-    /// it looks whether `may_wait`, and fails as that does.
+    /// A copy that belongs to the streamer, for the line that lets its starter go on.
+    pub(crate) fn copy(&self) -> Result<OwnedFd> {
+        Ok(self.0.try_clone().context("copying a descriptor")?.into())
+    }
+
+    /// Waits until the streamer has ended, and fails with its reason if it has failed; or until it
+    /// lets its starter go on. Now and then it looks whether `may_wait`, and fails as that does.
     pub(crate) fn wait(mut self, may_wait: impl Fn() -> Result<()>) -> Result<()> {
         let mut look = Instant::now() + LOOK;
         loop {
             match flock(&self.0, FlockOperation::NonBlockingLockShared) {
                 Ok(()) => return self.read_end(),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if self.lets_go_on()? => return Ok(()),
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for the streamer's end"),
             }
@@ -100,10 +109,17 @@ impl Outcome {
         }
     }
 
+    /// Whether the streamer, which has not ended, lets its starter go on.
+    fn lets_go_on(&mut self) -> Result<bool> {
+        let text = self.read()?;
+        Ok(parts(&text).0)
+    }
+
     /// Fails with the streamer's reason if it has failed. It must have ended.
     pub(crate) fn read_end(&mut self) -> Result<()> {
         let text = self.read()?;
-        match text.splitn(3, '\n').nth(2).map(str::trim_end) {
+        let (_, end) = parts(&text);
+        match end.map(str::trim_end) {
             Some(SUCCESS) => Ok(()),
             None | Some("") => {
                 bail!("the streamer was killed, or crashed: discard what there is of the image")
@@ -122,6 +138,16 @@ impl Outcome {
         self.0.rewind()?;
         (&self.0).take(MOST).read_to_end(&mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// Whether the starter may go on, and what the file says of the end.
+fn parts(text: &str) -> (bool, Option<&str>) {
+    let said = text.splitn(3, '\n').nth(2);
+    let after = said.and_then(|said| said.strip_prefix(Milestone::MemoryCopied.line()));
+    match after.and_then(|after| after.strip_prefix('\n')) {
+        Some(end) => (true, Some(end)),
+        None => (false, said),
     }
 }
 
@@ -189,6 +215,25 @@ mod tests {
             .wait(|| Ok(()))
             .unwrap_err();
         assert_eq!(failed.to_string(), "reading a: no\nsecond line");
+    }
+
+    #[test]
+    fn who_has_started_a_streamer_may_go_on_before_its_end_where_it_says_so() {
+        let (_guard, directory) = directory();
+        let mut outcome = begin(&directory, "CRIU 1 2").unwrap();
+        outcome.is_of_this_process().unwrap();
+        let mut copy = File::from(outcome.copy().unwrap());
+        let wait = || {
+            find(&directory, "CRIU 1 2")
+                .unwrap()
+                .wait(|| bail!("not yet"))
+        };
+        assert_eq!(wait().unwrap_err().to_string(), "not yet");
+        writeln!(copy, "memory-copied").unwrap();
+        wait().unwrap();
+        outcome.end(Some("a failure")).unwrap();
+        drop((outcome, copy));
+        assert_eq!(wait().unwrap_err().to_string(), "a failure");
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub(crate) enum Milestone {
     SocketInit,
     /// The application is frozen: the first file other than `cpuinfo.img` was requested.
     CheckpointStart,
+    /// All of the dump is in our own memory, and is whole: the application may go on.
+    MemoryCopied,
 }
 
 impl Milestone {
@@ -25,6 +27,7 @@ impl Milestone {
         match self {
             Milestone::SocketInit => "socket-init",
             Milestone::CheckpointStart => "checkpoint-start",
+            Milestone::MemoryCopied => "memory-copied",
         }
     }
 }
@@ -46,28 +49,50 @@ pub struct ShardStats {
 
 /// The descriptors that get progress lines.
 #[derive(Debug)]
-pub(crate) struct Progress(Vec<File>);
+pub(crate) struct Progress {
+    all: Vec<File>,
+    /// Gets [`Milestone::MemoryCopied`] only.
+    when_copied: Option<File>,
+}
 
 impl Progress {
     /// Reports to `fd`.
     pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self(vec![File::from(fd)])
+        Self {
+            all: vec![File::from(fd)],
+            ..Self::silent()
+        }
     }
 
     /// Reports nothing.
     pub(crate) fn silent() -> Self {
-        Self(Vec::new())
+        Self {
+            all: Vec::new(),
+            when_copied: None,
+        }
     }
 
     /// Reports to `fd` too.
     pub(crate) fn and(mut self, fd: OwnedFd) -> Self {
-        self.0.push(File::from(fd));
+        self.all.push(File::from(fd));
+        self
+    }
+
+    /// Reports to `fd` that the memory is copied, and nothing else.
+    pub(crate) fn and_when_copied(mut self, fd: OwnedFd) -> Self {
+        self.when_copied = Some(File::from(fd));
         self
     }
 
     /// Reports a milestone.
     pub(crate) fn reached(&mut self, milestone: Milestone) {
         self.line(milestone.line());
+        if milestone == Milestone::MemoryCopied
+            && let Some(file) = &self.when_copied
+        {
+            // Who waits for it then waits for the end.
+            let _ = write_text(file, &format!("{}\n", milestone.line()));
+        }
     }
 
     /// Reports the statistics, as one line of JSON.
@@ -76,7 +101,7 @@ impl Progress {
     }
 
     fn line(&mut self, line: &str) {
-        self.0
+        self.all
             .retain(|file| write_text(file, &format!("{line}\n")).is_ok());
     }
 }
@@ -92,6 +117,7 @@ mod tests {
         let mut progress = Progress::new(write.into());
         progress.reached(Milestone::SocketInit);
         progress.reached(Milestone::CheckpointStart);
+        progress.reached(Milestone::MemoryCopied);
         progress.stats(&Stats {
             shards: vec![
                 ShardStats {
@@ -106,7 +132,7 @@ mod tests {
         read.read_to_string(&mut text).unwrap();
         assert_eq!(
             text,
-            "socket-init\ncheckpoint-start\n{\"shards\":[{\"size\":12,\"transfer_duration_millis\":3},{\"size\":0,\"transfer_duration_millis\":0}]}\n"
+            "socket-init\ncheckpoint-start\nmemory-copied\n{\"shards\":[{\"size\":12,\"transfer_duration_millis\":3},{\"size\":0,\"transfer_duration_millis\":0}]}\n"
         );
     }
 

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::os::memory::{HUGE_PAGE, Mapping, Pages, Sealed};
+use crate::os::memory::{HUGE_PAGE, Mapping, Pages, Sealed, populate};
 
 /// The size of a region, in bytes: large, so that the image of 128 GB needs only 2048 mappings
 /// (`vm.max_map_count` is 65530), small enough not to matter under a limit of address space.
@@ -156,6 +156,16 @@ impl Extent {
         front
     }
 
+    /// Adds what lies right behind it in memory. What lies elsewhere comes back.
+    pub(crate) fn join(&mut self, mut next: Extent) -> Option<Extent> {
+        if !Arc::ptr_eq(&self.region, &next.region) || self.range().end != next.range().start {
+            return Some(next);
+        }
+        self.len += next.len;
+        next.len = 0;
+        None
+    }
+
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the range was handed out once, and was sealed: nothing writes to it.
         unsafe { self.region.mapping.bytes(self.range()) }
@@ -207,6 +217,22 @@ impl Block {
             "no more is filled than was left"
         );
         self.filled += bytes;
+    }
+
+    /// Has the kernel put pages behind the unfilled part, so that filling it costs no page faults.
+    pub(crate) fn populate(&mut self) {
+        populate(self.unfilled());
+    }
+
+    /// Cuts off what is filled.
+    pub(crate) fn take_filled(&mut self) -> Extent {
+        let filled = std::mem::take(&mut self.filled);
+        self.extent.split_front(filled)
+    }
+
+    /// Whether nothing is left to fill.
+    pub(crate) fn is_full(&self) -> bool {
+        self.filled == self.extent.len()
     }
 }
 
@@ -314,6 +340,22 @@ impl Arena {
         Self::default()
     }
 
+    /// Another one, for another thread. What either hands out counts for both.
+    pub(crate) fn sibling(&self) -> Self {
+        Self {
+            live: Arc::clone(&self.live),
+            ..Self::default()
+        }
+    }
+
+    /// Notes that a block was populated, which is what its pages cost.
+    pub(crate) fn was_populated(&mut self, block: &mut Block) {
+        if let Some((pages, since)) = block.timed.take() {
+            let spent = cpu_time().saturating_sub(since);
+            self.choice.note(pages, block.extent.len(), spent);
+        }
+    }
+
     /// Bytes that are handed out and not given back.
     pub fn live(&self) -> usize {
         self.live.load(Ordering::Relaxed)
@@ -354,23 +396,18 @@ impl Arena {
             Pages::Small => self.in_small += len,
             Pages::Huge => self.in_small = 0,
         }
-        let live = &self.live;
-        let cursor = match pages {
-            Pages::Small => &mut self.small,
-            Pages::Huge => &mut self.huge,
-        };
-        if Cursor::left(cursor) == 0 {
-            let region = Region {
-                mapping: Mapping::new(REGION, pages)?,
-                in_use: Mutex::default(),
-                live: Arc::clone(live),
+        let pages = if self.have_region(pages).is_ok() {
+            pages
+        } else {
+            // What is left of the other region does as well, or the addresses of that one.
+            let other = match pages {
+                Pages::Small => Pages::Huge,
+                Pages::Huge => Pages::Small,
             };
-            *cursor = Some(Cursor {
-                region: Arc::new(region),
-                used: 0,
-            });
-        }
-        let cursor = cursor.as_mut().expect("it was made above");
+            self.have_region(other)?;
+            other
+        };
+        let cursor = self.cursor(pages).as_mut().expect("it was made above");
         let len = len.min(most).min(REGION - cursor.used);
         let extent = Extent {
             region: Arc::clone(&cursor.region),
@@ -386,6 +423,32 @@ impl Arena {
             filled: 0,
             timed,
         })
+    }
+
+    fn cursor(&mut self, pages: Pages) -> &mut Option<Cursor> {
+        match pages {
+            Pages::Small => &mut self.small,
+            Pages::Huge => &mut self.huge,
+        }
+    }
+
+    /// Maps a region of these pages, unless there is something left of the last one.
+    fn have_region(&mut self, pages: Pages) -> io::Result<()> {
+        if Cursor::left(self.cursor(pages)) > 0 {
+            return Ok(());
+        }
+        // It may be the last that keeps the addresses of its region.
+        *self.cursor(pages) = None;
+        let region = Region {
+            mapping: Mapping::new(REGION, pages)?,
+            in_use: Mutex::default(),
+            live: Arc::clone(&self.live),
+        };
+        *self.cursor(pages) = Some(Cursor {
+            region: Arc::new(region),
+            used: 0,
+        });
+        Ok(())
     }
 
     /// What was filled of a block. The rest is taken back: the next block comes from there if
@@ -486,6 +549,42 @@ mod tests {
         assert!(huge < 5, "{huge}");
         let huge = mib_in_huge_pages(&mut choice, &[(1024, 300, 450)]);
         assert!(huge > 750, "{huge}");
+    }
+
+    #[test]
+    fn extents_that_lie_side_by_side_become_one() {
+        let mut arena = Arena::new();
+        let mut first = filled(&mut arena, 1000, 1);
+        let second = filled(&mut arena, 2000, 2);
+        let third = filled(&mut arena, 10, 3);
+        let third = first.join(third).expect("it does not follow the first");
+        assert!(first.join(second).is_none());
+        assert!(first.join(third).is_none());
+        let expected = [vec![1; 1000], vec![2; 2000], vec![3; 10]].concat();
+        assert_eq!(first.bytes(), expected);
+        assert_eq!(arena.live(), expected.len());
+        drop(first);
+        assert_eq!(arena.live(), 0);
+    }
+
+    #[test]
+    fn a_populated_block_has_its_memory_and_is_filled_bit_by_bit() {
+        let arena = Arena::new();
+        let mut ahead = arena.sibling();
+        let mut block = ahead.reserve(HUGE_PAGE).unwrap();
+        let region = Arc::clone(&block.extent.region);
+        block.populate();
+        ahead.was_populated(&mut block);
+        assert_eq!(resident(&region), HUGE_PAGE);
+        block.unfilled()[..5].fill(7);
+        block.filled(5);
+        let extent = block.take_filled();
+        assert_eq!(extent.bytes(), [7; 5]);
+        assert!(!block.is_full());
+        assert_eq!(arena.live(), HUGE_PAGE);
+        drop(block);
+        assert_eq!(arena.live(), 5);
+        assert_eq!(extent.bytes(), [7; 5]);
     }
 
     #[test]

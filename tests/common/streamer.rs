@@ -289,6 +289,9 @@ impl Launch {
 /// The variable that names a system call which every streamer of this run of the tests is refused.
 pub const REFUSED_CALL: &str = "REFUSED_CALL";
 
+/// The variable that gives every capture of this run of the tests a buffer of that size.
+pub const BUFFER: &str = "BUFFER";
+
 fn refused_calls() -> Vec<Limit> {
     match std::env::var(REFUSED_CALL).as_deref() {
         Err(_) => Vec::new(),
@@ -339,7 +342,11 @@ pub struct Exit {
 
 impl Streamer {
     pub fn capture() -> Launch {
-        Launch::new(vec!["capture"], Role::Capture)
+        let launch = Launch::new(vec!["capture"], Role::Capture);
+        match std::env::var(BUFFER) {
+            Ok(size) => launch.args(["--buffer", &size]),
+            Err(_) => launch,
+        }
     }
 
     pub fn extract() -> Launch {

@@ -1,0 +1,98 @@
+//! Memory for the buffer that has its pages before anything is copied to it.
+//!
+//! The kernel gives new memory its pages one by one, and clears them, while the source's pipe is
+//! locked, so that CRIU waits as well. A real CRIU that hands over 1 GiB had the application frozen
+//! for 0.63 to 1.3 s so, and for 0.30 to 0.34 s where another thread has the pages put behind the
+//! memory that is needed next (2026-11-25, two cores). The first of it is there before CRIU comes.
+//! Where that thread does not keep pace, the one that copies takes memory as it is.
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
+
+use crate::os::memory::HUGE_PAGE;
+use crate::store::{Arena, Block};
+
+/// Bytes populated at a time.
+const BLOCK: usize = HUGE_PAGE;
+
+/// Bytes kept ready. What is there before CRIU comes costs the application nothing.
+const MOST: usize = 256 << 20;
+
+/// The thread found no memory, and has ended.
+#[derive(Debug)]
+pub(super) struct NoMemory;
+
+/// Blocks that are ready, and the thread that makes them.
+pub(super) struct Ahead {
+    requests: Sender<()>,
+    ready: Receiver<Block>,
+    /// Blocks that were asked for and not taken.
+    asked: usize,
+    most: usize,
+}
+
+impl Ahead {
+    /// For a buffer of `size` bytes, with memory that counts as that of `arena`. `None` where the
+    /// buffer is too small, or there can be no thread.
+    pub(super) fn start(arena: &Arena, size: usize) -> Option<Self> {
+        let most = (size / 4).min(MOST) / BLOCK;
+        if most == 0 {
+            return None;
+        }
+        let (requests, asked) = unbounded();
+        let (finished, ready) = unbounded();
+        let mut arena = arena.sibling();
+        let populate = move || {
+            for () in asked {
+                let Ok(mut block) = arena.reserve(BLOCK) else {
+                    return;
+                };
+                block.populate();
+                arena.was_populated(&mut block);
+                if finished.send(block).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("buffer".into());
+        thread.spawn(populate).ok()?;
+        Some(Self {
+            requests,
+            ready,
+            asked: 0,
+            most,
+        })
+    }
+
+    /// Bytes that were asked for, and that the arena does not count yet, but for a block at most.
+    pub(super) fn coming(&self) -> usize {
+        self.asked.saturating_sub(self.ready.len()) * BLOCK
+    }
+
+    /// Bytes that are ready.
+    pub(super) fn ready(&self) -> usize {
+        self.ready.len() * BLOCK
+    }
+
+    /// Asks for more, where there is room for this number of bytes. Tells for how many it asked.
+    pub(super) fn ask(&mut self, room: usize) -> usize {
+        let blocks = (room / BLOCK).min(self.most.saturating_sub(self.asked));
+        for _ in 0..blocks {
+            // Where the thread has ended, taking tells.
+            let _ = self.requests.send(());
+        }
+        self.asked += blocks;
+        blocks * BLOCK
+    }
+
+    /// The next block, if one is ready. An error: there was no memory, and none will come.
+    pub(super) fn take(&mut self) -> Result<Option<Block>, NoMemory> {
+        match self.ready.try_recv() {
+            Ok(block) => {
+                self.asked -= 1;
+                Ok(Some(block))
+            }
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(NoMemory),
+        }
+    }
+}
