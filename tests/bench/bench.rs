@@ -25,6 +25,7 @@ mod arriving;
 mod capture;
 mod clock;
 mod download;
+mod frozen;
 mod image;
 mod machine;
 mod measured;
@@ -32,6 +33,7 @@ mod memory;
 mod naive;
 mod producer;
 mod reader;
+mod real_criu;
 mod report;
 mod restore;
 mod role;
@@ -131,7 +133,7 @@ fn list(options: &Options) {
     let restores = restore::scenarios(options).into_iter().map(|s| s.name);
     for name in captures
         .chain(restores)
-        .chain([restore::EXTRACT.to_owned()])
+        .chain([restore::EXTRACT, frozen::UPLOADS, real_criu::SCENARIO].map(str::to_owned))
         .chain(arriving::SCENARIOS.map(|scenario| scenario.name.to_owned()))
     {
         println!("{name}");
@@ -152,6 +154,8 @@ fn measure(options: &Options) -> Result<Report> {
         extract: None,
         arriving: vec![],
         no_criu: None,
+        frozen: None,
+        real_criu: None,
         bounds: vec![],
     };
     let mut arrivals = arriving::SCENARIOS.to_vec();
@@ -173,6 +177,12 @@ fn measure(options: &Options) -> Result<Report> {
     }
     if options.wants(restore::EXTRACT) {
         report.extract = Some(restore::measure_extract(options, &work_dir, say)?);
+    }
+    if options.wants(frozen::UPLOADS) {
+        report.frozen = Some(frozen::measure(options, &work_dir, say)?);
+    }
+    if options.wants(real_criu::SCENARIO) {
+        report.real_criu = real_criu::measure(options, &work_dir, say)?;
     }
     report.judge();
     Ok(report)

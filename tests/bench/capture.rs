@@ -31,7 +31,7 @@ pub struct Scenario {
 }
 
 /// CRIU misbehaves with larger pipes, so no streamer makes them larger, nor do we.
-const LARGEST_PIPE: usize = 4 << 20;
+pub const LARGEST_PIPE: usize = 4 << 20;
 
 pub const STALL_BYTES: u64 = 256 << 20;
 
@@ -225,14 +225,14 @@ impl Drop for BusyLoops {
     }
 }
 
-struct Sinks {
+pub struct Sinks {
     running: Vec<Child>,
     hindered: bool,
 }
 
 impl Sinks {
     /// Starts the sinks and returns them and their pipes.
-    fn start(kinds: &[Sink]) -> Result<(Self, Vec<OwnedFd>)> {
+    pub fn start(kinds: &[Sink]) -> Result<(Self, Vec<OwnedFd>)> {
         let mut running = vec![];
         let mut shards = vec![];
         for &kind in kinds {
@@ -253,8 +253,16 @@ impl Sinks {
         Ok((Self { running, hindered }, shards))
     }
 
+    /// Waits for the sinks, but not for those that take their time, and tells how long they took.
+    pub fn finish(self, span: Span) -> Result<Option<f64>> {
+        let hindered = self.hindered;
+        self.wait()?;
+        let ended_ns = crate::clock::now_ns();
+        Ok((!hindered).then(|| seconds_between(span.start_ns, ended_ns)))
+    }
+
     /// Waits for the sinks, but not for those that take their time.
-    fn finish(self, span: Span) -> Result<Option<f64>> {
+    pub fn wait(self) -> Result<()> {
         for mut sink in self.running {
             if self.hindered {
                 sink.kill()?;
@@ -264,8 +272,7 @@ impl Sinks {
                 ensure!(status.success(), "A sink failed with {status}");
             }
         }
-        let ended_ns = crate::clock::now_ns();
-        Ok((!self.hindered).then(|| seconds_between(span.start_ns, ended_ns)))
+        Ok(())
     }
 }
 

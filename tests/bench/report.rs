@@ -1,7 +1,7 @@
 //! The tables, the JSON, and whether the project's bounds were met.
 
 use crate::machine::{Machine, Temperature};
-use crate::{arriving, capture, restore};
+use crate::{arriving, capture, frozen, real_criu, restore};
 use serde::Serialize;
 
 #[derive(Serialize)]
@@ -13,6 +13,8 @@ pub struct Report {
     pub arriving: Vec<arriving::Figures>,
     /// Why nothing was measured that takes a real CRIU.
     pub no_criu: Option<String>,
+    pub frozen: Option<frozen::Figures>,
+    pub real_criu: Option<real_criu::Figures>,
     pub bounds: Vec<Bound>,
 }
 
@@ -62,6 +64,16 @@ impl Report {
             ]);
         }
         bounds.extend(self.arriving.iter().flat_map(arriving_bounds));
+        if let Some(frozen) = &self.frozen {
+            let times_cat = frozen.copied_s / frozen.cat_s;
+            let what = format!("{}: time to memory-copied, times `cat`'s", frozen.scenario);
+            bounds.push(Bound::at_most(what, 1.3, times_cat));
+        }
+        if let Some(real) = &self.real_criu {
+            let times_directory = real.buffered_s / real.directory_s;
+            let what = format!("{}: s frozen, times a directory's", real.scenario);
+            bounds.push(Bound::at_most(what, 1.0, times_directory));
+        }
         self.bounds = bounds;
     }
 
@@ -85,6 +97,19 @@ impl Report {
             );
         }
         self.print_arriving();
+        if let Some(frozen) = &self.frozen {
+            print_frozen(frozen);
+        }
+        if let Some(real) = &self.real_criu {
+            println!(
+                "\nfrozen: s, as told by a real CRIU that dumps {} MiB",
+                real.bytes >> 20
+            );
+            println!(
+                "{:<30} with a buffer {:.3}, without {:.3}, into a directory in memory {:.3}",
+                real.scenario, real.buffered_s, real.unbuffered_s, real.directory_s
+            );
+        }
         self.print_bounds();
     }
 
@@ -232,6 +257,29 @@ impl Report {
             );
         }
     }
+}
+
+fn print_frozen(row: &frozen::Figures) {
+    println!("\nfrozen: s until CRIU has handed over all, with a buffer and without");
+    println!(
+        "{:<30} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>11}",
+        "", "", "memory-", "no", "", "reader,", "CPU", "RSS over"
+    );
+    println!(
+        "{:<30} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9} {:>11}",
+        "scenario", "CRIU's", "copied", "buffer", "cat", "huge p.", "s/GB", "image, MiB"
+    );
+    println!(
+        "{:<30} {:>8.3} {:>8.3} {:>8.3} {:>8.3} {:>8.3} {:>9.3} {:>11.1}",
+        row.scenario,
+        row.criu_s,
+        row.copied_s,
+        row.unbuffered_s,
+        row.cat_s,
+        row.reader_s,
+        row.cpu_s_per_gb,
+        row.peak_rss_over_image_mib
+    );
 }
 
 fn capture_bounds(rows: &[capture::Figures]) -> Vec<Bound> {

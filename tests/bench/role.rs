@@ -9,7 +9,7 @@
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::{cpu_s, spawn_with_fds};
-use crate::{download, machine, naive, producer, reader, sink, writer};
+use crate::{download, machine, naive, producer, reader, real_criu, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -29,6 +29,7 @@ pub enum Role {
     Naive(naive::Naive),
     Janitor(machine::Janitor),
     Download(download::Download),
+    Application(real_criu::Application),
 }
 
 /// The first argument that makes this program play a role.
@@ -54,6 +55,7 @@ impl Role {
             Self::Naive(role) => role.play(),
             Self::Janitor(role) => role.play(),
             Self::Download(role) => role.play(),
+            Self::Application(role) => role.play(),
         }
     }
 

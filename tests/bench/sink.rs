@@ -1,11 +1,13 @@
 //! What stands at the other end of a captured shard.
 
+use crate::memory::{PageMemory, Pages};
 use anyhow::Result;
 use nix::fcntl::{SpliceFFlags, splice};
 use serde::{Deserialize, Serialize};
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{Read, stdin},
+    os::fd::AsFd,
     thread,
     time::{Duration, Instant},
 };
@@ -18,8 +20,12 @@ pub enum Sink {
     Read,
     /// Takes 1 MiB per second.
     Slow,
+    /// Takes 25 MB per second, as an upload may.
+    Upload,
     /// Takes nothing for 5 seconds, and then all.
     Stalled,
+    /// Reads into memory of huge pages, and keeps it.
+    Keep,
     /// `lz4 -1 > /dev/null`: not a role of ours, the real program.
     Lz4,
 }
@@ -36,7 +42,9 @@ impl Sink {
                 splice_to_null()
             }
             Self::Read => read_and_drop(),
-            Self::Slow => read_slowly(),
+            Self::Keep => read_and_keep(),
+            Self::Slow => read_slowly(MIB),
+            Self::Upload => read_slowly(25_000_000),
         }
     }
 
@@ -59,18 +67,35 @@ fn read_and_drop() -> Result<()> {
     Ok(())
 }
 
-fn read_slowly() -> Result<()> {
+fn read_and_keep() -> Result<()> {
+    const REGION: usize = 64 * MIB;
+    let mut stdin = File::from(stdin().as_fd().try_clone_to_owned()?);
+    let mut kept = vec![];
+    loop {
+        let mut region = PageMemory::fresh(REGION, Pages::Huge)?;
+        let mut filled = 0;
+        while filled < REGION {
+            match stdin.read(&mut region.as_mut_slice()[filled..])? {
+                0 => return Ok(()),
+                bytes => filled += bytes,
+            }
+        }
+        kept.push(region);
+    }
+}
+
+fn read_slowly(bytes_per_second: usize) -> Result<()> {
     const READS_PER_SECOND: usize = 16;
     let mut stdin = stdin().lock();
-    let mut buffer = vec![0; MIB / READS_PER_SECOND];
+    let mut buffer = vec![0; bytes_per_second / READS_PER_SECOND];
+    let mut taken = stdin.read(&mut buffer)?;
     let start = Instant::now();
-    let mut taken = 0;
     loop {
         match stdin.read(&mut buffer)? {
             0 => return Ok(()),
             bytes => taken += bytes,
         }
-        let due = Duration::from_secs_f64(taken as f64 / MIB as f64);
+        let due = Duration::from_secs_f64(taken as f64 / bytes_per_second as f64);
         thread::sleep(due.saturating_sub(start.elapsed()));
     }
 }

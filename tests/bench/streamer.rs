@@ -116,12 +116,24 @@ impl Streamer {
         work_dir: &WorkDir,
         restriction: Restriction,
     ) -> Result<Self> {
+        Self::spawn_with(program, &[verb], shards, work_dir, restriction)
+    }
+
+    /// The same with options after the verb.
+    pub fn spawn_with(
+        program: &Path,
+        arguments: &[&str],
+        shards: Vec<OwnedFd>,
+        work_dir: &WorkDir,
+        restriction: Restriction,
+    ) -> Result<Self> {
         let fds = fd_list(&shards);
         Self::spawn_as(shards, work_dir, |images_dir, progress| {
             let mut command = Command::new(program);
             command.arg("--images-dir").arg(images_dir);
             command.args(["--shard-fds", &fds]);
-            command.args(["--progress-fd", &progress.to_string(), verb]);
+            command.args(["--progress-fd", &progress.to_string()]);
+            command.args(arguments);
             command.stdin(Stdio::null()).stdout(Stdio::null());
             restriction.apply(&mut command, images_dir)?;
             Ok(command)
@@ -152,14 +164,19 @@ impl Streamer {
 
     /// Returns when the streamer has said that it listens.
     pub fn wait_for_socket(&mut self) -> Result<()> {
+        self.wait_for_line("socket-init")
+    }
+
+    /// Returns when it has said this.
+    pub fn wait_for_line(&mut self, awaited: &str) -> Result<()> {
         let mut line = String::new();
         while self.progress.read_line(&mut line)? > 0 {
-            if line == "socket-init\n" {
+            if line.trim_end() == awaited {
                 return Ok(());
             }
             line.clear();
         }
-        bail!("The streamer did not listen: {}", self.errors()?);
+        bail!("The streamer did not say {awaited}: {}", self.errors()?);
     }
 
     fn errors(&self) -> Result<String> {
