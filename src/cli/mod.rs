@@ -79,8 +79,8 @@ pub struct Args {
     #[structopt(long, value_name = "bytes", global = true)]
     buffer: Option<BufferSize>,
 
-    /// capture with --buffer, under CRIU's hook: let CRIU go on as soon as the memory is copied, for
-    /// an application that it leaves running. What becomes of the image then is in
+    /// capture with --buffer, under CRIU's hook: let CRIU go on as soon as the memory is copied,
+    /// for an application that it leaves running. What becomes of the image then is in
     /// streamer-capture.outcome
     #[structopt(long, global = true)]
     go_on_when_copied: bool,
