@@ -3,7 +3,8 @@
 //! The kernel gives new memory its pages one by one, and clears them, while the source's pipe is
 //! locked, so that CRIU waits as well. A real CRIU that hands over 1 GiB had the application frozen
 //! for 0.63 to 1.3 s so, and for 0.30 to 0.34 s where another thread has the pages put behind the
-//! memory that is needed next (2026-11-25, two cores). The first of it is there before CRIU comes.
+//! memory that is needed next (2026-11-25, two cores, CRIU and streamer before all other
+//! processes). The first of it is there before CRIU comes.
 //! Where that thread does not keep pace, the one that copies takes memory as it is.
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
