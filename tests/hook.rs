@@ -668,12 +668,21 @@ fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
         caller.fails("pre-stream", &["touch served"]);
         assert!(caller.images_dir.path().join("served").exists());
     };
-    for words in [&["dump"][..], &["pre-dump"]] {
-        let dump = Caller::new(words);
-        dump.write("streamer-capture.options", capture);
-        dump.write("streamer-serve.options", serve);
-        dump.succeeds("pre-stream");
+    let dump = Caller::new(&["dump"]);
+    dump.write("streamer-capture.options", capture);
+    dump.write("streamer-serve.options", serve);
+    dump.succeeds("pre-stream");
+    // CRIU runs no action script when these are written.
+    for words in [&["pre-dump"][..], &["cpuinfo", "dump"]] {
+        let other = Caller::new(words);
+        other.write("streamer-capture.options", capture);
+        other.fails("pre-stream", &["without the hook"]);
     }
+    // An images directory may be named so. CRIU's own words count, and not its parent's.
+    let contradictory = Caller::new(&["restore", "dump"]);
+    contradictory.write("streamer-capture.options", capture);
+    contradictory.write("streamer-serve.options", serve);
+    contradictory.fails("pre-stream", &["nothing tells"]);
     let restore = Caller::new(&["restore"]);
     restore.write("streamer-capture.options", capture);
     restore.fails("pre-stream", &["streamer-serve.options"]);

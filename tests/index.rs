@@ -323,6 +323,29 @@ fn the_limit_bends_for_what_proves_the_image_whole() {
     streamer.expect_success();
 }
 
+/// As a capture at the other end does, which writes the end of its index when CRIU has finished.
+#[test]
+fn the_limit_bends_for_a_writer_that_comes_to_the_index_last() {
+    let mut files = files();
+    files.insert("pages-1.img".into(), random::bytes(1, 24 * MIB));
+    let image = capture(&files, 1);
+    let mut serving = serve(1, Streamer::serve().args(["--hold-at-most", "1M"]));
+    let (shards, index) = (serving.shards, serving.index);
+    let writer = thread::spawn(move || {
+        for (shard, content) in shards.into_iter().zip(&image.shards) {
+            File::from(shard).write_all(content).unwrap();
+        }
+        File::from(index).write_all(&image.index).unwrap();
+    });
+    let criu = serving.streamer.criu();
+    for (name, content) in &files {
+        criu.expect_file(name, content);
+    }
+    drop(criu);
+    serving.streamer.expect_success();
+    writer.join().unwrap();
+}
+
 #[test]
 fn what_the_reader_of_an_arriving_file_leaves_is_freed() {
     let mut files = files();

@@ -164,7 +164,7 @@ pub(super) struct Buffer {
 impl Buffer {
     /// Holds up to `most` bytes.
     pub(super) fn new(most: u64) -> Self {
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        let most = usize::try_from(most).unwrap_or(usize::MAX).max(LEAST);
         let arena = Arena::new();
         let mut buffer = Self {
             ahead: Ahead::start(&arena, most),
@@ -257,7 +257,10 @@ impl Buffer {
                 Ok(Some(block))
             }
             // The shards will take what is here.
-            Err(_) if self.arena.live() > 0 => Ok(None),
+            Err(_) if self.arena.live() > 0 => {
+                self.none_since = None;
+                Ok(None)
+            }
             Err(error) => {
                 let since = self.none_since.get_or_insert_with(Instant::now);
                 if since.elapsed() < PATIENCE {

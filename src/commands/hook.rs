@@ -74,6 +74,11 @@ pub(crate) fn run() -> Result<(), Failure> {
 /// Starts the streamer that CRIU wants, and returns when CRIU can connect.
 fn start() -> Result<()> {
     let caller = Caller::find()?;
+    // It would not ask how the streamer ended.
+    ensure!(
+        !caller.takes_no_dump(),
+        "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
+    );
     let images_dir = caller.images_dir().to_owned();
     let directory = open_directory(&images_dir)?;
     let (role, options) = choose(&caller)?;
@@ -114,7 +119,9 @@ fn start() -> Result<()> {
     bail!("the streamer ended before CRIU could connect")
 }
 
-/// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed.
+/// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed. A CRIU that
+/// is about to kill the application does not go on before the end: both it and its image might be
+/// lost then.
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
     let directory = open_directory(caller.images_dir())?;
@@ -123,7 +130,7 @@ fn wait() -> Result<()> {
     let streamer = outcome.streamer()?;
     // CRIU has closed all of its files. One that it has left open by mistake, or a plugin of it,
     // would never end, and the application would be frozen for ever.
-    outcome.wait(|| {
+    outcome.wait(caller.lets_live(), || {
         let open = streamer.map_or(0, |pid| process::common_pipes(caller.pid(), pid));
         ensure!(
             open == 0,

@@ -3,6 +3,8 @@
 //! An image with an index is served while it arrives: receiving and serving take turns in one loop,
 //! and each says how long it can wait.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, anyhow};
 
 use super::{ExternalFiles, Transfer, check_whole};
@@ -64,6 +66,9 @@ fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failur
     transfer.interrupts.conclude(served.map_err(Failure::from))
 }
 
+/// How long all shards may rest for `--hold-at-most` while the index does not go on.
+const INDEX_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What the loop of an arriving image watches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Watched {
@@ -99,19 +104,32 @@ fn serve_arriving(
         // What the commands of external files unpack has to be in place, too.
         Ok(interrupts.file_commands_have_succeeded()
             && (is_prepared(arriving)
-                || arriving.is_whole()? && interrupts.commands_have_succeeded()))
+                || interrupts.commands_have_succeeded() && arriving.is_whole()?))
     };
     let mut is_laid_out = false;
+    let mut rests_since = None;
+    let mut has_bent = false;
     while !is_laid_out || !may_connect(&mut arriving)? {
         let holds_enough = arriving.kept() > most;
-        let reading = if holds_enough && !is_laid_out {
+        // Who writes all shards may be unable to go on with the index before the others are read,
+        // as a capture at the other end is.
+        let bends =
+            has_bent || rests_since.is_some_and(|since: Instant| since.elapsed() >= INDEX_PATIENCE);
+        let reading = if holds_enough && !is_laid_out && !bends {
             Reading::UpTo(None)
-        } else if holds_enough && is_prepared(&mut arriving) {
+        } else if holds_enough && is_laid_out && is_prepared(&mut arriving) {
             arriving.wanted(std::iter::empty())
         } else {
             Reading::All
         };
-        let activity = arriving.step(wait.or_until(interrupts.look_again()), reading)?;
+        let until = wait.or_until(interrupts.look_again());
+        // In the past from then on: what the shards have already brings no event.
+        let until = until.or_until(rests_since.map(|since| since + INDEX_PATIENCE));
+        let activity = arriving.step(until, reading)?;
+        let rests = reading == Reading::UpTo(None) && matches!(activity, Activity::Idle(_));
+        rests_since = rests.then(|| rests_since.unwrap_or_else(Instant::now));
+        // Once the limit has bent, it stays so until the index is here.
+        has_bent |= bends;
         wait = pace.after(activity);
         interrupts.check()?;
         if !is_laid_out
@@ -134,19 +152,22 @@ fn serve_arriving(
         .and_then(|()| both.add(&server, Watched::Criu, 0, Interest::Readable))
         .context("preparing to wait for events")?;
     let mut events = Vec::new();
+    let to_read = |arriving: &mut Arriving, server: &Server| {
+        let held = arriving.kept().saturating_sub(server.freed());
+        match held > most {
+            true => arriving.wanted(server.starving()),
+            false => Reading::All,
+        }
+    };
     let mut is_proven = false;
     let mut stats = None;
     loop {
-        let held = arriving.kept().saturating_sub(server.freed());
-        let reading = if held > most {
-            arriving.wanted(server.starving())
-        } else {
-            Reading::All
-        };
+        let reading = to_read(&mut arriving, &server);
         let received = arriving.step(Wait::Now, reading)?;
         if !is_proven && arriving.is_whole()? {
             interrupts.check()?;
-            if interrupts.commands_have_succeeded() {
+            // A command may have written more before it ended.
+            if interrupts.commands_have_succeeded() && arriving.is_whole()? {
                 interrupts.release_orphans()?;
                 arriving.release()?;
                 is_proven = true;
@@ -170,7 +191,9 @@ fn serve_arriving(
             (Activity::Idle(shards), Activity::Idle(criu)) => shards.or(criu),
             (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
         };
-        if wait != Wait::Now {
+        // What CRIU has taken may have made room, or have it wait for what is left in a shard.
+        let wants_more = to_read(&mut arriving, &server) != reading;
+        if wait != Wait::Now && !wants_more {
             let look_again = interrupts.look_again().filter(|_| !is_proven);
             both.wait(wait.or_until(look_again), &mut events)
                 .context("waiting for the shards and CRIU")?;

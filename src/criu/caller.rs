@@ -78,7 +78,28 @@ impl Caller {
 
     /// What it is doing, as far as command lines tell.
     pub(crate) fn role(&self) -> Option<Role> {
-        role_of(self.pid).or_else(|| role_of(parent_of(self.pid)?))
+        roles_in(&self.command_line())?.ok()
+    }
+
+    /// It takes something else than a dump: memory before one, or what the processor can do. It
+    /// then runs no action script when that is written.
+    pub(crate) fn takes_no_dump(&self) -> bool {
+        takes_no_dump(&self.command_line())
+    }
+
+    /// The application lives on after a dump, as far as command lines tell.
+    pub(crate) fn lets_live(&self) -> bool {
+        lets_live(&self.command_line())
+    }
+
+    /// Its command line, or its parent's where its own says nothing: under RPC.
+    fn command_line(&self) -> Vec<u8> {
+        let of = |pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let own = of(self.pid);
+        match roles_in(&own) {
+            Some(_) => own,
+            None => parent_of(self.pid).map_or(own, of),
+        }
     }
 }
 
@@ -107,14 +128,17 @@ fn resolved(link: PathBuf) -> PathBuf {
     }
 }
 
-/// What a process is doing, by the words of its command line, if they do not contradict each other.
-fn role_of(pid: u32) -> Option<Role> {
-    let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    role_in(&arguments)
+fn words_of(arguments: &[u8]) -> impl Iterator<Item = &[u8]> {
+    arguments.split(|&byte| byte == 0)
 }
 
-fn role_in(arguments: &[u8]) -> Option<Role> {
-    let mut roles = arguments.split(|&byte| byte == 0).filter_map(|argument| {
+/// The words of a command line contradict each other.
+#[derive(Debug, PartialEq, Eq)]
+struct Contradiction;
+
+/// What a process is doing, by the words of its command line. `None` where it has none that tells.
+fn roles_in(arguments: &[u8]) -> Option<Result<Role, Contradiction>> {
+    let mut roles = words_of(arguments).filter_map(|argument| {
         Some(match argument {
             b"dump" | b"pre-dump" | b"checkpoint" => Role::Capture,
             b"restore" => Role::Serve,
@@ -122,7 +146,18 @@ fn role_in(arguments: &[u8]) -> Option<Role> {
         })
     });
     let role = roles.next()?;
-    roles.all(|other| other == role).then_some(role)
+    let agrees = roles.all(|other| other == role);
+    Some(agrees.then_some(role).ok_or(Contradiction))
+}
+
+fn takes_no_dump(arguments: &[u8]) -> bool {
+    let kinds = [&b"pre-dump"[..], b"--pre-dump", b"cpuinfo"];
+    words_of(arguments).any(|argument| kinds.contains(&argument))
+}
+
+fn lets_live(arguments: &[u8]) -> bool {
+    let is_option = |word: &[u8]| word == b"-R" || word == b"-s" || word.starts_with(b"--leave-");
+    words_of(arguments).any(is_option)
 }
 
 #[cfg(test)]
@@ -139,12 +174,30 @@ mod tests {
 
     #[test]
     fn command_lines_tell_what_is_going_on() {
-        let role = |line: &str| role_in(line.replace(' ', "\0").as_bytes());
-        assert_eq!(role("criu dump --stream -t 1"), Some(Role::Capture));
-        assert_eq!(role("criu -D images restore"), Some(Role::Serve));
-        assert_eq!(role("runc checkpoint app"), Some(Role::Capture));
-        for unknown in ["criu swrk 3", "criu restore -D dump", ""] {
+        let bytes = |line: &str| line.replace(' ', "\0").into_bytes();
+        let role = |line: &str| roles_in(&bytes(line));
+        assert_eq!(role("criu dump --stream -t 1"), Some(Ok(Role::Capture)));
+        assert_eq!(role("criu -D images restore"), Some(Ok(Role::Serve)));
+        assert_eq!(role("runc checkpoint app"), Some(Ok(Role::Capture)));
+        assert_eq!(role("criu restore -D dump"), Some(Err(Contradiction)));
+        for unknown in ["criu swrk 3", ""] {
             assert_eq!(role(unknown), None, "{unknown}");
         }
+        for line in [
+            "criu pre-dump --stream",
+            "criu cpuinfo dump",
+            "runc checkpoint --pre-dump a",
+        ] {
+            assert!(takes_no_dump(&bytes(line)), "{line}");
+        }
+        assert!(!takes_no_dump(&bytes("criu dump --stream")));
+        for line in [
+            "criu dump -R",
+            "criu dump --leave-running",
+            "runc checkpoint --leave-running a",
+        ] {
+            assert!(lets_live(&bytes(line)), "{line}");
+        }
+        assert!(!lets_live(&bytes("criu dump --stream -t 7")));
     }
 }

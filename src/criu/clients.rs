@@ -279,10 +279,13 @@ impl<R> Clients<R> {
 
     /// The CRIU that was to come has ended. It may have connected just before.
     pub fn criu_has_ended(&mut self) {
-        if self.spoken == 0 && self.clients.is_empty() && self.give_up.is_none() {
-            self.give_up_after_grace(
-                "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one",
-            );
+        if self.are_missing() && self.give_up.is_none() {
+            self.give_up_after_grace(match self.spoken {
+                0 => {
+                    "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one"
+                }
+                _ => "it has ended, and fewer clients have come than --criu-clients says",
+            });
         }
     }
 

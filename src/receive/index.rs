@@ -26,9 +26,13 @@ use crate::store::catalog::Catalog;
 use crate::store::external::Outlets;
 use crate::store::{Ahead, Piece, Target};
 
-/// Pieces of data that may wait for the index; some 100 bytes each. A stream of nothing but small
-/// pieces must not fill the memory.
+/// Small pieces of data that may wait for the index; some 100 bytes each. A stream of nothing but
+/// these must not fill the memory. Of others, as a capture makes them, what is left of the memory
+/// is the limit: an index that is made while the rest is sent ends last.
 const MOST_WAITING: usize = 1 << 20;
+
+/// Less than this number of bytes is small.
+const SMALL: usize = 16 << 10;
 
 /// A piece of a file's data, and what comes behind it.
 #[derive(Debug)]
@@ -129,6 +133,8 @@ pub(super) struct Indexed {
     is_read: bool,
     /// What came on other shards before.
     waiting: BTreeMap<Place, (Origin, Arrived)>,
+    /// How many of these are small.
+    small_waiting: usize,
     streams: Vec<Stream>,
     /// In the order of their markers.
     gaps: Vec<Gap>,
@@ -152,6 +158,7 @@ impl Indexed {
             steps: Vec::new(),
             is_read: false,
             waiting: BTreeMap::new(),
+            small_waiting: 0,
             streams: Vec::new(),
             gaps: Vec::new(),
             missing: BTreeMap::new(),
@@ -274,6 +281,7 @@ impl Indexed {
             }
             self.deliver(stream)?;
         }
+        self.small_waiting = 0;
         for (place, (origin, arrived)) in std::mem::take(&mut self.waiting) {
             self.put(place, origin, arrived)?;
         }
@@ -451,7 +459,7 @@ impl Image for Indexed {
     }
 
     fn is_far_ahead(&self, _stalled: bool) -> bool {
-        self.waiting.len() >= MOST_WAITING
+        self.small_waiting >= MOST_WAITING
     }
 
     fn waiting_bytes(&self) -> usize {
@@ -531,6 +539,11 @@ impl Image for Indexed {
         if self.is_laid_out {
             return self.put(place, origin, arrived);
         }
+        let is_small = arrived
+            .piece
+            .as_ref()
+            .is_none_or(|piece| piece.len() < SMALL);
+        self.small_waiting += usize::from(is_small);
         if self.waiting.insert(place, (origin, arrived)).is_some() {
             bail!(self.error(
                 origin,

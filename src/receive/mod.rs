@@ -355,6 +355,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         while !self.image.is_complete() {
             let next = self.image.next().map(|place| place.seq);
             if self.image.is_far_ahead(false)
+                && self.image.awaited_index() != Some(index)
                 && self.shards[index].last_seq() > next
                 && self.image.is_far_ahead(self.is_stalled())
             {

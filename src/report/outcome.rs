@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -29,6 +30,9 @@ const MOST: u64 = 64 << 10;
 /// Between two attempts to take the lock: a lock cannot be waited for with a limit.
 const NAP: Duration = Duration::from_millis(10);
 
+/// How long another one may hold the lock for a look at the file.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Between two looks at whether to go on waiting.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -42,14 +46,16 @@ impl Outcome {
     /// # Errors
     /// When a streamer is running that has the same file.
     pub(crate) fn begin(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-        let mut file = File::from(openat(directory, name, flags, mode)?);
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => bail!(
-                "a streamer that another CRIU has started is still at work here: wait for its end, or use another images directory"
-            ),
-            locked => locked.context("locking it")?,
+        let mut file = open(directory, name, OFlag::O_RDWR | OFlag::O_CREAT)?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(NAP),
+                Err(Errno::WOULDBLOCK) => bail!(
+                    "a streamer that another CRIU has started is still at work here: wait for its end, or use another images directory"
+                ),
+                locked => break locked.context("locking it")?,
+            }
         }
         file.set_len(0)?;
         writeln!(file, "{starter}")?;
@@ -61,13 +67,11 @@ impl Outcome {
     /// # Errors
     /// When it has begun nothing.
     pub(crate) fn find(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let found = match openat(directory, name, flags, Mode::empty()) {
-            Err(nix::errno::Errno::ENOENT) => None,
-            file => Some(Self(File::from(file?))),
-        };
-        let Some(mut outcome) = found else {
-            bail!("{NOTHING_BEGUN}")
+        let mut outcome = match open(directory, name, OFlag::O_RDONLY) {
+            Err(error) if error.downcast_ref() == Some(&nix::errno::Errno::ENOENT) => {
+                bail!("{NOTHING_BEGUN}")
+            }
+            file => Self(file?),
         };
         let text = outcome.read()?;
         ensure!(text.lines().next() == Some(starter), "{NOTHING_BEGUN}");
@@ -90,14 +94,17 @@ impl Outcome {
         Ok(self.0.try_clone().context("copying a descriptor")?.into())
     }
 
-    /// Waits until the streamer has ended, and fails with its reason if it has failed; or until it
-    /// lets its starter go on. Now and then it looks whether `may_wait`, and fails as that does.
-    pub(crate) fn wait(mut self, may_wait: impl Fn() -> Result<()>) -> Result<()> {
+    /// Waits until the streamer has ended, and fails with its reason if it has failed; or, if
+    /// `may_go_on`, until it lets its starter go on. Now and then it looks whether `may_wait`, and
+    /// fails as that does.
+    pub(crate) fn wait(mut self, may_go_on: bool, may_wait: impl Fn() -> Result<()>) -> Result<()> {
         let mut look = Instant::now() + LOOK;
         loop {
             match flock(&self.0, FlockOperation::NonBlockingLockShared) {
                 Ok(()) => return self.read_end(),
-                Err(Errno::WOULDBLOCK | Errno::INTR) if self.lets_go_on()? => return Ok(()),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if may_go_on && self.lets_go_on()? => {
+                    return Ok(());
+                }
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}
                 Err(error) => return Err(error).context("waiting for the streamer's end"),
             }
@@ -153,25 +160,40 @@ fn parts(text: &str) -> (bool, Option<&str>) {
 
 const NOTHING_BEGUN: &str = "this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook";
 
+/// Opens a file of ours. Others may be able to write to the images directory: a file of theirs
+/// could tell of a success that never was, and a FIFO would be waited for.
+fn open(directory: impl AsFd, name: &str, flags: OFlag) -> Result<File> {
+    let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    let file = File::from(openat(directory, name, flags, mode)?);
+    let found = file.metadata().context("looking at it")?;
+    ensure!(
+        found.is_file()
+            && found.uid() == nix::unistd::geteuid().as_raw()
+            && found.nlink() == 1
+            && found.mode() & 0o022 == 0,
+        "it is no file of ours alone: remove it, and use an images directory that no one else can write to"
+    );
+    Ok(file)
+}
+
 /// Makes a file that takes what a streamer in the background says.
 ///
 /// # Errors
 /// Those of opening it.
 pub(crate) fn log(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
-    let flags = OFlag::O_WRONLY
-        | OFlag::O_CREAT
-        | OFlag::O_TRUNC
-        | OFlag::O_APPEND
-        | OFlag::O_NOFOLLOW
-        | OFlag::O_CLOEXEC;
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    Ok(openat(directory, name, flags, mode)?)
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;
+    let log = open(directory, name, flags)?;
+    log.set_len(0).context("emptying it")?;
+    Ok(log.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
     use std::os::fd::OwnedFd;
+    use std::os::unix::fs::PermissionsExt;
     use tempfile::TempDir;
 
     fn directory() -> (TempDir, OwnedFd) {
@@ -201,7 +223,7 @@ mod tests {
         drop(outcome);
         find(&directory, "CRIU 1 2")
             .unwrap()
-            .wait(|| Ok(()))
+            .wait(false, || Ok(()))
             .unwrap();
         assert!(find(&directory, "CRIU 1 23").is_err());
 
@@ -212,7 +234,7 @@ mod tests {
         drop(outcome);
         let failed = find(&directory, "CRIU 1 23")
             .unwrap()
-            .wait(|| Ok(()))
+            .wait(false, || Ok(()))
             .unwrap_err();
         assert_eq!(failed.to_string(), "reading a: no\nsecond line");
     }
@@ -226,7 +248,7 @@ mod tests {
         let wait = || {
             find(&directory, "CRIU 1 2")
                 .unwrap()
-                .wait(|| bail!("not yet"))
+                .wait(true, || bail!("not yet"))
         };
         assert_eq!(wait().unwrap_err().to_string(), "not yet");
         writeln!(copy, "memory-copied").unwrap();
@@ -234,6 +256,42 @@ mod tests {
         outcome.end(Some("a failure")).unwrap();
         drop((outcome, copy));
         assert_eq!(wait().unwrap_err().to_string(), "a failure");
+    }
+
+    #[test]
+    fn files_that_others_have_a_hand_in_are_refused() {
+        let (guard, directory) = directory();
+        let path = guard.path().join("outcome");
+        let refused = |what: &str| {
+            for error in [
+                begin(&directory, "CRIU 1 2").err(),
+                find(&directory, "CRIU 1 2").err(),
+                log(&directory, "outcome").err(),
+            ] {
+                let error = error
+                    .unwrap_or_else(|| panic!("{what} was taken"))
+                    .to_string();
+                assert!(error.contains("no file of ours alone"), "{what}: {error}");
+            }
+        };
+        std::fs::write(&path, "CRIU 1 2\n7\nsucceeded\n").unwrap();
+        std::fs::hard_link(&path, guard.path().join("other")).unwrap();
+        refused("a file with another name");
+        std::fs::remove_file(guard.path().join("other")).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        refused("a file that others may write to");
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
+            refused("another user's file");
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"CRIU 1 2\n7\nsucceeded\n");
+        std::fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        // A FIFO without a reader cannot be opened for writing.
+        assert!(log(&directory, "outcome").is_err());
+        assert!(begin(&directory, "CRIU 1 2").is_err());
+        assert!(find(&directory, "CRIU 1 2").is_err());
     }
 
     #[test]
@@ -245,7 +303,7 @@ mod tests {
             .unwrap();
         let killed = find(&directory, "CRIU 1 2")
             .unwrap()
-            .wait(|| Ok(()))
+            .wait(false, || Ok(()))
             .unwrap_err();
         assert!(killed.to_string().contains("killed"), "{killed}");
     }
