@@ -162,9 +162,9 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// Holds up to `most` bytes.
+    /// Holds up to `most` bytes, and a page at least.
     pub(super) fn new(most: u64) -> Self {
-        let most = usize::try_from(most).unwrap_or(usize::MAX).max(LEAST);
+        let most = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
         let arena = Arena::new();
         let mut buffer = Self {
             ahead: Ahead::start(&arena, most),
