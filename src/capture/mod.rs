@@ -259,7 +259,7 @@ impl<'a> CaptureLoop<'a> {
         let mut pace = Pace::new();
         let mut wait = Wait::Forever;
         loop {
-            let missed = self.missed_criu();
+            let missed = self.clients.missed_by(self.interrupts.ended_criu());
             self.poller
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
@@ -312,7 +312,11 @@ impl<'a> CaptureLoop<'a> {
             }
             wait = Wait::Now;
             match activity {
-                Activity::Idle if self.missed_criu().is_some() => {}
+                Activity::Idle
+                    if self
+                        .clients
+                        .missed_by(self.interrupts.ended_criu())
+                        .is_some() => {}
                 Activity::Idle if self.waits_for_commands() => {
                     self.interrupts.check()?;
                     let again = Wait::Until(Instant::now() + LOOK_AGAIN);
@@ -334,13 +338,6 @@ impl<'a> CaptureLoop<'a> {
                 Activity::Busy | Activity::Complete => pace.nap(),
             }
         }
-    }
-
-    /// The command that runs CRIU, if it has ended and fewer have connected than are waited for.
-    /// One may still wait at the listener.
-    fn missed_criu(&self) -> Option<&'a str> {
-        let is_missing = self.clients.are_missing();
-        self.interrupts.ended_criu().filter(|_| is_missing)
     }
 
     /// Whether only commands of external files have not ended yet.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::Role;
-use crate::os::process::{parent_of, start_of};
+use crate::os::process::{arguments_in, command_line_of, parent_of, start_of};
 
 /// What CRIU sets for its action scripts.
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
@@ -94,11 +94,10 @@ impl Caller {
 
     /// Its command line, or its parent's where its own says nothing: under RPC.
     fn command_line(&self) -> Vec<u8> {
-        let of = |pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let own = of(self.pid);
+        let own = command_line_of(self.pid);
         match roles_in(&own) {
             Some(_) => own,
-            None => parent_of(self.pid).map_or(own, of),
+            None => parent_of(self.pid).map_or(own, command_line_of),
         }
     }
 }
@@ -128,17 +127,13 @@ fn resolved(link: PathBuf) -> PathBuf {
     }
 }
 
-fn words_of(arguments: &[u8]) -> impl Iterator<Item = &[u8]> {
-    arguments.split(|&byte| byte == 0)
-}
-
 /// The words of a command line contradict each other.
 #[derive(Debug, PartialEq, Eq)]
 struct Contradiction;
 
 /// What a process is doing, by the words of its command line. `None` where it has none that tells.
 fn roles_in(arguments: &[u8]) -> Option<Result<Role, Contradiction>> {
-    let mut roles = words_of(arguments).filter_map(|argument| {
+    let mut roles = arguments_in(arguments).filter_map(|argument| {
         Some(match argument {
             b"dump" | b"pre-dump" | b"checkpoint" => Role::Capture,
             b"restore" => Role::Serve,
@@ -152,12 +147,12 @@ fn roles_in(arguments: &[u8]) -> Option<Result<Role, Contradiction>> {
 
 fn takes_no_dump(arguments: &[u8]) -> bool {
     let kinds = [&b"pre-dump"[..], b"--pre-dump", b"cpuinfo"];
-    words_of(arguments).any(|argument| kinds.contains(&argument))
+    arguments_in(arguments).any(|argument| kinds.contains(&argument))
 }
 
 fn lets_live(arguments: &[u8]) -> bool {
     let is_option = |word: &[u8]| word == b"-R" || word == b"-s" || word.starts_with(b"--leave-");
-    words_of(arguments).any(is_option)
+    arguments_in(arguments).any(is_option)
 }
 
 #[cfg(test)]

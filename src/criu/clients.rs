@@ -12,7 +12,6 @@
 //! reads beside CRIU.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +20,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::{Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Kind, Poller};
+use crate::os::process::{arguments_in, command_line_of};
 use crate::report;
 
 /// How long to go on listening after a client that asked for nothing has left.
@@ -39,17 +39,12 @@ pub struct AskedFor {
 impl AskedFor {
     fn of(connection: &Connection) -> Self {
         let peer = getsockopt(connection, PeerCredentials).ok();
-        let command_line = peer.and_then(|peer| {
-            let process = Path::new("/proc").join(peer.pid().to_string());
-            std::fs::read(process.join("cmdline")).ok()
-        });
-        Self::by(&command_line.unwrap_or_default())
+        Self::by(&peer.map_or_else(Vec::new, |peer| command_line_of(peer.pid() as u32)))
     }
 
-    /// `command_line` has a NUL behind each argument. CRIU takes the beginning of an option for the
-    /// option.
+    /// CRIU takes the beginning of an option for the option.
     fn by(command_line: &[u8]) -> Self {
-        let arguments = || command_line.split(|&byte| byte == 0);
+        let arguments = || arguments_in(command_line);
         let has = |word: &[u8]| arguments().any(|argument| argument == word);
         Self {
             dump: has(b"dump") && !has(b"cpuinfo"),
@@ -153,8 +148,14 @@ impl<R> Clients<R> {
     }
 
     /// Fewer clients than were expected have asked for files, and none of these is connected.
-    pub fn are_missing(&self) -> bool {
+    fn are_missing(&self) -> bool {
         self.spoken < self.expected && self.speaking == 0
+    }
+
+    /// The command that runs CRIU, which has `ended`, if fewer clients have come than were
+    /// expected. One may still wait at the listener.
+    pub fn missed_by<'c>(&self, ended: Option<&'c str>) -> Option<&'c str> {
+        ended.filter(|_| self.are_missing())
     }
 
     /// Somebody was connected, and nobody is any more.

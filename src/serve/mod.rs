@@ -177,16 +177,9 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// The command that runs CRIU, if it has ended and fewer have connected than are waited for.
-    /// One may still wait at the listener.
-    fn missed_criu(&self) -> Option<&'a str> {
-        let is_missing = self.clients.are_missing();
-        self.interrupts.ended_criu().filter(|_| is_missing)
-    }
-
     fn advance(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
         let mut events = Vec::new();
-        let missed = self.missed_criu();
+        let missed = self.clients.missed_by(self.interrupts.ended_criu());
         self.poller
             .wait(wait, &mut events)
             .context("waiting for CRIU")?;
@@ -218,7 +211,11 @@ impl<'a> Server<'a> {
             let (sent, room) = (sent as u64, room as u64);
             return Ok(Activity::Emptied { sent, room });
         }
-        if self.missed_criu().is_some() {
+        if self
+            .clients
+            .missed_by(self.interrupts.ended_criu())
+            .is_some()
+        {
             return Ok(Activity::Idle(Wait::Now));
         }
         let again = (!self.transfers.is_empty()).then_some(self.try_again);
