@@ -7,18 +7,18 @@
 //! in the other figures.
 
 use crate::Options;
-use crate::common::cgroup::MemoryCgroup;
 use crate::criu::{Application, Machine, recipes};
 use crate::download::Download;
-use crate::machine::{Memory, MemoryWatch, Temperature, WorkDir};
+use crate::machine::{Memory, Temperature, WorkDir};
+use crate::peak::PeakWatch;
 use crate::role::Role;
-use crate::statistics::median_of;
+use crate::statistics::{median_of, over_image_mib};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::{
     env::current_exe,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 const SHARDS: usize = 4;
@@ -58,8 +58,8 @@ pub struct Figures {
     pub without_index_s: f64,
     pub with_index_s: f64,
     /// The most memory of downloads, streamer, CRIU and application, over the image's size.
-    pub without_index_over_image_mib: f64,
-    pub with_index_over_image_mib: f64,
+    pub without_index_over_image_mib: Option<f64>,
+    pub with_index_over_image_mib: Option<f64>,
 }
 
 impl Figures {
@@ -106,39 +106,7 @@ struct Run {
     first_s: f64,
     /// From then on.
     rest_s: f64,
-    peak_bytes: f64,
-}
-
-/// The most memory that a run takes: that of a cgroup of its own, or else, where none can be made,
-/// of the whole machine.
-enum PeakWatch {
-    Cgroup(MemoryCgroup),
-    Machine(MemoryWatch),
-}
-
-impl PeakWatch {
-    fn start() -> Result<Self> {
-        match MemoryCgroup::create(None) {
-            Ok(cgroup) if cgroup.peak().is_ok() => Ok(Self::Cgroup(cgroup)),
-            _ => MemoryWatch::start().map(Self::Machine),
-        }
-    }
-
-    /// Where the run's first process writes its number, if anywhere.
-    fn members(&self) -> PathBuf {
-        match self {
-            Self::Cgroup(cgroup) => cgroup.members(),
-            Self::Machine(_) => PathBuf::new(),
-        }
-    }
-
-    /// Bytes so far, and the cgroup, which ends when nothing is left in it.
-    fn finish(self) -> Result<(u64, Option<MemoryCgroup>)> {
-        match self {
-            Self::Cgroup(cgroup) => Ok((cgroup.peak()?, Some(cgroup))),
-            Self::Machine(watch) => Ok((watch.finish()?, None)),
-        }
-    }
+    peak_bytes: Option<u64>,
 }
 
 /// `Err` says why there is no CRIU.
@@ -180,24 +148,17 @@ pub fn measure(
             ways.rotate_left(round % count);
             for way in ways {
                 memory.prepare();
-                let watch = PeakWatch::start()?;
-                let (first_s, rest_s) = run(
-                    way,
-                    scenario,
-                    options,
-                    &machine,
-                    &application,
-                    &watch.members(),
-                )?;
-                let (peak_bytes, cgroup) = watch.finish()?;
+                let watch = PeakWatch::start();
+                let (first_s, rest_s) =
+                    run(way, scenario, options, &machine, &application, &watch)?;
+                let peak_bytes = watch.peak()?;
                 if way != Way::Download {
                     application.goes_on_from(before);
                     application.run("kill -KILL -- -$PID").success();
                     application.is_gone();
                 }
-                drop(cgroup);
+                drop(watch);
                 memory.finish()?;
-                let peak_bytes = peak_bytes as f64;
                 runs.push((
                     way,
                     Run {
@@ -220,7 +181,10 @@ impl Figures {
             median_of(of_way.map(|(_, run)| figure(run)))
         };
         let whole = |run: &Run| run.first_s + run.rest_s;
-        let over_image = |run: &Run| (run.peak_bytes - bytes as f64) / (1 << 20) as f64;
+        let over_image = |way| {
+            let of_way = runs.iter().filter(|(of, _)| *of == way);
+            over_image_mib(of_way.map(|(_, run)| run.peak_bytes), bytes)
+        };
         Self {
             scenario: scenario.name,
             runs: runs.len() / 3,
@@ -229,8 +193,8 @@ impl Figures {
             restore_s: median(Way::WithoutIndex, &|run| run.rest_s),
             without_index_s: median(Way::WithoutIndex, &whole),
             with_index_s: median(Way::WithIndex, &whole),
-            without_index_over_image_mib: median(Way::WithoutIndex, &over_image),
-            with_index_over_image_mib: median(Way::WithIndex, &over_image),
+            without_index_over_image_mib: over_image(Way::WithoutIndex),
+            with_index_over_image_mib: over_image(Way::WithIndex),
         }
     }
 }
@@ -241,7 +205,7 @@ fn run(
     options: &Options,
     machine: &Machine,
     application: &Application<'_>,
-    members: &Path,
+    watch: &PeakWatch,
 ) -> Result<(f64, f64)> {
     let download = Role::Download(Download {
         bytes_per_s: scenario.bytes_per_s.map(|speed| speed / SHARDS as f64),
@@ -256,7 +220,7 @@ fn run(
     let text = |path: &Path| path.to_str().map(str::to_owned).context("Odd path");
     let variables = [
         ("PID", application.pid.clone()),
-        ("MEMBERS", text(members)?),
+        ("MEMBERS", text(&watch.members().unwrap_or_default())?),
         ("SHARDS", shards.join(" ")),
         ("SHARD_OPTIONS", shard_options),
         ("STREAMER", text(&fs::canonicalize(&options.streamer)?)?),

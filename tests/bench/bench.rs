@@ -31,6 +31,7 @@ mod machine;
 mod measured;
 mod memory;
 mod naive;
+mod peak;
 mod producer;
 mod reader;
 mod real_criu;
@@ -164,6 +165,12 @@ fn measure(options: &Options) -> Result<Report> {
         Ok(figures) => report.arriving = figures,
         Err(why) => report.no_criu = Some(why),
     }
+    if options.wants(real_criu::SCENARIO) {
+        match real_criu::measure(options, &work_dir, say)? {
+            Ok(figures) => report.real_criu = Some(figures),
+            Err(why) => report.no_criu = Some(why),
+        }
+    }
     // CRIU needs it, and all that follows does without.
     machine::drop_resource_capability();
     let mut captures = capture::scenarios(options);
@@ -180,9 +187,6 @@ fn measure(options: &Options) -> Result<Report> {
     }
     if options.wants(frozen::UPLOADS) {
         report.frozen = Some(frozen::measure(options, &work_dir, say)?);
-    }
-    if options.wants(real_criu::SCENARIO) {
-        report.real_criu = real_criu::measure(options, &work_dir, say)?;
     }
     report.judge();
     Ok(report)

@@ -310,7 +310,7 @@ fn run_streamer(scenario: &Scenario, options: &Options, work_dir: &WorkDir) -> R
     });
     let mut writer = Performer::prepare(&writer, &[])?;
     let (sinks, shards) = Sinks::start(&scenario.sinks)?;
-    let mut streamer = Streamer::spawn(&options.streamer, "capture", shards, work_dir)?;
+    let mut streamer = Streamer::spawn(&options.streamer, &["capture"], shards, work_dir)?;
     streamer.wait_for_socket()?;
     // The sinks have started by then: without a streamer it is the writer's memory that they have
     // time for.

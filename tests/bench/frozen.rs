@@ -9,7 +9,7 @@ use crate::measured::spawn_with_fds;
 use crate::role::{Performer, Role};
 use crate::sink::Sink;
 use crate::statistics::{GB, median_of};
-use crate::streamer::{Restriction, Streamer, pipe};
+use crate::streamer::{Streamer, pipe};
 use crate::writer::{Files, Writer};
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, fcntl};
@@ -109,8 +109,7 @@ fn capture(
     let (sinks, shards) = Sinks::start(&SINKS)?;
     memory.prepare();
     let program = &options.streamer;
-    let mut streamer =
-        Streamer::spawn_with(program, arguments, shards, work_dir, Restriction::None)?;
+    let mut streamer = Streamer::spawn(program, arguments, shards, work_dir)?;
     streamer.wait_for_socket()?;
     writer.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let copied_ns = if arguments.contains(&"--buffer") {

@@ -15,8 +15,6 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio, id},
-    sync::Arc,
-    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -133,55 +131,6 @@ impl Drop for RaisedLimit {
             );
         }
     }
-}
-
-/// The most memory of the machine that is in use at a time, over what was in use at the start.
-///
-/// What pipes hold belongs to no process. So this asks the kernel what is available, again and
-/// again, in a thread that takes under 1 % of a processor.
-pub struct MemoryWatch {
-    before: u64,
-    ended: Arc<AtomicBool>,
-    thread: thread::JoinHandle<Result<u64>>,
-}
-
-impl MemoryWatch {
-    const INTERVAL: Duration = Duration::from_millis(5);
-
-    pub fn start() -> Result<Self> {
-        let before = available_bytes()?;
-        let ended = Arc::new(AtomicBool::new(false));
-        let stop = Arc::clone(&ended);
-        let thread = thread::spawn(move || {
-            let mut least = before;
-            while !stop.load(Ordering::Relaxed) {
-                least = least.min(available_bytes()?);
-                thread::sleep(Self::INTERVAL);
-            }
-            Ok(least)
-        });
-        Ok(Self {
-            before,
-            ended,
-            thread,
-        })
-    }
-
-    /// Bytes.
-    pub fn finish(self) -> Result<u64> {
-        self.ended.store(true, Ordering::Relaxed);
-        let least = self.thread.join().expect("the watch does not panic")?;
-        Ok(self.before - least)
-    }
-}
-
-fn available_bytes() -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = (text.lines())
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .context("No MemAvailable in /proc/meminfo")?;
-    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib << 10)
 }
 
 /// How long ago memory was in use.

@@ -190,7 +190,7 @@ impl Report {
             for (program, side) in sides {
                 let Some(side) = side else { continue };
                 println!(
-                    "{:<50} {:<9} {:>8.2} {:>9.3} {:>8.3} {:>8.3} {:>9.3} {:>8.2} {:>11.1}",
+                    "{:<50} {:<9} {:>8.2} {:>9.3} {:>8.3} {:>8.3} {:>9.3} {:>8.2} {:>11}",
                     row.scenario,
                     program,
                     side.receive_gb_per_s,
@@ -199,12 +199,12 @@ impl Report {
                     side.cpu_s_per_gb,
                     side.all_cpu_s_per_gb,
                     side.serve_gb_per_s,
-                    side.machine_peak_over_image_mib
+                    mib(side.peak_over_image_mib)
                 );
             }
         }
         println!(
-            "CPU: the receiver's, and of it, the producers and CRIU together. Memory: the machine's peak until CRIU has taken all, over what was in use before and the image's size."
+            "CPU: the receiver's, and of it, the producers and CRIU together. Memory: the most that the producers, the receiver and CRIU took together, over the image's size."
         );
     }
 
@@ -228,15 +228,15 @@ impl Report {
         );
         for row in &self.arriving {
             println!(
-                "{:<24} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.2} {:>11.1} {:>11.1}",
+                "{:<24} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>9.2} {:>11} {:>11}",
                 row.scenario,
                 row.download_s,
                 row.restore_s,
                 row.without_index_s,
                 row.with_index_s,
                 row.with_index_s / row.longer_s(),
-                row.without_index_over_image_mib,
-                row.with_index_over_image_mib
+                mib(row.without_index_over_image_mib),
+                mib(row.with_index_over_image_mib)
             );
         }
         println!(
@@ -257,6 +257,10 @@ impl Report {
             );
         }
     }
+}
+
+fn mib(figure: Option<f64>) -> String {
+    figure.map_or("unknown".to_owned(), |mib| format!("{mib:.1}"))
 }
 
 fn print_frozen(row: &frozen::Figures) {
@@ -343,8 +347,8 @@ fn capture_bounds(rows: &[capture::Figures]) -> Vec<Bound> {
 /// What a receiver of small files may take beside the image.
 const OVER_IMAGE_MB: f64 = 4.0;
 
-/// What a restore may take of the machine's memory beside the image.
-const MACHINE_OVER_IMAGE_MIB: f64 = 64.0;
+/// What all that takes part in a restore may take of the machine's memory beside the image.
+const MEMORY_OVER_IMAGE_MIB: f64 = 64.0;
 
 /// What it may cost more on cold memory.
 const TIMES_WARM: f64 = 1.3;
@@ -392,9 +396,10 @@ fn arriving_bounds(row: &arriving::Figures) -> Vec<Bound> {
         let what = of("s, times the longer of download and CRIU's restore");
         Bound::at_most(what, 1.15, times)
     };
-    let what = of("memory in use over the image, MiB");
+    let what = of("memory over the image, MiB");
     let memory = row.with_index_over_image_mib;
-    vec![time, Bound::at_most(what, MACHINE_OVER_IMAGE_MIB, memory)]
+    let memory = memory.map(|mib| Bound::at_most(what, MEMORY_OVER_IMAGE_MIB, mib));
+    [time].into_iter().chain(memory).collect()
 }
 
 fn bounds_of_row(row: &restore::Figures) -> Vec<Bound> {
@@ -414,11 +419,10 @@ fn bounds_of_row(row: &restore::Figures) -> Vec<Bound> {
     }
     let times_naive = ours.receive_gb_per_s / naive.receive_gb_per_s;
     let cpu_times_naive = ours.cpu_s_per_gb / naive.cpu_s_per_gb;
-    let mut bounds = vec![Bound::at_most(
-        of("the machine's memory over the image, MiB"),
-        MACHINE_OVER_IMAGE_MIB,
-        ours.machine_peak_over_image_mib,
-    )];
+    let what = of("memory over the image, MiB");
+    let memory = ours.peak_over_image_mib;
+    let memory = memory.map(|mib| Bound::at_most(what, MEMORY_OVER_IMAGE_MIB, mib));
+    let mut bounds: Vec<_> = memory.into_iter().collect();
     if row.restricted {
         bounds.extend([
             Bound::at_least(of("receiving GB/s, times naive"), 1.0, times_naive),

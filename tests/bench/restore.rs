@@ -12,14 +12,15 @@
 use crate::Options;
 use crate::clock::{now_ns, seconds_between};
 use crate::image::{Content, Image};
-use crate::machine::{Memory, MemoryWatch, Temperature, UsedUpPipes, WorkDir, pipe_max_size};
+use crate::machine::{Memory, Temperature, UsedUpPipes, WorkDir, pipe_max_size};
 use crate::measured::{cpu_s, cpu_s_of_ended_children, spawn_with_fds};
 use crate::naive::Naive;
+use crate::peak::PeakWatch;
 use crate::producer::Producer;
 use crate::reader::Reader;
 use crate::role::{Performer, Role};
-use crate::statistics::{GB, median_of};
-use crate::streamer::{Executable, Restriction, Streamer, pipe};
+use crate::statistics::{GB, median_of, over_image_mib};
+use crate::streamer::{Executable, Restriction, Streamer, fd_list, pipe, streamer_command};
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Uid;
@@ -163,7 +164,8 @@ struct Run {
     serve_cpu_s: f64,
     /// Of the producers, the receiver and CRIU.
     all_cpu_s: f64,
-    machine_peak_bytes: f64,
+    /// Of the same.
+    peak_bytes: Option<u64>,
 }
 
 /// One program's medians.
@@ -178,7 +180,7 @@ pub struct Side {
     pub cpu_s_per_gb: f64,
     pub all_cpu_s_per_gb: f64,
     pub receive_peak_rss_over_image_mb: f64,
-    pub machine_peak_over_image_mib: f64,
+    pub peak_over_image_mib: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -271,7 +273,6 @@ impl Side {
         let serve_s = median(&|run| run.serve_s);
         let cpu_s = median(&|run| run.receive_cpu_s + run.serve_cpu_s);
         let receive_peak_rss_bytes = median(&|run| run.receive_peak_rss_bytes);
-        let machine_peak_bytes = median(&|run| run.machine_peak_bytes);
         Self {
             receive_gb_per_s: gb / median(&|run| run.receive_s),
             receive_cpu_s_per_gb: median(&|run| run.receive_cpu_s) / gb,
@@ -282,7 +283,7 @@ impl Side {
             cpu_s_per_gb: cpu_s / gb,
             all_cpu_s_per_gb: median(&|run| run.all_cpu_s) / gb,
             receive_peak_rss_over_image_mb: (receive_peak_rss_bytes - bytes as f64) / 1e6,
-            machine_peak_over_image_mib: (machine_peak_bytes - bytes as f64) / (1 << 20) as f64,
+            peak_over_image_mib: over_image_mib(runs.iter().map(|run| run.peak_bytes), bytes),
         }
     }
 }
@@ -378,29 +379,37 @@ fn run(
     };
     let restriction = program.restriction(scenario);
     memory.prepare();
-    let watch = MemoryWatch::start()?;
-    let mut streamer = match program {
-        Program::Streamer | Program::InMemory => {
-            let streamer = Executable::open(&options.streamer)?;
-            let path = streamer.path();
-            Streamer::spawn_restricted(&path, "serve", shards, work_dir, restriction)?
-        }
-        Program::Naive => {
-            let numbers = shards.iter().map(AsRawFd::as_raw_fd).collect();
-            let this = Executable::open(&current_exe()?)?;
-            Streamer::spawn_as(shards, work_dir, |images_dir, progress| {
+    let watch = PeakWatch::start();
+    reader.count_in(&watch)?;
+    for producer in &producers {
+        watch.add(producer.id())?;
+    }
+    let executable = match program {
+        Program::Streamer | Program::InMemory => Executable::open(&options.streamer)?,
+        Program::Naive => Executable::open(&current_exe()?)?,
+    };
+    let path = executable.path();
+    let fds = fd_list(&shards);
+    let numbers = shards.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut streamer = Streamer::spawn_as(shards, work_dir, |images_dir, progress| {
+        let mut command = match program {
+            Program::Streamer | Program::InMemory => {
+                streamer_command(&path, &["serve"], &fds, images_dir, progress)
+            }
+            Program::Naive => {
                 let role = Role::Naive(Naive {
                     images_dir: images_dir.to_owned(),
                     shards: numbers,
                     progress,
                     pipe_size: pipe_max_size()?,
                 });
-                let mut command = role.command_of(&this.path())?;
-                restriction.apply(&mut command, images_dir)?;
-                Ok(command)
-            })?
-        }
-    };
+                role.command_of(&path)?
+            }
+        };
+        restriction.apply(&mut command, images_dir)?;
+        watch.count(&mut command);
+        Ok(command)
+    })?;
     streamer.wait_for_socket()?;
     let receive_s = seconds_between(streamer.started_ns, now_ns());
     let receive_cpu_s = streamer.process.cpu_s()?;
@@ -408,7 +417,7 @@ fn run(
     reader.start(streamer.images_dir.to_str().context("Odd directory")?)?;
     let span = reader.finish();
     let finished = streamer.finish()?;
-    let machine_peak_bytes = watch.finish()? as f64;
+    let peak_bytes = watch.peak()?;
     finish_producers(producers)?;
     let all_cpu_s = cpu_s_of_ended_children()? - ended_before_s - prepared_s;
     memory.finish()?;
@@ -419,7 +428,7 @@ fn run(
         serve_s: span?.seconds(),
         serve_cpu_s: finished.cpu_s - receive_cpu_s,
         all_cpu_s,
-        machine_peak_bytes,
+        peak_bytes,
     })
 }
 
@@ -503,7 +512,7 @@ fn time_extraction(
     let (producers, mut shards) = start_producers(producers(scenario, None)?)?;
     memory.prepare();
     let streamer = match program {
-        Extractor::Streamer => Streamer::spawn(&options.streamer, "extract", shards, work_dir)?,
+        Extractor::Streamer => Streamer::spawn(&options.streamer, &["extract"], shards, work_dir)?,
         Extractor::Cat => Streamer::spawn_as(vec![], work_dir, |images_dir, _| {
             let mut cat = Command::new("cat");
             cat.stdin(shards.remove(0));

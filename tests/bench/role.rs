@@ -9,7 +9,8 @@
 
 use crate::clock::{now_ns, seconds_between};
 use crate::measured::{cpu_s, spawn_with_fds};
-use crate::{download, machine, naive, producer, reader, real_criu, sink, writer};
+use crate::peak::PeakWatch;
+use crate::{download, machine, naive, producer, reader, sink, writer};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -29,7 +30,6 @@ pub enum Role {
     Naive(naive::Naive),
     Janitor(machine::Janitor),
     Download(download::Download),
-    Application(real_criu::Application),
 }
 
 /// The first argument that makes this program play a role.
@@ -55,7 +55,6 @@ impl Role {
             Self::Naive(role) => role.play(),
             Self::Janitor(role) => role.play(),
             Self::Download(role) => role.play(),
-            Self::Application(role) => role.play(),
         }
     }
 
@@ -137,6 +136,11 @@ impl Performer {
     /// CPU time so far.
     pub fn cpu_s(&self) -> Result<f64> {
         cpu_s(self.child.id() as i32)
+    }
+
+    /// Has its memory count from now on.
+    pub fn count_in(&self, watch: &PeakWatch) -> Result<()> {
+        watch.add(self.child.id())
     }
 
     /// Starts the work. The line goes to the role, as the argument of its work.

@@ -1,17 +1,16 @@
 //! The streamer's process, and others that stand in for it.
-#![allow(unsafe_code)] // A limit for a child has no safe form.
 
 use crate::clock::now_ns;
+use crate::common::child::{Limit, inherit};
 use crate::machine::WorkDir;
 use crate::measured::{Finished, Measured};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::OFlag;
-use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::pipe2;
 use serde::Deserialize;
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, Read},
+    io::{BufRead, BufReader, Read},
     os::fd::{AsRawFd, OwnedFd},
     os::unix::fs::PermissionsExt,
     os::unix::process::CommandExt,
@@ -61,13 +60,7 @@ impl Restriction {
                 fs::set_permissions(images_dir, fs::Permissions::from_mode(0o777))?;
                 command.uid(USER).gid(USER);
             }
-            Self::OpenFiles(most) => {
-                let limit =
-                    move || setrlimit(Resource::RLIMIT_NOFILE, most, most).map_err(io::Error::from);
-                // SAFETY: between fork and exec this calls only setrlimit, which is
-                // async-signal-safe.
-                unsafe { command.pre_exec(limit) };
-            }
+            Self::OpenFiles(most) => inherit(command, vec![], vec![Limit::OpenFiles(most)]),
         }
         Ok(())
     }
@@ -88,6 +81,23 @@ impl Executable {
     }
 }
 
+/// The streamer with a verb and its options, and with these shards.
+pub fn streamer_command(
+    program: &Path,
+    arguments: &[&str],
+    shard_fds: &str,
+    images_dir: &Path,
+    progress: i32,
+) -> Command {
+    let mut command = Command::new(program);
+    command.arg("--images-dir").arg(images_dir);
+    command.args(["--shard-fds", shard_fds]);
+    command.args(["--progress-fd", &progress.to_string()]);
+    command.args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
 /// A measured process that reports its progress.
 pub struct Streamer {
     pub process: Measured,
@@ -98,45 +108,18 @@ pub struct Streamer {
 }
 
 impl Streamer {
-    /// Runs `program capture`, `program extract` or `program serve`, with these shards.
+    /// Runs `program` with a verb and its options, and with these shards.
     pub fn spawn(
-        program: &Path,
-        verb: &str,
-        shards: Vec<OwnedFd>,
-        work_dir: &WorkDir,
-    ) -> Result<Self> {
-        Self::spawn_restricted(program, verb, shards, work_dir, Restriction::None)
-    }
-
-    /// The same under a restriction.
-    pub fn spawn_restricted(
-        program: &Path,
-        verb: &str,
-        shards: Vec<OwnedFd>,
-        work_dir: &WorkDir,
-        restriction: Restriction,
-    ) -> Result<Self> {
-        Self::spawn_with(program, &[verb], shards, work_dir, restriction)
-    }
-
-    /// The same with options after the verb.
-    pub fn spawn_with(
         program: &Path,
         arguments: &[&str],
         shards: Vec<OwnedFd>,
         work_dir: &WorkDir,
-        restriction: Restriction,
     ) -> Result<Self> {
         let fds = fd_list(&shards);
         Self::spawn_as(shards, work_dir, |images_dir, progress| {
-            let mut command = Command::new(program);
-            command.arg("--images-dir").arg(images_dir);
-            command.args(["--shard-fds", &fds]);
-            command.args(["--progress-fd", &progress.to_string()]);
-            command.args(arguments);
-            command.stdin(Stdio::null()).stdout(Stdio::null());
-            restriction.apply(&mut command, images_dir)?;
-            Ok(command)
+            Ok(streamer_command(
+                program, arguments, &fds, images_dir, progress,
+            ))
         })
     }
 
