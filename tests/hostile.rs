@@ -274,6 +274,22 @@ fn data_that_is_not_there() {
     }
 }
 
+/// What is cut off in a marker, in the data behind it or between the two, behind data that is large
+/// enough to be held in pipes.
+#[test]
+fn cuts_behind_data_that_stays_in_its_pages() {
+    let large = vec![7; 100_000];
+    let shard = Shard::new().filename(0, "pages-1.img").data(1, &large);
+    let whole = shard.bytes.len();
+    let more = shard.data(2, &large);
+    let data = more.bytes.len() - large.len();
+    let cuts = [whole, whole + 1, whole + 5, data - 1, data, data + 1];
+    for cut in cuts.into_iter().chain([more.bytes.len() - 1]) {
+        let what = format!("cut at byte {cut}, the second chunk's data being at {data}");
+        assert_refused(&what, &[more.bytes[..cut].to_vec()], &["shard"]);
+    }
+}
+
 /// What a stream can make the streamer keep, while more of it may come.
 #[track_caller]
 fn assert_little_memory(mib: u64, shard: &Shard, words: &[&str]) {

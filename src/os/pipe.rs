@@ -198,6 +198,16 @@ pub fn available(pipe: impl AsFd) -> io::Result<usize> {
     Ok(rustix::io::ioctl_fionread(pipe)? as usize)
 }
 
+/// Whether a pipe has no free slot. Unlike [`available`], and unlike an attempt to fill it, this
+/// does not wait for the pipe's mutex, which a reader holds while it copies.
+///
+/// # Errors
+/// Those of `poll`; none for an open pipe.
+pub(crate) fn is_full(pipe: &WriteEnd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
+    Ok(uninterrupted(|| poll(&mut polled, PollTimeout::ZERO))? == 0)
+}
+
 /// The capacity of a pipe in slots.
 ///
 /// # Errors
@@ -563,8 +573,10 @@ mod tests {
         assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::WouldBlock);
         assert_eq!(super::write(&write, b"abc").unwrap(), Moved::Bytes(3));
         assert_eq!(available(&read).unwrap(), 3);
+        assert!(!is_full(&write).unwrap());
         assert_eq!(super::read(&read, &mut buffer).unwrap(), Moved::Bytes(3));
         while super::write(&write, &vec![0; slot()]).unwrap() != Moved::WouldBlock {}
+        assert!(is_full(&write).unwrap());
         assert_eq!(available(&read).unwrap(), slots(&read).unwrap() * slot());
         drop(write);
         while super::read(&read, &mut vec![0; slot()]).unwrap() != Moved::End {}

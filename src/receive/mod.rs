@@ -352,6 +352,12 @@ impl<'a, I: Image> Receiver<'a, I> {
     fn turn(&mut self, index: usize, reading: Reading) -> Result<Turn> {
         let mut turn = Turn::Idle;
         let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
+        if allowance.way == Way::Hold
+            && let Some(holder) = &mut self.holder
+            && !self.shards[index].empty(holder)?
+        {
+            allowance.way = Way::Splice;
+        }
         while !self.image.is_complete() {
             let next = self.image.next().map(|place| place.seq);
             if self.image.is_far_ahead(false)
@@ -381,7 +387,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         let Some(marker) = shard.next_marker()? else {
             let most = match allowance.way {
                 Way::Read => usize::MAX,
-                Way::Splice => shard.ahead_for_marker(),
+                Way::Hold | Way::Splice => shard.ahead_for_marker(),
             };
             return allowance.read(shard, &mut self.arena, most);
         };
@@ -404,8 +410,9 @@ impl<'a, I: Image> Receiver<'a, I> {
         // A pipe that was begun is filled, and may be the last one that there is room for.
         let holds = shard.is_holding() || holder.is_some_and(Holder::has_room) && shard.may_hold();
         match self.image.ahead() {
-            Ahead::Piece if !holds => Way::Read,
-            Ahead::Piece | Ahead::Shard => Way::Splice,
+            Ahead::Piece if holds => Way::Hold,
+            Ahead::Piece => Way::Read,
+            Ahead::Shard => Way::Splice,
         }
     }
 
@@ -422,6 +429,10 @@ impl<'a, I: Image> Receiver<'a, I> {
             let (extent, behind) = shard.take_data().expect("something was read");
             self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
             return Ok(Then::GoOn);
+        }
+        if allowance.way == Way::Hold && !shard.has_emptied() {
+            shard.expect_more()?;
+            return Ok(Then::Stop(Turn::Idle));
         }
         // What is held already comes first, whatever has become possible since.
         let is_holding = shard.is_holding();
@@ -441,13 +452,9 @@ impl<'a, I: Image> Receiver<'a, I> {
             self.image.written(bytes, behind)?;
             return Ok(Then::GoOn);
         }
-        let way = if is_holding {
-            Way::Splice
-        } else {
-            allowance.way
-        };
+        let way = if is_holding { Way::Hold } else { allowance.way };
         let most = match (way, &mut self.holder) {
-            (Way::Splice, Some(holder)) => match shard.hold(holder)? {
+            (Way::Hold | Way::Splice, Some(holder)) => match shard.hold(holder)? {
                 Holding::Piece(held, behind) => {
                     self.submit(index, place, Step::Data(Piece::held(held), behind))?;
                     return Ok(Then::GoOn);
@@ -456,7 +463,7 @@ impl<'a, I: Image> Receiver<'a, I> {
                 Holding::Nothing => return Ok(Then::Stop(Turn::Idle)),
                 Holding::Refused => shard.ahead_for_data(),
             },
-            (Way::Splice, None) => shard.left_of_chunk(),
+            (Way::Hold | Way::Splice, None) => shard.left_of_chunk(),
             (Way::Read, _) => usize::MAX,
         };
         allowance.read(shard, &mut self.arena, most)
@@ -675,7 +682,10 @@ impl AsFd for Arriving<'_> {
 /// How data is taken from a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Spliced, with as little read as possible.
+    /// Spliced, with as little read as possible, and all from a pipe of ours into which the shard's
+    /// is emptied.
+    Hold,
+    /// Spliced from the shard's pipe, with as little read as possible.
     Splice,
     /// Read, as much as there is.
     Read,
@@ -683,8 +693,9 @@ enum Way {
 
 /// How much more may be taken from a shard in its turn. By reading, what one read brings: a reader
 /// that reads on at once takes what the shard's writer has written meanwhile, block by block, and
-/// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By splicing, about
-/// as much as a pipe holds, and for the same reason no more once the pipe was emptied.
+/// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By holding, for the
+/// same reason, what the shard's pipe was emptied of. By splicing to files, about as much as a pipe
+/// holds.
 struct Allowance {
     way: Way,
     has_read: bool,
@@ -706,6 +717,11 @@ impl Allowance {
         let is_over = match self.way {
             Way::Read => self.has_read,
             Way::Splice => shard.offset() >= self.end,
+            Way::Hold if !shard.has_emptied() => {
+                shard.expect_more()?;
+                true
+            }
+            Way::Hold => false,
         };
         if is_over || shard.read(arena, most)? == Found::Nothing {
             return Ok(Then::Stop(Turn::Idle));

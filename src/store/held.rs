@@ -117,21 +117,44 @@ impl Held {
     /// # Errors
     /// Those of `splice`; none for open pipes.
     pub(crate) fn fill(&mut self, from: &impl Source, most: usize) -> io::Result<Filled> {
-        let moved = pipe::splice(from, &self.pipe, most)?;
-        match moved {
-            Moved::Bytes(bytes) => self.len += bytes as u32,
-            // The kernel looks for data before it looks for room.
-            Moved::WouldBlock if pipe::available(from)? > 0 => return Ok(Filled::Full),
-            Moved::WouldBlock | Moved::End => {}
+        let moved = self.take(from, most)?;
+        // The kernel looks for data before it looks for room.
+        if moved == Moved::WouldBlock && pipe::available(from)? > 0 {
+            return Ok(Filled::Full);
         }
         Ok(Filled::Moved(moved))
     }
 
-    /// Takes over what another one holds, behind its own, as far as there is room.
-    pub(crate) fn absorb(&mut self, other: &mut Self) -> io::Result<()> {
-        if let Filled::Moved(Moved::Bytes(bytes)) = self.fill(&other.pipe, other.len())? {
+    /// The same for a pipe that has room.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for open pipes.
+    pub(crate) fn take(&mut self, from: &impl Source, most: usize) -> io::Result<Moved> {
+        let moved = pipe::splice(from, &self.pipe, most)?;
+        if let Moved::Bytes(bytes) = moved {
+            self.len += bytes as u32;
+        }
+        Ok(moved)
+    }
+
+    /// Takes over up to `most` bytes of what another one holds, behind its own.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for open pipes.
+    pub(crate) fn absorb(&mut self, other: &mut Self, most: usize) -> io::Result<Filled> {
+        let filled = self.fill(&other.pipe, most.min(other.len()))?;
+        if let Filled::Moved(Moved::Bytes(bytes)) = filled {
             other.len -= bytes as u32;
         }
+        Ok(filled)
+    }
+
+    /// Gives the pipe this number of slots, if it has fewer and that is allowed.
+    pub(crate) fn grow(&mut self, slots: usize) -> io::Result<()> {
+        if self.capacity as usize >= slots * slot() {
+            return Ok(());
+        }
+        self.capacity = (pipe::grow(&self.pipe, slots * slot())? * slot()) as u32;
         Ok(())
     }
 
@@ -141,12 +164,12 @@ impl Held {
         other.len() < LARGEST / 2 && self.len + other.len < self.capacity
     }
 
-    /// Moves what the target takes.
+    /// Moves what the target takes, up to `most` bytes.
     ///
     /// # Errors
     /// `EPIPE` when the target's reader is gone.
-    pub(crate) fn send(&mut self, to: impl AsFd) -> io::Result<Moved> {
-        let moved = pipe::splice(&self.pipe, to, self.len())?;
+    pub(crate) fn send(&mut self, to: impl AsFd, most: usize) -> io::Result<Moved> {
+        let moved = pipe::splice(&self.pipe, to, most.min(self.len()))?;
         if let Moved::Bytes(bytes) = moved {
             self.len -= bytes as u32;
         }
@@ -218,7 +241,7 @@ mod tests {
         let mut second = holder(2).hold(50_000).unwrap();
         while let Filled::Moved(Moved::Bytes(_)) = second.fill(&from, 30_000).unwrap() {}
         assert!(first.may_absorb(&second));
-        first.absorb(&mut second).unwrap();
+        first.absorb(&mut second, usize::MAX).unwrap();
         assert_eq!((first.len(), second.len()), (50_000, 0));
         assert!(contents(&mut first) == bytes);
     }

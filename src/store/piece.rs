@@ -6,7 +6,7 @@ use std::io;
 
 use super::held::Held;
 use super::{Arena, Extent};
-use crate::os::pipe::Moved;
+use crate::os::pipe::{Moved, slot};
 
 /// Some of a file's data. It owns itself: dropped, it is given back to the kernel.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl HeldPiece {
     /// When the file cannot take it.
     pub(super) fn write_to(&mut self, file: &File) -> io::Result<()> {
         while self.0.len() > 0 {
-            match self.0.send(file)? {
+            match self.0.send(file, usize::MAX)? {
                 Moved::Bytes(_) => {}
                 Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
             }
@@ -94,7 +94,7 @@ impl Contents {
             (&mut piece, pieces.back_mut())
             && last.may_absorb(next)
         {
-            last.absorb(next)?;
+            last.absorb(next, usize::MAX)?;
             if next.len() == 0 {
                 return Ok(());
             }
@@ -130,20 +130,42 @@ impl Contents {
         one.into_iter().chain(many)
     }
 
-    /// The pipe at the front, if one is there.
-    pub(crate) fn front_pipe(&mut self) -> Option<&mut Held> {
-        match &mut self.0 {
-            Pieces::Many(pieces) => match pieces.front_mut()? {
-                Piece::Pipe(HeldPiece(held)) => Some(held),
-                Piece::Memory(_) => None,
-            },
-            Pieces::None | Pieces::One(_) => None,
+    /// The pipe at the front, if one is there. What the pipes behind it hold is moved into it, up
+    /// to `slots` slots in all.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn front_pipe(&mut self, slots: usize) -> io::Result<Option<&mut Held>> {
+        let Pieces::Many(pieces) = &mut self.0 else {
+            return Ok(None);
+        };
+        while let [
+            Some(Piece::Pipe(HeldPiece(front))),
+            Some(Piece::Pipe(HeldPiece(next))),
+        ] = first_two(pieces)
+            && front.len() < slots * slot()
+        {
+            front.grow(slots)?;
+            front.absorb(next, usize::MAX)?;
+            if next.len() > 0 {
+                break;
+            }
+            pieces.remove(1);
         }
+        Ok(match pieces.front_mut() {
+            Some(Piece::Pipe(HeldPiece(held))) => Some(held),
+            Some(Piece::Memory(_)) | None => None,
+        })
     }
 
-    /// Drops the pipe at the front if it was emptied.
+    /// Drops the pipe at the front if it was emptied, unless those behind it are to be moved into
+    /// it.
     pub(crate) fn drop_emptied_pipe(&mut self) {
-        if self.front_pipe().is_some_and(|held| held.len() == 0) {
+        if let Pieces::Many(pieces) = &mut self.0
+            && let [Some(Piece::Pipe(HeldPiece(front))), next] = first_two(pieces)
+            && front.len() == 0
+            && !matches!(next, Some(Piece::Pipe(_)))
+        {
             self.drop_piece();
         }
     }
@@ -209,6 +231,11 @@ impl Contents {
         }
         Ok(copied)
     }
+}
+
+fn first_two(pieces: &mut VecDeque<Piece>) -> [Option<&mut Piece>; 2] {
+    let mut pieces = pieces.iter_mut();
+    [pieces.next(), pieces.next()]
 }
 
 impl Pieces {

@@ -15,11 +15,7 @@ use crate::role::Role;
 use crate::statistics::{median_of, over_image_mib};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use std::{
-    env::current_exe,
-    fs,
-    path::Path,
-};
+use std::{env::current_exe, fs, path::Path};
 
 const SHARDS: usize = 4;
 
