@@ -17,7 +17,7 @@ use crate::os::poller::{Interest, Kind, Poller, Wait};
 use crate::pace::{Activity, Pace};
 use crate::receive::{Arriving, Reading};
 use crate::report;
-use crate::report::progress::Milestone;
+use crate::report::progress::{Milestone, Stats};
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Interrupts};
@@ -89,11 +89,32 @@ fn serve_arriving(
 ) -> Result<()> {
     let interrupts = &transfer.interrupts;
     let mut arriving = Arriving::new(shards, external_files, &transfer.counters, interrupts)?;
-    let most = plan.hold_at_most.unwrap_or(u64::MAX);
     let mut pace = Pace::new();
-    let mut wait = Wait::Now;
-    // The index, with the files of which something must be known before CRIU may connect, or which
-    // several clients read. All of the image, if it has no pages that CRIU must wait for.
+    prepare(plan, interrupts, external, &mut arriving, &mut pace)?;
+    remap_ports(arriving.catalog(), &plan.remaps)?;
+    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
+    let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
+    announce(plan, interrupts, "the image is on its way")?;
+    let stats = pass_on(plan, interrupts, &mut arriving, &mut server, &mut pace)?;
+    server.conclude()?;
+    drop(arriving);
+    if let Some(bar) = transfer.bar.take() {
+        bar.conclude(&stats);
+    }
+    Ok(())
+}
+
+/// Receives what must be here before CRIU may connect: the index, with the files of which something
+/// must be known by then, or which several clients read; all of the image, if it has no pages that
+/// CRIU must wait for; and what the commands of external files unpack.
+fn prepare(
+    plan: &Plan,
+    interrupts: &Interrupts,
+    external: ExternalFiles,
+    arriving: &mut Arriving,
+    pace: &mut Pace,
+) -> Result<()> {
+    let most = plan.hold_at_most.unwrap_or(u64::MAX);
     let is_prepared = |arriving: &mut Arriving| {
         let catalog = arriving.catalog();
         catalog.shared_are_whole()
@@ -101,15 +122,15 @@ fn serve_arriving(
             && arriving.keeps_back()
     };
     let may_connect = |arriving: &mut Arriving| -> Result<bool> {
-        // What the commands of external files unpack has to be in place, too.
         Ok(interrupts.file_commands_have_succeeded()
             && (is_prepared(arriving)
                 || interrupts.commands_have_succeeded() && arriving.is_whole()?))
     };
+    let mut wait = Wait::Now;
     let mut is_laid_out = false;
     let mut rests_since = None;
     let mut has_bent = false;
-    while !is_laid_out || !may_connect(&mut arriving)? {
+    while !is_laid_out || !may_connect(arriving)? {
         let holds_enough = arriving.kept() > most;
         // Who writes all shards may be unable to go on with the index before the others are read,
         // as a capture at the other end is.
@@ -117,7 +138,7 @@ fn serve_arriving(
             has_bent || rests_since.is_some_and(|since: Instant| since.elapsed() >= INDEX_PATIENCE);
         let reading = if holds_enough && !is_laid_out && !bends {
             Reading::UpTo(None)
-        } else if holds_enough && is_laid_out && is_prepared(&mut arriving) {
+        } else if holds_enough && is_laid_out && is_prepared(arriving) {
             arriving.wanted(std::iter::empty())
         } else {
             Reading::All
@@ -142,14 +163,24 @@ fn serve_arriving(
             wait = Wait::Now;
         }
     }
-    remap_ports(arriving.catalog(), &plan.remaps)?;
+    Ok(())
+}
 
-    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
-    let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
-    announce(plan, interrupts, "the image is on its way")?;
+/// Receives and serves, until CRIU and the readers of external files have all they want.
+///
+/// # Errors
+/// When CRIU leaves before the image has proved whole, too.
+fn pass_on(
+    plan: &mut Plan,
+    interrupts: &Interrupts,
+    arriving: &mut Arriving,
+    server: &mut Server,
+    pace: &mut Pace,
+) -> Result<Stats> {
+    let most = plan.hold_at_most.unwrap_or(u64::MAX);
     let both = Poller::new().context("preparing to wait for events")?;
-    both.add(&arriving, Watched::Shards, 0, Interest::Readable)
-        .and_then(|()| both.add(&server, Watched::Criu, 0, Interest::Readable))
+    both.add(&*arriving, Watched::Shards, 0, Interest::Readable)
+        .and_then(|()| both.add(&*server, Watched::Criu, 0, Interest::Readable))
         .context("preparing to wait for events")?;
     let mut events = Vec::new();
     let to_read = |arriving: &mut Arriving, server: &Server| {
@@ -159,32 +190,30 @@ fn serve_arriving(
             false => Reading::All,
         }
     };
-    let mut is_proven = false;
-    let mut stats = None;
+    let mut proven = None;
     loop {
-        let reading = to_read(&mut arriving, &server);
+        let reading = to_read(arriving, server);
         let received = arriving.step(Wait::Now, reading)?;
-        if !is_proven && arriving.is_whole()? {
+        if proven.is_none() && arriving.is_whole()? {
             interrupts.check()?;
             // A command may have written more before it ended.
             if interrupts.commands_have_succeeded() && arriving.is_whole()? {
                 interrupts.release_orphans()?;
                 arriving.release()?;
-                is_proven = true;
-                stats = Some(arriving.stats());
-                plan.progress.stats(&arriving.stats());
+                let stats = proven.insert(arriving.stats());
+                plan.progress.stats(stats);
             }
         }
         let served = server.step(arriving.catalog(), Wait::Now)?;
         if server.is_done() {
-            if !is_proven {
+            let Some(stats) = &proven else {
                 return Err(server.explain(anyhow!(
                     "serving: CRIU went away before all of the image had come, so the restore \
                      failed: see CRIU's log"
                 )));
-            }
+            };
             if !arriving.is_sending() {
-                break;
+                return Ok(stats.clone());
             }
         }
         let wait = match (received, served) {
@@ -192,19 +221,13 @@ fn serve_arriving(
             (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
         };
         // What CRIU has taken may have made room, or have it wait for what is left in a shard.
-        let wants_more = to_read(&mut arriving, &server) != reading;
+        let wants_more = to_read(arriving, server) != reading;
         if wait != Wait::Now && !wants_more {
-            let look_again = interrupts.look_again().filter(|_| !is_proven);
+            let look_again = interrupts.look_again().filter(|_| proven.is_none());
             both.wait(wait.or_until(look_again), &mut events)
                 .context("waiting for the shards and CRIU")?;
         }
     }
-    server.conclude()?;
-    drop(arriving);
-    if let (Some(stats), Some(bar)) = (stats, transfer.bar.take()) {
-        bar.conclude(&stats);
-    }
-    Ok(())
 }
 
 /// Checks what the image consists of, and prepares for those who will ask for it.

@@ -9,43 +9,39 @@
 //! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker
 //! that is behind the last one of every shard will not come.
 
+mod arriving;
 mod assembly;
 mod index;
 mod order;
 mod reader;
+mod turn;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::format::{Body, ImageName};
+use crate::format::ImageName;
 use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
-use crate::store::catalog::Catalog;
 use crate::store::external::{External, Outlets};
 use crate::store::held::Holder;
-use crate::store::{Ahead, Arena, Piece, Store, Target};
+use crate::store::{Ahead, Arena, Store};
 use crate::supervision::{Failure, Interrupts};
-use assembly::{Assembly, Image, Origin, Step};
-use index::Indexed;
+use assembly::{Assembly, Image};
 use order::Place;
-use reader::{Found, Holding, Reader, Stage};
+use reader::{Found, Reader, Stage};
+use turn::Turn;
 
-/// Bytes spliced from one shard before others have their turn.
-const TURN: u64 = 1 << 20;
+pub(crate) use arriving::Arriving;
 
 /// When extracting to disk: the time without progress after which data that arrived early is read
 /// into memory. It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
-
-/// The most that waits in memory for its turn on the way to disk, in bytes.
-const MOST_AHEAD: usize = 256 << 20;
 
 /// How long the end of the shards is waited for after the image's end, to find out whether
 /// something follows. It is there already when the shards come from other programs' output; a
@@ -73,25 +69,6 @@ enum Watched {
 
 impl Kind for Watched {
     const ALL: &'static [Self] = &[Self::Interrupt, Self::Shard, Self::External];
-}
-
-/// How far a shard got in one turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Turn {
-    /// It has nothing now.
-    Idle,
-    /// It is ahead of the others, and left alone.
-    Ahead,
-    /// It moved something.
-    Busy,
-}
-
-/// What follows a step of a turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Then {
-    /// It moved something, and there may be more.
-    GoOn,
-    Stop(Turn),
 }
 
 /// Reads shards, and gives their steps to an image.
@@ -348,135 +325,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.progress.elapsed() >= STALL
     }
 
-    /// Takes from one shard what it has, up to a limit.
-    fn turn(&mut self, index: usize, reading: Reading) -> Result<Turn> {
-        let mut turn = Turn::Idle;
-        let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
-        if allowance.way == Way::Hold
-            && let Some(holder) = &mut self.holder
-            && !self.shards[index].empty(holder)?
-        {
-            allowance.way = Way::Splice;
-        }
-        while !self.image.is_complete() {
-            let next = self.image.next().map(|place| place.seq);
-            if self.image.is_far_ahead(false)
-                && self.image.awaited_index() != Some(index)
-                && self.shards[index].last_seq() > next
-                && self.image.is_far_ahead(self.is_stalled())
-            {
-                return Ok(turn.max(Turn::Ahead));
-            }
-            if reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index) {
-                return Ok(turn);
-            }
-            let then = match self.shards[index].chunk() {
-                Some(place) => self.take_data(index, place, &mut allowance)?,
-                None => self.take_marker(index, &mut allowance)?,
-            };
-            match then {
-                Then::GoOn => turn = Turn::Busy,
-                Then::Stop(last) => return Ok(turn.max(last)),
-            }
-        }
-        Ok(turn)
-    }
-
-    fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Then> {
-        let shard = &mut self.shards[index];
-        let Some(marker) = shard.next_marker()? else {
-            let most = match allowance.way {
-                Way::Read => usize::MAX,
-                Way::Hold | Way::Splice => shard.ahead_for_marker(),
-            };
-            return allowance.read(shard, &mut self.arena, most);
-        };
-        if marker.is_index {
-            self.image.is_index(index)?;
-        }
-        match marker.body {
-            Body::Data(1..) => return Ok(Then::GoOn),
-            Body::FileEnd => self.files.add(1),
-            _ => {}
-        }
-        let step = Step::Marker(marker.body);
-        self.submit(index, Place::of(marker.seq), step)?;
-        Ok(Then::GoOn)
-    }
-
-    /// How data is best taken from a shard at present.
-    fn way(&self, index: usize) -> Way {
-        let (holder, shard) = (self.holder.as_ref(), &self.shards[index]);
-        // A pipe that was begun is filled, and may be the last one that there is room for.
-        let holds = shard.is_holding() || holder.is_some_and(Holder::has_room) && shard.may_hold();
-        match self.image.ahead() {
-            Ahead::Piece if holds => Way::Hold,
-            Ahead::Piece => Way::Read,
-            Ahead::Shard => Way::Splice,
-        }
-    }
-
-    /// Takes data of a chunk: what was read already, or else by splicing it to its file or to a
-    /// pipe that holds it, or else by reading more.
-    fn take_data(&mut self, index: usize, place: Place, allowance: &mut Allowance) -> Result<Then> {
-        let target = match self.image.target(place) {
-            Some(target) => target,
-            None if self.image.waiting_bytes() < MOST_AHEAD && self.is_stalled() => Target::Piece,
-            None => return Ok(Then::Stop(Turn::Ahead)),
-        };
-        let shard = &mut self.shards[index];
-        if !shard.is_read_out() {
-            let (extent, behind) = shard.take_data().expect("something was read");
-            self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
-            return Ok(Then::GoOn);
-        }
-        if allowance.way == Way::Hold && !shard.has_emptied() {
-            shard.expect_more()?;
-            return Ok(Then::Stop(Turn::Idle));
-        }
-        // What is held already comes first, whatever has become possible since.
-        let is_holding = shard.is_holding();
-        if let Target::File(file) = target
-            && !is_holding
-        {
-            let stage = match &mut self.stage {
-                Some(stage) => stage,
-                none => none.insert(Stage::new()?),
-            };
-            let before = shard.offset();
-            let spliced = shard.splice(stage, file, &self.image.current())?;
-            let Some(behind) = spliced else {
-                return Ok(Then::Stop(Turn::Idle));
-            };
-            let bytes = shard.offset() - before;
-            self.image.written(bytes, behind)?;
-            return Ok(Then::GoOn);
-        }
-        let way = if is_holding { Way::Hold } else { allowance.way };
-        let most = match (way, &mut self.holder) {
-            (Way::Hold | Way::Splice, Some(holder)) => match shard.hold(holder)? {
-                Holding::Piece(held, behind) => {
-                    self.submit(index, place, Step::Data(Piece::held(held), behind))?;
-                    return Ok(Then::GoOn);
-                }
-                Holding::Some => return Ok(Then::Stop(Turn::Busy)),
-                Holding::Nothing => return Ok(Then::Stop(Turn::Idle)),
-                Holding::Refused => shard.ahead_for_data(),
-            },
-            (Way::Hold | Way::Splice, None) => shard.left_of_chunk(),
-            (Way::Read, _) => usize::MAX,
-        };
-        allowance.read(shard, &mut self.arena, most)
-    }
-
-    fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
-        let origin = Origin {
-            shard: index,
-            offset: self.shards[index].offset(),
-        };
-        self.image.submit(place, origin, step)
-    }
-
     /// Fails if the index cannot come any more.
     fn check_index(&self) -> Result<()> {
         // The index says so in its first marker.
@@ -556,177 +404,5 @@ impl<'a, I: Image> Receiver<'a, I> {
         let now = Instant::now();
         let end = *self.end_by.get_or_insert(now + END_PATIENCE);
         Ok(all_ended || now >= end)
-    }
-}
-
-/// An image with an index that is served while it arrives.
-pub(crate) struct Arriving<'a> {
-    receiver: Receiver<'a, Indexed>,
-    /// Until when the end of the index is waited for.
-    index_end_by: Option<Instant>,
-}
-
-impl<'a> Arriving<'a> {
-    /// Receives from these shards, of which one is the index.
-    ///
-    /// # Errors
-    /// When there are no descriptors left.
-    pub(crate) fn new(
-        shards: Vec<(ReadEnd, String)>,
-        external_files: Vec<(ImageName, WriteEnd)>,
-        counters: &Counters,
-        interrupts: &'a Interrupts,
-    ) -> Result<Self> {
-        let outlets = Outlets::new(external_files)?;
-        let image = |labels| Indexed::new(outlets, labels);
-        Ok(Self {
-            receiver: Receiver::new(shards, image, counters, interrupts)?,
-            index_end_by: None,
-        })
-    }
-
-    /// Waits for events, and takes what the shards have.
-    ///
-    /// # Errors
-    /// When the image is damaged or incomplete, and when a signal came.
-    pub(crate) fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
-        let activity = self.receiver.step(wait, reading)?;
-        let end = self
-            .index_end_by
-            .filter(|_| !self.receiver.image.is_laid_out());
-        Ok(match activity {
-            Activity::Idle(wait) => Activity::Idle(wait.or_until(end).or_until(self.end_by())),
-            busy => busy,
-        })
-    }
-
-    fn end_by(&self) -> Option<Instant> {
-        self.receiver.end_by.filter(|&end| end > Instant::now())
-    }
-
-    /// The number of the index, once all of it was read and its shard has ended, or was given the
-    /// time to.
-    pub(crate) fn index(&mut self) -> Option<usize> {
-        let index = self.receiver.image.index()?;
-        if !self.receiver.image.is_read() {
-            return None;
-        }
-        let now = Instant::now();
-        let end = *self.index_end_by.get_or_insert(now + END_PATIENCE);
-        let has_ended = self.receiver.shards[index].has_ended();
-        (has_ended || now >= end).then_some(index)
-    }
-
-    /// Finds out from the index which files there are.
-    ///
-    /// # Errors
-    /// When the index makes no sense.
-    pub(crate) fn lay_out(&mut self) -> Result<()> {
-        self.receiver.image.lay_out()
-    }
-
-    pub(crate) fn catalog(&mut self) -> &mut Catalog {
-        self.receiver.image.catalog()
-    }
-
-    /// Whether all of the image has come, and nothing follows it.
-    ///
-    /// # Errors
-    /// When something does.
-    pub(crate) fn is_whole(&mut self) -> Result<bool> {
-        Ok(self.receiver.image.is_complete() && self.receiver.have_ended()?)
-    }
-
-    /// Gives CRIU the last of the pages.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn release(&mut self) -> Result<()> {
-        self.receiver.image.release()
-    }
-
-    /// Whether readers of external files still have to take something.
-    pub(crate) fn is_sending(&mut self) -> bool {
-        self.receiver.image.outlets().is_sending()
-    }
-
-    /// What is to be read for CRIU, which waits for these files, and for readers of external files.
-    pub(crate) fn wanted<'b>(&self, files: impl Iterator<Item = &'b ImageName>) -> Reading {
-        self.receiver.image.wanted(files)
-    }
-
-    /// Bytes of data that have come, less those that no one wants, and those that readers of
-    /// external files have taken.
-    pub(crate) fn kept(&mut self) -> u64 {
-        let data: u64 = self.receiver.shards.iter().map(Reader::data).sum();
-        let image = &mut self.receiver.image;
-        data.saturating_sub(image.outlets().sent() + image.unwanted())
-    }
-
-    /// Whether there is something that CRIU cannot do without, and does not get yet.
-    pub(crate) fn keeps_back(&self) -> bool {
-        self.receiver.image.keeps_back()
-    }
-
-    pub(crate) fn stats(&self) -> Stats {
-        self.receiver.stats()
-    }
-}
-
-impl AsFd for Arriving<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.receiver.poller.as_fd()
-    }
-}
-
-/// How data is taken from a shard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// Spliced, with as little read as possible, and all from a pipe of ours into which the shard's
-    /// is emptied.
-    Hold,
-    /// Spliced from the shard's pipe, with as little read as possible.
-    Splice,
-    /// Read, as much as there is.
-    Read,
-}
-
-/// How much more may be taken from a shard in its turn. By reading, what one read brings: a reader
-/// that reads on at once takes what the shard's writer has written meanwhile, block by block, and
-/// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By holding, for the
-/// same reason, what the shard's pipe was emptied of. By splicing to files, about as much as a pipe
-/// holds.
-struct Allowance {
-    way: Way,
-    has_read: bool,
-    /// Where in the stream the turn ends when splicing.
-    end: u64,
-}
-
-impl Allowance {
-    fn new(way: Way, shard: &Reader) -> Self {
-        Self {
-            way,
-            has_read: false,
-            end: shard.offset() + TURN,
-        }
-    }
-
-    /// Reads up to `most` bytes if the turn is not over.
-    fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Then> {
-        let is_over = match self.way {
-            Way::Read => self.has_read,
-            Way::Splice => shard.offset() >= self.end,
-            Way::Hold if !shard.has_emptied() => {
-                shard.expect_more()?;
-                true
-            }
-            Way::Hold => false,
-        };
-        if is_over || shard.read(arena, most)? == Found::Nothing {
-            return Ok(Then::Stop(Turn::Idle));
-        }
-        self.has_read = true;
-        Ok(Then::GoOn)
     }
 }
