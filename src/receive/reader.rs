@@ -2,7 +2,8 @@
 //!
 //! Data should not come to memory at all, so that only as much is read as the next marker takes,
 //! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
-//! are read together with their markers.
+//! are read together with their markers. For what is held, the shard's pipe is emptied into one of
+//! ours first ([`Reader::empty`]).
 //!
 //! Where nothing can be held, what a pipe has is read in one call, markers and data together,
 //! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
