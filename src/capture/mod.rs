@@ -155,6 +155,7 @@ struct CaptureLoop<'a> {
     file_commands: Vec<(ImageName, ShellCommand)>,
     progress: &'a mut Progress,
     files: Counter,
+    copied: Counter,
 }
 
 impl Capture<'_> {
@@ -197,6 +198,7 @@ impl Capture<'_> {
             file_commands: Vec::new(),
             progress: self.progress,
             files: self.counters.files,
+            copied: self.counters.copied,
         };
         capture.watch().context("preparing to wait for events")?;
         for (name, source) in self.external_files {
@@ -485,6 +487,7 @@ impl<'a> CaptureLoop<'a> {
             self.interrupts.let_caller_end();
         }
         self.progress.reached(Milestone::MemoryCopied);
+        self.copied.add(1);
         Ok(())
     }
 

@@ -116,6 +116,9 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
             let _ = write!(text, " {}%", percent(share, bytes));
         }
     }
+    if counters.copied.get() > 0 {
+        text.push_str(", all of the memory is copied");
+    }
     text
 }
 
@@ -192,6 +195,18 @@ mod tests {
              shard fd 10: 3.00 GB in 1.5 s, 2.00 GB/s, 75% of the image\n  \
              shard command 2: 1.00 GB in 2.0 s, 500.0 MB/s, 25% of the image\n"
         );
+    }
+
+    #[test]
+    fn a_line_tells_when_the_memory_is_copied() {
+        let counters = Counters::new(1);
+        counters.shards[0].add(5_000_000);
+        let mut before = (Instant::now(), 0);
+        let line = text(Direction::Out, &counters, &mut before);
+        assert!(!line.contains("copied"), "{line}");
+        counters.copied.add(1);
+        let line = text(Direction::Out, &counters, &mut before);
+        assert!(line.ends_with("all of the memory is copied"), "{line}");
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct Counters {
     pub files: Counter,
     /// Bytes of each shard, markers and data.
     pub shards: Vec<Counter>,
+    /// 1 once a capture with a buffer has copied all of the memory.
+    pub copied: Counter,
 }
 
 impl Counters {
@@ -35,6 +37,7 @@ impl Counters {
         Self {
             files: Counter::default(),
             shards: (0..shards).map(|_| Counter::default()).collect(),
+            copied: Counter::default(),
         }
     }
 }

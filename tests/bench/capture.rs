@@ -14,7 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use serde::Serialize;
 use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Stdio, id},
     thread,
     time::Duration,
 };
@@ -208,8 +208,10 @@ struct BusyLoops(Vec<Child>);
 impl BusyLoops {
     fn start(count: usize) -> Result<Self> {
         let start = |_| {
+            // It ends with the benchmark, however that ends.
             Ok(Command::new("sh")
-                .args(["-c", "while :; do :; done"])
+                .args(["-c", "while kill -0 $0; do :; done", &id().to_string()])
+                .stderr(Stdio::null())
                 .spawn()?)
         };
         (0..count).map(start).collect::<Result<_>>().map(Self)
