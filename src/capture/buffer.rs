@@ -132,19 +132,23 @@ impl Allowance {
         self.bytes = self.bytes.saturating_sub(bytes);
     }
 
-    /// Bytes that may be taken. Looks at what is left of the memory where that is due.
-    fn bytes(&mut self) -> usize {
+    /// Bytes that may be taken. Looks at what is left of the memory where that is due. `coming`
+    /// bytes were taken, and the kernel has not given them yet.
+    fn bytes(&mut self, coming: usize) -> usize {
         let is_due = self.looked.is_none_or(|at| at.elapsed() >= NEXT_LOOK);
         if self.bytes < SCARCE && is_due {
             self.looked = Some(Instant::now());
-            // Others take memory too: less and less may come before the next look.
-            let left =
-                memory::available().map_or(u64::MAX, |left| left.saturating_sub(LEAST_MEMORY));
-            self.bytes =
-                usize::try_from(left / 8).map_or(MOST_UNSEEN, |left| left.min(MOST_UNSEEN));
+            self.bytes = memory::available().map_or(MOST_UNSEEN, |left| allowed(left, coming));
         }
         if self.bytes < SCARCE { 0 } else { self.bytes }
     }
+}
+
+/// Bytes that may be taken before the next look, where this number is available of which `coming`
+/// are as good as taken. Others take memory too: less and less may come until then.
+fn allowed(available: u64, coming: usize) -> usize {
+    let left = available.saturating_sub(LEAST_MEMORY + coming as u64);
+    usize::try_from(left / 8).map_or(MOST_UNSEEN, |left| left.min(MOST_UNSEEN))
 }
 
 /// The memory for all files.
@@ -203,7 +207,10 @@ impl Buffer {
     fn room(&mut self) -> usize {
         let coming = self.ahead.as_ref().map_or(0, Ahead::coming);
         let taken = self.arena.live() + coming;
-        let allowed = self.allowance.bytes().max(LEAST.saturating_sub(taken));
+        let allowed = self
+            .allowance
+            .bytes(coming)
+            .max(LEAST.saturating_sub(taken));
         allowed.min(self.most.saturating_sub(taken))
     }
 
@@ -317,4 +324,22 @@ fn read(source: &Source, block: &mut Block, len: usize) -> Result<Moved> {
         block.filled(bytes);
     }
     Ok(moved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The thread that has the pages put may have had no processor since it was asked.
+    #[test]
+    fn what_was_asked_for_ahead_is_not_taken_for_available() {
+        let limit = 256 << 20;
+        let mut coming = 0;
+        for _ in 0..1000 {
+            coming += allowed(limit, coming);
+        }
+        assert!(coming as u64 <= limit - LEAST_MEMORY, "{coming}");
+        assert_eq!(allowed(limit, limit as usize), 0);
+        assert_eq!(allowed(u64::MAX, 0), MOST_UNSEEN);
+    }
 }

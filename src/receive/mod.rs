@@ -278,8 +278,7 @@ impl<'a, I: Image> Receiver<'a, I> {
                 continue;
             }
             let turn = self.turn(index, reading)?;
-            let rests = reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index);
-            self.busy[index] = turn != Turn::Idle || rests;
+            self.busy[index] = turn != Turn::Idle || self.rests(index, reading);
             if turn == Turn::Busy {
                 room += self.shards[index].capacity() as u64;
             }
@@ -289,6 +288,11 @@ impl<'a, I: Image> Receiver<'a, I> {
             self.progress = Instant::now();
         }
         Ok((overall, self.taken() - taken_before, room))
+    }
+
+    /// Whether a shard stands at data that is left in it.
+    fn rests(&self, index: usize, reading: Reading) -> bool {
+        reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index)
     }
 
     /// Fails before an image that is kept takes the last of the memory. Pages in pipes belong to no

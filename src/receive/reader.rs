@@ -190,9 +190,10 @@ impl Reader {
         self.taken
     }
 
-    /// Bytes of data taken so far.
+    /// Bytes of data taken so far, and of what the pipe was emptied of.
     pub(super) fn data(&self) -> u64 {
-        self.taken - self.markers
+        let emptied = self.emptied.as_ref().map_or(0, Held::len);
+        self.taken - self.markers + emptied as u64
     }
 
     /// An error at the current place of this shard.
@@ -356,7 +357,10 @@ impl Reader {
         let emptied = match &mut self.emptied {
             Some(emptied) => emptied,
             none => match holder.hold(self.capacity) {
-                Some(held) => none.insert(held),
+                Some(mut held) => {
+                    held.grow(self.capacity / pipe::slot())?;
+                    none.insert(held)
+                }
                 None => return Ok(false),
             },
         };

@@ -93,6 +93,7 @@ impl<I: Image> Receiver<'_, I> {
         let mut turn = Turn::Idle;
         let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
         if allowance.way == Way::Hold
+            && !self.rests(index, reading)
             && let Some(holder) = &mut self.holder
             && !self.shards[index].empty(holder)?
         {
@@ -107,7 +108,7 @@ impl<I: Image> Receiver<'_, I> {
             {
                 return Ok(turn.max(Turn::Ahead));
             }
-            if reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index) {
+            if self.rests(index, reading) {
                 return Ok(turn);
             }
             let then = match self.shards[index].chunk() {
