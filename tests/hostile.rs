@@ -290,6 +290,26 @@ fn cuts_behind_data_that_stays_in_its_pages() {
     }
 }
 
+/// A chunk behind the image's end, some of whose data is in a pipe that holds it already, or none.
+#[test]
+fn a_chunk_that_was_begun_behind_the_end_is_refused_although_more_may_come() {
+    for held in [0, 40_000] {
+        for launch in LAUNCHES {
+            let begun = Shard::new().data_marker(1_000, 100_000).raw(&vec![7; held]);
+            let (readers, writers) = shards::pipes(2, None);
+            let mut streamer = launch().shards(readers).start();
+            let mut writers: Vec<_> = writers.into_iter().map(File::from).collect();
+            writers[0].write_all(&begun.bytes).unwrap();
+            while child::queued(&writers[0]) > 0 && streamer.is_running() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let image = Shard::new().inventory_and_end(0);
+            writers[1].write_all(&image.bytes).unwrap();
+            streamer.expect_failure(&["something follows the end of the image"]);
+        }
+    }
+}
+
 /// What a stream can make the streamer keep, while more of it may come.
 #[track_caller]
 fn assert_little_memory(mib: u64, shard: &Shard, words: &[&str]) {

@@ -400,7 +400,8 @@ impl<'a, I: Image> Receiver<'a, I> {
     fn have_ended(&mut self) -> Result<bool> {
         let mut all_ended = true;
         for shard in &mut self.shards {
-            if !shard.is_read_out() || shard.read(&mut self.arena, 1)? == Found::Something {
+            let has_more = shard.chunk().is_some() || !shard.is_read_out();
+            if has_more || shard.read(&mut self.arena, 1)? == Found::Something {
                 bail!(shard.error("something follows the end of the image"));
             }
             all_ended &= shard.has_ended();
