@@ -290,6 +290,14 @@ fn cuts_behind_data_that_stays_in_its_pages() {
     }
 }
 
+/// Returns when the streamer has taken all, or has ended.
+fn write_until_taken(writer: &mut File, shard: &Shard, streamer: &Streamer) {
+    writer.write_all(&shard.bytes).unwrap();
+    while child::queued(&*writer) > 0 && streamer.is_running() {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// A chunk behind the image's end, some of whose data is in a pipe that holds it already, or none.
 #[test]
 fn a_chunk_that_was_begun_behind_the_end_is_refused_although_more_may_come() {
@@ -299,10 +307,7 @@ fn a_chunk_that_was_begun_behind_the_end_is_refused_although_more_may_come() {
             let (readers, writers) = shards::pipes(2, None);
             let mut streamer = launch().shards(readers).start();
             let mut writers: Vec<_> = writers.into_iter().map(File::from).collect();
-            writers[0].write_all(&begun.bytes).unwrap();
-            while child::queued(&writers[0]) > 0 && streamer.is_running() {
-                thread::sleep(Duration::from_millis(1));
-            }
+            write_until_taken(&mut writers[0], &begun, &streamer);
             let image = Shard::new().inventory_and_end(0);
             writers[1].write_all(&image.bytes).unwrap();
             streamer.expect_failure(&["something follows the end of the image"]);
@@ -317,10 +322,7 @@ fn assert_little_memory(mib: u64, shard: &Shard, words: &[&str]) {
         let (readers, mut writers) = shards::pipes(2, None);
         let mut streamer = launch().shards(readers).start();
         let mut writer = File::from(writers.remove(0));
-        writer.write_all(&shard.bytes).unwrap();
-        while child::queued(&writer) > 0 && streamer.is_running() {
-            thread::sleep(Duration::from_millis(1));
-        }
+        write_until_taken(&mut writer, shard, &streamer);
         let peak = streamer.memory_kib("VmHWM");
         assert!(peak < mib << 10, "{peak} KiB");
         drop((writer, writers));

@@ -28,12 +28,6 @@ use crate::os::memory;
 use crate::os::pipe::{self, LARGEST, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
-/// Memory that is left to others, in bytes.
-const LEAST_MEMORY: u64 = 32 << 20;
-
-/// Bytes taken at most until the next look at how much memory is left.
-const MOST_UNSEEN: usize = 256 << 20;
-
 /// Less than this number of bytes is as good as none: it is waited for until there is more.
 const SCARCE: usize = 256 << 10;
 
@@ -138,17 +132,17 @@ impl Allowance {
         let is_due = self.looked.is_none_or(|at| at.elapsed() >= NEXT_LOOK);
         if self.bytes < SCARCE && is_due {
             self.looked = Some(Instant::now());
-            self.bytes = memory::available().map_or(MOST_UNSEEN, |left| allowed(left, coming));
+            self.bytes = allowed(memory::available().unwrap_or(u64::MAX), coming);
         }
         if self.bytes < SCARCE { 0 } else { self.bytes }
     }
 }
 
 /// Bytes that may be taken before the next look, where this number is available of which `coming`
-/// are as good as taken. Others take memory too: less and less may come until then.
+/// are as good as taken.
 fn allowed(available: u64, coming: usize) -> usize {
-    let left = available.saturating_sub(LEAST_MEMORY + coming as u64);
-    usize::try_from(left / 8).map_or(MOST_UNSEEN, |left| left.min(MOST_UNSEEN))
+    let left = available.saturating_sub(memory::LEAST + coming as u64);
+    memory::until_next_look(left) as usize
 }
 
 /// The memory for all files.
@@ -338,8 +332,8 @@ mod tests {
         for _ in 0..1000 {
             coming += allowed(limit, coming);
         }
-        assert!(coming as u64 <= limit - LEAST_MEMORY, "{coming}");
+        assert!(coming as u64 <= limit - memory::LEAST, "{coming}");
         assert_eq!(allowed(limit, limit as usize), 0);
-        assert_eq!(allowed(u64::MAX, 0), MOST_UNSEEN);
+        assert_eq!(allowed(u64::MAX, 0), memory::MOST_UNSEEN as usize);
     }
 }

@@ -140,8 +140,6 @@ struct CaptureLoop<'a> {
     beside: Beside,
     /// `None`: the application's pages go to the shards.
     buffer: Option<Buffer>,
-    /// All is in the buffer or in the image, and that was told.
-    is_copied: bool,
     /// A CRIU that waits for the end may go on then.
     goes_on_when_copied: bool,
     sequence: Sequence,
@@ -155,6 +153,7 @@ struct CaptureLoop<'a> {
     file_commands: Vec<(ImageName, ShellCommand)>,
     progress: &'a mut Progress,
     files: Counter,
+    /// 1: all is in the buffer or in the image, and that was told.
     copied: Counter,
 }
 
@@ -189,7 +188,6 @@ impl Capture<'_> {
             dump: Dump::default(),
             beside: Beside::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),
-            is_copied: false,
             goes_on_when_copied: self.goes_on_when_copied,
             sequence: Sequence::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(1),
@@ -473,13 +471,13 @@ impl<'a> CaptureLoop<'a> {
         let has_all = self.buffer.is_some()
             && self.dump.open_files() == 0
             && self.interrupts.file_commands_have_succeeded();
-        if self.is_copied || !self.is_frozen || !has_all {
+        if self.copied.get() > 0 || !self.is_frozen || !has_all {
             return Ok(());
         }
         // An external file that could not be read looks like one that has ended.
         self.interrupts.check()?;
         self.beside.check()?;
-        self.is_copied = true;
+        self.copied.add(1);
         if let Some(buffer) = &mut self.buffer {
             buffer.expect_no_more();
         }
@@ -487,7 +485,6 @@ impl<'a> CaptureLoop<'a> {
             self.interrupts.let_caller_end();
         }
         self.progress.reached(Milestone::MemoryCopied);
-        self.copied.add(1);
         Ok(())
     }
 

@@ -156,6 +156,18 @@ pub(crate) fn populate(memory: &mut [u8]) {
     };
 }
 
+/// What is left of the machine's memory, or of our cgroup's, to others, in bytes.
+pub(crate) const LEAST: u64 = 32 << 20;
+
+/// Bytes taken at most until the next look at how much memory is left.
+pub(crate) const MOST_UNSEEN: u64 = 256 << 20;
+
+/// Bytes that may be taken until the next look, where this number is left. Others take memory too:
+/// it is less and less, and never much.
+pub(crate) fn until_next_look(left: u64) -> u64 {
+    (left / 8).min(MOST_UNSEEN)
+}
+
 /// The bytes of memory that this process can still get without taking them from others: what the
 /// machine has available, or less where a memory cgroup of ours has less left. `None` where that
 /// cannot be read.

@@ -52,12 +52,6 @@ const END_PATIENCE: Duration = Duration::from_millis(200);
 /// ended a call for another reason than a full pipe.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// What must be left of the machine's memory, or of our cgroup's, in bytes.
-const LEAST_MEMORY: u64 = 32 << 20;
-
-/// The most that is taken before memory is looked at again, in bytes.
-const MOST_UNSEEN: u64 = 256 << 20;
-
 /// What is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Watched {
@@ -306,7 +300,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             self.look_at_memory = u64::MAX;
             return Ok(());
         };
-        if available < LEAST_MEMORY {
+        if available < memory::LEAST {
             bail!(
                 "keeping the image in memory: {} MB of it are here, and only {} MB of memory are \
                  left on this machine or in this cgroup: it does not fit",
@@ -314,8 +308,7 @@ impl<'a, I: Image> Receiver<'a, I> {
                 available / 1_000_000
             );
         }
-        // Less and less may come before the next look, and never much: others take memory too.
-        self.look_at_memory = taken + (available / 8).min(MOST_UNSEEN);
+        self.look_at_memory = taken + memory::until_next_look(available);
         Ok(())
     }
 

@@ -68,16 +68,24 @@ impl Allowance {
         }
     }
 
+    /// Whether all is taken that the shard's pipe was emptied of.
+    ///
+    /// # Errors
+    /// When the stream was cut off.
+    fn is_used_up(&self, shard: &mut Reader) -> Result<bool> {
+        let is_used_up = self.way == Way::Hold && !shard.has_emptied();
+        if is_used_up {
+            shard.expect_more()?;
+        }
+        Ok(is_used_up)
+    }
+
     /// Reads up to `most` bytes if the turn is not over.
     fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Then> {
         let is_over = match self.way {
             Way::Read => self.has_read,
             Way::Splice => shard.offset() >= self.end,
-            Way::Hold if !shard.has_emptied() => {
-                shard.expect_more()?;
-                true
-            }
-            Way::Hold => false,
+            Way::Hold => self.is_used_up(shard)?,
         };
         if is_over || shard.read(arena, most)? == Found::Nothing {
             return Ok(Then::Stop(Turn::Idle));
@@ -171,8 +179,7 @@ impl<I: Image> Receiver<'_, I> {
             self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
             return Ok(Then::GoOn);
         }
-        if allowance.way == Way::Hold && !shard.has_emptied() {
-            shard.expect_more()?;
+        if allowance.is_used_up(shard)? {
             return Ok(Then::Stop(Turn::Idle));
         }
         // What is held already comes first, whatever has become possible since.

@@ -41,37 +41,38 @@ impl Cursor {
     }
 
     /// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number
-    /// of slots. Tells how many bytes were offered, what moved, and how many slots that took.
-    fn send(&mut self, to: &WriteEnd, slots: usize) -> (usize, io::Result<(Moved, usize)>) {
-        if let Cursor::Once(contents) = self {
-            match contents.front_pipe(slots) {
-                Ok(Some(held)) => {
-                    let offered = held.len();
-                    let moved = held.send(to, usize::MAX);
-                    contents.drop_emptied_pipe();
-                    let slots = |moved| match moved {
-                        Moved::Bytes(bytes) => bytes.div_ceil(slot()),
-                        Moved::WouldBlock | Moved::End => 0,
-                    };
-                    return (offered, moved.map(|moved| (moved, slots(moved))));
-                }
-                Ok(None) => {}
-                Err(error) => return (0, Err(error)),
-            }
+    /// of slots.
+    ///
+    /// # Errors
+    /// Those of `splice` and `vmsplice`.
+    fn send(&mut self, to: &WriteEnd, slots: usize) -> io::Result<Sent> {
+        if let Cursor::Once(contents) = self
+            && let Some(held) = contents.front_pipe(slots)?
+        {
+            let offered = held.len();
+            let moved = held.send(to, usize::MAX)?;
+            contents.drop_emptied_pipe();
+            let bytes = bytes_of(moved);
+            let slots = bytes.div_ceil(slot());
+            return Ok(Sent {
+                offered,
+                bytes,
+                slots,
+            });
         }
         let pieces = self.memory(slots);
         let offered = pieces.iter().map(|piece| piece.bytes().len()).sum();
-        let sent = pipe::vmsplice(to, &pieces).map(|moved| match moved {
-            Moved::Bytes(bytes) => (moved, slots_for(&pieces, bytes)),
-            Moved::WouldBlock | Moved::End => (moved, 0),
-        });
-        if let Ok((Moved::Bytes(bytes), _)) = sent {
-            match self {
-                Cursor::Once(contents) => contents.drop_front(bytes),
-                Cursor::Kept { sent, .. } => *sent += bytes,
-            }
+        let bytes = bytes_of(pipe::vmsplice(to, &pieces)?);
+        let slots = slots_for(&pieces, bytes);
+        match self {
+            Cursor::Once(contents) => contents.drop_front(bytes),
+            Cursor::Kept { sent, .. } => *sent += bytes,
         }
-        (offered, sent)
+        Ok(Sent {
+            offered,
+            bytes,
+            slots,
+        })
     }
 
     /// The memory at the front: as much as fits into a pipe of this number of slots.
@@ -95,6 +96,23 @@ impl Cursor {
             pieces.push(piece);
         }
         pieces
+    }
+}
+
+/// What came of one call.
+struct Sent {
+    /// Bytes that the pipe could have taken.
+    offered: usize,
+    /// Bytes that it took: none if it was full.
+    bytes: usize,
+    /// The slots that these take.
+    slots: usize,
+}
+
+fn bytes_of(moved: Moved) -> usize {
+    match moved {
+        Moved::Bytes(bytes) => bytes,
+        Moved::WouldBlock | Moved::End => 0,
     }
 }
 
@@ -226,18 +244,14 @@ impl Transfer {
             return Ok(self.leave());
         }
         while !self.cursor.is_empty() {
-            let (offered, sent) = self.cursor.send(&self.pipe, self.slots);
-            match sent {
-                Ok((Moved::Bytes(bytes), slots)) => {
-                    filled += slots;
-                    self.left -= bytes;
+            match self.cursor.send(&self.pipe, self.slots) {
+                Ok(sent) => {
+                    filled += sent.slots;
+                    self.left -= sent.bytes;
                     let is_all = self.cursor.is_empty();
-                    if bytes < offered || !is_all && pipe::is_full(&self.pipe)? {
+                    if sent.bytes < sent.offered || !is_all && pipe::is_full(&self.pipe)? {
                         return Ok(Progress::Partial { slots: filled });
                     }
-                }
-                Ok((Moved::WouldBlock | Moved::End, _)) => {
-                    return Ok(Progress::Partial { slots: filled });
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                     return Ok(self.leave());

@@ -386,6 +386,11 @@ fn restore_bounds(rows: &[restore::Figures]) -> Vec<Bound> {
     bounds
 }
 
+fn memory_bound(scenario: &str, over_image_mib: Option<f64>) -> Option<Bound> {
+    let what = format!("{scenario}: memory over the image, MiB");
+    over_image_mib.map(|mib| Bound::at_most(what, MEMORY_OVER_IMAGE_MIB, mib))
+}
+
 fn arriving_bounds(row: &arriving::Figures) -> Vec<Bound> {
     let of = |what: &str| format!("{}: {what}", row.scenario);
     let time = if row.scenario == arriving::AT_ONCE {
@@ -396,9 +401,7 @@ fn arriving_bounds(row: &arriving::Figures) -> Vec<Bound> {
         let what = of("s, times the longer of download and CRIU's restore");
         Bound::at_most(what, 1.15, times)
     };
-    let what = of("memory over the image, MiB");
-    let memory = row.with_index_over_image_mib;
-    let memory = memory.map(|mib| Bound::at_most(what, MEMORY_OVER_IMAGE_MIB, mib));
+    let memory = memory_bound(row.scenario, row.with_index_over_image_mib);
     [time].into_iter().chain(memory).collect()
 }
 
@@ -419,9 +422,7 @@ fn bounds_of_row(row: &restore::Figures) -> Vec<Bound> {
     }
     let times_naive = ours.receive_gb_per_s / naive.receive_gb_per_s;
     let cpu_times_naive = ours.cpu_s_per_gb / naive.cpu_s_per_gb;
-    let what = of("memory over the image, MiB");
-    let memory = ours.peak_over_image_mib;
-    let memory = memory.map(|mib| Bound::at_most(what, MEMORY_OVER_IMAGE_MIB, mib));
+    let memory = memory_bound(&row.scenario, ours.peak_over_image_mib);
     let mut bounds: Vec<_> = memory.into_iter().collect();
     if row.restricted {
         bounds.extend([
