@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::ahead::{Ahead, NoMemory};
 use super::chunk::{Chunk, Route};
+use super::prefault::{NoMemory, Prefault};
 use super::source::{LARGEST_COPIED, Look, Owner, Source};
 use crate::os::memory;
 use crate::os::pipe::{self, LARGEST, Moved, slot};
@@ -148,7 +148,7 @@ fn allowed(available: u64, coming: usize) -> usize {
 /// The memory for all files.
 pub(super) struct Buffer {
     arena: Arena,
-    ahead: Option<Ahead>,
+    ahead: Option<Prefault>,
     /// What is left of the last block that was populated ahead.
     block: Option<Block>,
     most: usize,
@@ -165,7 +165,7 @@ impl Buffer {
         let most = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
         let arena = Arena::new();
         let mut buffer = Self {
-            ahead: Ahead::start(&arena, most),
+            ahead: Prefault::start(&arena, most),
             arena,
             block: None,
             most,
@@ -192,14 +192,14 @@ impl Buffer {
     /// with `lz4` on both of two cores it would be frozen twice as long.
     pub(super) fn comes_first_until(&self) -> Option<Instant> {
         let end = self.copied_at? + QUIET;
-        let ready = self.ahead.as_ref().map_or(0, Ahead::ready);
+        let ready = self.ahead.as_ref().map_or(0, Prefault::ready);
         let has_plenty = self.arena.live().saturating_sub(ready) < self.most / 2;
         (has_plenty && Instant::now() < end).then_some(end)
     }
 
     /// Bytes of memory that may still be taken.
     fn room(&mut self) -> usize {
-        let coming = self.ahead.as_ref().map_or(0, Ahead::coming);
+        let coming = self.ahead.as_ref().map_or(0, Prefault::coming);
         let taken = self.arena.live() + coming;
         let allowed = self
             .allowance

@@ -1,7 +1,7 @@
 //! The dump: which files CRIU has open, and which of them may be looked at now.
 //!
 //! The image is complete when every file was read to its end, and what CRIU has delivered is a
-//! whole dump (see [`super::delivered`]).
+//! whole dump (see [`super::dump_check`]).
 //!
 //! **Who is looked at.** A source that has something to do is busy, and has a turn in each round.
 //! One that found no room waits. CRIU can have thousands of small files open, and behind a stalled
@@ -19,8 +19,8 @@ use std::fs::File;
 use anyhow::{Context, Result, ensure};
 
 use super::buffer::{Buffered, Copied};
-use super::delivered::Delivered;
-use super::sequence::{Activity, Sequence};
+use super::dump_check::DumpCheck;
+use super::image_writer::{Activity, ImageWriter};
 use super::source::{Owner, Source};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
@@ -78,7 +78,7 @@ pub(super) struct Dump {
     /// How many files may still bring something, and how many of these are CRIU's.
     open: usize,
     open_of_criu: usize,
-    delivered: Delivered,
+    dump_check: DumpCheck,
     /// All that CRIU had to deliver has come.
     is_whole: bool,
     null: Option<File>,
@@ -271,18 +271,18 @@ impl Dump {
         if source.is_replaced {
             return Ok(());
         }
-        self.delivered.record(source)
+        self.dump_check.record(source)
     }
 
     /// Whether CRIU has sent and closed all files of a whole dump.
     pub(super) fn is_whole_dump(&self) -> bool {
-        self.open_of_criu == 0 && self.delivered.is_whole_dump()
+        self.open_of_criu == 0 && self.dump_check.is_whole_dump()
     }
 
     /// Fails when the image can no longer become complete, now that CRIU sends no more.
     pub(super) fn check(&mut self) -> Result<()> {
         if self.open_of_criu == 0 && !self.is_whole {
-            self.delivered.check()?;
+            self.dump_check.check()?;
             self.is_whole = true;
         }
         Ok(())
@@ -298,12 +298,12 @@ impl Dump {
     pub(super) fn discard(
         &mut self,
         source: &mut Source,
-        sequence: &mut Sequence,
+        image_writer: &mut ImageWriter,
     ) -> Result<Activity> {
         if source.buffered.is_some() {
             source.buffered = Some(Buffered::default());
         }
-        if source.is_named && sequence.end_file(source)? == Activity::NoRoom {
+        if source.is_named && image_writer.end_file(source)? == Activity::NoRoom {
             return Ok(Activity::NoRoom);
         }
         if !source.is_open() {

@@ -6,7 +6,7 @@
 //! Nothing ever blocks on a shard.
 //!
 //! ```text
-//! source ──► chunk ──► sequence ──► balancer ──► (staging) ──► shard
+//! source ──► chunk ──► image_writer ──► balancer ──► (staging) ──► shard
 //! what may   bytes,    place and    which        measures      a queue, and
 //! be moved   slots,    markers      shard        what pages    the slots of
 //! now        route                               do not fill   its pipe
@@ -14,23 +14,23 @@
 //!   └► buffer ─┘  with `--buffer`: memory that CRIU's data is copied to first
 //! ```
 //!
-//! The end marker is written only for a complete image (see `delivered` and `beside`). In every
-//! other case this fails, and with the program's end CRIU's pipes break, so that CRIU lets the
-//! application go on.
+//! The end marker is written only for a complete image (see `dump_check` and `stray_files`). In
+//! every other case this fails, and with the program's end CRIU's pipes break, so that CRIU lets
+//! the application go on.
 
-mod ahead;
 mod balancer;
-mod beside;
 mod buffer;
 mod capacity;
 mod chunk;
-mod delivered;
-mod drain;
 mod dump;
-mod sequence;
+mod dump_check;
+mod finish;
+mod image_writer;
+mod prefault;
 mod shard;
 mod source;
 mod staging;
+mod stray_files;
 
 use std::io;
 use std::path::Path;
@@ -48,15 +48,15 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
-use crate::supervision::{CriuCommand, Failure, Interrupts, LOOK_AGAIN, ShellCommand};
-use beside::Beside;
+use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
 use buffer::Buffer;
-use delivered::LAZY_PAGES;
 use dump::Dump;
-pub(crate) use sequence::HasIndex;
-use sequence::{Activity, Sequence};
+use dump_check::LAZY_PAGES;
+pub(crate) use image_writer::HasIndex;
+use image_writer::{Activity, ImageWriter};
 use shard::{Flushed, Shard};
 use source::{Ready, Source};
+use stray_files::StrayFiles;
 
 /// System calls made for one client before others have their turn: CRIU can send small files as
 /// fast as we take them, and each holds a descriptor until it has been read.
@@ -81,7 +81,7 @@ const DESCRIPTORS_OF_A_COMMAND: usize = 2;
 const OPEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where an external file comes from.
-pub(crate) enum External {
+pub(crate) enum ExternalSource {
     Pipe(ReadEnd),
     /// To be started when the application is frozen.
     Command(ShellCommand),
@@ -99,7 +99,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) buffer: Option<u64>,
     /// A CRIU that waits for the end may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
-    pub(crate) external_files: Vec<(ImageName, External)>,
+    pub(crate) external_files: Vec<(ImageName, ExternalSource)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<&'a CriuCommand>,
@@ -132,17 +132,17 @@ impl Kind for Watched {
 
 struct CaptureLoop<'a> {
     poller: Poller<Watched>,
-    interrupts: &'a Interrupts,
+    supervisor: &'a Supervisor,
     /// `None` once no client is waited for any more.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
     dump: Dump,
-    beside: Beside,
+    stray_files: StrayFiles,
     /// `None`: the application's pages go to the shards.
     buffer: Option<Buffer>,
     /// A CRIU that waits for the end may go on then.
     goes_on_when_copied: bool,
-    sequence: Sequence,
+    image_writer: ImageWriter,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
     most_open: usize,
@@ -162,13 +162,13 @@ impl Capture<'_> {
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, interrupts: &Interrupts) -> Result<Stats, Failure> {
+    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<Stats, Failure> {
         let to_start = self
             .external_files
             .iter()
             .filter(|(_, source)| match source {
-                External::Pipe(_) => false,
-                External::Command(_) => true,
+                ExternalSource::Pipe(_) => false,
+                ExternalSource::Command(_) => true,
             });
         let taken = open_descriptors()
             .unwrap_or_else(|| self.shards.len() + self.external_files.len())
@@ -182,14 +182,14 @@ impl Capture<'_> {
         }
         let mut capture = CaptureLoop {
             poller: Poller::new().context("preparing to wait for events")?,
-            interrupts,
+            supervisor,
             listener: Some(self.listener),
             clients: Clients::exactly(self.criu_clients),
             dump: Dump::default(),
-            beside: Beside::look(self.images_dir),
+            stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),
             goes_on_when_copied: self.goes_on_when_copied,
-            sequence: Sequence::new(shards, self.has_index)?,
+            image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(1),
             idle_since: None,
             is_frozen: false,
@@ -202,24 +202,24 @@ impl Capture<'_> {
         for (name, source) in self.external_files {
             capture.dump.expect_external(name.clone());
             match source {
-                External::Pipe(pipe) => capture.open(dump::external_file(name, pipe)?)?,
-                External::Command(command) => capture.file_commands.push((name, command)),
+                ExternalSource::Pipe(pipe) => capture.open(dump::external_file(name, pipe)?)?,
+                ExternalSource::Command(command) => capture.file_commands.push((name, command)),
             }
         }
         capture.progress.reached(Milestone::SocketInit);
-        interrupts.start_criu(self.criu, Direction::Out)?;
+        supervisor.start_criu(self.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
         let captured = captured.map_err(|error| match capture.clients.have_left() {
-            true => interrupts.explain_by_criu(error),
+            true => supervisor.explain_by_criu(error),
             false => error,
         });
         let CaptureLoop {
             clients,
             dump,
-            sequence,
+            image_writer,
             ..
         } = capture;
-        captured.map_err(|error| Failure::new(error, (clients, dump, sequence)))
+        captured.map_err(|error| Failure::new(error, (clients, dump, image_writer)))
     }
 }
 
@@ -236,14 +236,14 @@ fn open_descriptors() -> Option<usize> {
 impl<'a> CaptureLoop<'a> {
     fn watch(&self) -> io::Result<()> {
         let poller = &self.poller;
-        poller.add(self.interrupts, Watched::Interrupt, 0, Interest::Readable)?;
+        poller.add(self.supervisor, Watched::Interrupt, 0, Interest::Readable)?;
         if let Some(listener) = &self.listener {
             poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
         }
-        if let Some(watch) = self.beside.watch() {
+        if let Some(watch) = self.stray_files.watch() {
             poller.add(watch, Watched::ImagesDir, 0, Interest::Readable)?;
         }
-        for (index, shard) in self.sequence.shards().iter().enumerate() {
+        for (index, shard) in self.image_writer.shards().iter().enumerate() {
             poller.add(shard, Watched::Shard, index as u64, Interest::Gone)?;
         }
         Ok(())
@@ -259,14 +259,14 @@ impl<'a> CaptureLoop<'a> {
         let mut pace = Pace::new();
         let mut wait = Wait::Forever;
         loop {
-            let missed = self.clients.missed_by(self.interrupts.ended_criu());
+            let missed = self.clients.missed_by(self.supervisor.ended_criu());
             self.poller
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
             if let Some(command) = missed
                 && events.is_empty()
             {
-                return Err(self.beside.why_missed(command));
+                return Err(self.stray_files.why_missed(command));
             }
             let received = self.handle(&events)?;
             self.clients.check_grace()?;
@@ -287,7 +287,7 @@ impl<'a> CaptureLoop<'a> {
                 }
                 _ => None,
             };
-            if self.interrupts.criu_has_succeeded()
+            if self.supervisor.criu_has_succeeded()
                 && self.clients.is_alone()
                 && self.dump.is_whole_dump()
             {
@@ -300,14 +300,14 @@ impl<'a> CaptureLoop<'a> {
                 self.check_file_commands()?;
                 self.tell_when_copied()?;
                 if self.dump.is_complete()
-                    && self.interrupts.criu_has_succeeded()
-                    && self.interrupts.file_commands_have_succeeded()
+                    && self.supervisor.criu_has_succeeded()
+                    && self.supervisor.file_commands_have_succeeded()
                 {
-                    return self.beside.check();
+                    return self.stray_files.check();
                 }
             }
             let mut activity = received.max(copied).max(moved);
-            if activity < Activity::Busy && self.sequence.flush()? == Flushed::Partly {
+            if activity < Activity::Busy && self.image_writer.flush()? == Flushed::Partly {
                 activity = Activity::NoRoom;
             }
             wait = Wait::Now;
@@ -315,10 +315,10 @@ impl<'a> CaptureLoop<'a> {
                 Activity::Idle
                     if self
                         .clients
-                        .missed_by(self.interrupts.ended_criu())
+                        .missed_by(self.supervisor.ended_criu())
                         .is_some() => {}
                 Activity::Idle if self.waits_for_commands() => {
-                    self.interrupts.check()?;
+                    self.supervisor.check()?;
                     let again = Wait::Until(Instant::now() + LOOK_AGAIN);
                     wait = again.or_until(shards_wait_until);
                 }
@@ -342,7 +342,7 @@ impl<'a> CaptureLoop<'a> {
 
     /// Whether only commands of external files have not ended yet.
     fn waits_for_commands(&self) -> bool {
-        self.clients.all_gone() && !self.interrupts.file_commands_have_succeeded()
+        self.clients.all_gone() && !self.supervisor.file_commands_have_succeeded()
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
@@ -350,7 +350,7 @@ impl<'a> CaptureLoop<'a> {
         let mut activity = Activity::Idle;
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Interrupt => self.supervisor.check()?,
                 Watched::Listener => {
                     if let Some(listener) = &self.listener {
                         self.clients
@@ -366,10 +366,10 @@ impl<'a> CaptureLoop<'a> {
                 }
                 Watched::Shard => {
                     if event.hung_up {
-                        return Err(self.sequence.shards()[event.id as usize].reader_gone());
+                        return Err(self.image_writer.shards()[event.id as usize].reader_gone());
                     }
                 }
-                Watched::ImagesDir => self.beside.check_written()?,
+                Watched::ImagesDir => self.stray_files.check_written()?,
             }
         }
         Ok(activity)
@@ -410,7 +410,7 @@ impl<'a> CaptureLoop<'a> {
                 self.progress.reached(Milestone::CheckpointStart);
                 self.start_file_commands()?;
             }
-            self.beside.unwatch();
+            self.stray_files.unwatch();
             self.open(source)?;
             activity = Activity::Busy;
         }
@@ -420,7 +420,7 @@ impl<'a> CaptureLoop<'a> {
 
     fn start_file_commands(&mut self) -> Result<()> {
         for (name, command) in std::mem::take(&mut self.file_commands) {
-            let pipe = self.interrupts.start_file_writer(&command)?;
+            let pipe = self.supervisor.start_file_writer(&command)?;
             self.open(dump::external_file(name, pipe)?)?;
         }
         Ok(())
@@ -470,19 +470,19 @@ impl<'a> CaptureLoop<'a> {
     fn tell_when_copied(&mut self) -> Result<()> {
         let has_all = self.buffer.is_some()
             && self.dump.open_files() == 0
-            && self.interrupts.file_commands_have_succeeded();
+            && self.supervisor.file_commands_have_succeeded();
         if self.copied.get() > 0 || !self.is_frozen || !has_all {
             return Ok(());
         }
         // An external file that could not be read looks like one that has ended.
-        self.interrupts.check()?;
-        self.beside.check()?;
+        self.supervisor.check()?;
+        self.stray_files.check()?;
         self.copied.add(1);
         if let Some(buffer) = &mut self.buffer {
             buffer.expect_no_more();
         }
         if self.goes_on_when_copied {
-            self.interrupts.let_caller_end();
+            self.supervisor.let_caller_end();
         }
         self.progress.reached(Milestone::MemoryCopied);
         Ok(())
@@ -526,7 +526,7 @@ impl<'a> CaptureLoop<'a> {
     /// Moves what a source has, as far as the shards have room.
     fn advance(&mut self, source: &mut Source) -> Result<Activity> {
         if source.is_replaced {
-            return self.dump.discard(source, &mut self.sequence);
+            return self.dump.discard(source, &mut self.image_writer);
         }
         if self.dump.must_wait(source) {
             return Ok(Activity::NoRoom);
@@ -534,14 +534,14 @@ impl<'a> CaptureLoop<'a> {
         let mut chunks = 0;
         loop {
             match source
-                .inspect(self.sequence.staging())
+                .inspect(self.image_writer.staging())
                 .with_context(|| format!("capturing {}", source.name))?
             {
                 Ready::Empty => return Ok(Activity::Idle),
                 Ready::Filling => return Ok(Activity::Busy),
-                Ready::Ended => return self.sequence.end_file(source),
+                Ready::Ended => return self.image_writer.end_file(source),
                 Ready::Chunk(chunk) => {
-                    let activity = self.sequence.give(source, chunk)?;
+                    let activity = self.image_writer.give(source, chunk)?;
                     chunks += 1;
                     if activity != Activity::Busy
                         || (chunks >= CHUNKS_PER_TURN && !source.has_ended)

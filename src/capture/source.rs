@@ -11,7 +11,7 @@
 //! chunks.
 //!
 //! CRIU's files of messages are always copied: what they say decides whether the dump is whole (see
-//! [`super::delivered`]). Even those of a large application hold a few megabytes.
+//! [`super::dump_check`]). Even those of a large application hold a few megabytes.
 
 use std::io;
 

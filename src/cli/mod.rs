@@ -15,7 +15,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use structopt::StructOpt;
 use structopt::clap::{AppSettings, ErrorKind};
 
-use crate::criu::caller;
+use crate::criu::hook_caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::memory;
@@ -363,7 +363,7 @@ fn typed(option: &str) -> usize {
 /// Parses what was typed.
 pub(crate) fn parse() -> ParseResult {
     // CRIU gives its action scripts no arguments.
-    if std::env::args_os().len() == 1 && caller::action().is_some() {
+    if std::env::args_os().len() == 1 && hook_caller::action().is_some() {
         return ParseResult::Hook;
     }
     match Args::from_iter_safe(std::env::args_os()) {

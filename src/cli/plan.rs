@@ -13,7 +13,7 @@ use anyhow::{Result, bail, ensure};
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, BufferSize, Command, ExternalFile, List};
 use crate::criu::Way;
-use crate::criu::caller::Caller;
+use crate::criu::hook_caller::Caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;

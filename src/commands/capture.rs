@@ -2,14 +2,14 @@
 
 use anyhow::Result;
 
-use super::Transfer;
-use crate::capture::{Capture, External, HasIndex};
+use super::Session;
+use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::{Listener, Role};
 use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
-    let interrupts = &mut transfer.interrupts;
+pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
+    let supervisor = &mut session.supervisor;
     let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
     let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.way())?;
     let external_files = plan
@@ -17,18 +17,20 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure>
         .into_iter()
         .map(|(name, end)| {
             let source = match end {
-                FileEnd::Descriptor(fd) => External::Pipe(interrupts.source(fd, name.as_str())?),
-                FileEnd::Command(command) => External::Command(command),
+                FileEnd::Descriptor(fd) => {
+                    ExternalSource::Pipe(supervisor.source(fd, name.as_str())?)
+                }
+                FileEnd::Command(command) => ExternalSource::Command(command),
             };
             Ok((name, source))
         })
         .collect::<Result<_>>()?;
     let shards = match plan.shards {
         Shards::Descriptors(fds) => {
-            let pipe = |(fd, label): (_, String)| Ok((interrupts.sink(fd, &label)?, label));
+            let pipe = |(fd, label): (_, String)| Ok((supervisor.sink(fd, &label)?, label));
             fds.into_iter().map(pipe).collect::<Result<_>>()?
         }
-        Shards::Commands(commands) => interrupts.start_readers(commands)?,
+        Shards::Commands(commands) => supervisor.start_readers(commands)?,
     };
     let captured = Capture {
         images_dir: &plan.images_dir,
@@ -45,10 +47,10 @@ pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure>
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),
         criu_clients: plan.criu_clients,
-        counters: transfer.counters.clone(),
+        counters: session.counters.clone(),
     }
-    .run(interrupts);
-    let stats = interrupts.conclude(captured)?;
-    transfer.report(&mut plan.progress, &stats);
+    .run(supervisor);
+    let stats = supervisor.conclude(captured)?;
+    session.report(&mut plan.progress, &stats);
     Ok(())
 }

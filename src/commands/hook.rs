@@ -43,7 +43,7 @@ use nix::sys::stat::Mode;
 
 use crate::cli::{Args, Plan};
 use crate::criu::Role;
-use crate::criu::caller::{self, Caller};
+use crate::criu::hook_caller::{self, Caller};
 use crate::os::process::{self, Background};
 use crate::report::outcome::{self, Outcome};
 use crate::report::progress::{Milestone, Progress};
@@ -61,7 +61,7 @@ const OUTCOME: &str = ".outcome";
 /// Does what is to do at CRIU's present action.
 pub(crate) fn run() -> Result<(), Failure> {
     process::close_inherited();
-    let action = caller::action().context(
+    let action = hook_caller::action().context(
         "hook: CRIU starts it: criu dump --stream --action-script criu-image-streamer …",
     )?;
     match action.to_str() {

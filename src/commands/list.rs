@@ -8,27 +8,26 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
 
-use super::{ExternalFiles, Transfer, check_whole};
+use super::{ExternalFiles, Session, check_whole};
 use crate::cli::Plan;
 use crate::report;
 use crate::store::listing::Listing;
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{Failure, Supervisor};
 
-pub(super) fn run(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
-    let (files, stats) = transfer.receive(plan.shards, plan.external_files, Listing::new()?)?;
+    let (files, stats) = session.receive(plan.shards, plan.external_files, Listing::new()?)?;
     check_whole(files.names(), external)?;
-    transfer.report(&mut plan.progress, &stats);
+    session.report(&mut plan.progress, &stats);
     if let Some(output) = plan.listing {
-        print(output, &files.lines(), &transfer.interrupts)
-            .context("writing to standard output")?;
+        print(output, &files.lines(), &session.supervisor).context("writing to standard output")?;
     }
     Ok(())
 }
 
 /// Writes for as long as the reader takes, as a pager waits for its user.
-fn print(output: impl AsFd, lines: &str, interrupts: &Interrupts) -> Result<()> {
-    let printed = report::write_patiently(output, lines, || interrupts.check());
+fn print(output: impl AsFd, lines: &str, supervisor: &Supervisor) -> Result<()> {
+    let printed = report::write_patiently(output, lines, || supervisor.check());
     match printed {
         // A reader such as `head` has seen enough, and the image is whole.
         Err(error) if is_broken_pipe(&error) => Ok(()),

@@ -26,7 +26,7 @@ use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
 use crate::store::disk::Origin;
-use crate::supervision::{Failure, Interrupted, Interrupts, criu_failure_behind, signal_behind};
+use crate::supervision::{Failure, Interrupted, Supervisor, criu_failure_behind, signal_behind};
 
 pub(crate) use hook::run as run_hook;
 
@@ -36,49 +36,49 @@ type ShardPipes = Vec<(ReadEnd, String)>;
 /// The external files of a restore.
 type FilePipes = Vec<(ImageName, WriteEnd)>;
 
-/// What all transfers have.
-struct Transfer {
-    interrupts: Interrupts,
+/// What all subcommands share.
+struct Session {
+    supervisor: Supervisor,
     counters: Counters,
     bar: Option<ProgressBar>,
 }
 
 /// Carries out a plan.
 pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
-    let mut interrupts = Interrupts::catch().context("preparing for signals")?;
+    let mut supervisor = Supervisor::catch().context("preparing for signals")?;
     if let Some(caller) = &plan.caller {
         let process = caller.as_fd().try_clone_to_owned();
         process
-            .and_then(|process| interrupts.watch(process))
+            .and_then(|process| supervisor.watch(process))
             .context("preparing to watch CRIU")?;
     }
     raise_descriptor_limit();
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
-    let transfer = Transfer {
-        interrupts,
+    let session = Session {
+        supervisor,
         bar: plan.progress_bar.then(start_bar),
         counters,
     };
     match plan.action {
         Action::Capture => {
             create_images_dir(&plan.images_dir)?;
-            capture::run(plan, transfer)
+            capture::run(plan, session)
         }
         Action::Extract => {
             let origin = create_images_dir(&plan.images_dir)?;
-            extract::run(plan, transfer, origin)
+            extract::run(plan, session, origin)
         }
         Action::Serve => {
             create_images_dir(&plan.images_dir)?;
-            serve::run(plan, transfer)
+            serve::run(plan, session)
         }
-        Action::List => list::run(plan, transfer),
+        Action::List => list::run(plan, session),
     }
 }
 
-impl Transfer {
+impl Session {
     /// Receives an image. When this returns, all that it depends on has ended well.
     fn receive<S: Store + 'static>(
         &mut self,
@@ -92,9 +92,9 @@ impl Transfer {
             external_files,
             store,
             &self.counters,
-            &self.interrupts,
+            &self.supervisor,
         );
-        self.interrupts.conclude(received)
+        self.supervisor.conclude(received)
     }
 
     /// Our ends of the pipes of a restore.
@@ -107,8 +107,8 @@ impl Transfer {
             .into_iter()
             .map(|(name, end)| {
                 let pipe = match end {
-                    FileEnd::Descriptor(fd) => self.interrupts.sink(fd, name.as_str())?,
-                    FileEnd::Command(command) => self.interrupts.start_file_reader(&command)?,
+                    FileEnd::Descriptor(fd) => self.supervisor.sink(fd, name.as_str())?,
+                    FileEnd::Command(command) => self.supervisor.start_file_reader(&command)?,
                 };
                 Ok((name, pipe))
             })
@@ -116,9 +116,9 @@ impl Transfer {
         let shards = match shards {
             Shards::Descriptors(fds) => fds
                 .into_iter()
-                .map(|(fd, label)| Ok((self.interrupts.source(fd, &label)?, label)))
+                .map(|(fd, label)| Ok((self.supervisor.source(fd, &label)?, label)))
                 .collect::<Result<_>>()?,
-            Shards::Commands(commands) => self.interrupts.start_writers(commands)?,
+            Shards::Commands(commands) => self.supervisor.start_writers(commands)?,
         };
         Ok((shards, external_files))
     }

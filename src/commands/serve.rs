@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{ExternalFiles, Transfer, check_whole};
+use super::{ExternalFiles, Session, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
@@ -20,50 +20,50 @@ use crate::report;
 use crate::report::progress::{Milestone, Stats};
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{Failure, Supervisor};
 
-pub(super) fn run(plan: Plan, transfer: Transfer) -> Result<(), Failure> {
+pub(super) fn run(plan: Plan, session: Session) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve, plan.way())?;
     if plan.has_index {
-        return while_it_arrives(plan, transfer);
+        return while_it_arrives(plan, session);
     }
-    when_it_is_here(plan, transfer)
+    when_it_is_here(plan, session)
 }
 
-fn when_it_is_here(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+fn when_it_is_here(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
-    let (mut files, stats) = transfer.receive(
+    let (mut files, stats) = session.receive(
         std::mem::take(&mut plan.shards),
         std::mem::take(&mut plan.external_files),
         Catalog::new(),
     )?;
     check_files(&mut files, external, plan.criu_clients)?;
     remap_ports(&mut files, &plan.remaps)?;
-    transfer.report(&mut plan.progress, &stats);
+    session.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
-    announce(&mut plan, &transfer.interrupts, "the image is in memory")?;
-    let served = serve::serve(listener, files, plan.criu_clients, &transfer.interrupts);
-    transfer.interrupts.conclude(served)
+    announce(&mut plan, &session.supervisor, "the image is in memory")?;
+    let served = serve::serve(listener, files, plan.criu_clients, &session.supervisor);
+    session.supervisor.conclude(served)
 }
 
 /// Has CRIU come.
-fn announce(plan: &mut Plan, interrupts: &Interrupts, what_is_here: &str) -> Result<()> {
+fn announce(plan: &mut Plan, supervisor: &Supervisor, what_is_here: &str) -> Result<()> {
     plan.progress.reached(Milestone::SocketInit);
     if plan.progress_bar && plan.criu.is_none() {
         report::warn(format_args!("{what_is_here}: run `criu restore --stream`"));
     }
-    interrupts.start_criu(plan.criu.as_ref(), Direction::In)
+    supervisor.start_criu(plan.criu.as_ref(), Direction::In)
 }
 
-fn while_it_arrives(mut plan: Plan, mut transfer: Transfer) -> Result<(), Failure> {
+fn while_it_arrives(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
-    let (shards, external_files) = transfer.open(
+    let (shards, external_files) = session.open(
         std::mem::take(&mut plan.shards),
         std::mem::take(&mut plan.external_files),
     )?;
     // When anything fails, this closes CRIU's connection and pipes at once.
-    let served = serve_arriving(&mut plan, &mut transfer, external, shards, external_files);
-    transfer.interrupts.conclude(served.map_err(Failure::from))
+    let served = serve_arriving(&mut plan, &mut session, external, shards, external_files);
+    session.supervisor.conclude(served.map_err(Failure::from))
 }
 
 /// How long all shards may rest for `--hold-at-most` while the index does not go on.
@@ -82,23 +82,23 @@ impl Kind for Watched {
 
 fn serve_arriving(
     plan: &mut Plan,
-    transfer: &mut Transfer,
+    session: &mut Session,
     external: ExternalFiles,
     shards: super::ShardPipes,
     external_files: super::FilePipes,
 ) -> Result<()> {
-    let interrupts = &transfer.interrupts;
-    let mut arriving = Arriving::new(shards, external_files, &transfer.counters, interrupts)?;
+    let supervisor = &session.supervisor;
+    let mut arriving = Arriving::new(shards, external_files, &session.counters, supervisor)?;
     let mut pace = Pace::new();
-    prepare(plan, interrupts, external, &mut arriving, &mut pace)?;
+    prepare(plan, supervisor, external, &mut arriving, &mut pace)?;
     remap_ports(arriving.catalog(), &plan.remaps)?;
     let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
-    let mut server = Server::new(listener, plan.criu_clients, interrupts)?;
-    announce(plan, interrupts, "the image is on its way")?;
-    let stats = pass_on(plan, interrupts, &mut arriving, &mut server, &mut pace)?;
+    let mut server = Server::new(listener, plan.criu_clients, supervisor)?;
+    announce(plan, supervisor, "the image is on its way")?;
+    let stats = pass_on(plan, supervisor, &mut arriving, &mut server, &mut pace)?;
     server.conclude()?;
     drop(arriving);
-    if let Some(bar) = transfer.bar.take() {
+    if let Some(bar) = session.bar.take() {
         bar.conclude(&stats);
     }
     Ok(())
@@ -109,7 +109,7 @@ fn serve_arriving(
 /// CRIU must wait for; and what the commands of external files unpack.
 fn prepare(
     plan: &Plan,
-    interrupts: &Interrupts,
+    supervisor: &Supervisor,
     external: ExternalFiles,
     arriving: &mut Arriving,
     pace: &mut Pace,
@@ -122,9 +122,9 @@ fn prepare(
             && arriving.keeps_back()
     };
     let may_connect = |arriving: &mut Arriving| -> Result<bool> {
-        Ok(interrupts.file_commands_have_succeeded()
+        Ok(supervisor.file_commands_have_succeeded()
             && (is_prepared(arriving)
-                || interrupts.commands_have_succeeded() && arriving.is_whole()?))
+                || supervisor.commands_have_succeeded() && arriving.is_whole()?))
     };
     let mut wait = Wait::Now;
     let mut is_laid_out = false;
@@ -143,7 +143,7 @@ fn prepare(
         } else {
             Reading::All
         };
-        let until = wait.or_until(interrupts.look_again());
+        let until = wait.or_until(supervisor.look_again());
         // In the past from then on: what the shards have already brings no event.
         let until = until.or_until(rests_since.map(|since| since + INDEX_PATIENCE));
         let activity = arriving.step(until, reading)?;
@@ -152,10 +152,10 @@ fn prepare(
         // Once the limit has bent, it stays so until the index is here.
         has_bent |= bends;
         wait = pace.after(activity);
-        interrupts.check()?;
+        supervisor.check()?;
         if !is_laid_out
             && let Some(index) = arriving.index()
-            && interrupts.command_has_succeeded(index)
+            && supervisor.command_has_succeeded(index)
         {
             arriving.lay_out()?;
             check_files(arriving.catalog(), external, plan.criu_clients)?;
@@ -172,7 +172,7 @@ fn prepare(
 /// When CRIU leaves before the image has proved whole, too.
 fn pass_on(
     plan: &mut Plan,
-    interrupts: &Interrupts,
+    supervisor: &Supervisor,
     arriving: &mut Arriving,
     server: &mut Server,
     pace: &mut Pace,
@@ -195,10 +195,10 @@ fn pass_on(
         let reading = to_read(arriving, server);
         let received = arriving.step(Wait::Now, reading)?;
         if proven.is_none() && arriving.is_whole()? {
-            interrupts.check()?;
+            supervisor.check()?;
             // A command may have written more before it ended.
-            if interrupts.commands_have_succeeded() && arriving.is_whole()? {
-                interrupts.release_orphans()?;
+            if supervisor.commands_have_succeeded() && arriving.is_whole()? {
+                supervisor.release_orphans()?;
                 arriving.release()?;
                 let stats = proven.insert(arriving.stats());
                 plan.progress.stats(stats);
@@ -223,7 +223,7 @@ fn pass_on(
         // What CRIU has taken may have made room, or have it wait for what is left in a shard.
         let wants_more = to_read(arriving, server) != reading;
         if wait != Wait::Now && !wants_more {
-            let look_again = interrupts.look_again().filter(|_| proven.is_none());
+            let look_again = supervisor.look_again().filter(|_| proven.is_none());
             both.wait(wait.or_until(look_again), &mut events)
                 .context("waiting for the shards and CRIU")?;
         }

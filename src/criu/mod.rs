@@ -18,11 +18,11 @@
 //! started this program. What the files are, by name
 //! and contents, [`files`] and [`contents`] know.
 
-pub(crate) mod caller;
 mod clients;
 mod connection;
 pub(crate) mod contents;
 pub(crate) mod files;
+pub(crate) mod hook_caller;
 mod listener;
 
 pub(crate) use clients::Clients;

@@ -16,8 +16,8 @@ use crate::pace::Activity;
 use crate::report::meter::Counters;
 use crate::report::progress::Stats;
 use crate::store::catalog::Catalog;
-use crate::store::external::Outlets;
-use crate::supervision::Interrupts;
+use crate::store::external::ExternalOutputs;
+use crate::supervision::Supervisor;
 
 /// An image with an index that is served while it arrives.
 pub(crate) struct Arriving<'a> {
@@ -35,12 +35,12 @@ impl<'a> Arriving<'a> {
         shards: Vec<(ReadEnd, String)>,
         external_files: Vec<(ImageName, WriteEnd)>,
         counters: &Counters,
-        interrupts: &'a Interrupts,
+        supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let outlets = Outlets::new(external_files)?;
+        let outlets = ExternalOutputs::new(external_files)?;
         let image = |labels| Indexed::new(outlets, labels);
         Ok(Self {
-            receiver: Receiver::new(shards, image, counters, interrupts)?,
+            receiver: Receiver::new(shards, image, counters, supervisor)?,
             index_end_by: None,
         })
     }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::order::{Behind, Order, Place};
 use crate::format::{Body, ImageName};
-use crate::store::external::{External, File, Outlets};
+use crate::store::external::{External, ExternalOutputs, File};
 use crate::store::{Ahead, Piece, Store, Target};
 
 /// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A
@@ -48,7 +48,7 @@ pub(super) trait Image {
     fn is_complete(&self) -> bool;
 
     /// The external files.
-    fn outlets(&mut self) -> &mut Outlets;
+    fn outlets(&mut self) -> &mut ExternalOutputs;
 
     /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says
     /// that the image has made no progress for a while, and may depend on it.
@@ -140,7 +140,7 @@ impl<S: Store> Image for Assembly<S> {
         self.complete
     }
 
-    fn outlets(&mut self) -> &mut Outlets {
+    fn outlets(&mut self) -> &mut ExternalOutputs {
         self.store.outlets()
     }
 
@@ -338,7 +338,7 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        let store = External::new(Catalog::new(), Outlets::new(Vec::new()).unwrap());
+        let store = External::new(Catalog::new(), ExternalOutputs::new(Vec::new()).unwrap());
         Assembly::new(store, vec!["shard fd 0".into()])
     }
 

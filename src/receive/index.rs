@@ -23,7 +23,7 @@ use super::order::{Behind, Place};
 use crate::criu::files;
 use crate::format::{Body, ImageName};
 use crate::store::catalog::Catalog;
-use crate::store::external::Outlets;
+use crate::store::external::ExternalOutputs;
 use crate::store::{Ahead, Piece, Target};
 
 /// Small pieces of data that may wait for the index; some 100 bytes each. A stream of nothing but
@@ -123,7 +123,7 @@ struct KeptBack {
 /// An image whose index is read first.
 pub(super) struct Indexed {
     catalog: Catalog,
-    outlets: Outlets,
+    outlets: ExternalOutputs,
     labels: Vec<String>,
     /// The shard that is the index, once that is known.
     index: Option<usize>,
@@ -149,7 +149,7 @@ pub(super) struct Indexed {
 
 impl Indexed {
     /// `labels` names the shards in errors.
-    pub(super) fn new(outlets: Outlets, labels: Vec<String>) -> Self {
+    pub(super) fn new(outlets: ExternalOutputs, labels: Vec<String>) -> Self {
         Self {
             catalog: Catalog::new(),
             outlets,
@@ -454,7 +454,7 @@ impl Image for Indexed {
         self.is_laid_out && self.missing.is_empty()
     }
 
-    fn outlets(&mut self) -> &mut Outlets {
+    fn outlets(&mut self) -> &mut ExternalOutputs {
         &mut self.outlets
     }
 

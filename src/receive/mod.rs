@@ -14,7 +14,7 @@ mod assembly;
 mod index;
 mod order;
 mod reader;
-mod turn;
+mod shard_turn;
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -28,14 +28,14 @@ use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
-use crate::store::external::{External, Outlets};
-use crate::store::held::Holder;
+use crate::store::external::{External, ExternalOutputs};
+use crate::store::held_pipe::PipePool;
 use crate::store::{Ahead, Arena, Store};
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{Failure, Supervisor};
 use assembly::{Assembly, Image};
 use order::Place;
 use reader::{Found, Reader, Stage};
-use turn::Turn;
+use shard_turn::Turn;
 
 pub(crate) use arriving::Arriving;
 
@@ -68,14 +68,14 @@ impl Kind for Watched {
 /// Reads shards, and gives their steps to an image.
 struct Receiver<'a, I> {
     poller: Poller<Watched>,
-    interrupts: &'a Interrupts,
+    supervisor: &'a Supervisor,
     shards: Vec<Reader>,
     /// The shards that may have something.
     busy: Vec<bool>,
     image: I,
     arena: Arena,
     /// What holds data in pipes, where that is possible.
-    holder: Option<Holder>,
+    holder: Option<PipePool>,
     /// How many bytes are taken when memory is looked at again.
     look_at_memory: u64,
     /// Made for the first file on disk.
@@ -101,11 +101,11 @@ pub fn receive<S: Store + 'static>(
     external_files: Vec<(ImageName, WriteEnd)>,
     store: S,
     counters: &Counters,
-    interrupts: &Interrupts,
+    supervisor: &Supervisor,
 ) -> Result<(S, Stats), Failure> {
-    let store = External::new(store, Outlets::new(external_files)?);
+    let store = External::new(store, ExternalOutputs::new(external_files)?);
     let image = |labels| Assembly::new(store, labels);
-    let mut receiver = Receiver::new(shards, image, counters, interrupts)?;
+    let mut receiver = Receiver::new(shards, image, counters, supervisor)?;
     let received = receiver.receive_all();
     let stats = receiver.stats();
     let (shards, mut image) = (receiver.shards, receiver.image);
@@ -138,7 +138,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         shards: Vec<(ReadEnd, String)>,
         image: impl FnOnce(Vec<String>) -> I,
         counters: &Counters,
-        interrupts: &'a Interrupts,
+        supervisor: &'a Supervisor,
     ) -> Result<Self> {
         let labels = shards.iter().map(|(_, label)| label.clone()).collect();
         let shards = shards
@@ -149,12 +149,12 @@ impl<'a, I: Image> Receiver<'a, I> {
         let now = Instant::now();
         let mut receiver = Self {
             poller: Poller::new().context("preparing to wait for events")?,
-            interrupts,
+            supervisor,
             busy: vec![true; shards.len()],
             shards,
             image: image(labels),
             arena: Arena::new(),
-            holder: Holder::new(),
+            holder: PipePool::new(),
             look_at_memory: 0,
             stage: None,
             last: Turn::Idle,
@@ -190,7 +190,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.check_memory()?;
         let (sent, room_to_send) = self.image.outlets().send()?;
         for name in self.image.outlets().take_sent_whole() {
-            self.interrupts.end_input(&name);
+            self.supervisor.end_input(&name);
         }
         if turn == Turn::Busy {
             return Ok(Activity::Filled { found, room });
@@ -226,7 +226,7 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     fn watch(&mut self) -> io::Result<()> {
         let Self { poller, image, .. } = self;
-        poller.add(self.interrupts, Watched::Interrupt, 0, Interest::Readable)?;
+        poller.add(self.supervisor, Watched::Interrupt, 0, Interest::Readable)?;
         for (index, shard) in (0..).zip(&self.shards) {
             poller.add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)?;
         }
@@ -245,7 +245,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         for event in events {
             let index = event.id as usize;
             match event.kind {
-                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Interrupt => self.supervisor.check()?,
                 Watched::Shard => {
                     self.busy[index] = true;
                     if event.hung_up {

@@ -23,7 +23,7 @@ use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::os::process::Origin;
 use crate::report::meter::Meter;
-use crate::store::held::{Filled, Held, Holder, WORTH_HOLDING};
+use crate::store::held_pipe::{Filled, HeldPipe, PipePool, WORTH_HOLDING};
 use crate::store::{Arena, Extent};
 
 /// Bytes read ahead among small chunks. What is less is read and not spliced.
@@ -75,7 +75,7 @@ impl Stage {
 #[derive(Debug)]
 pub(super) enum Holding {
     /// All of a chunk's data, or as much as fits into a pipe.
-    Piece(Held, Behind),
+    Piece(HeldPipe, Behind),
     /// Some of the data, which is not whole yet.
     Some,
     /// Nothing came.
@@ -97,7 +97,7 @@ pub(super) struct Reader {
     /// Bytes that the pipe holds at most.
     capacity: usize,
     /// What the pipe was emptied of, and was not taken yet. Made for the first data that is held.
-    emptied: Option<Held>,
+    emptied: Option<HeldPipe>,
     /// The pipe had nothing when it was last to be emptied.
     is_dry: bool,
     label: String,
@@ -105,7 +105,7 @@ pub(super) struct Reader {
     ahead: VecDeque<Extent>,
     chunk: Option<Chunk>,
     /// Data of the current chunk, on its way into this pipe.
-    held: Option<Held>,
+    held: Option<HeldPipe>,
     /// Its pages are as good as their data: they will not change, and hold little else.
     may_hold: bool,
     /// Bytes of the last marker with data, if that was large: the next one takes as many, as a
@@ -192,7 +192,7 @@ impl Reader {
 
     /// Bytes of data taken so far, and of what the pipe was emptied of.
     pub(super) fn data(&self) -> u64 {
-        let emptied = self.emptied.as_ref().map_or(0, Held::len);
+        let emptied = self.emptied.as_ref().map_or(0, HeldPipe::len);
         self.taken - self.markers + emptied as u64
     }
 
@@ -350,7 +350,7 @@ impl Reader {
     ///
     /// # Errors
     /// Those of `splice`; none for open pipes.
-    pub(super) fn empty(&mut self, holder: &mut Holder) -> Result<bool> {
+    pub(super) fn empty(&mut self, holder: &mut PipePool) -> Result<bool> {
         if self.last_seq.is_none() {
             return Ok(false);
         }
@@ -392,7 +392,7 @@ impl Reader {
     }
 
     /// What is left of what the pipe was emptied of.
-    fn emptied(&mut self) -> Option<&mut Held> {
+    fn emptied(&mut self) -> Option<&mut HeldPipe> {
         self.emptied.as_mut().filter(|held| held.len() > 0)
     }
 
@@ -400,7 +400,7 @@ impl Reader {
     ///
     /// # Errors
     /// When the stream was cut off.
-    pub(super) fn hold(&mut self, holder: &mut Holder) -> Result<Holding> {
+    pub(super) fn hold(&mut self, holder: &mut PipePool) -> Result<Holding> {
         let left = self.left_of_chunk();
         let mut held = match self.held.take() {
             Some(held) => held,

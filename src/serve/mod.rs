@@ -25,7 +25,7 @@ use crate::pace::{Activity, Pace};
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup, Taken};
 use crate::store::transfer::{Progress, Transfer};
-use crate::supervision::{Failure, Interrupts};
+use crate::supervision::{Failure, Supervisor};
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -61,7 +61,7 @@ struct Sending {
 /// Answers CRIU, and sends it files.
 pub(crate) struct Server<'a> {
     poller: Poller<Watched>,
-    interrupts: &'a Interrupts,
+    supervisor: &'a Supervisor,
     /// Until all clients have come.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
@@ -98,9 +98,9 @@ pub(crate) fn serve(
     listener: Listener,
     mut files: Catalog,
     criu_clients: usize,
-    interrupts: &Interrupts,
+    supervisor: &Supervisor,
 ) -> Result<(), Failure> {
-    let mut server = Server::new(listener, criu_clients, interrupts)?;
+    let mut server = Server::new(listener, criu_clients, supervisor)?;
     let mut pace = Pace::new();
     let mut wait = Wait::Forever;
     while !server.is_done() {
@@ -117,20 +117,20 @@ impl<'a> Server<'a> {
     pub(crate) fn new(
         listener: Listener,
         criu_clients: usize,
-        interrupts: &'a Interrupts,
+        supervisor: &'a Supervisor,
     ) -> Result<Self> {
         let poller = Poller::new().context("preparing to wait for events")?;
         // It ends when it has restored everything; what it still wants, its connection tells.
-        interrupts.let_caller_end();
+        supervisor.let_caller_end();
         poller
-            .add(interrupts, Watched::Interrupt, 0, Interest::Readable)
+            .add(supervisor, Watched::Interrupt, 0, Interest::Readable)
             .context("preparing to wait for signals")?;
         poller
             .add(&listener, Watched::Listener, 0, Interest::Readable)
             .context("preparing to wait for CRIU")?;
         Ok(Self {
             poller,
-            interrupts,
+            supervisor,
             listener: Some(listener),
             clients: Clients::new(criu_clients),
             transfers: HashMap::new(),
@@ -172,14 +172,14 @@ impl<'a> Server<'a> {
     /// The reason behind an error, which is CRIU's if it has left.
     pub(crate) fn explain(&self, error: Error) -> Error {
         match self.clients.have_left() {
-            true => self.interrupts.explain_by_criu(error),
+            true => self.supervisor.explain_by_criu(error),
             false => error,
         }
     }
 
     fn advance(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
         let mut events = Vec::new();
-        let missed = self.clients.missed_by(self.interrupts.ended_criu());
+        let missed = self.clients.missed_by(self.supervisor.ended_criu());
         self.poller
             .wait(wait, &mut events)
             .context("waiting for CRIU")?;
@@ -197,7 +197,7 @@ impl<'a> Server<'a> {
             self.try_again = now + TRY_AGAIN;
             self.busy.extend(self.transfers.keys());
         }
-        if self.interrupts.caller_has_ended() {
+        if self.supervisor.caller_has_ended() {
             self.clients.criu_has_ended();
         }
         self.clients.check_grace()?;
@@ -213,7 +213,7 @@ impl<'a> Server<'a> {
         }
         if self
             .clients
-            .missed_by(self.interrupts.ended_criu())
+            .missed_by(self.supervisor.ended_criu())
             .is_some()
         {
             return Ok(Activity::Idle(Wait::Now));
@@ -259,7 +259,7 @@ impl<'a> Server<'a> {
     fn handle(&mut self, files: &mut Catalog, events: &[Event<Watched>]) -> Result<()> {
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Interrupt => self.supervisor.check()?,
                 Watched::Listener => {
                     if let Some(listener) = &self.listener {
                         self.clients

@@ -35,7 +35,7 @@ use super::{Ahead, Piece, Store, Target};
 use crate::criu::files::{self, INVENTORY};
 use crate::format::ImageName;
 use crate::report;
-use crate::supervision::Interrupts;
+use crate::supervision::Supervisor;
 
 /// How the name of a private directory starts; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
@@ -111,9 +111,9 @@ impl DiskStore {
     ///
     /// # Errors When they cannot be flushed or moved, or a signal came before; what was there
     /// before is then there again.
-    pub fn commit(mut self, interrupts: &Interrupts) -> Result<()> {
+    pub fn commit(mut self, supervisor: &Supervisor) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
-        interrupts.check()?;
+        supervisor.check()?;
         let mut commit = Commit {
             store: &self,
             done: Vec::new(),

@@ -50,7 +50,7 @@ struct Outlet {
 
 /// The external files, and the pipes to their readers.
 #[derive(Debug)]
-pub(crate) struct Outlets {
+pub(crate) struct ExternalOutputs {
     all: Vec<Outlet>,
     /// The files that were sent to their ends since this was asked for.
     sent_whole: Vec<ImageName>,
@@ -58,7 +58,7 @@ pub(crate) struct Outlets {
     sent: u64,
 }
 
-impl Outlets {
+impl ExternalOutputs {
     /// Sends each file that `files` names into its pipe.
     ///
     /// # Errors
@@ -242,15 +242,15 @@ impl Outlets {
 /// A store with external files in front of it.
 pub(crate) struct External<S> {
     behind: S,
-    outlets: Outlets,
+    outlets: ExternalOutputs,
 }
 
 impl<S> External<S> {
-    pub(crate) fn new(behind: S, outlets: Outlets) -> Self {
+    pub(crate) fn new(behind: S, outlets: ExternalOutputs) -> Self {
         Self { behind, outlets }
     }
 
-    pub(crate) fn outlets(&mut self) -> &mut Outlets {
+    pub(crate) fn outlets(&mut self) -> &mut ExternalOutputs {
         &mut self.outlets
     }
 
@@ -326,7 +326,7 @@ mod tests {
         let (second_read, second_write) = pipe::new().unwrap();
         let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
         let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
-        let mut store = External::new(Catalog::new(), Outlets::new(files).unwrap());
+        let mut store = External::new(Catalog::new(), ExternalOutputs::new(files).unwrap());
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();

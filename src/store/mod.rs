@@ -8,7 +8,7 @@ mod arena;
 pub mod catalog;
 pub mod disk;
 pub mod external;
-pub(crate) mod held;
+pub(crate) mod held_pipe;
 pub mod listing;
 mod piece;
 pub(crate) mod transfer;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 
-use super::held::Held;
+use super::held_pipe::HeldPipe;
 use super::{Arena, Extent};
 use crate::os::pipe::{Moved, slot};
 
@@ -17,7 +17,7 @@ pub enum Piece {
 
 /// Data in a pipe of ours.
 #[derive(Debug)]
-pub struct HeldPiece(pub(super) Held);
+pub struct HeldPiece(pub(super) HeldPipe);
 
 impl HeldPiece {
     /// Moves all of it to the end of a file.
@@ -46,7 +46,7 @@ impl Piece {
         Piece::Memory(arena.seal(block))
     }
 
-    pub(crate) fn held(held: Held) -> Self {
+    pub(crate) fn held(held: HeldPipe) -> Self {
         Piece::Pipe(HeldPiece(held))
     }
 
@@ -135,7 +135,7 @@ impl Contents {
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn front_pipe(&mut self, slots: usize) -> io::Result<Option<&mut Held>> {
+    pub(crate) fn front_pipe(&mut self, slots: usize) -> io::Result<Option<&mut HeldPipe>> {
         let Pieces::Many(pieces) = &mut self.0 else {
             return Ok(None);
         };

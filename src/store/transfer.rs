@@ -292,7 +292,7 @@ fn slots_for(pieces: &[Sealed], mut bytes: usize) -> usize {
 mod tests {
     use super::*;
     use crate::store::Arena;
-    use crate::store::held::Holder;
+    use crate::store::held_pipe::PipePool;
 
     fn contents(sizes: &[usize]) -> (Contents, Vec<u8>) {
         let mut arena = Arena::new();
@@ -311,7 +311,7 @@ mod tests {
 
     /// The same bytes in pipes, each in as many slots as a pipe of the smallest size has, and more.
     fn in_pipes(sizes: &[usize]) -> (Contents, Vec<u8>) {
-        let mut holder = Holder::new().expect("pages can be held here");
+        let mut holder = PipePool::new().expect("pages can be held here");
         let mut contents = Contents::default();
         let mut expected = Vec::new();
         for (&size, byte) in sizes.iter().zip(1..) {
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn pipes_and_memory_come_in_their_order() {
-        if Holder::new().is_none() {
+        if PipePool::new().is_none() {
             return;
         }
         let (mut all, mut expected) = in_pipes(&[40_000, 600_000, 70_000, 600_000]);
@@ -382,7 +382,7 @@ mod tests {
 
     #[test]
     fn an_empty_pipe_is_filled_by_one_call() {
-        if Holder::new().is_none() {
+        if PipePool::new().is_none() {
             return;
         }
         let (read, write) = pipe::new().unwrap();

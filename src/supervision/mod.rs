@@ -6,9 +6,9 @@
 //! `command` has a pipe for its standard input or output. A `criu_command` has none: it runs CRIU.
 //!
 //! A pipe cannot tell *why* its other end is gone, and to a reader a failure looks like the end. So
-//! [`Interrupts::check`] is asked whenever it matters: while the transfer goes on, before the end
+//! [`Supervisor::check`] is asked whenever it matters: while the transfer goes on, before the end
 //! of the image is written, and before an image counts as received. Where a transfer fails because
-//! an end is gone, [`Interrupts::conclude`] gives the reason why it is gone.
+//! an end is gone, [`Supervisor::conclude`] gives the reason why it is gone.
 //!
 //! **The reason first.** What is at the far end of a pipe fails when the pipe is closed, and a
 //! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open
@@ -85,7 +85,7 @@ impl From<Error> for Failure {
 }
 
 /// The signals that came, and what is at the far ends of the pipes.
-pub struct Interrupts {
+pub struct Supervisor {
     signals: Rc<Signals>,
     caller: Option<Watch>,
     /// The limit that commands are to have.
@@ -100,7 +100,7 @@ pub struct Interrupts {
     writing: Vec<ReadEnd>,
 }
 
-impl Interrupts {
+impl Supervisor {
     /// From now on signals no longer end the process but are caught. Must be called before there
     /// are other threads, and before this process changes the limits that commands are to have.
     pub fn catch() -> io::Result<Self> {
@@ -128,7 +128,7 @@ impl Interrupts {
         }
     }
 
-    /// Whether a CRIU that has started the transfer has ended, as far as [`Interrupts::check`] has
+    /// Whether a CRIU that has started the transfer has ended, as far as [`Supervisor::check`] has
     /// seen.
     pub(crate) fn caller_has_ended(&self) -> bool {
         self.caller.as_ref().is_some_and(Watch::has_ended)
@@ -373,7 +373,7 @@ fn is_final(error: &Error) -> bool {
     signal_behind(error).is_some() || criu_failure_behind(error).is_some()
 }
 
-impl AsFd for Interrupts {
+impl AsFd for Supervisor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.caller {
             Some(caller) => caller.as_fd(),

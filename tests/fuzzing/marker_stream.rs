@@ -18,7 +18,7 @@ use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::Store;
 use criu_image_streamer::store::catalog::Catalog;
 use criu_image_streamer::store::disk::{DiskStore, Origin};
-use criu_image_streamer::supervision::Interrupts;
+use criu_image_streamer::supervision::Supervisor;
 use prost::Message;
 
 /// The largest shard. It has room for chunks that are held in pipes: those of 32 KiB or more,
@@ -107,9 +107,9 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
     for (name, content) in &before {
         fs::write(dir.path().join(name), content).unwrap();
     }
-    let interrupts = interrupts();
+    let supervisor = supervisor();
     let found = receive(shards, DiskStore::new(dir.path(), Origin::Found).unwrap())
-        .and_then(|store| store.commit(interrupts));
+        .and_then(|store| store.commit(supervisor));
     let after = read_dir(dir.path());
     match found {
         Ok(()) => {
@@ -153,17 +153,17 @@ fn receive<S: Store + 'static>(shards: &[&[u8]], store: S) -> anyhow::Result<S> 
         Vec::new(),
         store,
         &Counters::new(shards.len()),
-        interrupts(),
+        supervisor(),
     )
     .map(|(store, _)| store)
     .map_err(|failure| anyhow::anyhow!("{:#}", failure.error()))
 }
 
-fn interrupts() -> &'static Interrupts {
+fn supervisor() -> &'static Supervisor {
     thread_local! {
-        static INTERRUPTS: &'static Interrupts = Box::leak(Box::new(Interrupts::catch().unwrap()));
+        static INTERRUPTS: &'static Supervisor = Box::leak(Box::new(Supervisor::catch().unwrap()));
     }
-    INTERRUPTS.with(|interrupts| *interrupts)
+    INTERRUPTS.with(|supervisor| *supervisor)
 }
 
 /// A pipe that holds these bytes, and ends behind them.

@@ -7,7 +7,7 @@ use super::order::Place;
 use super::reader::{Found, Holding, Reader, Stage};
 use super::{Reading, Receiver};
 use crate::format::Body;
-use crate::store::held::Holder;
+use crate::store::held_pipe::PipePool;
 use crate::store::{Ahead, Arena, Piece, Target};
 
 /// Bytes spliced from one shard before others have their turn.
@@ -157,7 +157,8 @@ impl<I: Image> Receiver<'_, I> {
     fn way(&self, index: usize) -> Way {
         let (holder, shard) = (self.holder.as_ref(), &self.shards[index]);
         // A pipe that was begun is filled, and may be the last one that there is room for.
-        let holds = shard.is_holding() || holder.is_some_and(Holder::has_room) && shard.may_hold();
+        let holds =
+            shard.is_holding() || holder.is_some_and(PipePool::has_room) && shard.may_hold();
         match self.image.ahead() {
             Ahead::Piece if holds => Way::Hold,
             Ahead::Piece => Way::Read,

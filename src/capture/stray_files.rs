@@ -37,7 +37,7 @@ const AMDGPU: &[u8] = b"amdgpu-";
 type Identity = (u64, i64, i64, i64, i64);
 
 /// The image files that were there before, which are left alone.
-pub(super) struct Beside {
+pub(super) struct StrayFiles {
     directory: Option<OwnedFd>,
     before: HashMap<CString, Identity>,
     /// Tells what is written there, while CRIU is waited for. `None` also where the kernel has no
@@ -45,7 +45,7 @@ pub(super) struct Beside {
     watch: Option<Inotify>,
 }
 
-impl Beside {
+impl StrayFiles {
     /// Looks at the images directory before CRIU comes. The directory is kept open, since its path
     /// may be gone in the end.
     pub(super) fn look(images_dir: &Path) -> Self {
@@ -76,7 +76,7 @@ impl Beside {
         }
     }
 
-    /// What becomes readable when [`Beside::check_written`] has something to look at.
+    /// What becomes readable when [`StrayFiles::check_written`] has something to look at.
     pub(super) fn watch(&self) -> Option<&Inotify> {
         self.watch.as_ref()
     }
@@ -89,7 +89,7 @@ impl Beside {
     /// Looks at what was written since the last time.
     ///
     /// # Errors
-    /// As [`Beside::check_unconnected`].
+    /// As [`StrayFiles::check_unconnected`].
     pub(super) fn check_written(&self) -> Result<()> {
         let (Some(directory), Some(watch)) = (&self.directory, &self.watch) else {
             return Ok(());
@@ -138,7 +138,7 @@ impl Beside {
     pub(super) fn check(&self) -> Result<()> {
         if let Some(name) = self.appeared()? {
             bail!(
-                "capturing the image: {} appeared in --images-dir beside the stream, and is not in the image: a page server, a plugin that cannot stream, or a CRIU without --stream wrote it; the image is incomplete: discard it",
+                "capturing the image: {} appeared in --images-dir stray_files the stream, and is not in the image: a page server, a plugin that cannot stream, or a CRIU without --stream wrote it; the image is incomplete: discard it",
                 name.to_string_lossy()
             );
         }
@@ -150,7 +150,8 @@ impl Beside {
         let Some(directory) = &self.directory else {
             return Ok(None);
         };
-        let now = image_files(directory).context("looking for image files beside the stream")?;
+        let now =
+            image_files(directory).context("looking for image files stray_files the stream")?;
         let mut now = now.into_iter();
         let new = now.find(|(name, identity)| self.is_new(directory, name, *identity));
         Ok(new.map(|(name, _)| name))

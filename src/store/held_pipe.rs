@@ -32,14 +32,14 @@ const OTHER_DESCRIPTORS: usize = 512;
 
 /// Makes the pipes, as far as limits allow.
 #[derive(Debug)]
-pub(crate) struct Holder {
+pub(crate) struct PipePool {
     /// How many pipes there may be.
     most: usize,
     /// How many there are.
     open: Arc<AtomicUsize>,
 }
 
-impl Holder {
+impl PipePool {
     /// `None` where nothing can be held.
     pub(crate) fn new() -> Option<Self> {
         let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
@@ -59,7 +59,7 @@ impl Holder {
     }
 
     /// A new pipe for `bytes`, or for a part of them; `None` when a limit is reached.
-    pub(crate) fn hold(&mut self, bytes: usize) -> Option<Held> {
+    pub(crate) fn hold(&mut self, bytes: usize) -> Option<HeldPipe> {
         if !self.has_room() {
             return None;
         }
@@ -74,7 +74,7 @@ impl Holder {
             return None;
         }
         self.open.fetch_add(1, Ordering::Relaxed);
-        Some(Held {
+        Some(HeldPipe {
             pipe,
             len: 0,
             capacity: capacity as u32,
@@ -85,7 +85,7 @@ impl Holder {
 
 /// Bytes in a pipe of our own. Dropped, they are gone.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldPipe {
     pipe: BothEnds,
     len: u32,
     /// Bytes that it holds if its slots are full.
@@ -101,7 +101,7 @@ pub(crate) enum Filled {
     Full,
 }
 
-impl Held {
+impl HeldPipe {
     pub(crate) fn len(&self) -> usize {
         self.len as usize
     }
@@ -192,7 +192,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldPipe {
     fn drop(&mut self) {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
@@ -203,8 +203,8 @@ mod tests {
     use super::*;
     use crate::os::pipe::ReadEnd;
 
-    fn holder(most: usize) -> Holder {
-        Holder {
+    fn holder(most: usize) -> PipePool {
+        PipePool {
             most,
             open: Arc::default(),
         }
@@ -220,7 +220,7 @@ mod tests {
         read
     }
 
-    fn contents(held: &mut Held) -> Vec<u8> {
+    fn contents(held: &mut HeldPipe) -> Vec<u8> {
         let mut bytes = vec![0; held.len()];
         let mut taken = 0;
         while taken < bytes.len() {

@@ -55,7 +55,7 @@ enum Among {
 }
 
 /// An image that is being written.
-pub(super) struct Sequence {
+pub(super) struct ImageWriter {
     shards: Vec<Shard>,
     /// The number of the index.
     index: Option<usize>,
@@ -69,7 +69,7 @@ pub(super) struct Sequence {
     patience: Patience,
 }
 
-impl Sequence {
+impl ImageWriter {
     /// Writes to these shards, of which the last may be an index.
     pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
@@ -167,8 +167,8 @@ impl Sequence {
         Ok(Activity::Complete)
     }
 
-    /// Marks the end of the image, which [`Sequence::flush`] writes, and tells where; `None` when
-    /// no shard has room for the marker.
+    /// Marks the end of the image, which [`ImageWriter::flush`] writes, and returns where; `None`
+    /// when no shard has room for the marker.
     pub(super) fn end_image(&mut self) -> Result<Option<Placement>> {
         let placement = self.place(Among::Rest, MARKER_SLOTS)?;
         if let Some(placement) = placement {
@@ -270,16 +270,16 @@ mod tests {
     use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
     use crate::report::meter::Meter;
 
-    /// A sequence of one shard, the shard's reader, and another writer of the shard.
-    fn sequence() -> (Sequence, ReadEnd, WriteEnd) {
+    /// An `ImageWriter` of one shard, the shard's reader, and another writer of the shard.
+    fn image_writer() -> (ImageWriter, ReadEnd, WriteEnd) {
         let (read, write) = pipe::new().unwrap();
         pipe::grow(&write, pipe::LARGEST).unwrap();
         let write = OwnedFd::from(write.nonblocking().unwrap());
         let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
         let write = WriteEnd::new(write).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
-        let sequence = Sequence::new(vec![shard], HasIndex::No).unwrap();
-        (sequence, read.nonblocking().unwrap(), other)
+        let image_writer = ImageWriter::new(vec![shard], HasIndex::No).unwrap();
+        (image_writer, read.nonblocking().unwrap(), other)
     }
 
     /// A source whose pipe is full, its pages, and a chunk of them all.
@@ -300,15 +300,15 @@ mod tests {
     #[test]
     fn a_chunk_leaves_its_source_where_a_shard_has_less_room_than_is_known() {
         for route in [Route::Direct, Route::Staged] {
-            let (mut sequence, reader, other) = sequence();
-            let slots = sequence.shards[0].slots();
-            let (mut source, pages, mut chunk) = source(sequence.staging());
+            let (mut image_writer, reader, other) = image_writer();
+            let slots = image_writer.shards[0].slots();
+            let (mut source, pages, mut chunk) = source(image_writer.staging());
             let foreign = (slots - 3) * slot();
             pipe::write(&other, &vec![1; foreign]).unwrap();
             if route == Route::Staged {
-                (chunk.route, chunk.slots) = (route, sequence.staging());
+                (chunk.route, chunk.slots) = (route, image_writer.staging());
             }
-            let activity = sequence.give(&mut source, chunk).unwrap();
+            let activity = image_writer.give(&mut source, chunk).unwrap();
             assert_eq!(activity, Activity::Busy);
             let moved = pages.len() - pipe::available(source.pipe()).unwrap();
             assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
@@ -317,9 +317,9 @@ mod tests {
             let mut buffer = vec![0; 1 << 16];
             while let Moved::Bytes(bytes) = pipe::read(&reader, &mut buffer).unwrap() {
                 arrived.extend(&buffer[..bytes]);
-                sequence.flush().unwrap();
+                image_writer.flush().unwrap();
             }
-            assert_eq!(sequence.flush().unwrap(), Flushed::All);
+            assert_eq!(image_writer.flush().unwrap(), Flushed::All);
             assert!(arrived.ends_with(&pages[..moved]), "{route:?}");
             assert!((1..100).contains(&(arrived.len() - foreign - moved)));
         }
@@ -328,17 +328,17 @@ mod tests {
     #[test]
     fn a_source_that_another_process_reads_from_is_an_error() {
         for route in [Route::Direct, Route::Staged, Route::Copied] {
-            let (mut sequence, _reader, _other) = sequence();
-            let (mut source, pages, mut chunk) = source(sequence.staging());
+            let (mut image_writer, _reader, _other) = image_writer();
+            let (mut source, pages, mut chunk) = source(image_writer.staging());
             chunk.route = route;
             pipe::read(source.pipe(), &mut vec![0; pages.len()]).unwrap();
-            let error = sequence.give(&mut source, chunk).unwrap_err();
+            let error = image_writer.give(&mut source, chunk).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
         }
     }
     #[test]
     fn a_source_that_shows_pieces_where_pages_were_expected_is_measured_from_then_on() {
-        let (mut sequence, reader, _other) = sequence();
+        let (mut image_writer, reader, _other) = image_writer();
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
         let name = ImageName::new("fs.tar").unwrap();
@@ -354,13 +354,13 @@ mod tests {
         fill();
         source.holds_pages();
         for route in [Route::Direct, Route::Staged] {
-            let Ready::Chunk(chunk) = source.inspect(sequence.staging()).unwrap() else {
+            let Ready::Chunk(chunk) = source.inspect(image_writer.staging()).unwrap() else {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);
-            sequence.give(&mut source, chunk).unwrap();
+            image_writer.give(&mut source, chunk).unwrap();
             while pipe::read(&reader, &mut vec![0; 64 * slot()]).unwrap() != Moved::WouldBlock {
-                sequence.flush().unwrap();
+                image_writer.flush().unwrap();
             }
             if route == Route::Direct {
                 fill();

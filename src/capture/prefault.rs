@@ -23,7 +23,7 @@ const MOST: usize = 256 << 20;
 pub(super) struct NoMemory;
 
 /// Blocks that are ready, and the thread that makes them.
-pub(super) struct Ahead {
+pub(super) struct Prefault {
     requests: Sender<()>,
     ready: Receiver<Block>,
     /// Blocks that were asked for and not taken.
@@ -31,7 +31,7 @@ pub(super) struct Ahead {
     most: usize,
 }
 
-impl Ahead {
+impl Prefault {
     /// For a buffer of `size` bytes, with memory that counts as that of `arena`. `None` where the
     /// buffer is too small, or there can be no thread.
     pub(super) fn start(arena: &Arena, size: usize) -> Option<Self> {

@@ -40,7 +40,7 @@ enum Inventory {
 
 /// What came whole.
 #[derive(Debug, Default)]
-pub(super) struct Delivered {
+pub(super) struct DumpCheck {
     inventory: Option<Inventory>,
     /// Came whole, from a CRIU that was not asked for a dump.
     cpuinfo: bool,
@@ -62,7 +62,7 @@ pub(super) struct Delivered {
     pages: HashMap<u32, u64>,
 }
 
-impl Delivered {
+impl DumpCheck {
     /// Records a file of CRIU's that has ended.
     ///
     /// # Errors

@@ -20,25 +20,25 @@ impl CaptureLoop<'_> {
     /// When a reader leaves before it has everything, and when a signal came.
     pub(super) fn finish(&mut self) -> Result<Stats> {
         // An external file that could not be read looks like one that has ended.
-        self.interrupts.check()?;
+        self.supervisor.check()?;
         let mut pace = Pace::new();
         loop {
             // Before there is an end marker to be seen, no reader has seen it all.
             self.check_readers(|_| false)?;
-            if self.sequence.end_image()?.is_some() {
+            if self.image_writer.end_image()?.is_some() {
                 break;
             }
             // The queues take room as well.
-            self.sequence.flush()?;
+            self.image_writer.flush()?;
             pace.nap_longer();
         }
-        while self.sequence.flush()? == Flushed::Partly {
+        while self.image_writer.flush()? == Flushed::Partly {
             self.wait_for_readers(&mut pace)?;
         }
         while !self.is_drained()? {
             self.wait_for_readers(&mut pace)?;
         }
-        Ok(self.sequence.stats())
+        Ok(self.image_writer.stats())
     }
 
     fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
@@ -56,9 +56,9 @@ impl CaptureLoop<'_> {
             .context("waiting for the shards' readers")?;
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.interrupts.check()?,
+                Watched::Interrupt => self.supervisor.check()?,
                 Watched::Shard if event.hung_up => {
-                    let shard = &self.sequence.shards()[event.id as usize];
+                    let shard = &self.image_writer.shards()[event.id as usize];
                     if !may_leave(shard) {
                         return Err(shard.reader_gone());
                     }
@@ -71,7 +71,7 @@ impl CaptureLoop<'_> {
 
     /// Whether the readers have taken everything.
     fn is_drained(&self) -> Result<bool> {
-        for shard in self.sequence.shards() {
+        for shard in self.image_writer.shards() {
             if !shard
                 .is_drained()
                 .with_context(|| format!("waiting for the reader of {}", shard.label()))?
