@@ -307,7 +307,7 @@ fn a_command_starts_like_one_that_a_shell_started_in_our_process_group() {
     let path = dir.path().join("seen");
     let script = format!(
         "{{ grep Sig /proc/self/status; echo fds /proc/self/fd/*; ps -o pgid= -p $$ -p $PPID; \
-         ulimit -Sn; ulimit -Hn; }} >'{}'; exit 3",
+         ulimit -Sn; ulimit -Hn; cat /proc/self/timerslack_ns; }} >'{}'; exit 3",
         path.display()
     );
     let (_reader, leaked) = pipe();
@@ -361,7 +361,10 @@ fn a_command_starts_like_one_that_a_shell_started_in_our_process_group() {
             .skip(1)
             .collect();
         assert_eq!(numbers[0], numbers[1], "the streamer's process group");
-        assert_eq!(numbers[2..], ["300", "900"], "limits on descriptors");
+        assert_eq!(numbers[2..4], ["300", "900"], "limits on descriptors");
+        // A restored application would keep it for life.
+        let own = fs::read_to_string("/proc/self/timerslack_ns").unwrap();
+        assert_eq!(numbers[4], own.trim(), "how late its sleeps end");
     }
 }
 

@@ -191,8 +191,9 @@ impl Connection {
 
     /// Answers a request on restore. If the file exists, the pipe for it comes next.
     ///
-    /// # Errors When the peer is gone, or takes no answers. CRIU waits for each answer before it
-    /// asks again, so that the socket always has room for one.
+    /// # Errors
+    /// When the peer is gone, or takes no answers. CRIU waits for each answer before it asks again,
+    /// so that the socket always has room for one.
     pub fn reply(&mut self, exists: bool) -> Result<()> {
         let mut message = vec![0; LENGTH];
         ImgStreamerReplyEntry { exists }

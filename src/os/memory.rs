@@ -235,9 +235,9 @@ fn left_in(cgroup: &Path, files: CgroupFiles) -> Option<u64> {
 pub(crate) struct Sealed<'a>(IoSlice<'a>);
 
 impl<'a> Sealed<'a> {
-    /// # Safety The pages of `bytes` must never be written to again, also after `bytes` is gone,
-    /// but by being unmapped or discarded: a pipe may hold references to them for as long as it
-    /// likes.
+    /// # Safety
+    /// The pages of `bytes` must never be written to again, also after `bytes` is gone, but by
+    /// being unmapped or discarded: a pipe may hold references to them for as long as it likes.
     pub(crate) unsafe fn new(bytes: &'a [u8]) -> Self {
         Self(IoSlice::new(bytes))
     }

@@ -109,8 +109,9 @@ impl DiskStore {
 
     /// Moves the files into place, when the image is complete.
     ///
-    /// # Errors When they cannot be flushed or moved, or a signal came before; what was there
-    /// before is then there again.
+    /// # Errors
+    /// When they cannot be flushed or moved, or a signal came before; what was there before is then
+    /// there again.
     pub fn commit(mut self, supervisor: &Supervisor) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
         supervisor.check()?;

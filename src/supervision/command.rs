@@ -34,7 +34,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
-use super::program::{self, DescriptorLimit};
+use super::program::{self, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
@@ -149,14 +149,14 @@ impl Commands {
         direction: Direction,
         theirs: OwnedFd,
         ours: impl AsFd,
-        descriptor_limit: DescriptorLimit,
+        inherited: Inherited,
     ) -> Result<()> {
         let pipe = Some(ours.as_fd().try_clone_to_owned()?);
         let (stdin, stdout) = match direction {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = start_shell(&command.text, stdin, stdout, descriptor_limit)
+        let group = start_shell(&command.text, stdin, stdout, inherited)
             .with_context(|| format!("starting {}", command.with_text()))?;
         self.running.push(Running {
             command,
@@ -354,12 +354,7 @@ impl Drop for Commands {
 }
 
 /// Starts a shell in a process group of its own, whose number is returned.
-fn start_shell(
-    text: &str,
-    stdin: Stdio,
-    stdout: Stdio,
-    descriptor_limit: DescriptorLimit,
-) -> Result<Pid> {
+fn start_shell(text: &str, stdin: Stdio, stdout: Stdio, inherited: Inherited) -> Result<Pid> {
     program::adopt_orphans(true).context("preparing to wait for it")?;
     let mut shell = if has_bash() {
         let mut bash = Command::new("bash");
@@ -370,7 +365,7 @@ fn start_shell(
     };
     shell.args(["-c", text]);
     shell.stdin(stdin).stdout(stdout).process_group(0);
-    program::start(shell, program::RESET, descriptor_limit).context("starting a shell")
+    program::start(shell, program::RESET, inherited).context("starting a shell")
 }
 
 fn has_bash() -> bool {

@@ -35,7 +35,7 @@ use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
-use super::program::{self, DescriptorLimit, Dispositions};
+use super::program::{self, Dispositions, Inherited};
 use super::signals::Signals;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
@@ -131,7 +131,7 @@ impl RunningCriu {
     pub(super) fn start(
         command: &CriuCommand,
         direction: Direction,
-        limit: DescriptorLimit,
+        inherited: Inherited,
         signals: Rc<Signals>,
     ) -> Result<Self> {
         let text = command.text();
@@ -141,7 +141,7 @@ impl RunningCriu {
         };
         let mut process = Command::new(&command.program);
         process.args(&command.arguments);
-        let process = program::start(process, dispositions, limit)
+        let process = program::start(process, dispositions, inherited)
             .with_context(|| format!("starting {text}"))?;
         Ok(Self {
             text,

@@ -42,7 +42,7 @@ use command::Commands;
 pub(crate) use command::ShellCommand;
 use criu_command::RunningCriu;
 pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
-use program::DescriptorLimit;
+use program::Inherited;
 use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
@@ -88,8 +88,8 @@ impl From<Error> for Failure {
 pub struct Supervisor {
     signals: Rc<Signals>,
     caller: Option<Watch>,
-    /// The limit that commands are to have.
-    descriptor_limit: DescriptorLimit,
+    /// What commands are to have as we had it.
+    inherited: Inherited,
     /// Those of external files are started in the middle of a capture.
     commands: RefCell<Commands>,
     /// Empty where we start no CRIU, and until then.
@@ -102,12 +102,12 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// From now on signals no longer end the process but are caught. Must be called before there
-    /// are other threads, and before this process changes the limits that commands are to have.
+    /// are other threads, and before this process changes what commands are to have as we had it.
     pub fn catch() -> io::Result<Self> {
         Ok(Self {
             signals: Rc::new(Signals::catch()?),
             caller: None,
-            descriptor_limit: DescriptorLimit::now(),
+            inherited: Inherited::now(),
             commands: RefCell::default(),
             criu: OnceCell::new(),
             failure: Arc::default(),
@@ -200,8 +200,7 @@ impl Supervisor {
         ours: impl AsFd,
     ) -> Result<()> {
         let mut commands = self.commands.borrow_mut();
-        let limit = self.descriptor_limit;
-        commands.start(command.clone(), direction, theirs, ours, limit)
+        commands.start(command.clone(), direction, theirs, ours, self.inherited)
     }
 
     /// All of an external file has been sent: its command, if there is one, sees the end.
@@ -216,8 +215,8 @@ impl Supervisor {
         direction: Direction,
     ) -> Result<()> {
         if let Some(command) = command {
-            let (limit, signals) = (self.descriptor_limit, Rc::clone(&self.signals));
-            let criu = RunningCriu::start(command, direction, limit, signals)?;
+            let signals = Rc::clone(&self.signals);
+            let criu = RunningCriu::start(command, direction, self.inherited, signals)?;
             assert!(self.criu.set(criu).is_ok(), "CRIU is started once");
         }
         Ok(())

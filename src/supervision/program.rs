@@ -1,8 +1,9 @@
 //! Starting another program: what it gets of ours, and how its end is known.
 //!
 //! It starts as if a shell had started it. This process blocks the signals that it waits for, Rust
-//! ignores SIGPIPE, and the limit on descriptors is raised, which breaks programs that use `select`
-//! above 1024: the program gets none of that, and no descriptor but its standard streams.
+//! ignores SIGPIPE, naps end on time, and the limit on descriptors is raised, which breaks programs
+//! that use `select` above 1024: the program gets none of that, and no descriptor but its standard
+//! streams.
 
 #![allow(unsafe_code)]
 
@@ -11,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::errno::Errno;
+use nix::sys::prctl::{get_timerslack, set_timerslack};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 use nix::sys::signal::{SigHandler, SigSet, signal};
@@ -29,14 +31,23 @@ pub(super) const RESET: Dispositions = &[
     (SIGTERM, SigHandler::SigDfl),
 ];
 
-/// The soft and the hard limit on descriptors that this process was started with.
+/// Settings that this process was started with and changes for itself. Programs inherit them, and
+/// so does every application that CRIU restores, for life.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct DescriptorLimit(Option<(rlim_t, rlim_t)>);
+pub(super) struct Inherited {
+    /// The soft and the hard limit on descriptors.
+    descriptor_limit: Option<(rlim_t, rlim_t)>,
+    /// How late the kernel may end a sleep, in nanoseconds.
+    timer_slack: Option<u64>,
+}
 
-impl DescriptorLimit {
-    /// The present limit.
+impl Inherited {
+    /// The present settings.
     pub(super) fn now() -> Self {
-        Self(getrlimit(Resource::RLIMIT_NOFILE).ok())
+        Self {
+            descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE).ok(),
+            timer_slack: get_timerslack().ok().map(|nanos| nanos as u64),
+        }
     }
 }
 
@@ -53,21 +64,25 @@ pub(super) fn adopt_orphans(adopt: bool) -> io::Result<()> {
 pub(super) fn start(
     mut command: Command,
     dispositions: Dispositions,
-    limit: DescriptorLimit,
+    inherited: Inherited,
 ) -> io::Result<Pid> {
     // This process may have been started to ignore SIGCHLD: then no end would be kept for it.
     // SAFETY: the default is no function, so that none of ours can run at the wrong time.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
     // SAFETY: between fork and exec, `prepare` makes system calls only and allocates nothing.
-    unsafe { command.pre_exec(move || prepare(dispositions, limit)) };
+    unsafe { command.pre_exec(move || prepare(dispositions, inherited)) };
     let child = command.spawn()?;
     Ok(Pid::from_raw(child.id() as libc::pid_t))
 }
 
 /// In the new process: gives it the signals and descriptors that a program expects.
-fn prepare(dispositions: Dispositions, limit: DescriptorLimit) -> io::Result<()> {
-    if let Some((soft, hard)) = limit.0 {
+fn prepare(dispositions: Dispositions, inherited: Inherited) -> io::Result<()> {
+    if let Some((soft, hard)) = inherited.descriptor_limit {
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+    }
+    if let Some(nanos) = inherited.timer_slack {
+        // Where it is refused, it was refused to us as well.
+        let _ = set_timerslack(nanos);
     }
     for &(number, handler) in dispositions {
         // SAFETY: neither the default nor ignoring is a function, so that none of ours can run.
