@@ -7,9 +7,9 @@
 
 use anyhow::{Context, Result};
 
+use super::CaptureLoop;
 use super::shard::{Flushed, Shard};
-use super::{CaptureLoop, Watched};
-use crate::os::poller::Wait;
+use crate::os::poller::{Wait, Watched};
 use crate::pace::Pace;
 use crate::report::progress::Stats;
 
@@ -51,12 +51,13 @@ impl CaptureLoop<'_> {
     /// came.
     fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
         let mut events = Vec::new();
-        self.poller
+        self.supervisor
+            .poller()
             .wait(Wait::Now, &mut events)
             .context("waiting for the shards' readers")?;
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.supervisor.check()?,
+                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard if event.hung_up => {
                     let shard = &self.image_writer.shards()[event.id as usize];
                     if !may_leave(shard) {

@@ -44,7 +44,7 @@ use crate::criu::{Clients, Connection, Listener};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::{ReadEnd, WriteEnd};
-use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
+use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
@@ -108,30 +108,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) counters: Counters,
 }
 
-/// What is watched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    Interrupt,
-    Listener,
-    Client,
-    Source,
-    Shard,
-    ImagesDir,
-}
-
-impl Kind for Watched {
-    const ALL: &'static [Self] = &[
-        Self::Interrupt,
-        Self::Listener,
-        Self::Client,
-        Self::Source,
-        Self::Shard,
-        Self::ImagesDir,
-    ];
-}
-
 struct CaptureLoop<'a> {
-    poller: Poller<Watched>,
     supervisor: &'a Supervisor,
     /// `None` once no client is waited for any more.
     listener: Option<Listener>,
@@ -181,7 +158,6 @@ impl Capture<'_> {
             shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
         }
         let mut capture = CaptureLoop {
-            poller: Poller::new().context("preparing to wait for events")?,
             supervisor,
             listener: Some(self.listener),
             clients: Clients::exactly(self.criu_clients),
@@ -235,8 +211,7 @@ fn open_descriptors() -> Option<usize> {
 
 impl<'a> CaptureLoop<'a> {
     fn watch(&self) -> io::Result<()> {
-        let poller = &self.poller;
-        poller.add(self.supervisor, Watched::Interrupt, 0, Interest::Readable)?;
+        let poller = self.supervisor.poller();
         if let Some(listener) = &self.listener {
             poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
         }
@@ -260,7 +235,8 @@ impl<'a> CaptureLoop<'a> {
         let mut wait = Wait::Forever;
         loop {
             let missed = self.clients.missed_by(self.supervisor.ended_criu());
-            self.poller
+            self.supervisor
+                .poller()
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
             if let Some(command) = missed
@@ -346,15 +322,14 @@ impl<'a> CaptureLoop<'a> {
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
-    fn handle(&mut self, events: &[Event<Watched>]) -> Result<Activity> {
+    fn handle(&mut self, events: &[Event]) -> Result<Activity> {
         let mut activity = Activity::Idle;
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.supervisor.check()?,
+                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Listener => {
                     if let Some(listener) = &self.listener {
-                        self.clients
-                            .accept(listener, &self.poller, Watched::Client)?;
+                        self.clients.accept(listener, self.supervisor.poller())?;
                     }
                 }
                 Watched::Client => activity = activity.max(self.take_requests(event.id)?),
@@ -370,6 +345,7 @@ impl<'a> CaptureLoop<'a> {
                     }
                 }
                 Watched::ImagesDir => self.stray_files.check_written()?,
+                Watched::External | Watched::Transfer => {}
             }
         }
         Ok(activity)
@@ -444,7 +420,8 @@ impl<'a> CaptureLoop<'a> {
         }
         let source = self.dump.open(source)?;
         let (kind, interest) = (Watched::Source, Interest::ReadableEdge);
-        self.poller
+        self.supervisor
+            .poller()
             .add(source.pipe(), kind, source.id, interest)
             .with_context(|| format!("preparing to wait for {}", source.name))
     }

@@ -13,7 +13,7 @@ use crate::criu::{Listener, Role};
 use crate::format::ImageName;
 use crate::listen_ports::{self, Remap};
 use crate::os::descriptor::Direction;
-use crate::os::poller::{Interest, Kind, Poller, Wait};
+use crate::os::poller::Wait;
 use crate::pace::{Activity, Pace};
 use crate::receive::{Arriving, Reading};
 use crate::report;
@@ -69,17 +69,6 @@ fn while_it_arrives(mut plan: Plan, mut session: Session) -> Result<(), Failure>
 /// How long all shards may rest for `--hold-at-most` while the index does not go on.
 const INDEX_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What the loop of an arriving image watches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    Shards,
-    Criu,
-}
-
-impl Kind for Watched {
-    const ALL: &'static [Self] = &[Self::Shards, Self::Criu];
-}
-
 fn serve_arriving(
     plan: &mut Plan,
     session: &mut Session,
@@ -126,7 +115,7 @@ fn prepare(
             && (is_prepared(arriving)
                 || supervisor.commands_have_succeeded() && arriving.is_whole()?))
     };
-    let mut wait = Wait::Now;
+    let (mut events, mut wait) = (Vec::new(), Wait::Now);
     let mut is_laid_out = false;
     let mut rests_since = None;
     let mut has_bent = false;
@@ -146,7 +135,11 @@ fn prepare(
         let until = wait.or_until(supervisor.look_again());
         // In the past from then on: what the shards have already brings no event.
         let until = until.or_until(rests_since.map(|since| since + INDEX_PATIENCE));
-        let activity = arriving.step(until, reading)?;
+        supervisor
+            .poller()
+            .wait(until, &mut events)
+            .context("waiting for the shards")?;
+        let activity = arriving.step(&events, reading)?;
         let rests = reading == Reading::UpTo(None) && matches!(activity, Activity::Idle(_));
         rests_since = rests.then(|| rests_since.unwrap_or_else(Instant::now));
         // Once the limit has bent, it stays so until the index is here.
@@ -178,10 +171,6 @@ fn pass_on(
     pace: &mut Pace,
 ) -> Result<Stats> {
     let most = plan.hold_at_most.unwrap_or(u64::MAX);
-    let both = Poller::new().context("preparing to wait for events")?;
-    both.add(&*arriving, Watched::Shards, 0, Interest::Readable)
-        .and_then(|()| both.add(&*server, Watched::Criu, 0, Interest::Readable))
-        .context("preparing to wait for events")?;
     let mut events = Vec::new();
     let to_read = |arriving: &mut Arriving, server: &Server| {
         let held = arriving.kept().saturating_sub(server.freed());
@@ -193,7 +182,7 @@ fn pass_on(
     let mut proven = None;
     loop {
         let reading = to_read(arriving, server);
-        let received = arriving.step(Wait::Now, reading)?;
+        let received = arriving.step(&events, reading)?;
         if proven.is_none() && arriving.is_whole()? {
             supervisor.check()?;
             // A command may have written more before it ended.
@@ -204,7 +193,7 @@ fn pass_on(
                 plan.progress.stats(stats);
             }
         }
-        let served = server.step(arriving.catalog(), Wait::Now)?;
+        let served = server.step(arriving.catalog(), &events)?;
         if server.is_done() {
             let Some(stats) = &proven else {
                 return Err(server.explain(anyhow!(
@@ -222,11 +211,15 @@ fn pass_on(
         };
         // What CRIU has taken may have made room, or have it wait for what is left in a shard.
         let wants_more = to_read(arriving, server) != reading;
-        if wait != Wait::Now && !wants_more {
-            let look_again = supervisor.look_again().filter(|_| proven.is_none());
-            both.wait(wait.or_until(look_again), &mut events)
-                .context("waiting for the shards and CRIU")?;
-        }
+        let look_again = supervisor.look_again().filter(|_| proven.is_none());
+        let wait = match wants_more {
+            true => Wait::Now,
+            false => wait.or_until(look_again),
+        };
+        supervisor
+            .poller()
+            .wait(wait, &mut events)
+            .context("waiting for the shards and CRIU")?;
     }
 }
 

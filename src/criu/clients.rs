@@ -19,7 +19,7 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::{Connection, Listener, Message, Receipt};
-use crate::os::poller::{Interest, Kind, Poller};
+use crate::os::poller::{Interest, Poller, Watched};
 use crate::os::process::{arguments_in, command_line_of};
 use crate::report;
 
@@ -109,20 +109,20 @@ impl<R> Clients<R> {
         }
     }
 
-    /// Accepts the clients that wait at the listener, and watches each as `kind`, under its id.
+    /// Accepts the clients that wait at the listener, and watches each under its id.
     ///
     /// # Errors
     /// Those of accepting and of watching a connection.
-    pub fn accept<K: Kind>(
-        &mut self,
-        listener: &Listener,
-        poller: &Poller<K>,
-        kind: K,
-    ) -> Result<()> {
+    pub(crate) fn accept(&mut self, listener: &Listener, poller: &Poller) -> Result<()> {
         while let Some(connection) = listener.accept()? {
             self.next_id += 1;
             poller
-                .add(&connection, kind, self.next_id, Interest::Readable)
+                .add(
+                    &connection,
+                    Watched::Client,
+                    self.next_id,
+                    Interest::Readable,
+                )
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {

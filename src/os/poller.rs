@@ -4,13 +4,14 @@
 //! do is then read off the pipe itself. Level-triggered epoll would return at once for every source
 //! that has data but may not be moved yet, and every page that arrives would cost a wake-up.
 //!
-//! An event carries a kind, which the loop's own enum lists, and a number, such as a shard's index.
-//! The poller keeps no objects: shards stand in a slice for the balancer, files are found by name,
-//! and a descriptor leaves epoll when its owner closes it.
+//! There is one epoll, the supervisor's, lent to every loop. An event carries a kind and a number,
+//! such as a shard's index. The poller keeps no objects: shards stand in a slice for the balancer,
+//! files are found by name, and a descriptor leaves epoll when its owner closes it. One that was
+//! inherited may stay for as long as another process has it: its events come on the edge only, and
+//! find nothing to do.
 
 use std::io;
-use std::marker::PhantomData;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -20,11 +21,39 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 const BATCH: usize = 64;
 
 /// The bits of a token that hold the kind; the number has the others.
-const KIND_BITS: u32 = 3;
+const KIND_BITS: u32 = 4;
 
-/// The kinds of things that a loop watches, up to eight.
-pub(crate) trait Kind: Copy + PartialEq + 'static {
-    const ALL: &'static [Self];
+/// The kinds of things that are watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Watched {
+    /// A signal that came.
+    Interrupt,
+    /// The end of a CRIU whose hook has started us.
+    Caller,
+    Listener,
+    Client,
+    /// A file that is captured.
+    Source,
+    Shard,
+    /// The reader of an external file.
+    External,
+    /// A file on its way to CRIU.
+    Transfer,
+    ImagesDir,
+}
+
+impl Watched {
+    const ALL: [Self; 9] = [
+        Self::Interrupt,
+        Self::Caller,
+        Self::Listener,
+        Self::Client,
+        Self::Source,
+        Self::Shard,
+        Self::External,
+        Self::Transfer,
+        Self::ImagesDir,
+    ];
 }
 
 /// What to be told of.
@@ -86,28 +115,20 @@ impl Wait {
 
 /// One event: what was registered, and whether the other side is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Event<K> {
-    pub(crate) kind: K,
+pub(crate) struct Event {
+    pub(crate) kind: Watched,
     pub(crate) id: u64,
     pub(crate) hung_up: bool,
 }
 
-/// An epoll instance for things of the kinds `K`. Descriptors leave it by being closed.
-pub(crate) struct Poller<K> {
-    epoll: Epoll,
-    kinds: PhantomData<K>,
-}
+/// An epoll instance. Descriptors leave it by being closed.
+pub(crate) struct Poller(Epoll);
 
-impl<K: Kind> Poller<K> {
+impl Poller {
     /// # Errors
     /// When the kernel has no more descriptors for us.
     pub(crate) fn new() -> io::Result<Self> {
-        const { assert!(K::ALL.len() <= 1 << KIND_BITS) };
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self {
-            epoll,
-            kinds: PhantomData,
-        })
+        Ok(Self(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?))
     }
 
     /// Watches a descriptor. Its events carry `kind` and `id`.
@@ -117,7 +138,7 @@ impl<K: Kind> Poller<K> {
     pub(crate) fn add(
         &self,
         fd: impl AsFd,
-        kind: K,
+        kind: Watched,
         id: u64,
         interest: Interest,
     ) -> io::Result<()> {
@@ -127,22 +148,19 @@ impl<K: Kind> Poller<K> {
             Interest::Readable => EpollFlags::EPOLLIN,
             Interest::Gone => EpollFlags::EPOLLET,
         };
-        let index = K::ALL.iter().position(|&listed| listed == kind);
-        let index = index.expect("every kind is listed") as u64;
-        Ok(self
-            .epoll
-            .add(fd, EpollEvent::new(flags, id << KIND_BITS | index))?)
+        let token = id << KIND_BITS | kind as u64;
+        Ok(self.0.add(fd, EpollEvent::new(flags, token))?)
     }
 
     /// Waits for events. They are in `found`, which is empty when the time is over.
     ///
     /// # Errors
     /// Those of `epoll_wait` but for interruptions.
-    pub(crate) fn wait(&self, wait: Wait, found: &mut Vec<Event<K>>) -> io::Result<()> {
+    pub(crate) fn wait(&self, wait: Wait, found: &mut Vec<Event>) -> io::Result<()> {
         found.clear();
         let mut events = [EpollEvent::empty(); BATCH];
         let count = loop {
-            match self.epoll.wait(&mut events, wait.timeout()) {
+            match self.0.wait(&mut events, wait.timeout()) {
                 // The time that is left is looked at anew.
                 Err(Errno::EINTR) => {}
                 result => break result?,
@@ -150,7 +168,7 @@ impl<K: Kind> Poller<K> {
         };
         found.extend(events[..count].iter().map(|event| {
             Event {
-                kind: K::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
+                kind: Watched::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
                 id: event.data() >> KIND_BITS,
                 hung_up: event
                     .events()
@@ -161,25 +179,17 @@ impl<K: Kind> Poller<K> {
     }
 }
 
-impl<K> AsFd for Poller<K> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.0.as_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::os::pipe;
 
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    enum Watched {
-        Reader,
-        Writer,
-    }
-
-    impl Kind for Watched {
-        const ALL: &'static [Self] = &[Self::Reader, Self::Writer];
+    #[test]
+    fn every_kind_has_its_number() {
+        assert!(Watched::ALL.len() <= 1 << KIND_BITS);
+        for (number, &kind) in Watched::ALL.iter().enumerate() {
+            assert_eq!(kind as usize, number);
+        }
     }
 
     #[test]
@@ -188,12 +198,12 @@ mod tests {
         let mut events = Vec::new();
         let (read, write) = pipe::new().unwrap();
         poller
-            .add(&read, Watched::Reader, 7, Interest::Readable)
+            .add(&read, Watched::Shard, 7, Interest::Readable)
             .unwrap();
         poller
             .add(
                 &write,
-                Watched::Writer,
+                Watched::External,
                 u64::MAX >> KIND_BITS,
                 Interest::Gone,
             )
@@ -204,7 +214,7 @@ mod tests {
         drop(read);
         poller.wait(Wait::Forever, &mut events).unwrap();
         let gone = Event {
-            kind: Watched::Writer,
+            kind: Watched::External,
             id: u64::MAX >> KIND_BITS,
             hung_up: true,
         };

@@ -1,6 +1,5 @@
 //! An image with an index, seen by those who serve it while it arrives.
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -11,7 +10,7 @@ use super::reader::Reader;
 use super::{END_PATIENCE, Reading, Receiver};
 use crate::format::ImageName;
 use crate::os::pipe::{ReadEnd, WriteEnd};
-use crate::os::poller::Wait;
+use crate::os::poller::Event;
 use crate::pace::Activity;
 use crate::report::meter::Counters;
 use crate::report::progress::Stats;
@@ -45,12 +44,12 @@ impl<'a> Arriving<'a> {
         })
     }
 
-    /// Waits for events, and takes what the shards have.
+    /// Acts on events, and takes what the shards have.
     ///
     /// # Errors
     /// When the image is damaged or incomplete, and when a signal came.
-    pub(crate) fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
-        let activity = self.receiver.step(wait, reading)?;
+    pub(crate) fn step(&mut self, events: &[Event], reading: Reading) -> Result<Activity> {
+        let activity = self.receiver.step(events, reading)?;
         let end = self
             .index_end_by
             .filter(|_| !self.receiver.image.is_laid_out());
@@ -130,11 +129,5 @@ impl<'a> Arriving<'a> {
 
     pub(crate) fn stats(&self) -> Stats {
         self.receiver.stats()
-    }
-}
-
-impl AsFd for Arriving<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.receiver.poller.as_fd()
     }
 }

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use crate::format::ImageName;
 use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
-use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
+use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
@@ -52,22 +52,8 @@ const END_PATIENCE: Duration = Duration::from_millis(200);
 /// ended a call for another reason than a full pipe.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// What is watched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    Interrupt,
-    Shard,
-    /// The pipe of an external file.
-    External,
-}
-
-impl Kind for Watched {
-    const ALL: &'static [Self] = &[Self::Interrupt, Self::Shard, Self::External];
-}
-
 /// Reads shards, and gives their steps to an image.
 struct Receiver<'a, I> {
-    poller: Poller<Watched>,
     supervisor: &'a Supervisor,
     shards: Vec<Reader>,
     /// The shards that may have something.
@@ -148,7 +134,6 @@ impl<'a, I: Image> Receiver<'a, I> {
             .collect::<Result<Vec<_>>>()?;
         let now = Instant::now();
         let mut receiver = Self {
-            poller: Poller::new().context("preparing to wait for events")?,
             supervisor,
             busy: vec![true; shards.len()],
             shards,
@@ -168,15 +153,11 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(receiver)
     }
 
-    /// Waits for events, takes what the shards have, and sends what readers of external files take.
-    fn step(&mut self, wait: Wait, reading: Reading) -> Result<Activity> {
-        let mut events = Vec::new();
-        self.poller
-            .wait(wait, &mut events)
-            .context("waiting for the shards")?;
+    /// Acts on events, takes what the shards have, and sends what readers of external files take.
+    fn step(&mut self, events: &[Event], reading: Reading) -> Result<Activity> {
         let now = Instant::now();
         self.start.get_or_insert(now);
-        self.handle(&events)?;
+        self.handle(events)?;
         if now >= self.try_again {
             self.try_again = now + TRY_AGAIN;
             self.image.outlets().try_again();
@@ -208,9 +189,13 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     fn receive_all(&mut self) -> Result<()> {
         let mut pace = Pace::new();
-        let mut wait = Wait::Now;
+        let (mut events, mut wait) = (Vec::new(), Wait::Now);
         while !self.image.is_complete() || self.image.outlets().is_sending() {
-            wait = pace.after(self.step(wait, Reading::All)?);
+            self.supervisor
+                .poller()
+                .wait(wait, &mut events)
+                .context("waiting for the shards")?;
+            wait = pace.after(self.step(&events, Reading::All)?);
         }
         self.check_end()
     }
@@ -225,8 +210,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     }
 
     fn watch(&mut self) -> io::Result<()> {
-        let Self { poller, image, .. } = self;
-        poller.add(self.supervisor, Watched::Interrupt, 0, Interest::Readable)?;
+        let (poller, image) = (self.supervisor.poller(), &mut self.image);
         for (index, shard) in (0..).zip(&self.shards) {
             poller.add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)?;
         }
@@ -241,11 +225,11 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(())
     }
 
-    fn handle(&mut self, events: &[Event<Watched>]) -> Result<()> {
+    fn handle(&mut self, events: &[Event]) -> Result<()> {
         for event in events {
             let index = event.id as usize;
             match event.kind {
-                Watched::Interrupt => self.supervisor.check()?,
+                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard => {
                     self.busy[index] = true;
                     if event.hung_up {
@@ -253,6 +237,7 @@ impl<'a, I: Image> Receiver<'a, I> {
                     }
                 }
                 Watched::External => self.image.outlets().made_room(index),
+                _ => {}
             }
         }
         Ok(())
@@ -378,7 +363,8 @@ impl<'a, I: Image> Receiver<'a, I> {
         let mut events = Vec::new();
         while !self.have_ended()? {
             let end = Instant::now() + END_PATIENCE;
-            self.poller
+            self.supervisor
+                .poller()
                 .wait(Wait::Until(self.end_by.unwrap_or(end)), &mut events)
                 .context("waiting for the end of the shards")?;
             self.handle(&events)?;

@@ -11,7 +11,6 @@
 //! exist", and the program then fails naming it.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
@@ -20,7 +19,7 @@ use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
-use crate::os::poller::{Event, Interest, Kind, Poller, Wait};
+use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::{Activity, Pace};
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup, Taken};
@@ -34,24 +33,6 @@ const TURN: usize = 1;
 /// Retry interval in case an edge-triggered event was missed.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// What is watched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    Interrupt,
-    Listener,
-    Client,
-    Transfer,
-}
-
-impl Kind for Watched {
-    const ALL: &'static [Self] = &[
-        Self::Interrupt,
-        Self::Listener,
-        Self::Client,
-        Self::Transfer,
-    ];
-}
-
 /// A file on its way to CRIU.
 struct Sending {
     name: ImageName,
@@ -60,11 +41,12 @@ struct Sending {
 
 /// Answers CRIU, and sends it files.
 pub(crate) struct Server<'a> {
-    poller: Poller<Watched>,
     supervisor: &'a Supervisor,
     /// Until all clients have come.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
+    /// CRIU has ended well, and had not connected.
+    is_missed: bool,
     transfers: HashMap<u64, Sending>,
     /// Transfers whose pipes may have room.
     busy: Vec<u64>,
@@ -102,9 +84,13 @@ pub(crate) fn serve(
 ) -> Result<(), Failure> {
     let mut server = Server::new(listener, criu_clients, supervisor)?;
     let mut pace = Pace::new();
-    let mut wait = Wait::Forever;
+    let (mut events, mut wait) = (Vec::new(), Wait::Now);
     while !server.is_done() {
-        match server.step(&mut files, wait) {
+        let waited = supervisor.poller().wait(wait, &mut events);
+        let served = waited
+            .context("waiting for CRIU")
+            .and_then(|()| server.step(&mut files, &events));
+        match served {
             Ok(activity) => wait = pace.after(activity),
             Err(error) => return Err(Failure::new(error, (server.clients, server.transfers))),
         }
@@ -119,20 +105,17 @@ impl<'a> Server<'a> {
         criu_clients: usize,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let poller = Poller::new().context("preparing to wait for events")?;
         // It ends when it has restored everything; what it still wants, its connection tells.
         supervisor.let_caller_end();
-        poller
-            .add(supervisor, Watched::Interrupt, 0, Interest::Readable)
-            .context("preparing to wait for signals")?;
-        poller
+        supervisor
+            .poller()
             .add(&listener, Watched::Listener, 0, Interest::Readable)
             .context("preparing to wait for CRIU")?;
         Ok(Self {
-            poller,
             supervisor,
             listener: Some(listener),
             clients: Clients::new(criu_clients),
+            is_missed: false,
             transfers: HashMap::new(),
             busy: Vec::new(),
             next_transfer: 0,
@@ -160,12 +143,12 @@ impl<'a> Server<'a> {
         starving.map(|sending| &sending.name)
     }
 
-    /// Waits for events, answers, and sends what is here of `files`.
+    /// Acts on events, answers, and sends what is here of `files`.
     ///
     /// # Errors
     /// When CRIU breaks the protocol, or asked for nothing, and when a signal came.
-    pub(crate) fn step(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
-        self.advance(files, wait)
+    pub(crate) fn step(&mut self, files: &mut Catalog, events: &[Event]) -> Result<Activity> {
+        self.advance(files, events)
             .map_err(|error| self.explain(error))
     }
 
@@ -177,21 +160,17 @@ impl<'a> Server<'a> {
         }
     }
 
-    fn advance(&mut self, files: &mut Catalog, wait: Wait) -> Result<Activity> {
-        let mut events = Vec::new();
-        let missed = self.clients.missed_by(self.supervisor.ended_criu());
-        self.poller
-            .wait(wait, &mut events)
-            .context("waiting for CRIU")?;
-        if let Some(command) = missed
+    fn advance(&mut self, files: &mut Catalog, events: &[Event]) -> Result<Activity> {
+        if self.is_missed
             && events.is_empty()
+            && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
         {
             bail!(
                 "waiting for CRIU: {command} ended well without having connected: is it `criu \
                  restore --stream`, in the foreground, with the same --images-dir?"
             );
         }
-        self.handle(files, &events)?;
+        self.handle(files, events)?;
         let now = Instant::now();
         if now >= self.try_again {
             self.try_again = now + TRY_AGAIN;
@@ -207,15 +186,13 @@ impl<'a> Server<'a> {
         }
         self.take_more(files)?;
         let (sent, room) = self.send(files)?;
+        let missed = self.clients.missed_by(self.supervisor.ended_criu());
+        self.is_missed = missed.is_some();
         if sent > 0 {
             let (sent, room) = (sent as u64, room as u64);
             return Ok(Activity::Emptied { sent, room });
         }
-        if self
-            .clients
-            .missed_by(self.supervisor.ended_criu())
-            .is_some()
-        {
+        if self.is_missed {
             return Ok(Activity::Idle(Wait::Now));
         }
         let again = (!self.transfers.is_empty()).then_some(self.try_again);
@@ -256,14 +233,13 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    fn handle(&mut self, files: &mut Catalog, events: &[Event<Watched>]) -> Result<()> {
+    fn handle(&mut self, files: &mut Catalog, events: &[Event]) -> Result<()> {
         for event in events {
             match event.kind {
-                Watched::Interrupt => self.supervisor.check()?,
+                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Listener => {
                     if let Some(listener) = &self.listener {
-                        self.clients
-                            .accept(listener, &self.poller, Watched::Client)?;
+                        self.clients.accept(listener, self.supervisor.poller())?;
                     }
                 }
                 Watched::Client => self.answer(files, event.id)?,
@@ -277,6 +253,7 @@ impl<'a> Server<'a> {
                         self.busy.push(event.id);
                     }
                 }
+                _ => {}
             }
         }
         Ok(())
@@ -343,7 +320,8 @@ impl<'a> Server<'a> {
         }
         let id = self.next_transfer;
         self.next_transfer += 1;
-        self.poller
+        self.supervisor
+            .poller()
             .add(
                 sending.transfer.pipe(),
                 Watched::Transfer,
@@ -396,12 +374,6 @@ impl Sending {
         }
         let sent = (before - self.transfer.left()) as u64;
         Ok((progress, if is_kept { 0 } else { sent }))
-    }
-}
-
-impl AsFd for Server<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.poller.as_fd()
     }
 }
 

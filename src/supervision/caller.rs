@@ -6,41 +6,26 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::os::poller::{Interest, Kind, Poller, Wait};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    Signals,
-    Caller,
-}
-
-impl Kind for Watched {
-    const ALL: &'static [Self] = &[Self::Signals, Self::Caller];
-}
+use crate::os::pipe::uninterrupted;
+use crate::os::poller::{Interest, Poller, Watched};
 
 pub(super) struct Watch {
-    /// Of signals, and CRIU's process. The end of a process can be seen for ever, so it is looked
-    /// at on the edge only.
-    poller: Poller<Watched>,
-    /// The process, which epoll forgets when this is closed.
-    _process: OwnedFd,
+    process: OwnedFd,
     has_ended: Cell<bool>,
     may_end: Cell<bool>,
 }
 
 impl Watch {
-    /// Watches a process, beside `signals`.
-    pub(super) fn new(process: OwnedFd, signals: impl AsFd) -> io::Result<Self> {
-        let poller = Poller::new()?;
-        poller.add(signals, Watched::Signals, 0, Interest::Readable)?;
+    /// Watches a process. Its end can be seen for ever, so it is looked at on the edge only.
+    pub(super) fn new(process: OwnedFd, poller: &Poller) -> io::Result<Self> {
         poller.add(&process, Watched::Caller, 0, Interest::ReadableEdge)?;
         Ok(Self {
-            poller,
-            _process: process,
+            process,
             has_ended: Cell::new(false),
             may_end: Cell::new(false),
         })
@@ -58,9 +43,8 @@ impl Watch {
 
     /// Fails if CRIU has ended and may not.
     pub(super) fn check(&self) -> Result<()> {
-        let mut events = Vec::new();
-        self.poller.wait(Wait::Now, &mut events)?;
-        if events.iter().any(|event| event.kind == Watched::Caller) {
+        let mut fds = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
+        if uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))? > 0 {
             self.has_ended.set(true);
         }
         ensure!(
@@ -68,11 +52,5 @@ impl Watch {
             "CRIU, which has started this streamer, has ended and did not wait for it: it failed or was killed (see its log)"
         );
         Ok(())
-    }
-}
-
-impl AsFd for Watch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.poller.as_fd()
     }
 }

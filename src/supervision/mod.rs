@@ -26,17 +26,17 @@ use std::any::Any;
 use std::cell::{OnceCell, RefCell};
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind};
-use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
+use crate::os::pipe::{self, LARGEST, Moved, ReadEnd, WriteEnd};
+use crate::os::poller::{Interest, Poller, Wait, Watched};
 use caller::Watch;
 use command::Commands;
 pub(crate) use command::ShellCommand;
@@ -86,6 +86,8 @@ impl From<Error> for Failure {
 
 /// The signals that came, and what is at the far ends of the pipes.
 pub struct Supervisor {
+    /// The only one, for all that is waited for.
+    poller: Poller,
     signals: Rc<Signals>,
     caller: Option<Watch>,
     /// What commands are to have as we had it.
@@ -104,8 +106,11 @@ impl Supervisor {
     /// From now on signals no longer end the process but are caught. Must be called before there
     /// are other threads, and before this process changes what commands are to have as we had it.
     pub fn catch() -> io::Result<Self> {
+        let (poller, signals) = (Poller::new()?, Signals::catch()?);
+        poller.add(&signals, Watched::Interrupt, 0, Interest::Readable)?;
         Ok(Self {
-            signals: Rc::new(Signals::catch()?),
+            poller,
+            signals: Rc::new(signals),
             caller: None,
             inherited: Inherited::now(),
             commands: RefCell::default(),
@@ -115,9 +120,14 @@ impl Supervisor {
         })
     }
 
+    /// What everything is waited for with.
+    pub(crate) fn poller(&self) -> &Poller {
+        &self.poller
+    }
+
     /// From now on the transfer fails when this process ends: a CRIU whose hook has started it.
     pub(crate) fn watch(&mut self, process: OwnedFd) -> io::Result<()> {
-        self.caller = Some(Watch::new(process, &*self.signals)?);
+        self.caller = Some(Watch::new(process, &self.poller)?);
         Ok(())
     }
 
@@ -141,6 +151,9 @@ impl Supervisor {
         }
         let (pipe, writing) = pump::write_to(fd, label, Arc::clone(&self.failure))
             .with_context(|| format!("preparing {label}"))?;
+        let writing = writing.nonblocking()?;
+        self.poller
+            .add(&writing, Watched::Interrupt, 0, Interest::ReadableEdge)?;
         self.writing.push(writing);
         Ok(pipe)
     }
@@ -296,25 +309,29 @@ impl Supervisor {
 
     /// Waits until the pumps have written everything and all commands have ended.
     fn finish(&mut self) -> Result<()> {
-        while let Some(writing) = self.writing.last() {
-            let closed = self
-                .wait(Some(writing), PollTimeout::NONE)
+        while self.are_pumps_writing()? {
+            self.wait(Wait::Forever)
                 .context("waiting until all is written")?;
-            if closed {
-                self.writing.pop();
-            }
             self.check()?;
         }
         self.check_pumps()?;
         self.commands.get_mut().close_pipes();
-        let look_again = PollTimeout::try_from(LOOK_AGAIN).expect("less than a month");
-        while !self.commands_have_succeeded() {
-            self.wait(None, look_again)
+        while let Some(again) = self.look_again() {
+            self.wait(Wait::Until(again))
                 .context("waiting for the commands")?;
             self.check()?;
         }
         self.release_orphans()?;
         self.finish_criu()
+    }
+
+    /// Whether a pump still writes. Each that ends brings an event.
+    fn are_pumps_writing(&mut self) -> io::Result<bool> {
+        let mut is_any = false;
+        for pipe in &self.writing {
+            is_any |= pipe::read(pipe, &mut [0])? != Moved::End;
+        }
+        Ok(is_any)
     }
 
     /// What is left of the commands, and what CRIU restores, need not be our children.
@@ -340,21 +357,15 @@ impl Supervisor {
                 checked => checked?,
             }
             if !criu.has_ended() {
-                self.wait(None, PollTimeout::NONE)
-                    .context("waiting for CRIU's end")?;
+                self.wait(Wait::Forever).context("waiting for CRIU's end")?;
             }
         }
         Ok(())
     }
 
-    /// Waits for a signal, such as that of a command's end, or until the other end of `pipe` is
-    /// closed, and tells whether it is.
-    fn wait(&self, pipe: Option<&ReadEnd>, timeout: impl Into<PollTimeout>) -> Result<bool> {
-        let mut fds = vec![PollFd::new(self.as_fd(), PollFlags::POLLIN)];
-        fds.extend(pipe.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
-        let timeout = timeout.into();
-        uninterrupted(|| poll(&mut fds, timeout))?;
-        Ok(fds[1..].iter().any(|pipe| pipe.any() == Some(true)))
+    /// Waits for a signal, such as that of a command's end, or for the end of a pump.
+    fn wait(&self, wait: Wait) -> io::Result<()> {
+        self.poller.wait(wait, &mut Vec::new())
     }
 
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
@@ -370,13 +381,4 @@ impl Supervisor {
 /// Whether there is no other reason behind an error.
 fn is_final(error: &Error) -> bool {
     signal_behind(error).is_some() || criu_failure_behind(error).is_some()
-}
-
-impl AsFd for Supervisor {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.caller {
-            Some(caller) => caller.as_fd(),
-            None => self.signals.as_fd(),
-        }
-    }
 }
