@@ -193,7 +193,7 @@ fn two_dumps_at_once_are_an_error_and_not_one_image() {
     }
     // It may have lost its streamer by then.
     let _ = second.try_create_file("core-1.img", None);
-    streamer.expect_failure(&["sends files too", "--criu-clients"]);
+    streamer.expect_failure(&["sends files too"]);
     assert!(image::decode(&collector.finish()).is_err());
 }
 
@@ -403,20 +403,5 @@ fn what_only_the_end_of_criu_can_show_to_be_whole_waits_for_it() {
     send_connected(&criu, &short);
     assert!(streamer.outlasts(WATCHED), "a file is missing");
     criu.write_file("fs-71.img", &dump::whole()["fs-71.img"]);
-    streamer.expect_success();
-}
-
-#[test]
-fn a_capture_from_several_processes_waits_for_all_of_them() {
-    let (mut streamer, _collector) =
-        runs::collect(Streamer::capture().args(["--criu-clients", "2"]), 2);
-    let criu = streamer.criu();
-    send_connected(&criu, &dump::whole());
-    drop(criu);
-    assert!(streamer.outlasts(WATCHED), "one of two was there");
-    let second = streamer.criu();
-    second.write_file("eventfd.img", &dump::file([]));
-    assert!(streamer.outlasts(WATCHED), "the second is connected");
-    drop(second);
     streamer.expect_success();
 }

@@ -720,7 +720,6 @@ fn options_that_the_hook_cannot_follow_are_refused_by_file_and_line() {
     let file = caller.images_dir.path().join("streamer-capture.options");
     let name = file.display().to_string();
     for (text, words) in [
-        ("--shard-cmd cat\n--criu-clients 2", "--criu-clients"),
         ("--shard-cmd cat\n--num-shards 99", "--num-shards"),
         ("--shard-cmd cat\n--progress-fd 2", "line 2"),
         ("--shard-cmd cat\ncapture", "line 2"),

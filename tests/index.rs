@@ -481,23 +481,3 @@ fn an_index_without_inventory_is_refused_before_criu_may_connect() {
     let exit = serving.streamer.expect_failure(&["inventory.img"]);
     assert_eq!(exit.progress, [""; 0]);
 }
-
-#[test]
-fn several_clients_read_all_but_the_applications_data_of_an_image_with_an_index() {
-    let mut files = files();
-    files.insert("shared.img".into(), random::bytes(9, 3 * MIB));
-    let image = capture(&files, 2);
-    let mut serving = serve(2, Streamer::serve().args(["--criu-clients", "2"]));
-    File::from(serving.index).write_all(&image.index).unwrap();
-    let _feeder = Feeder::start(serving.shards, &image.shards);
-    let restore = serving.streamer.criu();
-    let lazy_pages = Criu::connect(serving.streamer.images_dir(), Role::Serve);
-    for (name, content) in &files {
-        restore.expect_file(name, content);
-        if !name.starts_with("pages-") && !name.starts_with("ghost-file-") {
-            lazy_pages.expect_file(name, content);
-        }
-    }
-    drop((restore, lazy_pages));
-    serving.streamer.expect_success();
-}

@@ -103,8 +103,6 @@ pub(crate) struct Capture<'a> {
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<&'a CriuCommand>,
-    /// How many CRIU processes must have come and gone.
-    pub(crate) criu_clients: usize,
     pub(crate) counters: Counters,
 }
 
@@ -160,7 +158,7 @@ impl Capture<'_> {
         let mut capture = CaptureLoop {
             supervisor,
             listener: Some(self.listener),
-            clients: Clients::exactly(self.criu_clients),
+            clients: Clients::one(),
             dump: Dump::default(),
             stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),

@@ -7,7 +7,6 @@ mod plan;
 
 use std::ffi::OsString;
 use std::fmt;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -108,11 +107,6 @@ pub struct Args {
     /// serve only: change the TCP ports that the application listens on
     #[structopt(long, value_name = "old:new,...", global = true)]
     tcp_listen_remap: Option<List<Remap>>,
-
-    /// End only after this number of CRIU processes (restore, lazy-pages, ...) have connected and
-    /// gone
-    #[structopt(long, value_name = "N", default_value = "1", global = true)]
-    criu_clients: NonZeroUsize,
 
     #[structopt(subcommand)]
     command: Command,
@@ -409,15 +403,15 @@ mod tests {
 
     #[test]
     fn options_stand_before_or_after_the_subcommand() {
-        let before = args("-D dir -s 10,11 -e fs.tar:12 -p 13 --criu-clients 2 capture");
+        let before = args("-D dir -s 10,11 -e fs.tar:12 -p 13 --num-shards 2 capture");
         assert_eq!(
             before,
-            args("capture -D dir -s 10,11 -e fs.tar:12 -p 13 --criu-clients 2")
+            args("capture -D dir -s 10,11 -e fs.tar:12 -p 13 --num-shards 2")
         );
         assert_eq!(
             before,
             args(
-                "--images-dir dir -s 10,11 --criu-clients 2 capture --ext-file-fds fs.tar:12 --progress-fd 13"
+                "--images-dir dir -s 10,11 --num-shards 2 capture --ext-file-fds fs.tar:12 --progress-fd 13"
             )
         );
     }

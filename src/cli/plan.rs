@@ -93,7 +93,6 @@ pub(crate) struct Plan {
     pub(crate) progress_bar: bool,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<CriuCommand>,
-    pub(crate) criu_clients: usize,
     /// The CRIU that waits in its hook for this streamer, if one does.
     pub(crate) caller: Option<Caller>,
 }
@@ -247,7 +246,6 @@ impl Plan {
             },
             progress_bar: args.progress_bar,
             criu,
-            criu_clients: args.criu_clients.get(),
             caller: None,
         })
     }

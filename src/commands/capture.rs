@@ -46,7 +46,6 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),
-        criu_clients: plan.criu_clients,
         counters: session.counters.clone(),
     }
     .run(supervisor);

@@ -37,12 +37,12 @@ fn when_it_is_here(mut plan: Plan, mut session: Session) -> Result<(), Failure> 
         std::mem::take(&mut plan.external_files),
         Catalog::new(),
     )?;
-    check_files(&mut files, external, plan.criu_clients)?;
+    check_files(&files, external)?;
     remap_ports(&mut files, &plan.remaps)?;
     session.report(&mut plan.progress, &stats);
     let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
     announce(&mut plan, &session.supervisor, "the image is in memory")?;
-    let served = serve::serve(listener, files, plan.criu_clients, &session.supervisor);
+    let served = serve::serve(listener, files, &session.supervisor);
     session.supervisor.conclude(served)
 }
 
@@ -82,7 +82,7 @@ fn serve_arriving(
     prepare(plan, supervisor, external, &mut arriving, &mut pace)?;
     remap_ports(arriving.catalog(), &plan.remaps)?;
     let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
-    let mut server = Server::new(listener, plan.criu_clients, supervisor)?;
+    let mut server = Server::new(listener, supervisor)?;
     announce(plan, supervisor, "the image is on its way")?;
     let stats = pass_on(plan, supervisor, &mut arriving, &mut server, &mut pace)?;
     server.conclude()?;
@@ -94,8 +94,8 @@ fn serve_arriving(
 }
 
 /// Receives what must be here before CRIU may connect: the index, with the files of which something
-/// must be known by then, or which several clients read; all of the image, if it has no pages that
-/// CRIU must wait for; and what the commands of external files unpack.
+/// must be known by then; all of the image, if it has no pages that CRIU must wait for; and what
+/// the commands of external files unpack.
 fn prepare(
     plan: &Plan,
     supervisor: &Supervisor,
@@ -106,9 +106,7 @@ fn prepare(
     let most = plan.hold_at_most.unwrap_or(u64::MAX);
     let is_prepared = |arriving: &mut Arriving| {
         let catalog = arriving.catalog();
-        catalog.shared_are_whole()
-            && (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE))
-            && arriving.keeps_back()
+        (plan.remaps.is_empty() || catalog.is_whole(listen_ports::FILE)) && arriving.keeps_back()
     };
     let may_connect = |arriving: &mut Arriving| -> Result<bool> {
         Ok(supervisor.file_commands_have_succeeded()
@@ -151,7 +149,7 @@ fn prepare(
             && supervisor.command_has_succeeded(index)
         {
             arriving.lay_out()?;
-            check_files(arriving.catalog(), external, plan.criu_clients)?;
+            check_files(arriving.catalog(), external)?;
             is_laid_out = true;
             wait = Wait::Now;
         }
@@ -223,11 +221,10 @@ fn pass_on(
     }
 }
 
-/// Checks what the image consists of, and prepares for those who will ask for it.
-fn check_files(files: &mut Catalog, external: ExternalFiles, clients: usize) -> Result<()> {
+/// Checks what the image consists of, and warns of what CRIU will not restore.
+fn check_files(files: &Catalog, external: ExternalFiles) -> Result<()> {
     check_whole(files.names(), external)?;
     serve::warn_of_losses(files);
-    files.expect_clients(clients);
     Ok(())
 }
 

@@ -7,9 +7,8 @@
 //! has [`GRACE`] to appear before the transfer is given up: a script whose CRIU failed is not left
 //! waiting.
 //!
-//! On capture, more clients that send files than were expected are an error: the files of two dumps
-//! have the same names, and would become one image. On restore they do no harm: a lazy-pages daemon
-//! reads beside CRIU.
+//! On capture, a second client that sends files is an error: the files of two dumps have the same
+//! names, and would become one image. On restore it does no harm.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -67,19 +66,13 @@ impl<R> Client<R> {
     }
 }
 
-/// Whether more clients than were expected may ask for files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum More {
-    Allowed,
-    Refused,
-}
-
 /// All clients, each with what it asked for last.
 pub struct Clients<R> {
     clients: HashMap<u64, Client<R>>,
     next_id: u64,
-    expected: usize,
-    more: More,
+    /// How many may ask for files.
+    most: usize,
+    /// How many have asked for files, and how many of these are connected.
     spoken: usize,
     speaking: usize,
     /// When the wait for another client is over, and why.
@@ -87,22 +80,21 @@ pub struct Clients<R> {
 }
 
 impl<R> Clients<R> {
-    /// Waits for `expected` clients at least.
-    pub fn new(expected: usize) -> Self {
-        Self::expect(expected, More::Allowed)
+    /// Any number of clients, for as long as one of them is there.
+    pub fn any() -> Self {
+        Self::up_to(usize::MAX)
     }
 
-    /// Waits for `expected` clients, and refuses the files of any other.
-    pub fn exactly(expected: usize) -> Self {
-        Self::expect(expected, More::Refused)
+    /// One client, so that the files of two are not mixed.
+    pub fn one() -> Self {
+        Self::up_to(1)
     }
 
-    fn expect(expected: usize, more: More) -> Self {
+    fn up_to(most: usize) -> Self {
         Self {
             clients: HashMap::new(),
             next_id: 0,
-            expected,
-            more,
+            most,
             spoken: 0,
             speaking: 0,
             give_up: None,
@@ -142,20 +134,15 @@ impl<R> Clients<R> {
         client.map_or_else(AskedFor::default, |client| client.asked_for)
     }
 
-    /// As many clients as were expected have asked for files, and all of these are gone.
+    /// Clients have asked for files, and all of these are gone.
     pub fn all_gone(&self) -> bool {
-        self.spoken >= self.expected && self.speaking == 0
+        self.spoken > 0 && self.speaking == 0
     }
 
-    /// Fewer clients than were expected have asked for files, and none of these is connected.
-    fn are_missing(&self) -> bool {
-        self.spoken < self.expected && self.speaking == 0
-    }
-
-    /// The command that runs CRIU, which has `ended`, if fewer clients have come than were
-    /// expected. One may still wait at the listener.
+    /// The command that runs CRIU, which has `ended`, if no client has asked for a file. One may
+    /// still wait at the listener.
     pub fn missed_by<'c>(&self, ended: Option<&'c str>) -> Option<&'c str> {
-        ended.filter(|_| self.are_missing())
+        ended.filter(|_| self.spoken == 0)
     }
 
     /// Somebody was connected, and nobody is any more.
@@ -163,12 +150,10 @@ impl<R> Clients<R> {
         self.next_id > 0 && self.clients.is_empty()
     }
 
-    /// Whether the one client that was expected is at work, and not in the middle of a message.
+    /// Whether one client is at work, and not in the middle of a message.
     pub fn is_alone(&self) -> bool {
         let mut speaking = self.clients.values().filter(|client| client.has_spoken);
-        self.expected == 1
-            && self.speaking == 1
-            && speaking.all(|client| client.is_between_requests())
+        self.speaking == 1 && speaking.all(|client| client.is_between_requests())
     }
 
     /// Ends the conversation with those who have asked for files. What they say from now on fails
@@ -243,10 +228,9 @@ impl<R> Clients<R> {
             self.spoken += 1;
             self.speaking += 1;
             ensure!(
-                self.more == More::Allowed || self.spoken <= self.expected,
-                "{} sends files too, after {} other clients: two dumps in one image would mix their files; give each its own streamer, or tell with --criu-clients how many processes the one CRIU connects from",
-                client.connection.peer(),
-                self.expected
+                self.spoken <= self.most,
+                "{} sends files too: two dumps in one image would mix their files; give each its own streamer",
+                client.connection.peer()
             );
         }
         match heard {
@@ -259,7 +243,7 @@ impl<R> Clients<R> {
                     "{peer} went away in the middle of a request: it was killed, or crashed"
                 );
                 // Another client that is connected may be CRIU, at work before its first file.
-                if !has_spoken && self.clients.is_empty() && self.spoken < self.expected {
+                if !has_spoken && self.clients.is_empty() && self.spoken == 0 {
                     self.give_up_after_grace(
                         "it connected and went away without asking for any file; see CRIU's log",
                     );
@@ -280,13 +264,10 @@ impl<R> Clients<R> {
 
     /// The CRIU that was to come has ended. It may have connected just before.
     pub fn criu_has_ended(&mut self) {
-        if self.are_missing() && self.give_up.is_none() {
-            self.give_up_after_grace(match self.spoken {
-                0 => {
-                    "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one"
-                }
-                _ => "it has ended, and fewer clients have come than --criu-clients says",
-            });
+        if self.spoken == 0 && self.give_up.is_none() {
+            self.give_up_after_grace(
+                "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one",
+            );
         }
     }
 

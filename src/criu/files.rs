@@ -202,11 +202,6 @@ pub(crate) fn is_image_file(name: &str) -> bool {
     name.ends_with(SUFFIX)
 }
 
-/// Whether a file holds data of the application, of any size: CRIU reads it once, in one process.
-pub(crate) fn is_application_data(name: &str) -> bool {
-    is_pages(name) || name.starts_with("tmpfs-") || name.starts_with("ghost-file-")
-}
-
 /// Whether a file holds the nftables rules of a network namespace.
 pub(crate) fn is_nftables(name: &str) -> bool {
     name.starts_with("nftables-")

@@ -42,7 +42,7 @@ struct Sending {
 /// Answers CRIU, and sends it files.
 pub(crate) struct Server<'a> {
     supervisor: &'a Supervisor,
-    /// Until all clients have come.
+    /// Until CRIU has come.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
     /// CRIU has ended well, and had not connected.
@@ -72,17 +72,16 @@ pub(crate) fn warn_of_losses(files: &Catalog) {
     }
 }
 
-/// Serves `files` until `criu_clients` clients have come and all are gone.
+/// Serves `files` until CRIU has come and gone.
 ///
 /// # Errors
 /// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
 pub(crate) fn serve(
     listener: Listener,
     mut files: Catalog,
-    criu_clients: usize,
     supervisor: &Supervisor,
 ) -> Result<(), Failure> {
-    let mut server = Server::new(listener, criu_clients, supervisor)?;
+    let mut server = Server::new(listener, supervisor)?;
     let mut pace = Pace::new();
     let (mut events, mut wait) = (Vec::new(), Wait::Now);
     while !server.is_done() {
@@ -99,12 +98,8 @@ pub(crate) fn serve(
 }
 
 impl<'a> Server<'a> {
-    /// Serves those who connect to `listener`, until `criu_clients` have come and all are gone.
-    pub(crate) fn new(
-        listener: Listener,
-        criu_clients: usize,
-        supervisor: &'a Supervisor,
-    ) -> Result<Self> {
+    /// Serves the CRIU that connects to `listener`, until it has gone.
+    pub(crate) fn new(listener: Listener, supervisor: &'a Supervisor) -> Result<Self> {
         // It ends when it has restored everything; what it still wants, its connection tells.
         supervisor.let_caller_end();
         supervisor
@@ -114,7 +109,7 @@ impl<'a> Server<'a> {
         Ok(Self {
             supervisor,
             listener: Some(listener),
-            clients: Clients::new(criu_clients),
+            clients: Clients::any(),
             is_missed: false,
             transfers: HashMap::new(),
             busy: Vec::new(),
@@ -225,8 +220,7 @@ impl<'a> Server<'a> {
             let names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
             bail!(
                 "serving {}: CRIU asked for it after it had been sent and freed; files of over \
-                 {LARGEST_KEPT} bytes are served once. If several processes connect, say so with \
-                 --criu-clients: only the application's own data is then served once",
+                 {LARGEST_KEPT} bytes are served once",
                 names.join(", ")
             );
         }

@@ -5,10 +5,6 @@
 //! memory pages weigh far less: some hundred bytes to a few KiB for each task, mapping list and
 //! descriptor table; a pagemap takes about 20 bytes for each stretch of memory. What was sent and
 //! not kept is gone.
-//!
-//! With several clients, as with a restore beside a lazy-pages daemon, each reads the list of
-//! processes, memory areas and page maps, whatever their size: then all but the application's own
-//! data is kept.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -65,21 +61,10 @@ pub(crate) enum Taken {
     Beginning(Contents),
 }
 
-/// Which files are kept for being asked for again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Keep {
-    /// Small ones, up to a limit.
-    #[default]
-    Small,
-    /// All that several clients may read.
-    Shared,
-}
-
 /// The files by name.
 #[derive(Debug, Default)]
 pub struct Catalog {
     files: BTreeMap<ImageName, State>,
-    keep: Keep,
     /// Bytes in kept files.
     kept: usize,
     /// Bytes that came for files whose readers had gone.
@@ -91,22 +76,6 @@ pub struct Catalog {
 impl Catalog {
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// Prepares for this number of clients.
-    pub(crate) fn expect_clients(&mut self, clients: usize) {
-        self.keep = match clients {
-            ..=1 => Keep::Small,
-            2.. => Keep::Shared,
-        };
-    }
-
-    /// Whether all files are whole that several clients may read, if there are several.
-    pub(crate) fn shared_are_whole(&self) -> bool {
-        let is_shared = |name: &ImageName| !files::is_application_data(name.as_str());
-        let is_whole = |state: &State| !matches!(state, State::Arriving(_) | State::Asked(_));
-        let mut files = self.files.iter();
-        self.keep == Keep::Small || files.all(|(name, state)| is_whole(state) || !is_shared(name))
     }
 
     /// Whether a file has contents that were not sent and freed. One that is not whole yet has.
@@ -156,14 +125,9 @@ impl Catalog {
             }
             State::Complete(contents) => {
                 let size = contents.len();
-                let keep = match self.keep {
-                    Keep::Small => {
-                        size <= LARGEST_KEPT
-                            && self.kept + size <= MOST_KEPT
-                            && !files::is_pages(name.as_str())
-                    }
-                    Keep::Shared => !files::is_application_data(name.as_str()),
-                };
+                let keep = size <= LARGEST_KEPT
+                    && self.kept + size <= MOST_KEPT
+                    && !files::is_pages(name.as_str());
                 if !keep {
                     return Ok(Some(Taken::Whole(Cursor::Once(contents))));
                 }
