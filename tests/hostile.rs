@@ -315,6 +315,45 @@ fn a_chunk_that_was_begun_behind_the_end_is_refused_although_more_may_come() {
     }
 }
 
+/// Two dumps of one application into the same names, of which one upload failed: the markers fit
+/// together, and the files are of one dump, their contents of both. The first streamer names no
+/// process.
+#[test]
+fn shards_of_two_images_make_no_image() {
+    let image = |captured_by: Option<u8>| {
+        let pages = vec![captured_by.unwrap_or(0); 300_000];
+        let files = [
+            ("pages-1.img", &pages[..]),
+            ("inventory.img", image::INVENTORY),
+        ];
+        let mut shards = image::encode(files, 3, 50_000);
+        if let Some(pid) = captured_by {
+            image::captured_by(&mut shards, pid);
+        }
+        shards
+    };
+    for (one, other) in [(Some(1), Some(2)), (None, Some(1)), (Some(1), None)] {
+        let (one, other) = (image(one), image(other));
+        for mixture in 1..7 {
+            let pick = |shard: usize| match mixture >> shard & 1 {
+                0 => one[shard].clone(),
+                _ => other[shard].clone(),
+            };
+            let shards: Vec<_> = (0..3).map(pick).collect();
+            for launch in LAUNCHES.into_iter().chain([Streamer::list as fn() -> _]) {
+                let (mut streamer, _feeder) = runs::feed(launch(), &shards);
+                let exit = streamer.expect_failure(&["shard fd", "of different images"]);
+                assert_eq!(exit.progress, [""; 0]);
+                assert_eq!(runs::read_dir(streamer.images_dir()), Files::new());
+            }
+        }
+        for whole in [one, other] {
+            let (_dir, exit) = runs::extract(&whole);
+            assert!(exit.status.success(), "{}", exit.stderr);
+        }
+    }
+}
+
 /// What a stream can make the streamer keep, while more of it may come.
 #[track_caller]
 fn assert_little_memory(mib: u64, shard: &Shard, words: &[&str]) {

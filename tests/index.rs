@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Body, Files};
-use crate::common::indexed::{IS_INDEX, Indexed, capture, serve};
+use crate::common::indexed::{IS_INDEX, Indexed, capture, encode, serve};
 use crate::common::keeping::Keeping;
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, assert_same_bytes};
@@ -213,6 +213,26 @@ fn a_damaged_image_never_gives_criu_the_last_of_the_pages() {
             assert_never_restored(&damaged, &files, &format!("seed {seed}: {what}"));
         }
     });
+}
+
+/// Two dumps of one application: the index of one fits the shards of the other.
+#[test]
+fn shards_of_two_images_are_never_restored() {
+    let files = files();
+    let image = |pid| {
+        let mut image = encode(&files, 2, &mut Random::new(7));
+        image::captured_by(&mut image.shards, pid);
+        image::captured_by(std::slice::from_mut(&mut image.index), pid);
+        image
+    };
+    let (one, other) = (image(1), image(2));
+    for shard in 0..2 {
+        let mut mixed = one.clone();
+        mixed.shards[shard] = other.shards[shard].clone();
+        assert_never_restored(&mixed, &files, &format!("shard {shard} of another image"));
+    }
+    let index = other.index;
+    assert_never_restored(&Indexed { index, ..one }, &files, "another index");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
-use crate::os::process::Origin;
+use crate::os::process::CapturingProcess;
 use crate::report::progress::Stats;
 
 /// The slots that the markers of a chunk take.
@@ -65,7 +65,7 @@ pub(super) struct ImageWriter {
     current: Option<u64>,
     start: Option<Instant>,
     /// This process, for the first marker of each shard.
-    origins: Vec<Option<Origin>>,
+    origins: Vec<Option<CapturingProcess>>,
     patience: Patience,
 }
 
@@ -77,7 +77,7 @@ impl ImageWriter {
         Ok(Self {
             staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
             index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
-            origins: vec![Origin::own(); shards.len()],
+            origins: vec![CapturingProcess::own(); shards.len()],
             shards,
             seq: 0,
             current: None,

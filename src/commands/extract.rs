@@ -2,10 +2,10 @@
 
 use super::{ExternalFiles, Session, check_whole};
 use crate::cli::Plan;
-use crate::store::disk::{DiskStore, Origin};
+use crate::store::disk::{DirOrigin, DiskStore};
 use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut session: Session, origin: Origin) -> Result<(), Failure> {
+pub(super) fn run(mut plan: Plan, mut session: Session, origin: DirOrigin) -> Result<(), Failure> {
     let external = ExternalFiles::of(&plan);
     let store = DiskStore::new(&plan.images_dir, origin)?;
     let (store, stats) = session.receive(plan.shards, plan.external_files, store)?;

@@ -25,7 +25,7 @@ use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
-use crate::store::disk::Origin;
+use crate::store::disk::DirOrigin;
 use crate::supervision::{Failure, Interrupted, Supervisor, criu_failure_behind, signal_behind};
 
 pub(crate) use hook::run as run_hook;
@@ -195,10 +195,10 @@ fn raise_descriptor_limit() {
 }
 
 /// An image is its owner's memory: a directory made for it is closed to other users.
-fn create_images_dir(path: &Path) -> Result<Origin> {
+fn create_images_dir(path: &Path) -> Result<DirOrigin> {
     let origin = match path.is_dir() {
-        true => Origin::Found,
-        false => Origin::Made,
+        true => DirOrigin::Found,
+        false => DirOrigin::Made,
     };
     DirBuilder::new()
         .mode(0o700)

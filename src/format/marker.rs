@@ -8,7 +8,7 @@ use std::fmt;
 use prost::Message;
 
 use super::{BadName, ImageName};
-use crate::os::process::Origin;
+use crate::os::process::CapturingProcess;
 
 /// The protobuf messages of `proto/image.proto`.
 pub mod proto {
@@ -29,7 +29,7 @@ pub struct Marker {
     /// This is the first marker of an image, and its shard the index.
     pub is_index: bool,
     /// On the first marker of a shard: the process that captured the image.
-    pub origin: Option<Origin>,
+    pub origin: Option<CapturingProcess>,
 }
 
 /// What a marker says.
@@ -120,7 +120,7 @@ impl Marker {
             proto::marker::Body::FileEof(false) => return Err(BadMarker::NotTrue("file_eof")),
             proto::marker::Body::ImageEof(false) => return Err(BadMarker::NotTrue("image_eof")),
         };
-        let origin = marker.origin.map(|origin| Origin {
+        let origin = marker.origin.map(|origin| CapturingProcess {
             boot: origin.boot,
             pid_namespace: origin.pid_namespace,
             pid: origin.pid,
@@ -202,7 +202,7 @@ mod tests {
     fn an_index_and_an_origin_come_back_as_they_were_written() {
         let marker = Marker {
             is_index: true,
-            origin: Origin::own(),
+            origin: CapturingProcess::own(),
             ..Marker::new(0, Body::FileEnd)
         };
         let mut bytes = Vec::new();

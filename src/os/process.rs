@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -15,9 +16,9 @@ use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, s
 
 use crate::os::pipe::uninterrupted;
 
-/// Which process something comes from.
+/// The process that captured an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Origin {
+pub struct CapturingProcess {
     /// The kernel's name for the time since this machine was started.
     pub boot: String,
     /// The inode of the PID namespace that `pid` counts in.
@@ -27,7 +28,7 @@ pub struct Origin {
     pub start: u64,
 }
 
-impl Origin {
+impl CapturingProcess {
     /// This process. `None` where /proc does not tell.
     pub(crate) fn own() -> Option<Self> {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
@@ -48,6 +49,16 @@ impl Origin {
                 && (own.pid_namespace != self.pid_namespace
                     || start_of(self.pid) == Some(self.start))
         })
+    }
+}
+
+impl fmt::Display for CapturingProcess {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self {
+            boot, pid, start, ..
+        } = self;
+        let boot = boot.get(..8).unwrap_or(boot).escape_debug();
+        write!(f, "PID {pid}, started {start} ticks after boot {boot}")
     }
 }
 
@@ -144,13 +155,13 @@ mod tests {
 
     #[test]
     fn a_process_is_running_until_it_has_ended() {
-        let own = Origin::own().unwrap();
+        let own = CapturingProcess::own().unwrap();
         assert!(own.may_be_running());
         let mut child = std::process::Command::new("sleep")
             .arg("60")
             .spawn()
             .unwrap();
-        let other = Origin {
+        let other = CapturingProcess {
             pid: child.id(),
             start: start_of(child.id()).unwrap(),
             ..own.clone()
@@ -159,17 +170,17 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!other.may_be_running());
-        let earlier = Origin {
+        let earlier = CapturingProcess {
             start: own.start - 1,
             ..own.clone()
         };
         assert!(!earlier.may_be_running());
-        let elsewhere = Origin {
+        let elsewhere = CapturingProcess {
             boot: "another".into(),
             ..own.clone()
         };
         assert!(!elsewhere.may_be_running());
-        let hidden = Origin {
+        let hidden = CapturingProcess {
             pid_namespace: 1,
             ..own
         };

@@ -91,18 +91,18 @@ pub(super) trait Image {
     ///
     /// # Errors
     /// When the step makes no sense at its place, or the store fails.
-    fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()>;
+    fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()>;
 }
 
 /// Where a step came from, for errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Origin {
+pub(super) struct Position {
     pub(super) shard: usize,
     /// Bytes of the shard up to and with the step.
     pub(super) offset: u64,
 }
 
-impl Origin {
+impl Position {
     pub(super) fn error(self, labels: &[String], what: impl std::fmt::Display) -> anyhow::Error {
         anyhow!(
             "reading {} before byte {}: {what}",
@@ -114,7 +114,7 @@ impl Origin {
 
 #[derive(Debug)]
 struct Waiting {
-    origin: Origin,
+    position: Position,
     step: Step,
 }
 
@@ -197,15 +197,19 @@ impl<S: Store> Image for Assembly<S> {
         Ok(())
     }
 
-    fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()> {
+    fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
         if place == self.order.next() {
-            self.apply(origin, step)?;
+            self.apply(position, step)?;
             return self.catch_up();
         }
         let len = step.len();
-        if self.order.insert(place, Waiting { origin, step }).is_err() {
+        if self
+            .order
+            .insert(place, Waiting { position, step })
+            .is_err()
+        {
             bail!(self.error(
-                origin,
+                position,
                 format_args!("marker {} comes a second time", place.seq)
             ));
         }
@@ -229,9 +233,9 @@ impl<S: Store> Assembly<S> {
     }
 
     fn catch_up(&mut self) -> Result<()> {
-        while let Some(Waiting { origin, step }) = self.order.pop() {
+        while let Some(Waiting { position, step }) = self.order.pop() {
             self.waiting_bytes -= step.len();
-            self.apply(origin, step)?;
+            self.apply(position, step)?;
         }
         Ok(())
     }
@@ -242,10 +246,10 @@ impl<S: Store> Assembly<S> {
             .context("the image has more markers than can be counted")
     }
 
-    fn apply(&mut self, origin: Origin, step: Step) -> Result<()> {
+    fn apply(&mut self, position: Position, step: Step) -> Result<()> {
         ensure!(
             !self.complete,
-            self.error(origin, "something follows the end of the image")
+            self.error(position, "something follows the end of the image")
         );
         let mut behind = Behind::Marker;
         match step {
@@ -259,7 +263,7 @@ impl<S: Store> Assembly<S> {
             }
             Step::Data(piece, more) => {
                 let Some((name, file)) = &mut self.current else {
-                    bail!(self.error(origin, "data comes before the name of its file"));
+                    bail!(self.error(position, "data comes before the name of its file"));
                 };
                 self.store
                     .append(file, piece)
@@ -269,12 +273,12 @@ impl<S: Store> Assembly<S> {
             Step::Marker(Body::Data(_)) => {
                 ensure!(
                     self.current.is_some(),
-                    self.error(origin, "data comes before the name of its file")
+                    self.error(position, "data comes before the name of its file")
                 );
             }
             Step::Marker(Body::FileEnd) => {
                 let Some((name, file)) = self.current.take() else {
-                    bail!(self.error(origin, "a file ends before it was named"));
+                    bail!(self.error(position, "a file ends before it was named"));
                 };
                 self.store.finish(name, file)?;
             }
@@ -282,7 +286,7 @@ impl<S: Store> Assembly<S> {
                 let current = self.current.iter().map(|(name, _)| name);
                 if let Some(name) = current.chain(self.open.keys()).min() {
                     bail!(self.error(
-                        origin,
+                        position,
                         format_args!("the image ends, but its file {name} does not")
                     ));
                 }
@@ -297,17 +301,17 @@ impl<S: Store> Assembly<S> {
     /// # Errors
     /// When something was left over.
     pub(super) fn into_store(mut self) -> Result<S> {
-        if let Some((place, Waiting { origin, .. })) = self.order.pop_first() {
+        if let Some((place, Waiting { position, .. })) = self.order.pop_first() {
             bail!(self.error(
-                origin,
+                position,
                 format_args!("marker {} follows the end of the image", place.seq)
             ));
         }
         self.store.into_behind()
     }
 
-    fn error(&self, origin: Origin, what: impl std::fmt::Display) -> anyhow::Error {
-        origin.error(&self.labels, what)
+    fn error(&self, position: Position, what: impl std::fmt::Display) -> anyhow::Error {
+        position.error(&self.labels, what)
     }
 }
 
@@ -316,7 +320,7 @@ mod tests {
     use super::*;
     use crate::store::catalog::Catalog;
 
-    const HERE: Origin = Origin {
+    const HERE: Position = Position {
         shard: 0,
         offset: 0,
     };

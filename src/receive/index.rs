@@ -18,7 +18,7 @@ use std::ops::Range;
 use anyhow::{Result, anyhow, bail, ensure};
 
 use super::Reading;
-use super::assembly::{Image, Origin, Step};
+use super::assembly::{Image, Position, Step};
 use super::order::{Behind, Place};
 use crate::criu::files;
 use crate::format::{Body, ImageName};
@@ -132,7 +132,7 @@ pub(super) struct Indexed {
     /// Whether the index has said everything.
     is_read: bool,
     /// What came on other shards before.
-    waiting: BTreeMap<Place, (Origin, Arrived)>,
+    waiting: BTreeMap<Place, (Position, Arrived)>,
     /// How many of these are small.
     small_waiting: usize,
     streams: Vec<Stream>,
@@ -282,8 +282,8 @@ impl Indexed {
             self.deliver(stream)?;
         }
         self.small_waiting = 0;
-        for (place, (origin, arrived)) in std::mem::take(&mut self.waiting) {
-            self.put(place, origin, arrived)?;
+        for (place, (position, arrived)) in std::mem::take(&mut self.waiting) {
+            self.put(place, position, arrived)?;
         }
         Ok(())
     }
@@ -365,10 +365,10 @@ impl Indexed {
     }
 
     /// Takes data that came on another shard than the index.
-    fn put(&mut self, place: Place, origin: Origin, arrived: Arrived) -> Result<()> {
+    fn put(&mut self, place: Place, position: Position, arrived: Arrived) -> Result<()> {
         let Some(stream) = self.stream_of(place.seq) else {
             bail!(self.error(
-                origin,
+                position,
                 format_args!(
                     "marker {} is in the index too, or behind its end",
                     place.seq
@@ -377,7 +377,7 @@ impl Indexed {
         };
         if arrived.behind == Behind::Marker && !self.arrive(place.seq) {
             bail!(self.error(
-                origin,
+                position,
                 format_args!("marker {} comes a second time", place.seq)
             ));
         }
@@ -439,8 +439,8 @@ impl Indexed {
         anyhow!("reading {index}, the index of the image: {what}")
     }
 
-    fn error(&self, origin: Origin, what: impl std::fmt::Display) -> anyhow::Error {
-        origin.error(&self.labels, what)
+    fn error(&self, position: Position, what: impl std::fmt::Display) -> anyhow::Error {
+        position.error(&self.labels, what)
     }
 }
 
@@ -505,11 +505,11 @@ impl Image for Indexed {
         Ok(())
     }
 
-    fn submit(&mut self, place: Place, origin: Origin, step: Step) -> Result<()> {
-        if self.index == Some(origin.shard) {
+    fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
+        if self.index == Some(position.shard) {
             ensure!(
                 !self.is_read,
-                self.error(origin, "something follows the end of the index")
+                self.error(position, "something follows the end of the index")
             );
             self.is_read = matches!(step, Step::Marker(Body::ImageEnd));
             self.steps.push((place, step));
@@ -517,7 +517,7 @@ impl Image for Indexed {
         }
         ensure!(
             place.seq > 0,
-            self.error(origin, "the image has no index: serve it without --index")
+            self.error(position, "the image has no index: serve it without --index")
         );
         let arrived = match step {
             Step::Data(piece, behind) => Arrived {
@@ -529,7 +529,7 @@ impl Image for Indexed {
                 behind: Behind::Marker,
             },
             Step::Marker(_) => bail!(self.error(
-                origin,
+                position,
                 format_args!(
                     "marker {} belongs in the index: this is a shard of another image",
                     place.seq
@@ -537,16 +537,16 @@ impl Image for Indexed {
             )),
         };
         if self.is_laid_out {
-            return self.put(place, origin, arrived);
+            return self.put(place, position, arrived);
         }
         let is_small = arrived
             .piece
             .as_ref()
             .is_none_or(|piece| piece.len() < SMALL);
         self.small_waiting += usize::from(is_small);
-        if self.waiting.insert(place, (origin, arrived)).is_some() {
+        if self.waiting.insert(place, (position, arrived)).is_some() {
             bail!(self.error(
-                origin,
+                position,
                 format_args!("marker {} comes a second time", place.seq)
             ));
         }

@@ -19,12 +19,13 @@ mod shard_turn;
 use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::format::ImageName;
 use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Wait, Watched};
+use crate::os::process::CapturingProcess;
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
@@ -59,6 +60,8 @@ struct Receiver<'a, I> {
     /// The shards that may have something.
     busy: Vec<bool>,
     image: I,
+    /// The first shard with a marker, and the process that captured it.
+    captured_by: Option<(usize, Option<CapturingProcess>)>,
     arena: Arena,
     /// What holds data in pipes, where that is possible.
     holder: Option<PipePool>,
@@ -138,6 +141,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             busy: vec![true; shards.len()],
             shards,
             image: image(labels),
+            captured_by: None,
             arena: Arena::new(),
             holder: PipePool::new(),
             look_at_memory: 0,
@@ -269,6 +273,25 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok((overall, self.taken() - taken_before, room))
     }
 
+    /// Fails if a shard is of another image than the first one: their markers may well fit together.
+    fn check_origin(&mut self, shard: usize, origin: Option<CapturingProcess>) -> Result<()> {
+        let first = self.captured_by.get_or_insert((shard, origin.clone()));
+        let told = |origin: &Option<CapturingProcess>| match origin {
+            Some(process) => process.to_string(),
+            None => "a streamer that leaves no name".into(),
+        };
+        ensure!(
+            first.1 == origin,
+            "putting the image together: {} and {} are of different images, captured by {} and by \
+             {}: give all shards of one capture",
+            self.shards[first.0].label(),
+            self.shards[shard].label(),
+            told(&first.1),
+            told(&origin)
+        );
+        Ok(())
+    }
+
     /// Whether a shard stands at data that is left in it.
     fn rests(&self, index: usize, reading: Reading) -> bool {
         reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index)
@@ -381,7 +404,11 @@ impl<'a, I: Image> Receiver<'a, I> {
         for shard in &mut self.shards {
             let has_more = shard.chunk().is_some() || !shard.is_read_out();
             if has_more || shard.read(&mut self.arena, 1)? == Found::Something {
-                bail!(shard.error("something follows the end of the image"));
+                bail!(
+                    shard.error(
+                        "something follows the end of the image: is the shard of another one?"
+                    )
+                );
             }
             all_ended &= shard.has_ended();
         }

@@ -21,7 +21,7 @@ use super::order::{Behind, Place};
 use crate::format::marker::{self, BadMarker};
 use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
-use crate::os::process::Origin;
+use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
 use crate::store::held_pipe::{Filled, HeldPipe, PipePool, WORTH_HOLDING};
 use crate::store::{Arena, Extent};
@@ -231,7 +231,10 @@ impl Reader {
         }
         if self.last_seq.is_none() {
             // Its pages may be the application's own.
-            self.may_hold &= !marker.origin.as_ref().is_some_and(Origin::may_be_running);
+            self.may_hold &= !marker
+                .origin
+                .as_ref()
+                .is_some_and(CapturingProcess::may_be_running);
         }
         self.last_seq = Some(marker.seq);
         if let Body::Data(left @ 1..) = marker.body {

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::assembly::{Image, Origin, Step};
+use super::assembly::{Image, Position, Step};
 use super::order::Place;
 use super::reader::{Found, Holding, Reader, Stage};
 use super::{Reading, Receiver};
@@ -133,6 +133,7 @@ impl<I: Image> Receiver<'_, I> {
 
     fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Then> {
         let shard = &mut self.shards[index];
+        let is_first = shard.last_seq().is_none();
         let Some(marker) = shard.next_marker()? else {
             let most = match allowance.way {
                 Way::Read => usize::MAX,
@@ -140,6 +141,9 @@ impl<I: Image> Receiver<'_, I> {
             };
             return allowance.read(shard, &mut self.arena, most);
         };
+        if is_first {
+            self.check_origin(index, marker.origin)?;
+        }
         if marker.is_index {
             self.image.is_index(index)?;
         }
@@ -219,10 +223,10 @@ impl<I: Image> Receiver<'_, I> {
     }
 
     fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
-        let origin = Origin {
+        let position = Position {
             shard: index,
             offset: self.shards[index].offset(),
         };
-        self.image.submit(place, origin, step)
+        self.image.submit(place, position, step)
     }
 }

@@ -42,7 +42,7 @@ const PRIVATE: &str = ".criu-image-streamer.";
 
 /// Where an images directory comes from, which decides who may read the files in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum DirOrigin {
     /// It was made for this image: its files are for their owner alone.
     Made,
     /// It was there: its maker decides who may enter. As with CRIU's own files, the umask
@@ -50,12 +50,12 @@ pub enum Origin {
     Found,
 }
 
-impl Origin {
+impl DirOrigin {
     fn file_mode(self) -> Mode {
         let owner = Mode::S_IRUSR | Mode::S_IWUSR;
         match self {
-            Origin::Made => owner,
-            Origin::Found => owner | Mode::S_IRGRP | Mode::S_IROTH,
+            DirOrigin::Made => owner,
+            DirOrigin::Found => owner | Mode::S_IRGRP | Mode::S_IROTH,
         }
     }
 }
@@ -63,7 +63,7 @@ impl Origin {
 /// A directory that receives an image.
 pub struct DiskStore {
     images: Images,
-    origin: Origin,
+    origin: DirOrigin,
     private: OwnedFd,
     private_name: String,
     next_number: u64,
@@ -84,7 +84,7 @@ impl DiskStore {
     ///
     /// # Errors
     /// When nothing can be written there, and when another streamer does so.
-    pub fn new(images_dir: &Path, origin: Origin) -> Result<Self> {
+    pub fn new(images_dir: &Path, origin: DirOrigin) -> Result<Self> {
         let images = Images::open(images_dir)?;
         images.remove_stale();
         let private_name = format!("{PRIVATE}{}", std::process::id());

@@ -307,6 +307,17 @@ pub fn encode<'a>(
     shards.into_iter().map(|shard| shard.bytes).collect()
 }
 
+/// Has the first marker of each shard say that the process of this number captured it.
+pub fn captured_by(shards: &mut [Vec<u8>], pid: u8) {
+    for shard in shards.iter_mut().filter(|shard| !shard.is_empty()) {
+        let length = u32::from_le_bytes(*shard.first_chunk().unwrap());
+        let field = [0xaa, 0x06, 2, 3 << 3, pid];
+        let end = 4 + length as usize;
+        shard.splice(end..end, field);
+        shard[..4].copy_from_slice(&(length + field.len() as u32).to_le_bytes());
+    }
+}
+
 /// What `inventory.img` holds where its contents do not matter.
 pub const INVENTORY: &[u8] = b"inventory";
 

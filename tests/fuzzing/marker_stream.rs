@@ -17,7 +17,7 @@ use criu_image_streamer::receive;
 use criu_image_streamer::report::meter::Counters;
 use criu_image_streamer::store::Store;
 use criu_image_streamer::store::catalog::Catalog;
-use criu_image_streamer::store::disk::{DiskStore, Origin};
+use criu_image_streamer::store::disk::{DirOrigin, DiskStore};
 use criu_image_streamer::supervision::Supervisor;
 use prost::Message;
 
@@ -108,8 +108,11 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
         fs::write(dir.path().join(name), content).unwrap();
     }
     let supervisor = supervisor();
-    let found = receive(shards, DiskStore::new(dir.path(), Origin::Found).unwrap())
-        .and_then(|store| store.commit(supervisor));
+    let found = receive(
+        shards,
+        DiskStore::new(dir.path(), DirOrigin::Found).unwrap(),
+    )
+    .and_then(|store| store.commit(supervisor));
     let after = read_dir(dir.path());
     match found {
         Ok(()) => {
