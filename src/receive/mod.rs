@@ -273,7 +273,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok((overall, self.taken() - taken_before, room))
     }
 
-    /// Fails if a shard is of another image than the first one: their markers may well fit together.
+    /// Fails if a shard is of another image than the first: their markers may fit together.
     fn check_origin(&mut self, shard: usize, origin: Option<CapturingProcess>) -> Result<()> {
         let first = self.captured_by.get_or_insert((shard, origin.clone()));
         let told = |origin: &Option<CapturingProcess>| match origin {
