@@ -366,6 +366,11 @@ fn the_debian_package_installs_in_a_clean_tree() {
         "share/fish/vendor_completions.d/criu-image-streamer.fish",
         "share/doc/criu-image-streamer/copyright",
         "share/doc/criu-image-streamer/README.md",
+        "share/doc/criu-image-streamer/docs/benchmarks.md",
+        "share/doc/criu-image-streamer/docs/failures.md",
+        "share/doc/criu-image-streamer/docs/protocol.md",
+        "share/doc/criu-image-streamer/docs/recipes.md",
+        "share/doc/criu-image-streamer/docs/reference.md",
     ];
     assert_eq!(installed, paths(&expected));
     let program = tree.path().join("usr/bin/criu-image-streamer");

@@ -1,5 +1,5 @@
-//! Every command in the README does what the README says: the blocks are read from it and run as
-//! they stand.
+//! Every command in the README and in docs/ does what is said there: the blocks are read from these
+//! texts and run as they stand.
 //!
 //! A comment before a block says what it needs: `application: …` starts that application, as
 //! `$PID`, on a machine of its own, where this block and those after it run one after another; it
@@ -13,7 +13,14 @@ use std::process::Command;
 use crate::common::random;
 use crate::criu::Machine;
 
-const README: &str = include_str!("../README.md");
+/// The texts that a reader types from.
+const TEXTS: [(&str, &str); 5] = [
+    ("README.md", include_str!("../README.md")),
+    ("docs/recipes.md", include_str!("../docs/recipes.md")),
+    ("docs/reference.md", include_str!("../docs/reference.md")),
+    ("docs/failures.md", include_str!("../docs/failures.md")),
+    ("docs/benchmarks.md", include_str!("../docs/benchmarks.md")),
+];
 
 /// A code block, and the comment that stands before it.
 #[derive(Debug)]
@@ -27,7 +34,7 @@ fn blocks() -> Vec<Block<'static>> {
     let mut blocks = Vec::new();
     let mut comment = None;
     let mut open: Option<Block> = None;
-    for line in README.lines() {
+    for line in TEXTS.iter().flat_map(|(_, text)| text.lines()) {
         match (&mut open, line.strip_prefix("```")) {
             (None, Some(language)) => {
                 open = Some(Block {
@@ -49,7 +56,7 @@ fn blocks() -> Vec<Block<'static>> {
             }
         }
     }
-    assert!(open.is_none(), "a block of the README has no end");
+    assert!(open.is_none(), "a block has no end");
     blocks
 }
 
@@ -168,4 +175,42 @@ fn every_command_for_the_checkout_works() {
     }
     let installed = root.path().join("usr/local/bin/criu-image-streamer");
     assert!(installed.exists(), "make install installs the program");
+}
+
+/// GitHub's anchor of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.chars().filter_map(|letter| match letter {
+        ' ' => Some('-'),
+        '-' | '_' => Some(letter),
+        _ => letter
+            .is_alphanumeric()
+            .then(|| letter.to_ascii_lowercase()),
+    });
+    kept.collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (name, text) in TEXTS {
+        for link in text.split("](").skip(1) {
+            let link = &link[..link.find(')').expect("the end of a link")];
+            if link.starts_with("https://") {
+                continue;
+            }
+            let (path, place) = link.split_once('#').unwrap_or((link, ""));
+            let path = match path {
+                "" => checkout.join(name),
+                path => checkout.join(name).with_file_name("").join(path),
+            };
+            let found = std::fs::read_to_string(&path);
+            let found = found.unwrap_or_else(|why| panic!("{name}: {link}: {why}"));
+            let headings = found.lines().filter(|line| line.starts_with('#'));
+            let mut anchors = headings.map(|line| anchor(line.trim_start_matches('#').trim()));
+            assert!(
+                place.is_empty() || anchors.any(|anchor| anchor == place),
+                "{name}: no heading for {link}"
+            );
+        }
+    }
 }
