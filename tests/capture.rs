@@ -464,24 +464,6 @@ fn a_dump_that_failed_gives_no_image() {
 }
 
 #[test]
-fn cpuinfo_alone_is_an_image() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
-    let criu = streamer.criu();
-    criu.write_file("cpuinfo.img", b"cpuinfo");
-    drop(criu);
-    let exit = streamer.expect_success();
-    assert_eq!(
-        exit.progress.len(),
-        2,
-        "no application was frozen: {:?}",
-        exit.progress
-    );
-    assert_eq!(exit.progress[0], "socket-init");
-    let expected = files([("cpuinfo.img", b"cpuinfo".to_vec())]);
-    assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
-}
-
-#[test]
 fn a_shard_whose_reader_is_gone_ends_the_capture_and_criu_learns_it() {
     for lost in [0, 1] {
         let (mut readers, writers) = shards::pipes(2, None);

@@ -9,6 +9,7 @@ use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
 use crate::common::shards::pipe;
 use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::dumps;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use tempfile::TempDir;
@@ -290,7 +291,8 @@ fn a_command_does_not_see_the_end_of_a_file_that_has_none() {
 fn a_command_that_was_never_started_is_an_error() {
     let place = Place::new();
     let mut streamer = place.with(Streamer::capture(), "cat archive", &[]).start();
-    streamer.criu().write_file("cpuinfo.img", b"cpuinfo");
+    streamer.wait_for_line("socket-init");
+    dumps::send_cpuinfo(&streamer);
     streamer.expect_failure(&[NAME, "not started", "--ext-file-cmd"]);
     assert!(image::decode(&place.shards()).is_err());
 }

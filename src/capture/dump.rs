@@ -166,7 +166,7 @@ impl Dump {
     /// first again.
     ///
     /// # Errors
-    /// Those of copying, and when this file shows that the image can never be whole.
+    /// Those of copying.
     pub(super) fn copy_arriving(
         &mut self,
         copy: impl FnOnce(&mut Source) -> Result<Copied>,
@@ -195,7 +195,7 @@ impl Dump {
             }
             Copied::Nothing => Activity::Idle,
             Copied::All => {
-                self.has_come(id)?;
+                self.has_come(id);
                 Activity::Complete
             }
         };
@@ -204,13 +204,11 @@ impl Dump {
     }
 
     /// All of a file is in the buffer.
-    fn has_come(&mut self, id: u64) -> Result<()> {
-        let Some(mut source) = self.sources.remove(&id) else {
-            return Ok(());
-        };
-        let recorded = self.record(&mut source);
-        self.sources.insert(id, source);
-        recorded
+    fn has_come(&mut self, id: u64) {
+        if let Some(mut source) = self.sources.remove(&id) {
+            self.record(&mut source);
+            self.sources.insert(id, source);
+        }
     }
 
     pub(super) fn take_busy(&mut self) -> Vec<u64> {
@@ -235,10 +233,7 @@ impl Dump {
     }
 
     /// Keeps a source after its turn, or what it delivered if it is complete.
-    ///
-    /// # Errors
-    /// When this file shows that the image can never be whole.
-    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) -> Result<()> {
+    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) {
         source.is_queued = true;
         match activity {
             Activity::Idle => source.is_queued = false,
@@ -247,31 +242,32 @@ impl Dump {
             Activity::Complete => return self.complete(source),
         }
         self.sources.insert(source.id, source);
-        Ok(())
     }
 
-    fn complete(&mut self, mut source: Source) -> Result<()> {
+    fn complete(&mut self, mut source: Source) {
         if self.by_name.get(&source.name) == Some(&source.id) {
             self.by_name.remove(&source.name);
         }
         if source.is_open() {
-            self.record(&mut source)?;
+            self.record(&mut source);
         }
-        Ok(())
     }
 
     /// Records a file that brings nothing more, and closes its pipe.
-    fn record(&mut self, source: &mut Source) -> Result<()> {
+    fn record(&mut self, source: &mut Source) {
         source.close();
         self.open -= 1;
-        if source.owner == Owner::External {
-            return Ok(());
+        if source.owner == Owner::Criu {
+            self.open_of_criu -= 1;
+            if !source.is_replaced {
+                self.dump_check.record(source);
+            }
         }
-        self.open_of_criu -= 1;
-        if source.is_replaced {
-            return Ok(());
-        }
-        self.dump_check.record(source)
+    }
+
+    /// Whether the CRIU that sends the files was asked for cpuinfo.img alone.
+    pub(super) fn expect_cpuinfo(&mut self, is_alone: bool) {
+        self.dump_check.is_of_cpuinfo = is_alone;
     }
 
     /// Whether CRIU has sent and closed all files of a whole dump.

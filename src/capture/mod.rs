@@ -36,7 +36,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
@@ -51,7 +51,6 @@ use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
-use dump_check::LAZY_PAGES;
 pub(crate) use image_writer::HasIndex;
 use image_writer::{Activity, ImageWriter};
 use shard::{Flushed, Shard};
@@ -362,9 +361,11 @@ impl<'a> CaptureLoop<'a> {
             return Ok(Activity::NoRoom);
         }
         let asked_for = self.clients.asked_for(id);
-        // Its files show it too, but maybe only when CRIU has written all of them, and waits for
-        // someone who fetches the memory: then it would not see that the capture has failed.
-        ensure!(!asked_for.lazy_pages, "capturing the image: {LAZY_PAGES}");
+        if let Some(option) = asked_for.memory_elsewhere {
+            bail!(
+                "capturing the image: CRIU was given {option}, so the application's memory stays out of the stream, and the image can never be whole; dump without that option"
+            );
+        }
         let mut opened = Vec::new();
         let taken = self.clients.next_requests(
             id,
@@ -377,8 +378,8 @@ impl<'a> CaptureLoop<'a> {
             },
         );
         let mut activity = Activity::Idle;
-        for mut source in opened {
-            source.is_of_dump = asked_for.dump;
+        self.dump.expect_cpuinfo(asked_for.cpuinfo);
+        for source in opened {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);
@@ -494,7 +495,7 @@ impl<'a> CaptureLoop<'a> {
         if activity == Activity::Complete {
             self.files.add(1);
         }
-        self.dump.put_back(source, activity)?;
+        self.dump.put_back(source, activity);
         Ok(activity)
     }
 

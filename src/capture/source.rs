@@ -10,7 +10,7 @@
 //! The slots of any other may hold less than a page each, which decides the [`Route`] of its
 //! chunks.
 //!
-//! CRIU's files of messages are always copied: what they say decides whether the dump is whole (see
+//! CRIU's files of messages are always copied, because their framing is followed (see
 //! [`super::dump_check`]). Even those of a large application hold a few megabytes.
 
 use std::io;
@@ -18,8 +18,8 @@ use std::io;
 use super::buffer::Buffered;
 use super::capacity;
 use super::chunk::{Chunk, Route};
-use crate::criu::contents::{Contents, Defect, Reader};
 use crate::criu::files;
+use crate::criu::framing::Framing;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
 use crate::store::Extent;
@@ -35,7 +35,7 @@ const LARGE: usize = DEFAULT_SLOTS / 2;
 /// shard and wakes its reader once; spliced, each would wake it twice.
 pub(super) const LARGEST_COPIED: usize = 16 << 10;
 
-/// The largest chunk of a file that is looked into, in bytes.
+/// The largest chunk of a file whose framing is followed, in bytes.
 const LARGEST_READ: usize = 64 << 10;
 
 /// Whose file it is.
@@ -85,8 +85,6 @@ pub(super) struct Source {
     pub(super) is_replaced: bool,
     /// The source that this one replaces; its end must be marked first.
     pub(super) replaces: Option<u64>,
-    /// It comes from a CRIU that is known to have been asked for a dump.
-    pub(super) is_of_dump: bool,
     /// It stands in one of the queues of [`super::dump::Dump`] of those that have something to do.
     pub(super) is_queued: bool,
     /// It stands in the queue of those that have something for the buffer.
@@ -100,15 +98,14 @@ pub(super) struct Source {
     /// Bytes taken out of the pipe.
     moved: usize,
     whole_pages: bool,
-    /// Looks into the file while it passes.
-    reader: Option<Reader>,
+    framing: Option<Framing>,
 }
 
 impl Source {
     /// `slots` is the capacity of the pipe.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
-        let reader = match owner {
-            Owner::Criu => Reader::new(name.as_str()),
+        let framing = match owner {
+            Owner::Criu => Framing::of(name.as_str()),
             Owner::External => None,
         };
         Self {
@@ -120,7 +117,6 @@ impl Source {
             is_named: false,
             is_replaced: false,
             replaces: None,
-            is_of_dump: false,
             is_queued: false,
             is_arriving: false,
             buffered: None,
@@ -129,7 +125,7 @@ impl Source {
             last_seen: 0,
             moved: 0,
             whole_pages: false,
-            reader,
+            framing,
         }
     }
 
@@ -209,7 +205,7 @@ impl Source {
     }
 
     fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
-        if self.reader.is_some() {
+        if self.framing.as_ref().is_some_and(|it| !it.is_over()) {
             let bytes = available.min(staging * slot).min(LARGEST_READ);
             return Chunk {
                 bytes,
@@ -268,19 +264,14 @@ impl Source {
 
     /// These bytes of it were copied.
     pub(super) fn copied(&mut self, bytes: &[u8]) {
-        if let Some(reader) = &mut self.reader {
-            reader.read(bytes);
+        if let Some(framing) = &mut self.framing {
+            framing.read(bytes);
         }
     }
 
-    /// How many bytes it sent so far.
-    pub(super) fn bytes(&self) -> usize {
-        self.moved
-    }
-
-    /// What a file of messages said, now that it has ended; `None` for all others.
-    pub(super) fn contents(&mut self) -> Option<Result<Contents, Defect>> {
-        self.reader.take().map(Reader::finish)
+    /// The framing of a file that begins with a magic; `None` for all others.
+    pub(super) fn framing(&self) -> Option<&Framing> {
+        self.framing.as_ref()
     }
 
     /// The error for bytes that were there before they were taken, and then not.

@@ -29,11 +29,17 @@ const GRACE: Duration = Duration::from_secs(2);
 /// under RPC, in another PID namespace, and when CRIU has ended already; nothing is assumed then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AskedFor {
-    /// A dump, and not cpuinfo.img alone.
-    pub dump: bool,
-    /// To keep the application's memory, and hand it out later (`--lazy-pages`).
-    pub lazy_pages: bool,
+    /// cpuinfo.img alone.
+    pub cpuinfo: bool,
+    /// The option with which the application's memory stays out of the stream.
+    pub memory_elsewhere: Option<&'static str>,
 }
+
+/// CRIU's options with which the application's memory stays out of the stream.
+const MEMORY_ELSEWHERE: [&str; 3] = ["--lazy-pages", "--page-server", "--prev-images-dir"];
+
+/// Bytes of an option that tell it from all others.
+const SHORTEST: usize = "--lazy".len();
 
 impl AskedFor {
     fn of(connection: &Connection) -> Self {
@@ -43,11 +49,15 @@ impl AskedFor {
 
     /// CRIU takes the beginning of an option for the option.
     fn by(command_line: &[u8]) -> Self {
-        let arguments = || arguments_in(command_line);
-        let has = |word: &[u8]| arguments().any(|argument| argument == word);
+        let option = |argument: &[u8]| {
+            let name = argument.split(|&byte| byte == b'=').next()?;
+            let is_meant = |option: &&&str| option.as_bytes().starts_with(name);
+            let option = MEMORY_ELSEWHERE.iter().find(is_meant);
+            option.copied().filter(|_| name.len() >= SHORTEST)
+        };
         Self {
-            dump: has(b"dump") && !has(b"cpuinfo"),
-            lazy_pages: arguments().any(|argument| argument.starts_with(b"--lazy")),
+            cpuinfo: arguments_in(command_line).any(|argument| argument == b"cpuinfo"),
+            memory_elsewhere: arguments_in(command_line).find_map(option),
         }
     }
 }
@@ -293,18 +303,16 @@ mod tests {
     #[test]
     fn a_command_line_tells_what_criu_was_asked_for() {
         let asked_for = |line: &str| AskedFor::by(line.replace(' ', "\0").as_bytes());
-        let dump = AskedFor {
-            dump: true,
-            lazy_pages: false,
-        };
-        assert_eq!(asked_for("criu dump --stream -t 7"), dump);
-        let lazy = AskedFor {
-            lazy_pages: true,
-            ..dump
-        };
-        assert_eq!(asked_for("criu dump --lazy-pages --stream"), lazy);
-        assert_eq!(asked_for("criu dump --stream --lazy"), lazy);
-        for line in ["", "criu cpuinfo dump --stream", "criu swrk 3"] {
+        assert!(asked_for("criu cpuinfo dump --stream").cpuinfo);
+        for (line, option) in [
+            ("criu dump --lazy-pages --stream", "--lazy-pages"),
+            ("criu dump --stream --lazy", "--lazy-pages"),
+            ("criu dump --stream --page-server", "--page-server"),
+            ("criu dump --prev-images-dir=a", "--prev-images-dir"),
+        ] {
+            assert_eq!(asked_for(line).memory_elsewhere, Some(option), "{line}");
+        }
+        for line in ["", "criu dump --stream -t 7 --", "criu swrk 3"] {
             assert_eq!(asked_for(line), AskedFor::default(), "{line:?}");
         }
     }

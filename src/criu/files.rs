@@ -11,10 +11,10 @@ pub(crate) const INVENTORY: &str = "inventory.img";
 /// application.
 pub(crate) const CPUINFO: &str = "cpuinfo.img";
 
-/// The process tree.
+/// The process tree: each dump has one, and a pre-dump has none.
 pub(crate) const TREE: &str = "pstree.img";
 
-/// All open files, whatever has them.
+/// All open files of all processes.
 pub(crate) const OPEN_FILES: &str = "files.img";
 
 /// How the names of all image files end, those of plugins included.
@@ -26,138 +26,49 @@ pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
 /// What inventory.img begins with.
 pub(crate) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 
-/// Bytes of the magic of a file other than inventory.img: what all files have in common, and then
-/// what those of one kind have.
-pub(crate) const MAGIC: usize = 8;
+/// Kinds of files that are a magic and then messages, each behind its length. A kind is the name
+/// without `.img` and without a number at the end.
+const OF_MESSAGES: &str = "apparmor cgroup core cpuinfo creds eventfd eventpoll eventpoll-tfd \
+    ext-files fanotify fanotify-mark fdinfo fifo filelocks files fs ids inetsk inotify inotify-wd \
+    inventory ipcns-var itimers mm mountpoints netdev netlinksk netns ns-files packetsk pagemap \
+    pagemap-shmem pidfd pidns pipes posix-timers pstree reg-files remap-fpath rlimit seccomp \
+    sigacts signal-p signal-s signalfd timens timerfd tty tty-info tunfile unixsk userns utsns vmas";
 
-/// How a file is made up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Layout {
-    /// A magic, and then messages, each behind its length.
-    Messages,
-    /// A magic, and then messages and data.
-    Mixed,
+/// Kinds of files that begin with a magic, and hold data too.
+const MIXED: &str = "autofs binfmt-misc bpfmap-data bpfmap-file fifo-data ghost-file ipcns-msg \
+    ipcns-sem ipcns-shm memfd pipes-data sk-queues tcp-stream tty-data";
+
+/// Kinds of files without a magic: memory, archives, and the output of other programs.
+const RAW: &str = "ifaddr ip6tables iptables memfd-secret netns-ct netns-exp nftables \
+    pagemap-secretmem pages pages-shmem route route6 rule tmpfs tmpfs-dev";
+
+/// True if a file of this name is a magic and then messages.
+pub(crate) fn is_of_messages(name: &str) -> bool {
+    kind(name).is_some_and(|kind| is_among(OF_MESSAGES, kind))
 }
 
-/// The files that are made of messages, without `.img` and a number at the end.
-const OF_MESSAGES: &[&str] = &[
-    "apparmor",
-    "cgroup",
-    "core",
-    "cpuinfo",
-    "creds",
-    "eventfd",
-    "eventpoll",
-    "eventpoll-tfd",
-    "ext-files",
-    "fanotify",
-    "fanotify-mark",
-    "fdinfo",
-    "fifo",
-    "filelocks",
-    "files",
-    "fs",
-    "ids",
-    "inetsk",
-    "inotify",
-    "inotify-wd",
-    "inventory",
-    "ipcns-var",
-    "itimers",
-    "mm",
-    "mountpoints",
-    "netdev",
-    "netlinksk",
-    "netns",
-    "ns-files",
-    "packetsk",
-    "pagemap",
-    "pagemap-shmem",
-    "pidfd",
-    "pidns",
-    "pipes",
-    "posix-timers",
-    "pstree",
-    "reg-files",
-    "remap-fpath",
-    "rlimit",
-    "seccomp",
-    "sigacts",
-    "signal-p",
-    "signal-s",
-    "signalfd",
-    "timens",
-    "timerfd",
-    "tty",
-    "tty-info",
-    "tunfile",
-    "unixsk",
-    "userns",
-    "utsns",
-    "vmas",
-];
-
-/// The files that begin with a magic, and hold data too.
-const MIXED: &[&str] = &[
-    "autofs",
-    "binfmt-misc",
-    "bpfmap-data",
-    "bpfmap-file",
-    "fifo-data",
-    "ghost-file",
-    "ipcns-msg",
-    "ipcns-sem",
-    "ipcns-shm",
-    "memfd",
-    "pipes-data",
-    "sk-queues",
-    "tcp-stream",
-    "tty-data",
-];
-
-/// The files that begin with no magic: memory, archives, and what other programs write.
-const RAW: &[&str] = &[
-    "ifaddr",
-    "ip6tables",
-    "iptables",
-    "memfd-secret",
-    "netns-ct",
-    "netns-exp",
-    "nftables",
-    "pagemap-secretmem",
-    "pages",
-    "pages-shmem",
-    "route",
-    "route6",
-    "rule",
-    "tmpfs",
-    "tmpfs-dev",
-];
-
-/// How a file is made up; `None` for those that begin with no magic, and files that are not known.
-pub(crate) fn layout(name: &str) -> Option<Layout> {
-    let kind = kind(name)?;
-    if OF_MESSAGES.contains(&kind) {
-        Some(Layout::Messages)
-    } else {
-        MIXED.contains(&kind).then_some(Layout::Mixed)
-    }
+/// True if a file of this name begins with a magic.
+pub(crate) fn has_magic(name: &str) -> bool {
+    kind(name).is_some_and(|kind| !is_among(RAW, kind))
 }
 
-/// What kind of file of CRIU's has this name: what stands before `.img`, and before the number of a
-/// process, namespace or other object.
+fn is_among(kinds: &str, kind: &str) -> bool {
+    kinds.split(' ').any(|listed| listed == kind)
+}
+
+/// The kind of a file of CRIU's with this name; `None` for all other names.
 fn kind(name: &str) -> Option<&str> {
     let stem = name.strip_suffix(SUFFIX)?;
     let stem = stem.strip_suffix(".tar.gz").unwrap_or(stem);
-    let is_known = |kind: &&str| {
-        [OF_MESSAGES, MIXED, RAW]
-            .iter()
-            .any(|list| list.contains(kind))
-    };
     let numbered = || {
         let (kind, number) = stem.rsplit_once('-')?;
         let is_number = !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_hexdigit());
         is_number.then_some(kind)
+    };
+    let is_known = |kind: &&str| {
+        [OF_MESSAGES, MIXED, RAW]
+            .iter()
+            .any(|list| is_among(list, kind))
     };
     [Some(stem), numbered()]
         .into_iter()
@@ -168,12 +79,6 @@ fn kind(name: &str) -> Option<&str> {
 /// Whether CRIU may open a file of this name when it restores.
 pub(crate) fn is_criu_name(name: &str) -> bool {
     kind(name).is_some()
-}
-
-/// The number in the name of a file of this kind, such as 7 of `core` in `core-7.img`.
-pub(crate) fn number(name: &str, kind: &str) -> Option<u32> {
-    let number = name.strip_suffix(".img")?.strip_prefix(kind)?;
-    number.strip_prefix('-')?.parse().ok()
 }
 
 /// Whether a file holds memory of the application: large, and read once, front to back.
@@ -229,31 +134,20 @@ mod tests {
 
     #[test]
     fn names_tell_how_files_are_made_up() {
-        for name in [
-            "inventory.img",
-            "files.img",
-            "core-17.img",
-            "pagemap-shmem-3.img",
+        for (name, of_messages, magic) in [
+            ("inventory.img", true, true),
+            ("core-17.img", true, true),
+            ("pagemap-shmem-3.img", true, true),
+            ("ghost-file-1f.img", false, true),
+            ("pages-1.img", false, false),
+            ("tmpfs-5.tar.gz.img", false, false),
+            ("file-1.img", false, false),
+            ("core-1", false, false),
+            (".img", false, false),
         ] {
-            assert_eq!(layout(name), Some(Layout::Messages), "{name}");
+            assert_eq!(is_of_messages(name), of_messages, "{name}");
+            assert_eq!(has_magic(name), magic, "{name}");
         }
-        for name in ["sk-queues.img", "ghost-file-1f.img", "ipcns-shm-9.img"] {
-            assert_eq!(layout(name), Some(Layout::Mixed), "{name}");
-        }
-        for name in [
-            "pages-1.img",
-            "tmpfs-5.tar.gz.img",
-            "iptables-9.img",
-            "netns-ct-9.img",
-        ] {
-            assert_eq!(layout(name), None, "{name}");
-        }
-        for name in ["file-1.img", "core-.img", "core-1", "mm-x.img", ".img"] {
-            assert_eq!(layout(name), None, "{name}");
-        }
-        assert_eq!(number("core-17.img", "core"), Some(17));
-        assert_eq!(number("pagemap-shmem-3.img", "pagemap"), None);
-        assert_eq!(number("core.img", "core"), None);
     }
 
     #[test]

@@ -14,14 +14,13 @@
 //! end of the connection means that no further file will be asked for; the pipes that are open then
 //! go on.
 //!
-//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`caller`] is a CRIU that has
-//! started this program. What the files are, by name
-//! and contents, [`files`] and [`contents`] know.
+//! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`hook_caller`] is a CRIU that
+//! has started this program. [`files`] knows image files by name, [`framing`] by their bytes.
 
 mod clients;
 mod connection;
-pub(crate) mod contents;
 pub(crate) mod files;
+pub(crate) mod framing;
 pub(crate) mod hook_caller;
 mod listener;
 

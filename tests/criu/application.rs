@@ -13,6 +13,7 @@
 //!     rewrite=<MiB>     private memory that it writes anew from the first page to the last, each
 //!                       round with the next number in every page, behind `REWRITE` and the page's
 //!                       number
+//!     mappings=<n>      a page each, of which every other one cannot be written to
 //!     hugetlb=<MiB>     shared memory on huge pages
 //!     private-hugetlb=<MiB>
 //!                       private memory on huge pages
@@ -37,11 +38,14 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 const MIB: usize = 1 << 20;
+const PAGE: usize = 1 << 12;
+const PROT_READ: i32 = 1;
 const ROUND: Duration = Duration::from_millis(5);
 
 unsafe extern "C" {
     fn fork() -> i32;
     fn pipe2(fds: *mut i32, flags: i32) -> i32;
+    fn mprotect(addr: *mut u8, len: usize, prot: i32) -> i32;
     fn mmap(addr: *mut u8, len: usize, prot: i32, flags: i32, fd: i32, offset: i64) -> *mut u8;
 }
 
@@ -407,6 +411,11 @@ fn main() {
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
         checked.push(Box::new(Rewritten { bytes, rounds: 0 }));
+    }
+    for page in map(number("mappings") * PAGE + PAGE, MAP_PRIVATE).chunks_exact_mut(2 * PAGE) {
+        page[0] = 1;
+        // SAFETY: a page of a mapping that nothing else knows, and which is not touched again.
+        unsafe { assert_eq!(mprotect(page.as_mut_ptr(), PAGE, PROT_READ), 0) }
     }
     for (part, kind) in [("hugetlb", MAP_SHARED), ("private-hugetlb", MAP_PRIVATE)] {
         if number(part) > 0 && me == 0 {

@@ -1,0 +1,196 @@
+//! The framing of CRIU's image files, followed while they pass.
+//!
+//! A file of messages is a magic and then messages, each behind its length, a little-endian `u32`.
+//! CRIU writes such a file through a buffer. A CRIU that was killed leaves it empty, or cut where
+//! the buffer ended.
+//!
+//! Lengths are counted down and nothing is kept, so a message may have any size. What messages say
+//! is CRIU's business: a newer one adds fields, packs pages, or leaves files out, and its dump is
+//! as good. A file that does not begin with CRIU's magic passes for the same reason.
+
+use std::fmt;
+
+use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
+
+/// Bytes of a message's length.
+const LENGTH: usize = size_of::<u32>();
+
+/// The reason why a file cannot be whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Defect {
+    Empty,
+    Cut,
+}
+
+impl fmt::Display for Defect {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Defect::Empty => "is empty",
+            Defect::Cut => "is cut off",
+        })
+    }
+}
+
+/// The next thing in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Magic,
+    Length,
+    Message,
+    /// Nothing more is checked.
+    Anything,
+}
+
+/// Follows one file.
+#[derive(Debug)]
+pub(crate) struct Framing {
+    magic: u32,
+    /// Comes after the magic.
+    body: Next,
+    next: Next,
+    /// Bytes that are missing from what comes next.
+    missing: usize,
+    /// The bytes of a magic or length that have come.
+    field: Vec<u8>,
+    is_empty: bool,
+    is_foreign: bool,
+}
+
+impl Framing {
+    /// For a file that begins with a magic; `None` for all others.
+    pub(crate) fn of(name: &str) -> Option<Self> {
+        let (magic, bytes) = match name {
+            INVENTORY => (INVENTORY_MAGIC, LENGTH),
+            // What all files have in common, and what those of one kind have.
+            _ => (COMMON_MAGIC, 2 * LENGTH),
+        };
+        let body = match files::is_of_messages(name) {
+            true => Next::Length,
+            false => Next::Anything,
+        };
+        files::has_magic(name).then(|| Self {
+            magic,
+            body,
+            next: Next::Magic,
+            missing: bytes,
+            field: Vec::new(),
+            is_empty: true,
+            is_foreign: false,
+        })
+    }
+
+    /// Takes the next bytes of the file.
+    pub(crate) fn read(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && self.next != Next::Anything {
+            self.is_empty = false;
+            let (taken, rest) = bytes.split_at(bytes.len().min(self.missing));
+            bytes = rest;
+            self.missing -= taken.len();
+            if self.next != Next::Message {
+                self.field.extend_from_slice(taken);
+            }
+            if self.missing == 0 {
+                self.go_on();
+            }
+        }
+    }
+
+    /// Goes on to what comes next.
+    fn go_on(&mut self) {
+        let number = self.field.first_chunk().copied().map(u32::from_le_bytes);
+        self.is_foreign |= self.next == Next::Magic && number != Some(self.magic);
+        let message = number.unwrap_or(0) as usize;
+        (self.next, self.missing) = match self.next {
+            _ if self.is_foreign => (Next::Anything, 0),
+            Next::Magic => (self.body, LENGTH),
+            Next::Length if message > 0 => (Next::Message, message),
+            _ => (Next::Length, LENGTH),
+        };
+        self.field.clear();
+    }
+
+    /// True if the rest of the file is of no interest.
+    pub(crate) fn is_over(&self) -> bool {
+        self.next == Next::Anything
+    }
+
+    /// True if the file does not begin as CRIU's do.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.is_foreign
+    }
+
+    /// The defect of a file that has ended, if it has one.
+    pub(crate) fn defect(&self) -> Option<Defect> {
+        match self.next {
+            _ if self.is_empty => Some(Defect::Empty),
+            Next::Anything => None,
+            Next::Length if self.missing == LENGTH => None,
+            _ => Some(Defect::Cut),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn magic() -> Vec<u8> {
+        [COMMON_MAGIC.to_le_bytes(), 1u32.to_le_bytes()].concat()
+    }
+
+    /// The defect of a file that comes in pieces of every size.
+    fn defect(name: &str, bytes: &[u8]) -> Option<Defect> {
+        let in_pieces_of = |size: usize| {
+            let mut framing = Framing::of(name).unwrap();
+            bytes.chunks(size).for_each(|piece| framing.read(piece));
+            framing.defect()
+        };
+        let found = in_pieces_of(bytes.len().max(1));
+        for size in 1..bytes.len() {
+            assert_eq!(in_pieces_of(size), found, "{name} in pieces of {size}");
+        }
+        found
+    }
+
+    #[test]
+    fn a_file_that_was_not_written_to_its_end_is_found_out_wherever_it_ends() {
+        let messages = [
+            &3u32.to_le_bytes()[..],
+            b"abc",
+            &[0; LENGTH],
+            &[1, 0, 0, 0, 7],
+        ];
+        let whole = [&magic()[..], &messages.concat()].concat();
+        // Messages of which some are missing are a file too.
+        let between_messages = [8, 15, 19, 24];
+        for end in 0..=whole.len() {
+            let expected = match end {
+                0 => Some(Defect::Empty),
+                _ if between_messages.contains(&end) => None,
+                _ => Some(Defect::Cut),
+            };
+            assert_eq!(defect("mm-1.img", &whole[..end]), expected, "cut at {end}");
+        }
+        assert_eq!(defect("sk-queues.img", &whole[..7]), Some(Defect::Cut));
+        assert_eq!(defect("sk-queues.img", &whole[..9]), None);
+    }
+
+    #[test]
+    fn a_message_may_have_any_size_and_is_not_kept() {
+        let mut framing = Framing::of("files.img").unwrap();
+        framing.read(&[magic(), u32::MAX.to_le_bytes().to_vec()].concat());
+        framing.read(&vec![0; 1 << 20]);
+        assert_eq!(framing.defect(), Some(Defect::Cut));
+        assert!(framing.field.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_begin_as_crius_files_do_is_not_judged() {
+        assert_eq!(defect("core-1.img", &[1; 9]), None);
+        assert_eq!(defect(INVENTORY, b"inventory"), None);
+        assert_eq!(defect(INVENTORY, &INVENTORY_MAGIC.to_le_bytes()), None);
+        assert_eq!(defect(INVENTORY, b""), Some(Defect::Empty));
+        assert!(Framing::of("pages-1.img").is_none());
+        assert!(Framing::of("of-a-plugin.img").is_none());
+    }
+}
