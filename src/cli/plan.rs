@@ -12,7 +12,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, BufferSize, Command, ExternalFile, List};
-use crate::criu::Way;
+use crate::criu::SocketPath;
 use crate::criu::hook_caller::Caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
@@ -253,10 +253,10 @@ impl Plan {
 
 impl Plan {
     /// How CRIU gets to the socket.
-    pub(crate) fn way(&self) -> Way {
+    pub(crate) fn socket_path(&self) -> SocketPath {
         match self.caller {
-            Some(_) => Way::OwnPath,
-            None => Way::SamePath,
+            Some(_) => SocketPath::CriusOwn,
+            None => SocketPath::Given,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::supervision::Failure;
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
     let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
-    let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.way())?;
+    let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.socket_path())?;
     let external_files = plan
         .external_files
         .into_iter()

@@ -23,7 +23,7 @@ use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Supervisor};
 
 pub(super) fn run(plan: Plan, session: Session) -> Result<(), Failure> {
-    Listener::check(&plan.images_dir, Role::Serve, plan.way())?;
+    Listener::check(&plan.images_dir, Role::Serve, plan.socket_path())?;
     if plan.has_index {
         return while_it_arrives(plan, session);
     }
@@ -40,7 +40,7 @@ fn when_it_is_here(mut plan: Plan, mut session: Session) -> Result<(), Failure> 
     check_files(&files, external)?;
     remap_ports(&mut files, &plan.remaps)?;
     session.report(&mut plan.progress, &stats);
-    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
+    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.socket_path())?;
     announce(&mut plan, &session.supervisor, "the image is in memory")?;
     let served = serve::serve(listener, files, &session.supervisor);
     session.supervisor.conclude(served)
@@ -81,7 +81,7 @@ fn serve_arriving(
     let mut pace = Pace::new();
     prepare(plan, supervisor, external, &mut arriving, &mut pace)?;
     remap_ports(arriving.catalog(), &plan.remaps)?;
-    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.way())?;
+    let listener = Listener::bind(&plan.images_dir, Role::Serve, plan.socket_path())?;
     let mut server = Server::new(listener, supervisor)?;
     announce(plan, supervisor, "the image is on its way")?;
     let stats = pass_on(plan, supervisor, &mut arriving, &mut server, &mut pace)?;

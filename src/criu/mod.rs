@@ -26,4 +26,4 @@ mod listener;
 
 pub(crate) use clients::Clients;
 pub use connection::{Connection, Message, Receipt, proto};
-pub use listener::{Listener, Role, Way};
+pub use listener::{Listener, Role, SocketPath};

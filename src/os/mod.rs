@@ -5,7 +5,6 @@
 
 pub(crate) mod descriptor;
 pub(crate) mod memory;
-pub(crate) mod namespace;
 pub mod pipe;
 pub mod poller;
 pub mod process;

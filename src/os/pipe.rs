@@ -29,7 +29,6 @@ use rustix::thread::CapabilitySet;
 
 use super::descriptor::FdKind;
 use super::memory::{Sealed, page_size};
-use super::namespace;
 
 /// Slots of a pipe of the default size (`PIPE_DEF_BUFFERS` in the kernel).
 pub const DEFAULT_SLOTS: usize = 16;
@@ -277,12 +276,18 @@ pub(crate) fn are_unlimited() -> bool {
             return Some(true);
         }
         // The kernel asks for one of these in the initial user namespace.
-        let is_initial = namespace::is_initial()?;
+        let is_initial = is_initial_user_namespace()?;
         let mine = rustix::thread::capabilities(None).ok()?.effective;
         let exempting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
         Some(is_initial && mine.intersects(exempting))
     };
     *UNLIMITED.get_or_init(|| unlimited().unwrap_or(false))
+}
+
+/// True if the user namespace is the one that maps every user to itself; `None` without /proc.
+fn is_initial_user_namespace() -> Option<bool> {
+    let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
+    Some(map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// A part of what the user's pipes may have, taken for as long as this lives, so that what grows

@@ -29,8 +29,6 @@ pub enum Limit {
     FileSize(u64),
     /// This system call fails with `EPERM`, as under a container engine's seccomp profile.
     Refused(libc::c_long),
-    /// This system call kills the process.
-    Deadly(libc::c_long),
     /// A user namespace of its own, whose root is the child's user and which maps no one else.
     OwnUserNamespace,
     /// Those of the cgroup whose `cgroup.procs` is open there.
@@ -159,11 +157,7 @@ pub fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
                 Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
                 Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
                 Limit::Refused(call) => {
-                    filter(call, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32)?;
-                    continue;
-                }
-                Limit::Deadly(call) => {
-                    filter(call, libc::SECCOMP_RET_KILL_PROCESS)?;
+                    refuse(call)?;
                     continue;
                 }
                 Limit::OwnUserNamespace => {
@@ -196,8 +190,9 @@ pub fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// From here on, and in all children, this system call leads to `action`.
-fn filter(call: libc::c_long, action: u32) -> io::Result<()> {
+/// From here on, and in all children, this system call fails with `EPERM`.
+fn refuse(call: libc::c_long) -> io::Result<()> {
+    let action = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
     let step = |code: u32, jt, jf, k| libc::sock_filter {
         code: code as u16,
         jt,
