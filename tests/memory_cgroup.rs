@@ -119,6 +119,27 @@ fn an_image_that_fits_is_served_in_little_more_memory_than_its_size() {
     }
 }
 
+/// Files that were read again and again, as those of the image are, are no memory in use.
+#[test]
+fn an_image_that_fits_into_the_place_of_page_cache_is_served() {
+    for keeping in Keeping::ALL {
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
+        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        const FILL: &str = "echo $$ >\"$0\"
+            dd if=/dev/zero of=cached bs=1M count=128 conv=fsync status=none
+            cat cached cached cached >/dev/null";
+        let mut reader = Command::new("bash");
+        reader.args(["-ec", FILL]).arg(cgroup.members());
+        assert!(reader.current_dir(&dir).status().unwrap().success());
+        let (streamer, mut producer) = receive(&cgroup, LIMIT / 4 * 3, keeping);
+        streamer.wait_for_line("socket-init");
+        assert!(producer.wait().unwrap().success(), "{keeping:?}");
+        assert_eq!(cgroup.oom_kills(), 0, "{keeping:?}");
+    }
+}
+
 /// Image and application together: what CRIU has taken is gone.
 #[test]
 fn a_restore_takes_little_more_memory_than_the_image_and_the_application_together_hold() {

@@ -200,33 +200,39 @@ fn left_in_cgroup(line: &str) -> Option<u64> {
     within.filter_map(|path| left_in(path, files)).min()
 }
 
-/// The files of a memory cgroup: its limit, what it uses, and the part of that which the kernel
-/// takes back first.
+/// The files of a memory cgroup, and the fields of its memory.stat.
 #[derive(Debug, Clone, Copy)]
 struct CgroupFiles {
     limit: &'static str,
     usage: &'static str,
-    inactive: &'static str,
+    /// Memory in use that the kernel takes back when it is needed, as `MemAvailable` counts it.
+    reclaimable: &'static [&'static str],
+    /// The part of it that has to be written to disk first.
+    dirty: &'static [&'static str],
 }
 
 const V1: CgroupFiles = CgroupFiles {
     limit: "memory.limit_in_bytes",
     usage: "memory.usage_in_bytes",
-    inactive: "total_inactive_file ",
+    reclaimable: &["total_active_file ", "total_inactive_file "],
+    dirty: &["total_dirty ", "total_writeback "],
 };
 
 const V2: CgroupFiles = CgroupFiles {
     limit: "memory.max",
     usage: "memory.current",
-    inactive: "inactive_file ",
+    reclaimable: &["active_file ", "inactive_file ", "slab_reclaimable "],
+    dirty: &["file_dirty ", "file_writeback "],
 };
 
 fn left_in(cgroup: &Path, files: CgroupFiles) -> Option<u64> {
     let read = |name| std::fs::read_to_string(cgroup.join(name)).ok();
     let number = |name| read(name)?.trim().parse::<u64>().ok();
     let (limit, usage) = (number(files.limit)?, number(files.usage)?);
-    let inactive = read("memory.stat").and_then(|stat| field(&stat, files.inactive));
-    Some((limit + inactive.unwrap_or(0)).saturating_sub(usage))
+    let stat = read("memory.stat").unwrap_or_default();
+    let sum = |words: &[&str]| -> u64 { words.iter().filter_map(|word| field(&stat, word)).sum() };
+    let cache = sum(files.reclaimable).saturating_sub(sum(files.dirty));
+    Some((limit + cache).saturating_sub(usage))
 }
 
 /// Bytes that are never written again, whatever becomes of their owner: what may be lent to a pipe.
@@ -278,8 +284,13 @@ mod tests {
         assert_eq!(left_in(dir.path(), V2), None);
         write("memory.max", "10000\n");
         assert_eq!(left_in(dir.path(), V2), Some(7000));
-        write("memory.stat", "anon 5\nfile 7\ninactive_file 500\n");
-        assert_eq!(left_in(dir.path(), V2), Some(7500));
+        let stat = "anon 5\nfile 7\nfile_dirty 30\nfile_writeback 20\ninactive_file 500\n\
+                    active_file 700\nslab_reclaimable 40\n";
+        write("memory.stat", stat);
+        assert_eq!(
+            left_in(dir.path(), V2),
+            Some(7000 + 500 + 700 + 40 - 30 - 20)
+        );
         write("memory.max", "1000\n");
         assert_eq!(left_in(dir.path(), V2), Some(0));
         assert!(available().is_some_and(|bytes| bytes > 0));
