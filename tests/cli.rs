@@ -391,7 +391,7 @@ fn lists_are_numbers_and_commas() {
 #[test]
 fn an_external_files_name_is_one_that_a_file_can_have() {
     let too_long = "x".repeat(256);
-    for name in ["", ".", "..", "a/b", "/etc/passwd", "../fs.tar", &too_long] {
+    for name in ["", "..", "/etc/passwd", "../fs.tar", &too_long, "parent"] {
         for subcommand in SUBCOMMANDS {
             let launch = with_shard(subcommand()).ext_file(name, free_pipe(subcommand));
             assert_refused(launch, &["ext-file"]);

@@ -93,8 +93,9 @@ fn assert_defect(what: &str, defect: impl FnOnce(Shard) -> Shard, words: &[&str]
     assert_refused_from(from, what, &[defect(good).bytes], words);
 }
 
+/// Not one path component, or the name of something that is trusted beside an image.
 #[test]
-fn names_that_are_not_one_path_component() {
+fn names_that_no_file_of_an_image_has() {
     let too_long = "x".repeat(256);
     for name in [
         "",
@@ -107,6 +108,12 @@ fn names_that_are_not_one_path_component() {
         "a\0b",
         "a.img/",
         &too_long,
+        "streamer-serve.options",
+        "streamer-capture.outcome",
+        "streamer-capture.sock",
+        "parent",
+        "stats-dump",
+        "dump.log",
     ] {
         assert_defect(
             &format!("name {name:?}"),
@@ -124,6 +131,23 @@ fn names_that_are_not_one_path_component() {
         },
         &[],
     );
+}
+
+#[test]
+fn criu_is_refused_names_that_no_file_of_an_image_has() {
+    for name in ["streamer-serve.options", "parent", "dump.log"] {
+        let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
+        let criu = streamer.criu();
+        criu.write_file("pstree.img", b"tree");
+        drop(criu.try_create_file(name, None));
+        streamer.expect_failure(&[name]);
+        let shard = collector.finish().remove(0);
+        assert!(
+            !shard
+                .windows(name.len())
+                .any(|part| part == name.as_bytes())
+        );
+    }
 }
 
 #[test]

@@ -1,12 +1,36 @@
 //! The names of image files.
 //!
 //! A name from a stream is hostile until it has been parsed: only a single path component becomes
-//! an [`ImageName`], so that joining one to a directory never leads out of it.
+//! an [`ImageName`], so that joining one to a directory never leads out of it. What stands in an
+//! images directory beside an image, and is trusted there, is no part of one.
 
 use std::fmt;
 
 /// The longest name that Linux file systems take (`NAME_MAX`), in bytes.
 pub const LONGEST_NAME: usize = 255;
+
+/// Names that no file of an image has, and why. One that ends with `.` stands for all that begin
+/// with it.
+const RESERVED: &[(&str, &str)] = &[
+    ("streamer-capture.", STREAMERS),
+    ("streamer-serve.", STREAMERS),
+    (".criu-image-streamer.", STREAMERS),
+    ("not-put-back.", STREAMERS),
+    ("parent", "it is CRIU's link to an earlier image"),
+    ("stats-dump", CRIUS),
+    ("stats-restore", CRIUS),
+    ("irmap-cache", CRIUS),
+    ("criu.log", LOG),
+    ("dump.log", LOG),
+    ("lazy-pages.log", LOG),
+    ("page-server.log", LOG),
+    ("pre-dump.log", LOG),
+    ("restore.log", LOG),
+];
+
+const STREAMERS: &str = "the streamer has its sockets, options and logs under such names";
+const CRIUS: &str = "CRIU keeps it beside its images, and never streams it";
+const LOG: &str = "it is one of CRIU's logs";
 
 /// The name of a file in an image: one path component that is safe to join to a directory.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,6 +44,7 @@ pub enum BadName {
     Slash,
     Nul,
     TooLong,
+    Reserved(&'static str),
 }
 
 impl fmt::Display for BadName {
@@ -30,6 +55,7 @@ impl fmt::Display for BadName {
             BadName::Slash => "it contains `/`",
             BadName::Nul => "it contains a NUL byte",
             BadName::TooLong => "it is longer than 255 bytes",
+            BadName::Reserved(why) => why,
         })
     }
 }
@@ -40,8 +66,14 @@ impl ImageName {
     /// Checks a name that came from outside.
     ///
     /// # Errors
-    /// When it is not a single path component that names a file.
+    /// When it is not a single path component that names a file of an image.
     pub fn new(name: &str) -> Result<Self, BadName> {
+        let is_reserved = |&&(reserved, _): &&(&str, _)| {
+            name == reserved || reserved.ends_with('.') && name.starts_with(reserved)
+        };
+        if let Some(&(_, why)) = RESERVED.iter().find(is_reserved) {
+            return Err(BadName::Reserved(why));
+        }
         match name {
             "" => Err(BadName::Empty),
             "." | ".." => Err(BadName::Dots),
@@ -90,6 +122,12 @@ mod tests {
             ("a\0b", BadName::Nul),
         ] {
             assert_eq!(ImageName::new(name), Err(why), "{name:?}");
+        }
+        for (reserved, why) in RESERVED {
+            for name in [reserved.to_string(), format!("{reserved}x")] {
+                let is_refused = ImageName::new(&name) == Err(BadName::Reserved(why));
+                assert_eq!(is_refused, name == *reserved || reserved.ends_with('.'));
+            }
         }
         assert_eq!(ImageName::new(&"x".repeat(256)), Err(BadName::TooLong));
         assert!(ImageName::new(&"x".repeat(255)).is_ok());
