@@ -10,6 +10,9 @@
 //! it reports there instead, `damaged: …`, and exits. Parts:
 //!
 //!     memory=<MiB>      private memory with a pattern, one more for each process
+//!     compressible=<MiB>
+//!                       likewise, with every second page such that it shrinks to a third
+//!     pause=<ms>        the time between two rounds
 //!     rewrite=<MiB>     private memory that it writes anew from the first page to the last, each
 //!                       round with the next number in every page, behind `REWRITE` and the page's
 //!                       number
@@ -98,6 +101,14 @@ fn word(nonce: u64, index: usize) -> u64 {
     mixed ^ (mixed >> 29)
 }
 
+/// The same in the first of two pages; in the second, of each 48 words the first 16 come thrice.
+fn compressible_word(nonce: u64, index: usize) -> u64 {
+    if (index / 512).is_multiple_of(2) {
+        return word(nonce, index);
+    }
+    word(nonce, index - index % 48 + index % 16)
+}
+
 /// Something whose contents this process knows, and checks a bit further every round.
 trait Part {
     fn check(&mut self) -> Result<(), String>;
@@ -111,6 +122,7 @@ trait Part {
 struct Memory {
     name: &'static str,
     nonce: u64,
+    word: fn(u64, usize) -> u64,
     bytes: &'static mut [u8],
     position: usize,
     sweeps: u64,
@@ -118,6 +130,16 @@ struct Memory {
 
 impl Memory {
     fn new(name: &'static str, nonce: u64, mib: usize, flags: i32) -> Self {
+        Self::of(word, name, nonce, mib, flags)
+    }
+
+    fn of(
+        word: fn(u64, usize) -> u64,
+        name: &'static str,
+        nonce: u64,
+        mib: usize,
+        flags: i32,
+    ) -> Self {
         let bytes = map(mib * MIB, flags);
         for (index, chunk) in bytes.chunks_exact_mut(8).enumerate() {
             chunk.copy_from_slice(&word(nonce, index).to_le_bytes());
@@ -125,6 +147,7 @@ impl Memory {
         Self {
             name,
             nonce,
+            word,
             bytes,
             position: 0,
             sweeps: 0,
@@ -137,7 +160,7 @@ impl Part for Memory {
         let end = (self.position + 8 * MIB).min(self.bytes.len());
         for (offset, chunk) in self.bytes[self.position..end].chunks_exact(8).enumerate() {
             let index = self.position / 8 + offset;
-            if chunk != word(self.nonce, index).to_le_bytes() {
+            if chunk != (self.word)(self.nonce, index).to_le_bytes() {
                 return Err(format!("{} at byte {}", self.name, index * 8));
             }
         }
@@ -408,6 +431,16 @@ fn main() {
             MAP_PRIVATE,
         )));
     }
+    if number("compressible") > 0 {
+        let (name, mib) = ("compressible memory", number("compressible"));
+        checked.push(Box::new(Memory::of(
+            compressible_word,
+            name,
+            nonce,
+            mib,
+            MAP_PRIVATE,
+        )));
+    }
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
         checked.push(Box::new(Rewritten { bytes, rounds: 0 }));
@@ -485,6 +518,7 @@ fn main() {
             }
         });
     }
+    let pause = value("pause").map_or(ROUND, |_| Duration::from_millis(number("pause") as u64));
     loop {
         let damage = check(&mut checked)
             .and_then(|()| tree.pass(0))
@@ -507,6 +541,6 @@ fn main() {
             .unwrap_or(u64::MAX)
             .min(round);
         report(format!("{nonce} {round} {sweeps}"));
-        std::thread::sleep(ROUND);
+        std::thread::sleep(pause);
     }
 }
