@@ -3,7 +3,8 @@
 # make test       installs what the tests need, and runs all of them (as root)
 # make check      formatting, lints, and the width of comments
 # make fuzz       FUZZ_SECONDS (60) of each fuzz target, with a nightly Rust
-# make bench      the benchmark, as a table
+# make bench      the benchmark, as tables (as root); BENCH='--only restore/' for a part of it, ORIGINAL= and BASELINE=
+#                 for other programs beside it
 # make install    into $(DESTDIR)$(PREFIX), with the manual page and the shells' completions
 # make deb        a Debian package of the same, in target/
 #
@@ -73,7 +74,8 @@ fuzz:
 	done
 
 bench:
-	$(CARGO) bench --locked --bench bench
+	tests/criu/install-packages lz4 zstd
+	$(CARGO) bench --locked --bench bench -- $(BENCH)
 
 install: build documents
 	install -D -m 755 $(BINARY) $(DESTDIR)$(BINDIR)/criu-image-streamer

@@ -18,7 +18,7 @@ use std::fs::File;
 use anyhow::Result;
 
 pub use arena::{Arena, Block, Extent};
-pub use piece::{FileData, Piece};
+pub use piece::{Contents, Piece};
 
 use crate::format::ImageName;
 

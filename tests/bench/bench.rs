@@ -1,11 +1,10 @@
-//! `make bench`: what the streamer costs, measured from outside.
+//! `make bench`: what the streamer costs, with a real CRIU.
 //!
-//! The streamer runs as a process of its own, and so does everything that it deals with: CRIU, the
-//! sinks, the producers. All but the streamer are simulated by this same program (see `role`), so
-//! that the figures are the streamer's alone and the same on every machine with the same kernel.
-//! Each capture is measured beside the same writer feeding the same sinks without a streamer, each
-//! restore beside a naive receiver and the streamer without its pipes, in turns, because figures of
-//! a machine only mean something beside others of the same minute.
+//! A small application is dumped by a real CRIU, and restored from the image that this made, in a
+//! machine of namespaces as in the tests. Whatever is compared runs in turns, because figures of a
+//! machine only mean something beside others of the same minute: this build, `BASELINE=` (another
+//! build of the streamer) and `ORIGINAL=` (the original program). Everything is in memory, so that
+//! no disk is measured.
 
 #[allow(
     dead_code,
@@ -21,49 +20,27 @@ mod common;
 #[path = "../criu/mod.rs"]
 mod criu;
 
-mod arriving;
 mod capture;
-mod clock;
-mod download;
 mod frozen;
-mod image;
+mod link;
 mod machine;
-mod measured;
-mod memory;
-mod naive;
-mod peak;
-mod producer;
-mod reader;
-mod real_criu;
+mod meter;
 mod report;
 mod restore;
-mod role;
-mod sink;
-mod statistics;
-mod streamer;
-mod writer;
+mod session;
+mod timelines;
 
 use anyhow::{Context, Result};
 use machine::{Machine, WorkDir};
-use report::Report;
-use role::Role;
-use std::{
-    fs::File,
-    path::PathBuf,
-    process::exit,
-    sync::mpsc::{RecvTimeoutError, Sender, channel},
-    thread,
-    time::Duration,
-};
+use report::{Figures, Report};
+use session::Program;
+use std::{env, path::PathBuf};
 use structopt::StructOpt;
 
-/// Measures criu-image-streamer: throughput, CPU time and memory of captures and restores.
+/// Measures criu-image-streamer with a real CRIU: seconds, CPU time, memory, and how even shards
+/// are.
 #[derive(StructOpt)]
 struct Options {
-    /// Few runs of 256 MiB
-    #[structopt(long)]
-    quick: bool,
-
     /// Run only the scenarios whose name contains one of these
     #[structopt(long, value_name = "pattern", number_of_values = 1)]
     only: Vec<String>,
@@ -72,17 +49,21 @@ struct Options {
     #[structopt(long)]
     list: bool,
 
-    /// Write the figures to this file as well
+    /// Runs of each scenario (default: 5; 10 for evenness, 2 where a run takes long)
+    #[structopt(long, value_name = "count")]
+    runs: Option<usize>,
+
+    /// Divide the sizes of all applications by this
+    #[structopt(long, value_name = "divisor", default_value = "1")]
+    shrink: u64,
+
+    /// Keep the figures in this file, beside those that it has of other scenarios
     #[structopt(long, value_name = "file")]
     json: Option<PathBuf>,
 
-    /// Size of the image to restore; captures move four times as much (default: 1024, quick: 256)
-    #[structopt(long, value_name = "MiB")]
-    size: Option<u64>,
-
-    /// Runs of each scenario (default: 5, quick: 3)
-    #[structopt(long, value_name = "count")]
-    runs: Option<usize>,
+    /// Draw the timelines of a restore and of a frozen application
+    #[structopt(long, value_name = "file.svg")]
+    timelines: Option<PathBuf>,
 
     /// Measure another build of the streamer
     #[structopt(long, value_name = "program", default_value = env!("CARGO_BIN_EXE_criu-image-streamer"))]
@@ -91,124 +72,118 @@ struct Options {
     /// What `cargo bench` says to every benchmark
     #[structopt(long, hidden = true)]
     bench: bool,
+
+    /// Copy standard input to standard output at this speed, and say how much it was
+    #[structopt(long, hidden = true, value_name = "bytes per second")]
+    link: Option<f64>,
 }
 
 impl Options {
-    fn size_bytes(&self) -> u64 {
-        self.size.unwrap_or(if self.quick { 256 } else { 1024 }) << 20
-    }
-
-    fn runs(&self) -> usize {
-        self.runs.unwrap_or(if self.quick { 3 } else { 5 }).max(1)
-    }
-
     fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|pattern| name.contains(pattern))
+    }
+
+    /// How many runs, where that many are usual.
+    fn runs(&self, usual: usize) -> usize {
+        self.runs.unwrap_or(usual).max(1)
+    }
+
+    fn bytes(&self, mib: u64) -> u64 {
+        (mib / self.shrink).max(1) << 20
+    }
+
+    /// The builds of this program that are measured, and the original.
+    fn programs(&self) -> Result<Vec<Program>> {
+        let given = |variable| env::var_os(variable).map(PathBuf::from);
+        let mut programs = vec![Program::new("streamer", &self.streamer)?];
+        if let Some(path) = given("BASELINE") {
+            programs.push(Program::new("baseline", &path)?);
+        }
+        if let Some(path) = given("ORIGINAL") {
+            programs.push(Program::new(session::ORIGINAL, &path)?);
+        }
+        Ok(programs)
+    }
+}
+
+/// What the scenarios are measured with.
+struct Bench {
+    options: Options,
+    programs: Vec<Program>,
+    work_dir: WorkDir,
+    report: Report,
+}
+
+impl Bench {
+    /// Runs all ways of a scenario, and all again, so that a busy moment of the machine hits them
+    /// all; none is always the first.
+    fn in_turns<W>(
+        &mut self,
+        scenario: &str,
+        usual_runs: usize,
+        ways: Vec<(String, W)>,
+        mut run: impl FnMut(&W) -> Result<Figures>,
+    ) -> Result<()> {
+        let runs = self.options.runs(usual_runs);
+        let mut figures: Vec<Vec<Figures>> = ways.iter().map(|_| vec![]).collect();
+        for round in 0..runs {
+            eprintln!("{scenario} {}/{runs}", round + 1);
+            for turn in 0..ways.len() {
+                let number = (round + turn) % ways.len();
+                figures[number].push(run(&ways[number].1)?);
+            }
+        }
+        for ((way, _), figures) in ways.iter().zip(&figures) {
+            self.report.add(scenario, way, figures)?;
+        }
+        Ok(())
     }
 }
 
 fn main() -> Result<()> {
-    if let Some(role) = Role::from_arguments()? {
-        return role.play();
-    }
     let options = Options::from_args();
+    if let Some(bytes_per_s) = options.link {
+        return link::copy(bytes_per_s);
+    }
     if !options.bench {
         println!("Nothing is measured in a test run: use `make bench`.");
         return Ok(());
     }
+    let captures = capture::scenarios();
+    let restores = restore::scenarios();
     if options.list {
-        list(&options);
+        let captures = captures.iter().map(|scenario| &scenario.name);
+        let frozen = frozen::SCENARIOS.iter().map(|scenario| scenario.name);
+        let restores = restores.iter().map(|scenario| scenario.name);
+        for name in captures.map(String::as_str).chain(frozen).chain(restores) {
+            println!("{name}");
+        }
         return Ok(());
     }
-    let report = measure(&options)?;
-    report.print();
-    if let Some(path) = &options.json {
-        let file = File::create(path).with_context(|| path.display().to_string())?;
-        serde_json::to_writer_pretty(file, &report)?;
+    let mut bench = Bench {
+        programs: options.programs()?,
+        work_dir: WorkDir::create()?,
+        report: Report::open(options.json.as_deref(), Machine::describe()?)?,
+        options,
+    };
+    for scenario in captures {
+        if bench.options.wants(&scenario.name) {
+            capture::measure(&scenario, &mut bench).context(scenario.name)?;
+        }
+    }
+    for scenario in &frozen::SCENARIOS {
+        if bench.options.wants(scenario.name) {
+            frozen::measure(scenario, &mut bench).context(scenario.name)?;
+        }
+    }
+    for scenario in restores {
+        if bench.options.wants(scenario.name) {
+            restore::measure(&scenario, &mut bench).context(scenario.name)?;
+        }
+    }
+    bench.report.print();
+    if let Some(path) = &bench.options.timelines {
+        timelines::draw(&bench.report, path)?;
     }
     Ok(())
-}
-
-fn list(options: &Options) {
-    let captures = capture::scenarios(options).into_iter().map(|s| s.name);
-    let restores = restore::scenarios(options).into_iter().map(|s| s.name);
-    for name in captures
-        .chain(restores)
-        .chain([restore::EXTRACT, frozen::UPLOADS, real_criu::SCENARIO].map(str::to_owned))
-        .chain(arriving::SCENARIOS.map(|scenario| scenario.name.to_owned()))
-    {
-        println!("{name}");
-    }
-}
-
-fn measure(options: &Options) -> Result<Report> {
-    let work_dir = WorkDir::create()?;
-    let watchdog = start_watchdog();
-    let say = |step: &str| {
-        eprintln!("{step}");
-        let _ = watchdog.send(step.to_owned());
-    };
-    let mut report = Report {
-        machine: Machine::describe()?,
-        capture: vec![],
-        restore: vec![],
-        extract: None,
-        arriving: vec![],
-        no_criu: None,
-        frozen: None,
-        real_criu: None,
-        bounds: vec![],
-    };
-    let mut arrivals = arriving::SCENARIOS.to_vec();
-    arrivals.retain(|scenario| options.wants(scenario.name));
-    match arriving::measure(&arrivals, options, &work_dir, say)? {
-        Ok(figures) => report.arriving = figures,
-        Err(why) => report.no_criu = Some(why),
-    }
-    if options.wants(real_criu::SCENARIO) {
-        match real_criu::measure(options, &work_dir, say)? {
-            Ok(figures) => report.real_criu = Some(figures),
-            Err(why) => report.no_criu = Some(why),
-        }
-    }
-    // CRIU needs it, and all that follows does without.
-    machine::drop_resource_capability();
-    let mut captures = capture::scenarios(options);
-    captures.retain(|scenario| options.wants(&scenario.name));
-    report.capture = capture::measure(&captures, options, &work_dir, say)?;
-    for scenario in restore::scenarios(options) {
-        if options.wants(&scenario.name) {
-            let figures = restore::measure(&scenario, options, &work_dir, say)?;
-            report.restore.push(figures);
-        }
-    }
-    if options.wants(restore::EXTRACT) {
-        report.extract = Some(restore::measure_extract(options, &work_dir, say)?);
-    }
-    if options.wants(frozen::UPLOADS) {
-        report.frozen = Some(frozen::measure(options, &work_dir, say)?);
-    }
-    report.judge();
-    Ok(report)
-}
-
-/// Ends the benchmark when a step takes so long that something must hang. The streamer dies with
-/// its tracer, and the others with their pipes.
-fn start_watchdog() -> Sender<String> {
-    const HANG: Duration = Duration::from_secs(180);
-    let (sender, steps) = channel();
-    thread::spawn(move || {
-        let mut current = String::new();
-        loop {
-            match steps.recv_timeout(HANG) {
-                Ok(step) => current = step,
-                Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {
-                    eprintln!("{current} hangs");
-                    exit(1);
-                }
-            }
-        }
-    });
-    sender
 }

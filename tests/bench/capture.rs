@@ -1,333 +1,302 @@
-//! Capture scenarios: a simulated CRIU, the streamer, and sinks of several kinds.
+//! Captures: a real CRIU dumps an application to commands of several kinds.
 
-use crate::Options;
-use crate::clock::seconds_between;
-use crate::machine::{RaisedLimit, WorkDir, pipe_max_size};
-use crate::measured::spawn_with_fds;
-use crate::role::{Performer, Role, Span};
-use crate::sink::Sink;
-use crate::statistics::{GB, median_of};
-use crate::streamer::{Streamer, pipe};
-use crate::writer::{Files, Writer};
-use anyhow::{Context, Result, ensure};
-use nix::fcntl::{FcntlArg, fcntl};
-use serde::Serialize;
-use std::{
-    os::fd::{AsFd, AsRawFd, OwnedFd},
-    process::{Child, Command, Stdio, id},
-    thread,
-    time::Duration,
-};
+use crate::frozen::frozen_s;
+use crate::machine::Reserve;
+use crate::meter::Meter;
+use crate::report::{Figures, GB};
+use crate::session::{self, Program};
+use crate::{Bench, criu};
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use std::fs;
 
 #[derive(Clone)]
 pub struct Scenario {
     pub name: String,
-    pub files: Files,
-    pub sinks: Vec<Sink>,
-    pub raised_limits: bool,
-    pub huge_pages: bool,
+    mib: u64,
+    shards: usize,
+    /// The command behind each shard, with `{}` as its number.
+    sink: String,
+    ways: &'static [Way],
+    original: bool,
+    runs: usize,
     /// Processes beside it that do nothing but take processor time.
-    pub busy_loops: usize,
+    beside: usize,
+    pipe_size: Option<usize>,
 }
 
-/// CRIU misbehaves with larger pipes, so no streamer makes them larger, nor do we.
-pub const LARGEST_PIPE: usize = 4 << 20;
+#[derive(Clone, Copy, PartialEq)]
+pub enum Way {
+    Plain,
+    Index,
+    Buffer,
+}
 
-pub const STALL_BYTES: u64 = 256 << 20;
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Index => " --index",
+            Self::Buffer => " --buffer",
+        }
+    }
+}
 
-pub fn scenarios(options: &Options) -> Vec<Scenario> {
-    // Captures are fast: the same memory is sent several times, for the start of the process not to
-    // count.
-    let bytes = 4 * options.size_bytes();
-    let pages = |writers, bytes| Files::Pages { writers, bytes };
-    let small = Files::Small {
-        count: 50_000,
-        bytes: 1024,
+pub const CAT: &str = "cat >/dev/null";
+pub const LZ4: &str = "lz4 -q -1 >/dev/null";
+
+/// Takes 1 MiB a second.
+const SLOW: &str = r#""$BENCH" --link 1048576 >/dev/null 2>&1"#;
+
+pub fn scenarios() -> Vec<Scenario> {
+    let scenario = |name: String, mib, shards, sink: &str| Scenario {
+        name,
+        mib,
+        shards,
+        sink: sink.to_owned(),
+        ways: &[Way::Plain],
+        original: true,
+        runs: 5,
+        beside: 0,
+        pipe_size: None,
     };
-    let scenario = |name: &str, files: &Files, sinks: Vec<Sink>| Scenario {
-        name: format!("capture/{name}"),
-        files: files.clone(),
-        sinks,
-        raised_limits: false,
-        huge_pages: false,
-        busy_loops: 0,
-    };
-    let one_of_four = |odd: Sink| vec![odd, Sink::Splice, Sink::Splice, Sink::Splice];
-    let one_file = pages(1, bytes);
-    let eight_files = pages(8, bytes);
-    let short = pages(1, STALL_BYTES);
-    let plain = [
-        scenario("1-shard", &one_file, vec![Sink::Splice; 1]),
-        scenario("4-shards", &one_file, vec![Sink::Splice; 4]),
-        scenario("32-shards", &one_file, vec![Sink::Splice; 32]),
-        scenario("8-files-1-shard", &eight_files, vec![Sink::Splice; 1]),
-        scenario("8-files-4-shards", &eight_files, vec![Sink::Splice; 4]),
-        scenario("small-files-1-shard", &small, vec![Sink::Splice; 1]),
-        scenario("small-files-4-shards", &small, vec![Sink::Splice; 4]),
-        scenario("4-shards-read", &one_file, vec![Sink::Read; 4]),
-        scenario(
-            "4-shards-lz4",
-            &pages(1, options.size_bytes()),
-            vec![Sink::Lz4; 4],
-        ),
-        scenario("4-shards-slow-1", &one_file, one_of_four(Sink::Slow)),
-        scenario("4-shards-256MiB", &short, vec![Sink::Splice; 4]),
-        scenario("4-shards-256MiB-slow-1", &short, one_of_four(Sink::Slow)),
-        scenario(
-            "4-shards-256MiB-stalled-1",
-            &short,
-            one_of_four(Sink::Stalled),
-        ),
-    ];
-    let huge_pages = Scenario {
-        huge_pages: true,
-        ..scenario("4-shards-huge-pages", &one_file, vec![Sink::Splice; 4])
-    };
-    let lz4 = plain.iter().filter(|plain| plain.name.ends_with("-lz4"));
-    let beside_busy_loops: Vec<_> = (plain
-        .iter()
-        .filter(|plain| plain.name.ends_with("/4-shards")))
-    .chain(lz4)
-    .map(|plain| Scenario {
-        name: format!("{}-busy", plain.name),
-        busy_loops: 2,
-        ..plain.clone()
-    })
-    .collect();
-    let with_raised_limits = [0, 1, 4].map(|index: usize| Scenario {
-        name: format!("{}-4MiB-pipes", plain[index].name),
-        raised_limits: true,
-        ..plain[index].clone()
+    let first_else =
+        |first: &str, others: &str| format!("if [ {{}} = 1 ]; then {first}; else {others}; fi");
+    let mut all = vec![];
+    for (command, sink) in [("cat", CAT), ("lz4", LZ4)] {
+        for shards in [1, 2, 4, 8] {
+            let name = format!("capture/{shards}-shards-{command}");
+            let ways = &[Way::Plain, Way::Buffer];
+            all.push(Scenario {
+                ways,
+                ..scenario(name, 1024, shards, sink)
+            });
+        }
+    }
+    all.push(Scenario {
+        pipe_size: Some(4 << 20),
+        ..scenario("capture/4-shards-cat-4MiB-pipes".into(), 1024, 4, CAT)
     });
-    (plain.into_iter())
-        .chain([huge_pages])
-        .chain(beside_busy_loops)
-        .chain(with_raised_limits)
-        .collect()
-}
+    all.push(Scenario {
+        beside: 2,
+        ..scenario("capture/4-shards-cat-busy".into(), 1024, 4, CAT)
+    });
+    let short = |name: &str, sink: &str| scenario(format!("capture/{name}"), 256, 4, sink);
+    all.push(short("256MiB", CAT));
+    let stalled = first_else(&format!("sleep 5; {CAT}"), CAT);
+    all.push(short("256MiB-1-stalled-for-5-s", &stalled));
+    all.push(Scenario {
+        // It would take a minute.
+        original: false,
+        ..short("256MiB-1-at-1-MiB-per-s", &first_else(SLOW, CAT))
+    });
 
-/// One capture, or what the writer did without a streamer.
-struct Run {
-    criu_s: f64,
-    /// Until the last sink had its last byte.
-    sinks_s: Option<f64>,
-    cpu_s: f64,
-    peak_rss_bytes: f64,
-    /// The largest shard's size, in mean sizes.
-    largest_over_mean: f64,
-}
-
-#[derive(Serialize)]
-pub struct Figures {
-    pub scenario: String,
-    pub runs: usize,
-    pub bytes: u64,
-    /// As CRIU sees it: from its first request to its last file's end.
-    pub gb_per_s: f64,
-    pub direct_gb_per_s: f64,
-    pub wall_multiple_of_direct: f64,
-    /// The same to the moment when the sinks have all.
-    pub sinks_gb_per_s: Option<f64>,
-    pub sinks_wall_multiple_of_direct: Option<f64>,
-    pub cpu_s: f64,
-    pub cpu_s_per_gb: f64,
-    pub peak_rss_mb: f64,
-    pub criu_s: f64,
-    pub largest_over_mean: f64,
-}
-
-/// All scenarios in turn, and all again, so that a busy minute of the machine hits them all. A
-/// scenario that this machine does not permit has no figures.
-pub fn measure(
-    scenarios: &[Scenario],
-    options: &Options,
-    work_dir: &WorkDir,
-    mut said: impl FnMut(&str),
-) -> Result<Vec<Figures>> {
-    let mut runs: Vec<Vec<(Run, Run)>> = scenarios.iter().map(|_| vec![]).collect();
-    for round in 1..=options.runs() {
-        for (scenario, runs) in scenarios.iter().zip(&mut runs) {
-            said(&format!("{} {round}/{}", scenario.name, options.runs()));
-            let _raised = if scenario.raised_limits {
-                let Some(raised) = RaisedLimit::raise()? else {
-                    continue;
-                };
-                Some(raised)
-            } else {
-                None
-            };
-            let _beside = BusyLoops::start(scenario.busy_loops)?;
-            let direct = run_direct(scenario)
-                .with_context(|| format!("{} without a streamer", scenario.name))?;
-            let through =
-                run_streamer(scenario, options, work_dir).context(scenario.name.clone())?;
-            runs.push((direct, through));
-        }
-    }
-    let figures = scenarios.iter().zip(&runs);
-    Ok(figures
-        .filter(|(_, runs)| !runs.is_empty())
-        .map(|(scenario, runs)| Figures::of(scenario, runs))
-        .collect())
-}
-
-impl Figures {
-    fn of(scenario: &Scenario, runs: &[(Run, Run)]) -> Self {
-        let bytes = scenario.files.total_bytes();
-        let gb = bytes as f64 / GB;
-        let median = |figure: &dyn Fn(&(Run, Run)) -> f64| median_of(runs.iter().map(figure));
-        let sinks_count = runs.iter().all(|(_, run)| run.sinks_s.is_some());
-        let of_sinks = |figure: &dyn Fn(f64, f64) -> f64| {
-            let of_run = |(direct, run): &(Run, Run)| {
-                figure(direct.sinks_s.unwrap_or(0.0), run.sinks_s.unwrap_or(0.0))
-            };
-            sinks_count.then(|| median(&of_run))
-        };
-        let criu_s = median(&|(_, run)| run.criu_s);
-        Self {
-            scenario: scenario.name.clone(),
-            runs: runs.len(),
-            bytes,
-            gb_per_s: gb / criu_s,
-            direct_gb_per_s: gb / median(&|(direct, _)| direct.criu_s),
-            wall_multiple_of_direct: criu_s / median(&|(direct, _)| direct.criu_s),
-            sinks_gb_per_s: of_sinks(&|_, run| gb / run),
-            sinks_wall_multiple_of_direct: of_sinks(&|direct, run| run / direct),
-            cpu_s: median(&|(_, run)| run.cpu_s),
-            cpu_s_per_gb: median(&|(_, run)| run.cpu_s) / gb,
-            peak_rss_mb: median(&|(_, run)| run.peak_rss_bytes) / 1e6,
-            criu_s,
-            largest_over_mean: median(&|(_, run)| run.largest_over_mean),
-        }
-    }
-}
-
-/// Takes processor time until it is dropped.
-struct BusyLoops(Vec<Child>);
-
-impl BusyLoops {
-    fn start(count: usize) -> Result<Self> {
-        let start = |_| {
-            // It ends with the benchmark, however that ends.
-            Ok(Command::new("sh")
-                .args(["-c", "while kill -0 $0; do :; done", &id().to_string()])
-                .stderr(Stdio::null())
-                .spawn()?)
-        };
-        (0..count).map(start).collect::<Result<_>>().map(Self)
-    }
-}
-
-impl Drop for BusyLoops {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-pub struct Sinks {
-    running: Vec<Child>,
-    hindered: bool,
-}
-
-impl Sinks {
-    /// Starts the sinks and returns them and their pipes.
-    pub fn start(kinds: &[Sink]) -> Result<(Self, Vec<OwnedFd>)> {
-        let mut running = vec![];
-        let mut shards = vec![];
-        for &kind in kinds {
-            let (read_end, write_end) = pipe()?;
-            let mut command = match kind {
-                Sink::Lz4 => {
-                    let mut lz4 = Command::new("lz4");
-                    lz4.args(["-1", "-c"]);
-                    lz4
-                }
-                kind => Role::Sink(kind).command()?,
-            };
-            command.stdin(read_end).stdout(Stdio::null());
-            running.push(spawn_with_fds(&mut command, &[])?);
-            shards.push(write_end);
-        }
-        let hindered = kinds.iter().any(|kind| kind.hinders());
-        Ok((Self { running, hindered }, shards))
-    }
-
-    /// Waits for the sinks, but not for those that take their time, and tells how long they took.
-    pub fn finish(self, span: Span) -> Result<Option<f64>> {
-        let hindered = self.hindered;
-        self.wait()?;
-        let ended_ns = crate::clock::now_ns();
-        Ok((!hindered).then(|| seconds_between(span.start_ns, ended_ns)))
-    }
-
-    /// Waits for the sinks, but not for those that take their time.
-    pub fn wait(self) -> Result<()> {
-        for mut sink in self.running {
-            if self.hindered {
-                sink.kill()?;
-                sink.wait()?;
-            } else {
-                let status = sink.wait()?;
-                ensure!(status.success(), "A sink failed with {status}");
+    let even = |name: String, mib, shards, sink: &str| Scenario {
+        ways: &[Way::Plain, Way::Index, Way::Buffer],
+        runs: 10,
+        ..scenario(format!("even/{name}"), mib, shards, sink)
+    };
+    for (command, sink) in [("cat", CAT), ("lz4", LZ4)] {
+        for shards in [2, 4, 8] {
+            for beside in 0..=2 {
+                let loops = ["", "-beside-1-loop", "-beside-2-loops"][beside];
+                let name = format!("{command}-{shards}-shards{loops}");
+                all.push(Scenario {
+                    beside,
+                    ..even(name, 400, shards, sink)
+                });
             }
         }
-        Ok(())
+        for late in ["0.3", "1"] {
+            let sink = first_else(sink, &format!("sleep {late}; {sink}"));
+            let name = format!("{command}-4-shards-3-start-{late}-s-late");
+            all.push(even(name, 400, 4, &sink));
+        }
+        for shards in [16, 32] {
+            let name = format!("{command}-{shards}-shards-of-100-MB");
+            all.push(even(name, 96, shards, sink));
+        }
+    }
+
+    let compressors = [
+        ("lz4", "lz4 -q -1"),
+        ("zstd-1", "zstd -q -1"),
+        ("zstd-adapt", "zstd -q --adapt"),
+    ];
+    for (link, bytes_per_s, runs) in [
+        ("25-MB-per-s", 25e6, 1),
+        ("250-MB-per-s", 250e6, 3),
+        ("no-link", 1e12, 3),
+    ] {
+        for (name, command) in compressors {
+            let speed = bytes_per_s / 2.0;
+            let sink =
+                format!(r#"{command} | "$BENCH" --link {speed} >/dev/null 2>shards/bytes-{{}}"#);
+            all.push(Scenario {
+                original: false,
+                runs,
+                ..scenario(format!("link/{link}-{name}"), 1024, 2, &sink)
+            });
+        }
+    }
+    all
+}
+
+/// How uneven shards may be: usually, and at most.
+pub fn evenness_bounds(scenario: &str) -> (f64, f64) {
+    if scenario.contains("late") || scenario.contains("100-MB") {
+        (1.15, 1.3)
+    } else {
+        (1.08, 1.3)
     }
 }
 
-fn run_direct(scenario: &Scenario) -> Result<Run> {
-    let (sinks, shards) = Sinks::start(&scenario.sinks)?;
-    let capacity = pipe_max_size()?.min(LARGEST_PIPE) as i32;
-    for shard in &shards {
-        fcntl(shard, FcntlArg::F_SETPIPE_SZ(capacity)).context("Failed to resize a shard")?;
+const SCRIPT: &str = r#"
+fds= sinks=
+for ((shard = 1; shard <= SHARDS; shard++)); do
+    mkfifo shards/$shard
+    bash -o pipefail -c "${SINK//\{\}/$shard}" <shards/$shard & sinks+=" $!"
+done
+# A command must not hold the other shards' pipes.
+for ((shard = 1; shard <= SHARDS; shard++)); do
+    exec {fd}>shards/$shard; fds+=,$fd
+done
+options="--shard-fds ${fds#,}"
+[ -z "${INDEX:-}" ] || { exec {fd}>"$INDEX"; fds+=,$fd; options+=" --index-fd $fd"; }
+[ -z "${BUFFER:-}" ] || options+=" --buffer $BUFFER"
+{ time $START "$STREAMER" --images-dir images $options --progress-fd 3 capture 3>ready 2>streamer.log; } 2>times & streamer=$!
+exec 4<ready
+for fd in ${fds//,/ }; do exec {fd}>&-; done
+grep -q -m1 socket-init <&4
+echo began $EPOCHREALTIME
+criu dump --stream --leave-running --images-dir images --tree $PID
+# Where it has ended already, nothing is to be seen.
+process=$(cat "/proc/$streamer/task/$streamer/children" 2>/dev/null) || true
+awk '/^VmHWM/ { print "rss_kib", $2 }' /proc/${process% }/status 2>/dev/null || true
+wait $streamer
+for sink in $sinks; do wait $sink; done
+echo written $EPOCHREALTIME
+cat <&4 >progress
+awk 'END { print "cpu_s", $1 + $2 }' times
+cat shards/bytes-* 2>/dev/null | awk '{ sum += $1 } END { if (NR) print "stored", sum }' || true
+"#;
+
+/// What the streamer says at the end.
+#[derive(Deserialize)]
+struct Statistics {
+    shards: Vec<ShardStatistics>,
+}
+
+#[derive(Deserialize)]
+struct ShardStatistics {
+    size: f64,
+}
+
+pub fn measure(scenario: &Scenario, bench: &mut Bench) -> Result<()> {
+    let bytes = bench.options.bytes(scenario.mib);
+    let machine = session::boot(bench)?;
+    let application = session::start(&machine, bytes, 1);
+    let mut reserve = scenario
+        .ways
+        .contains(&Way::Buffer)
+        .then(|| Reserve::new(bytes));
+    let mut ways = vec![];
+    for program in &bench.programs {
+        for &way in scenario.ways {
+            let is_possible = scenario.original && way == Way::Plain;
+            if !program.is_original() || is_possible {
+                ways.push((
+                    format!("{}{}", program.name, way.name()),
+                    (program.clone(), way),
+                ));
+            }
+        }
     }
-    let writer = Role::Writer(Writer {
-        files: scenario.files.clone(),
-        huge_pages: scenario.huge_pages,
-        direct: shards.iter().map(AsRawFd::as_raw_fd).collect(),
-    });
-    let inherited: Vec<_> = shards.iter().map(AsFd::as_fd).collect();
-    let mut writer = Performer::prepare(&writer, &inherited)?;
-    drop(inherited);
-    drop(shards);
-    writer.start("")?;
-    let span = writer.finish()?;
-    Ok(Run {
-        criu_s: span.seconds(),
-        sinks_s: sinks.finish(span)?,
-        cpu_s: 0.0,
-        peak_rss_bytes: 0.0,
-        largest_over_mean: 1.0,
+    bench.in_turns(&scenario.name, scenario.runs, ways, |(program, way)| {
+        if let (Some(reserve), Way::Buffer) = (&mut reserve, way) {
+            reserve.let_go();
+        }
+        let capture = Capture {
+            shards: scenario.shards,
+            sink: &scenario.sink,
+            index: (*way == Way::Index).then_some("/dev/null"),
+            // Larger than the image, which has more than the memory that was asked for.
+            buffer: (*way == Way::Buffer).then_some(bytes * 5 / 4 + (16 << 20)),
+            beside: scenario.beside,
+            pipe_size: scenario.pipe_size,
+        };
+        let figures = capture.run(program, &machine, &application.pid, &Meter::start());
+        if let (Some(reserve), Way::Buffer) = (&mut reserve, way) {
+            reserve.take();
+        }
+        figures
     })
 }
 
-fn run_streamer(scenario: &Scenario, options: &Options, work_dir: &WorkDir) -> Result<Run> {
-    let writer = Role::Writer(Writer {
-        files: scenario.files.clone(),
-        huge_pages: scenario.huge_pages,
-        direct: vec![],
-    });
-    let mut writer = Performer::prepare(&writer, &[])?;
-    let (sinks, shards) = Sinks::start(&scenario.sinks)?;
-    let mut streamer = Streamer::spawn(&options.streamer, &["capture"], shards, work_dir)?;
-    streamer.wait_for_socket()?;
-    // The sinks have started by then: without a streamer it is the writer's memory that they have
-    // time for.
-    thread::sleep(Duration::from_millis(50));
-    writer.start(streamer.images_dir.to_str().context("Odd directory")?)?;
-    let span = writer.finish();
-    let (finished, sizes) = streamer.finish_with_sizes()?;
-    let span = span?;
-    let mean = sizes.iter().sum::<u64>() as f64 / sizes.len() as f64;
-    let largest = sizes.iter().max().context("No statistics")?;
-    Ok(Run {
-        criu_s: span.seconds(),
-        sinks_s: sinks.finish(span)?,
-        cpu_s: finished.cpu_s,
-        peak_rss_bytes: finished.peak_rss_bytes as f64,
-        largest_over_mean: *largest as f64 / mean,
-    })
+/// One capture.
+pub struct Capture<'a> {
+    pub shards: usize,
+    pub sink: &'a str,
+    /// The index's file.
+    pub index: Option<&'a str>,
+    pub buffer: Option<u64>,
+    pub beside: usize,
+    pub pipe_size: Option<usize>,
+}
+
+impl Capture<'_> {
+    pub fn run(
+        &self,
+        program: &Program,
+        machine: &criu::Machine,
+        pid: &str,
+        meter: &Meter,
+    ) -> Result<Figures> {
+        let text = |number: Option<String>| number.unwrap_or_default();
+        let variables = vec![
+            program.variable(),
+            ("PID", pid.to_owned()),
+            ("SHARDS", self.shards.to_string()),
+            ("SINK", self.sink.to_owned()),
+            ("INDEX", text(self.index.map(str::to_owned))),
+            ("BUFFER", text(self.buffer.map(|size| size.to_string()))),
+            ("BESIDE", self.beside.to_string()),
+            (
+                "PIPE_SIZE",
+                text(self.pipe_size.map(|size| size.to_string())),
+            ),
+        ];
+        let raw = session::run(machine, meter, variables, SCRIPT)?;
+        let progress = fs::read_to_string(machine.path("progress"))?;
+        let statistics = progress.lines().find(|line| line.starts_with('{'));
+        let statistics: Statistics =
+            serde_json::from_str(statistics.context("no statistics of the streamer")?)?;
+        let all_sizes = statistics.shards.iter().map(|shard| shard.size);
+        let bytes: f64 = all_sizes.clone().sum();
+        let sizes: Vec<f64> = all_sizes.take(self.shards).collect();
+        let mean = sizes.iter().sum::<f64>() / sizes.len() as f64;
+        let frozen_s = frozen_s(&machine.path("images"))?;
+        let mut figures = Figures::from([
+            ("bytes".into(), bytes),
+            ("frozen_s".into(), frozen_s),
+            ("gb_per_s".into(), bytes / GB / frozen_s),
+            ("written_s".into(), raw["written"] - raw["began"]),
+            ("cpu_s_per_gb".into(), raw["cpu_s"] / (bytes / GB)),
+            (
+                "largest_over_mean".into(),
+                sizes.iter().copied().fold(0.0, f64::max) / mean,
+            ),
+        ]);
+        if let Some(all) = raw.get("all_cpu_s") {
+            figures.insert("all_cpu_s".into(), *all);
+            figures.insert("all_cpu_s_per_gb".into(), all / (bytes / GB));
+        }
+        if let Some(kib) = raw.get("rss_kib") {
+            figures.insert("rss_mb".into(), kib * 1024.0 / 1e6);
+        }
+        if let Some(stored) = raw.get("stored") {
+            figures.insert("stored_mb".into(), stored / 1e6);
+        }
+        Ok(figures)
+    }
 }
