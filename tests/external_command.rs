@@ -315,11 +315,6 @@ fn a_name_is_given_once_and_a_command_is_there() {
     let place = Place::new();
     let (_other, fd) = pipe();
     let twice = ["fs.tar:cat", "--ext-file-cmd", "fs.tar:cat"];
-    let both_sides = |launch: Launch| {
-        launch
-            .args(["--ext-file-cmd", "one:cat"])
-            .args_behind(["--ext-file-cmd", "two:cat"])
-    };
     let discard = |launch: Launch| launch.args(["--shard-cmd", "cat >/dev/null"]);
     for (launch, words) in [
         (
@@ -346,7 +341,6 @@ fn a_name_is_given_once_and_a_command_is_there() {
             discard(Streamer::capture()).args(["--ext-file-cmd", "fs.tar"]),
             &["name:command"],
         ),
-        (both_sides(discard(Streamer::capture())), &["one side"]),
     ] {
         launch
             .images_dir(place.path("images"))

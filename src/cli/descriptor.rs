@@ -5,8 +5,8 @@
 //!
 //! **Two names for one file.** With `capture >app.img 2>&1` a message would stand in the middle of
 //! the image, although standard output and standard error have different numbers. So descriptors
-//! are compared by what they lead to ([`Place`]), and standard error counts as named, since errors
-//! go there whatever `--progress-fd` says.
+//! are compared by the files they lead to, and standard error counts as named, since errors go
+//! there whatever `--progress-fd` says.
 
 #![allow(unsafe_code)]
 
@@ -64,25 +64,27 @@ impl FdNumber {
             .map(OFlag::from_bits_retain)
     }
 
-    /// What it leads to for data that goes in this direction. A character device has no place that
-    /// is taken: /dev/null keeps nothing, and a terminal shows all that is written to it.
-    fn place(self, direction: Direction) -> Option<Place> {
+    /// The file that data going in this direction must have to itself. A pipe is one file: what
+    /// goes into one end comes out of the other. What comes out of a socket is a stream of its own:
+    /// sshd gives a command one socket for both. /dev/null keeps nothing, and a terminal shows
+    /// everything.
+    fn file(self, direction: Direction) -> Option<FileId> {
         let stat = self.peek(|fd| fstat(fd)).ok()?;
-        match self.kind() {
-            FdKind::NotOpen | FdKind::Terminal | FdKind::CharacterDevice => None,
-            FdKind::Socket => Some(Place::Socket(stat.st_ino, direction)),
-            FdKind::BlockDevice => Some(Place::BlockDevice(stat.st_rdev)),
-            _ => Some(Place::File(stat.st_dev, stat.st_ino)),
-        }
+        let is_shared = match self.kind() {
+            FdKind::NotOpen | FdKind::Terminal | FdKind::CharacterDevice => true,
+            FdKind::Socket => direction == Direction::In,
+            _ => false,
+        };
+        (!is_shared).then_some((stat.st_dev, stat.st_ino))
     }
 
-    /// Whether text written here lands where standard error's text lands.
+    /// True if text written here lands where standard error's text lands.
     pub(super) fn is_stderr(self) -> bool {
-        let place = self.place(Direction::Out);
-        self == STDERR || (place.is_some() && place == STDERR.place(Direction::Out))
+        let file = self.file(Direction::Out);
+        self == STDERR || (file.is_some() && file == STDERR.file(Direction::Out))
     }
 
-    /// Whether a standard stream was closed when the program started: Rust's runtime then opens
+    /// True if a standard stream was closed when the program started: Rust's runtime then opens
     /// /dev/null in its place, and an image written there is lost. Shells do not open /dev/null
     /// for both reading and writing, which tells the two apart.
     pub(super) fn was_closed_at_start(self) -> bool {
@@ -91,7 +93,7 @@ impl FdNumber {
         self.0 <= 2 && device == Ok(makedev(1, 3)) && mode == Ok(OFlag::O_RDWR)
     }
 
-    /// Looks whether an image can go through in this direction.
+    /// Checks that an image can go through in this direction.
     fn check_transfer(self, what: &str, direction: Direction) -> Result<()> {
         let (wrong_mode, redirect, purpose) = match direction {
             Direction::Out => (OFlag::O_RDONLY, format!("{self}>file"), "writing"),
@@ -123,17 +125,8 @@ impl FdNumber {
     }
 }
 
-/// What a descriptor leads to. Two descriptors of one place get into each other's way.
-#[derive(Debug, PartialEq, Eq, Hash)]
-enum Place {
-    /// By device and inode. A pipe is one place: what goes into one end comes out of the other.
-    File(dev_t, ino_t),
-    /// By its own number, whichever node leads to it.
-    BlockDevice(dev_t),
-    /// By inode, which each end of a pair has of its own. What comes out of a socket and what goes
-    /// into it are two streams: sshd gives a command one socket for both.
-    Socket(ino_t, Direction),
-}
+/// A file's device and inode.
+type FileId = (dev_t, ino_t);
 
 /// What a descriptor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,10 +137,10 @@ pub(super) enum Purpose {
     Text,
 }
 
-/// The descriptors named so far, and what they lead to, each with what names it.
+/// The descriptors named so far, each with its option, and the files that they lead to.
 pub(super) struct Checks {
     numbers: HashMap<FdNumber, String>,
-    places: HashMap<Place, String>,
+    files: HashMap<FileId, String>,
 }
 
 /// A descriptor that is open and has one purpose.
@@ -155,11 +148,10 @@ pub(super) struct Checked(FdNumber);
 
 impl Checks {
     pub(super) fn new() -> Self {
-        let stderr = STDERR.place(Direction::Out);
-        let named = |place| (place, "standard error, where errors are told".to_owned());
+        let named = |file| (file, "standard error, where errors are told".to_owned());
         Self {
             numbers: HashMap::new(),
-            places: stderr.map(named).into_iter().collect(),
+            files: STDERR.file(Direction::Out).map(named).into_iter().collect(),
         }
     }
 
@@ -187,8 +179,8 @@ impl Checks {
             Purpose::Text if number.is_stderr() => return Ok(Checked(number)),
             Purpose::Text => Direction::Out,
         };
-        if let Some(place) = number.place(direction)
-            && let Some(other) = self.places.insert(place, what.to_owned())
+        if let Some(file) = number.file(direction)
+            && let Some(other) = self.files.insert(file, what.to_owned())
         {
             bail!(
                 "{named} leads to the same file, pipe or socket as {other}, and they would get into each other's way: redirect one of them elsewhere"

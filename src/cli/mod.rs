@@ -45,8 +45,14 @@ pub struct Args {
 
     /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract,
     /// serve and list]
-    #[structopt(short, long, value_name = "fd,fd,...", global = true)]
-    shard_fds: Option<List<FdNumber>>,
+    #[structopt(
+        short,
+        long,
+        value_name = "fd,fd,...",
+        require_delimiter = true,
+        global = true
+    )]
+    shard_fds: Vec<FdNumber>,
 
     /// Shell command for each shard, in place of --shard-fds: capture pipes the shard into it,
     /// the others read the shard from its output. {} stands for the shard's number, from 1.
@@ -86,8 +92,14 @@ pub struct Args {
 
     /// External files: added to the image from these descriptors on capture, written to them on
     /// restore
-    #[structopt(short, long, value_name = "name:fd,...", global = true)]
-    ext_file_fds: Option<List<ExternalFile>>,
+    #[structopt(
+        short,
+        long,
+        value_name = "name:fd,...",
+        require_delimiter = true,
+        global = true
+    )]
+    ext_file_fds: Vec<ExternalFile>,
 
     /// External file by a shell command, which must succeed: capture starts it when the application
     /// is frozen, and adds its output to the image; extract and serve pipe the file into it, and it
@@ -105,8 +117,13 @@ pub struct Args {
     progress_bar: bool,
 
     /// serve only: change the TCP ports that the application listens on
-    #[structopt(long, value_name = "old:new,...", global = true)]
-    tcp_listen_remap: Option<List<Remap>>,
+    #[structopt(
+        long,
+        value_name = "old:new,...",
+        require_delimiter = true,
+        global = true
+    )]
+    tcp_listen_remap: Vec<Remap>,
 
     #[structopt(subcommand)]
     command: Command,
@@ -168,21 +185,6 @@ enum Command {
     /// images directory or in the directory that CRIU_IMAGE_STREAMER_OPTIONS names
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Hook,
-}
-
-/// A list separated by commas.
-#[derive(Debug, PartialEq, Eq)]
-struct List<T>(Vec<T>);
-
-impl<T: FromStr> FromStr for List<T> {
-    type Err = T::Err;
-
-    fn from_str(text: &str) -> Result<Self, T::Err> {
-        text.split(',')
-            .map(str::parse)
-            .collect::<Result<_, _>>()
-            .map(Self)
-    }
 }
 
 /// A number of bytes, such as 64M.
@@ -342,16 +344,28 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
-const EXT_FILE_CMD: &str = "--ext-file-cmd";
+/// Options without a value.
+const FLAGS: [&str; 3] = ["--index", "--go-on-when-copied", "--progress-bar"];
 
-/// How often an option was typed.
-fn typed(option: &str) -> usize {
-    let options = std::env::args_os().take_while(|word| word != "--");
-    let is_it = |word: &OsString| {
-        let rest = word.to_str().and_then(|word| word.strip_prefix(option));
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
-    };
-    options.filter(is_it).count()
+/// Puts the subcommand before all options: of an option that stands on both sides of it, clap keeps
+/// the values of one side only. Words behind `--` are another program's.
+fn subcommand_first(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut words: Vec<_> = words.collect();
+    let mut at = 1;
+    while let Some(word) = words.get(at).and_then(|word| word.to_str())
+        && word.starts_with('-')
+        && word != "--"
+    {
+        let has_value_within = word.contains('=') || !word.starts_with("--") && word.len() > 2;
+        at += match has_value_within || FLAGS.contains(&word) {
+            true => 1,
+            false => 2,
+        };
+    }
+    if at < words.len() && words[at] != "--" {
+        words[1..=at].rotate_right(1);
+    }
+    words
 }
 
 /// Parses what was typed.
@@ -360,10 +374,7 @@ pub(crate) fn parse() -> ParseResult {
     if std::env::args_os().len() == 1 && hook_caller::action().is_some() {
         return ParseResult::Hook;
     }
-    match Args::from_iter_safe(std::env::args_os()) {
-        Ok(args) if args.ext_file_cmd.len() < typed(EXT_FILE_CMD) => ParseResult::Err(anyhow!(
-            "{EXT_FILE_CMD}: some stand before the subcommand and some behind it, and only these would count: give all of them on one side"
-        )),
+    match Args::from_iter_safe(subcommand_first(std::env::args_os())) {
         Ok(_) if std::env::args_os().last().is_some_and(|word| word == "--") => ParseResult::Err(
             anyhow!("--: there is no command behind it: give one, such as `criu dump --stream …`"),
         ),
@@ -395,25 +406,55 @@ pub(crate) fn parse() -> ParseResult {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn args(line: &str) -> Args {
-        Args::from_iter(std::iter::once("criu-image-streamer").chain(line.split(' ')))
+        let words = std::iter::once("criu-image-streamer").chain(line.split(' '));
+        Args::from_iter(subcommand_first(words.map(OsString::from)))
     }
 
     #[test]
-    fn options_stand_before_or_after_the_subcommand() {
-        let before = args("-D dir -s 10,11 -e fs.tar:12 -p 13 --num-shards 2 capture");
+    fn every_value_of_a_list_counts() {
+        for line in [
+            "-s 3 -s 4,5 -e a:6,b:7 --tcp-listen-remap 8:9,1:2 capture",
+            "capture -s 3,4,5 -e a:6 -e b:7 --tcp-listen-remap 8:9 --tcp-listen-remap=1:2",
+            "--shard-fds=3 -e a:6 --tcp-listen-remap 8:9 capture -s4 -s 5 -e b:7 --tcp-listen-remap 1:2",
+        ] {
+            let args = args(line);
+            assert_eq!(
+                args.shard_fds,
+                ["3", "4", "5"].map(|fd| fd.parse().unwrap())
+            );
+            assert_eq!(args.ext_file_fds.len(), 2, "{line}");
+            assert_eq!(
+                args.tcp_listen_remap,
+                ["8:9", "1:2"].map(|it| it.parse().unwrap())
+            );
+        }
+        let line = "--index -D serve --ext-file-cmd a:x capture --ext-file-cmd b:y -- serve";
+        let args = args(line);
+        assert_eq!(args.images_dir, Some("serve".into()));
+        assert_eq!(args.ext_file_cmd.len(), 2);
         assert_eq!(
-            before,
-            args("capture -D dir -s 10,11 -e fs.tar:12 -p 13 --num-shards 2")
+            args.command,
+            Command::Capture {
+                criu: vec!["serve".into()]
+            }
         );
-        assert_eq!(
-            before,
-            args(
-                "--images-dir dir -s 10,11 --num-shards 2 capture --ext-file-fds fs.tar:12 --progress-fd 13"
-            )
-        );
+    }
+
+    #[test]
+    fn flags_are_the_options_that_take_no_value() {
+        let mut help = Vec::new();
+        Args::clap().write_help(&mut help).unwrap();
+        let help = String::from_utf8(help).unwrap();
+        let words = help.split(|it: char| !it.is_alphanumeric() && it != '-');
+        let options: BTreeSet<_> = words.filter(|word| word.starts_with("--")).collect();
+        let is_flag = |option: &&&str| Args::from_iter_safe(["", option, "capture"]).is_ok();
+        let flags = options.iter().filter(is_flag).copied();
+        assert_eq!(flags.collect::<BTreeSet<_>>(), BTreeSet::from(FLAGS));
     }
 
     #[test]

@@ -85,9 +85,9 @@ impl Args {
             self.images_dir.is_none(),
             "--images-dir: it is CRIU's, which tells it"
         );
-        let is_of_descriptors = self.shard_fds.is_some()
+        let is_of_descriptors = !self.shard_fds.is_empty()
             || self.index_fd.is_some()
-            || self.ext_file_fds.is_some()
+            || !self.ext_file_fds.is_empty()
             || self.progress_fd.is_some();
         ensure!(
             !is_of_descriptors,

@@ -4,14 +4,15 @@
 //! nothing else has been touched when it exists.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::hash::Hash;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
 
-use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, BufferSize, Command, ExternalFile, List};
+use super::descriptor::{Checked, Checks, Purpose, STDERR, STDIN, STDOUT};
+use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand};
 use crate::criu::SocketPath;
 use crate::criu::hook_caller::Caller;
 use crate::format::ImageName;
@@ -22,7 +23,7 @@ use crate::supervision::{CriuCommand, ShellCommand};
 
 /// The most shards that commands are started for: each is a pipe of 1 MiB and a pipeline of
 /// processes, and more have never been faster.
-const MOST_COMMANDS: usize = 32;
+const MAX_COMMANDS: usize = 32;
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,159 +100,38 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
-    pub(crate) fn new(args: Args) -> Result<Self> {
-        let remaps = args.tcp_listen_remap.map_or_else(Vec::new, |list| list.0);
-        if let Some(remap) = first_repeated(&remaps, |remap| remap.old) {
-            bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
-        }
-        let (action, criu) = match args.command {
-            Command::Capture { criu } => (Action::Capture, criu),
-            Command::Extract { serve: false, criu } => (Action::Extract, criu),
-            Command::Extract { serve: true, criu } | Command::Serve { criu } => {
-                (Action::Serve, criu)
-            }
-            Command::List => (Action::List, Vec::new()),
-            Command::Hook => bail!("hook: CRIU starts it"),
-        };
+    pub(crate) fn new(mut args: Args) -> Result<Self> {
+        let (action, criu) = split(std::mem::replace(&mut args.command, Command::List));
         let criu = CriuCommand::new(criu);
-        ensure!(
-            criu.is_none() || action != Action::Extract,
-            "extract: it starts no command; run `criu restore` when it has ended, or give --serve"
-        );
-        ensure!(
-            remaps.is_empty() || action == Action::Serve,
-            "--tcp-listen-remap: only `serve` changes ports"
-        );
-        let shards_go = action.direction();
-        let (files_go, standard) = match shards_go {
-            Direction::Out => (Direction::In, STDOUT),
-            Direction::In => (Direction::Out, STDIN),
-        };
-        let has_index = args.index || args.index_fd.is_some();
-        ensure!(
-            !args.index || args.shard_cmd.is_some(),
-            "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd"
-        );
-        ensure!(
-            args.index_fd.is_none() || args.shard_cmd.is_none(),
-            "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index"
-        );
-        ensure!(
-            args.hold_at_most.is_none() || (has_index && action == Action::Serve),
-            "--hold-at-most: it is for `serve` with an index"
-        );
-        ensure!(
-            args.buffer.is_none() || action == Action::Capture,
-            "--buffer: it is for `capture`"
-        );
-        ensure!(
-            args.buffer.is_some() || !args.go_on_when_copied,
-            "--go-on-when-copied: memory is copied only with --buffer"
-        );
-        let commands =
-            shard_commands(args.shard_cmd, args.num_shards, args.index, &args.shard_fds)?;
-        let shard_fds = match (&commands, args.shard_fds) {
-            (Some(_), _) => Vec::new(),
-            (None, Some(fds)) => fds.0,
-            (None, None) => vec![standard],
-        };
-        let external_files = args.ext_file_fds.map_or_else(Vec::new, |list| list.0);
-        ensure!(
-            action != Action::List || (external_files.is_empty() && args.ext_file_cmd.is_empty()),
-            "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`"
-        );
-        let names = external_files.iter().map(|file| &file.name);
-        let names: Vec<_> = names
-            .chain(args.ext_file_cmd.iter().map(|file| &file.name))
-            .collect();
-        if let Some(name) = first_repeated(&names, |&name| name) {
-            bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
-        }
-        let progress_fd = match args.progress_fd {
-            None if args.progress_bar || STDERR.was_closed_at_start() => None,
-            None => Some(STDERR),
-            given => given,
-        };
-
-        let mut checks = Checks::new();
-        let mut shard_fds = shard_fds
-            .into_iter()
-            .map(|fd| {
-                let label = format!("shard fd {fd}");
-                let checked = checks.check(fd, "--shard-fds", &label, Purpose::Image(shards_go))?;
-                Ok((checked, label))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        if let Some(fd) = args.index_fd {
-            let label = format!("index fd {fd}");
-            let checked = checks.check(fd, "--index-fd", &label, Purpose::Image(shards_go))?;
-            shard_fds.push((checked, label));
-        }
-        let external_files = external_files
-            .into_iter()
-            .map(|ExternalFile { name, fd }| {
-                let option = format!("--ext-file-fds {name}");
-                let what = format!("external file fd {fd}");
-                Ok((
-                    name,
-                    checks.check(fd, &option, &what, Purpose::Image(files_go))?,
-                ))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        // Without a standard output, or with /dev/null there, the exit status is what is wanted.
-        let lists = action == Action::List && !STDOUT.was_closed_at_start();
-        let listing = lists
-            .then(|| checks.check(STDOUT, "list", "standard output", Purpose::Text))
-            .transpose()?;
-        let progress_fd = progress_fd
-            .map(|fd| {
-                ensure!(
-                    !args.progress_bar || !fd.is_stderr(),
-                    "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
-                );
-                checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Text)
-            })
-            .transpose()?;
-
-        ensure!(
-            args.images_dir.is_some() || action == Action::List,
-            "--images-dir <images-dir> is needed: the directory that CRIU is given too"
-        );
+        check_usage(&args, action, criu.is_some())?;
+        let commands = shard_commands(&args)?;
+        let claimed = claim(&args, action)?;
+        let descriptors = claimed.external_files.into_iter();
+        let descriptors = descriptors.map(|(name, fd)| (name, FileEnd::Descriptor(fd)));
+        let file_commands = args.ext_file_cmd.into_iter().map(ExternalFileCommand::end);
         Ok(Self {
             action,
             images_dir: args.images_dir.unwrap_or_default(),
             shards: match commands {
                 Some(commands) => Shards::Commands(commands),
-                None => Shards::Descriptors(
-                    shard_fds
-                        .into_iter()
-                        .map(|(fd, label)| Ok((fd.claim()?, label)))
-                        .collect::<Result<_>>()?,
-                ),
+                None => Shards::Descriptors(claimed.shards),
             },
-            has_index,
+            has_index: args.index || args.index_fd.is_some(),
             hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
             buffer: args.buffer,
             goes_on_when_copied: args.go_on_when_copied,
-            external_files: external_files
-                .into_iter()
-                .map(|(name, fd)| Ok((name, FileEnd::Descriptor(fd.claim()?))))
-                .chain(args.ext_file_cmd.into_iter().map(|file| Ok(file.end())))
-                .collect::<Result<_>>()?,
-            remaps,
-            listing: listing.map(|fd| fd.claim()).transpose()?,
-            progress: match progress_fd {
-                Some(fd) => Progress::new(fd.claim()?),
-                None => Progress::silent(),
-            },
+            external_files: descriptors.chain(file_commands).collect(),
+            remaps: args.tcp_listen_remap,
+            listing: claimed.listing,
+            progress: claimed
+                .progress
+                .map_or_else(Progress::silent, Progress::new),
             progress_bar: args.progress_bar,
             criu,
             caller: None,
         })
     }
-}
 
-impl Plan {
     /// How CRIU gets to the socket.
     pub(crate) fn socket_path(&self) -> SocketPath {
         match self.caller {
@@ -261,35 +141,170 @@ impl Plan {
     }
 }
 
+/// The action of a subcommand, and the words of the command that runs CRIU.
+fn split(command: Command) -> (Action, Vec<OsString>) {
+    match command {
+        Command::Capture { criu } => (Action::Capture, criu),
+        Command::Extract { serve: false, criu } => (Action::Extract, criu),
+        Command::Extract { serve: true, criu } | Command::Serve { criu } => (Action::Serve, criu),
+        Command::List => (Action::List, Vec::new()),
+        Command::Hook => unreachable!("the hook has no plan of its own"),
+    }
+}
+
+/// Refuses options that do not go together, or not with the subcommand.
+fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
+    let has_index = args.index || args.index_fd.is_some();
+    let has_commands = args.shard_cmd.is_some();
+    let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
+    let is = |other| action == other;
+    for (is_wrong, why) in [
+        (
+            starts_criu && is(Action::Extract),
+            "extract: it starts no command; run `criu restore` when it has ended, or give --serve",
+        ),
+        (
+            !args.tcp_listen_remap.is_empty() && !is(Action::Serve),
+            "--tcp-listen-remap: only `serve` changes ports",
+        ),
+        (
+            args.index && !has_commands,
+            "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd",
+        ),
+        (
+            args.index_fd.is_some() && has_commands,
+            "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index",
+        ),
+        (
+            args.hold_at_most.is_some() && !(has_index && is(Action::Serve)),
+            "--hold-at-most: it is for `serve` with an index",
+        ),
+        (
+            args.buffer.is_some() && !is(Action::Capture),
+            "--buffer: it is for `capture`",
+        ),
+        (
+            args.go_on_when_copied && args.buffer.is_none(),
+            "--go-on-when-copied: memory is copied only with --buffer",
+        ),
+        (
+            has_commands && !args.shard_fds.is_empty(),
+            "--shard-cmd: it takes the place of --shard-fds: give one of them",
+        ),
+        (
+            args.num_shards.is_some() && !has_commands,
+            "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard",
+        ),
+        (
+            is(Action::List) && has_files,
+            "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`",
+        ),
+        (
+            args.images_dir.is_none() && !is(Action::List),
+            "--images-dir <images-dir> is needed: the directory that CRIU is given too",
+        ),
+    ] {
+        ensure!(!is_wrong, "{why}");
+    }
+    if let Some(remap) = first_repeated(&args.tcp_listen_remap, |remap| remap.old) {
+        bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
+    }
+    let names = args.ext_file_fds.iter().map(|file| &file.name);
+    let names: Vec<_> = names
+        .chain(args.ext_file_cmd.iter().map(|file| &file.name))
+        .collect();
+    if let Some(name) = first_repeated(&names, |&name| name) {
+        bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
+    }
+    Ok(())
+}
+
+/// The descriptors that the command line named.
+struct Claimed {
+    shards: Vec<(OwnedFd, String)>,
+    external_files: Vec<(ImageName, OwnedFd)>,
+    listing: Option<OwnedFd>,
+    progress: Option<OwnedFd>,
+}
+
+/// Claims descriptors, when all of them are checked.
+fn claim(args: &Args, action: Action) -> Result<Claimed> {
+    let shards_go = action.direction();
+    let (files_go, standard) = match shards_go {
+        Direction::Out => (Direction::In, STDOUT),
+        Direction::In => (Direction::Out, STDIN),
+    };
+    let mut checks = Checks::new();
+    let shard_fds = match &args.shard_fds[..] {
+        [] if args.shard_cmd.is_none() => &[standard],
+        given => given,
+    };
+    let shards = shard_fds.iter().map(|&fd| (fd, "shard", "--shard-fds"));
+    let index = args.index_fd.map(|fd| (fd, "index", "--index-fd"));
+    let shards = shards
+        .chain(index)
+        .map(|(fd, kind, option)| {
+            let label = format!("{kind} fd {fd}");
+            let checked = checks.check(fd, option, &label, Purpose::Image(shards_go))?;
+            Ok((checked, label))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let check_file = |ExternalFile { name, fd }: &ExternalFile| {
+        let option = format!("--ext-file-fds {name}");
+        let what = format!("external file fd {fd}");
+        let checked = checks.check(*fd, &option, &what, Purpose::Image(files_go))?;
+        Ok((name.clone(), checked))
+    };
+    let files = args.ext_file_fds.iter().map(check_file);
+    let files = files.collect::<Result<Vec<_>>>()?;
+    // Without a standard output, or with /dev/null there, the exit status is what is wanted.
+    let lists = action == Action::List && !STDOUT.was_closed_at_start();
+    let listing = lists
+        .then(|| checks.check(STDOUT, "list", "standard output", Purpose::Text))
+        .transpose()?;
+    let progress = match args.progress_fd {
+        None if args.progress_bar || STDERR.was_closed_at_start() => None,
+        given => Some(given.unwrap_or(STDERR)),
+    };
+    let progress = progress
+        .map(|fd| {
+            ensure!(
+                !args.progress_bar || !fd.is_stderr(),
+                "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
+            );
+            checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Text)
+        })
+        .transpose()?;
+    Ok(Claimed {
+        shards: shards
+            .into_iter()
+            .map(|(fd, label)| Ok((fd.claim()?, label)))
+            .collect::<Result<_>>()?,
+        external_files: files
+            .into_iter()
+            .map(|(name, fd)| Ok((name, fd.claim()?)))
+            .collect::<Result<_>>()?,
+        listing: listing.map(Checked::claim).transpose()?,
+        progress: progress.map(Checked::claim).transpose()?,
+    })
+}
+
 /// The commands that take or bring the shards, if any.
-fn shard_commands(
-    text: Option<String>,
-    count: Option<usize>,
-    has_index: bool,
-    shard_fds: &Option<List<FdNumber>>,
-) -> Result<Option<Vec<ShellCommand>>> {
-    let Some(text) = text else {
-        ensure!(
-            count.is_none(),
-            "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard"
-        );
+fn shard_commands(args: &Args) -> Result<Option<Vec<ShellCommand>>> {
+    let Some(text) = &args.shard_cmd else {
         return Ok(None);
     };
-    ensure!(
-        shard_fds.is_none(),
-        "--shard-cmd: it takes the place of --shard-fds: give one of them"
-    );
     ensure!(!text.trim().is_empty(), "--shard-cmd: the command is empty");
-    let count = count.unwrap_or(1);
+    let count = args.num_shards.unwrap_or(1);
     ensure!(
-        (1..=MOST_COMMANDS).contains(&count),
-        "--num-shards: it takes a number from 1 to {MOST_COMMANDS}"
+        (1..=MAX_COMMANDS).contains(&count),
+        "--num-shards: it takes a number from 1 to {MAX_COMMANDS}"
     );
     ensure!(
-        !has_index || text.contains("{}"),
+        !args.index || text.contains("{}"),
         "--index: the command has no {{}}, so that the index would go where the other shard goes"
     );
-    Ok(Some(ShellCommand::for_shards(&text, count, has_index)))
+    Ok(Some(ShellCommand::for_shards(text, count, args.index)))
 }
 
 /// The first item whose key an earlier one has.
