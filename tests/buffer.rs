@@ -153,6 +153,37 @@ fn a_shard_that_fails_after_the_line_is_an_error_and_the_image_is_none() {
     assert!(image::decode(&Collector::start(readers).finish()).is_err());
 }
 
+/// CRIU is never left to wait with a file that it has replaced, however much it sends of others.
+#[test]
+fn a_replaced_file_is_drained_while_another_comes() {
+    let (mut streamer, collector) = runs::collect(capture("1G"), 1);
+    let criu = streamer.criu();
+    let mut replaced = criu.create_file("seccomp.img");
+    replaced.write_all(b"first").unwrap();
+    criu.write_file("seccomp.img", b"second");
+    let mut other = criu.create_file("other.img");
+    let is_drained = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            replaced.write_all(&[1; MIB]).unwrap();
+            drop(replaced);
+            is_drained.store(1, Ordering::SeqCst);
+        });
+        let deadline = Instant::now() + HANG_TIMEOUT;
+        while is_drained.load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < deadline, "the replaced file waits");
+            other.write_all(b"more").unwrap();
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    drop(other);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+    let decoded = image::decode(&collector.finish()).unwrap();
+    assert_eq!(decoded["seccomp.img"], b"second");
+}
+
 /// What of a file was written while the shards took nothing, after a while in which nothing moved.
 fn stalls_after(written: &AtomicUsize) -> usize {
     let deadline = Instant::now() + HANG_TIMEOUT;

@@ -427,7 +427,7 @@ mod tests {
             let without = 5000 * 60 * 4096;
             assert!(
                 given[..3].iter().all(|&given| given * 10 >= without * 9),
-                "stray_files one of {slow} slots/ms: {given:?}"
+                "beside one of {slow} slots/ms: {given:?}"
             );
             assert!(given[3] + MIB >= 5000 * slow as u64 * 4096, "{given:?}");
         }

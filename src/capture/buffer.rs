@@ -3,246 +3,154 @@
 //! The application is frozen until CRIU has handed over its last page, and CRIU is as fast as what
 //! takes the pages. Spliced, they wait for the shards: 1 GiB waits 10 s for shards that take 100
 //! MB/s. Copied to memory it takes a third of a second. So with a buffer the pages are copied as
-//! fast as CRIU gives them, and the shards are fed from the copy.
+//! fast as CRIU gives them, and the shards are fed from the copy, in the order in which it came.
 //!
-//! Everything goes through the buffer, small files and external ones too: what it has is no page of
-//! the application's any more, and CRIU waits for no shard, whatever it sends. What a file holds is
-//! looked into when it comes, so that a dump is known to be whole before the shards have it.
+//! Everything goes through the buffer, small files and external ones too: nothing in it is a page
+//! of the application's any more, and CRIU waits for no shard, whatever it sends. Files are looked
+//! into when they come, so that a dump is known to be whole before the shards have it.
 //!
 //! The shards' pipes get references to our own pages, which are never written again, and which are
 //! given back at once: the kernel frees each when the shard's reader has taken it.
 //!
-//! **When it is full**, CRIU waits, as it does without a buffer. So it does when memory gets
-//! scarce, on the machine or in the cgroup, before the kernel would have to kill. What the buffer
-//! holds goes to the shards meanwhile, so that data moves as long as any shard's reader reads.
+//! **CRIU comes first.** While it has a file open, the shards get nothing until the buffer is half
+//! full: the application is frozen, and compressors would take the processors from those who copy.
+//! With `lz4` on both of two cores it would be frozen twice as long.
+//!
+//! **When it is full**, CRIU waits, as it does without a buffer, until the shards have taken some.
+//! Its size is fixed when it starts, by the memory that there is then.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::chunk::{Chunk, Route};
-use super::prefault::{NoMemory, Prefault};
-use super::source::{LARGEST_COPIED, Look, Owner, Source};
+use super::image_writer::Activity;
+use super::prefault::Prefault;
+use super::source::{LARGEST_COPIED, Look, Source};
 use crate::os::memory;
 use crate::os::pipe::{self, LARGEST, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
-/// Less than this number of bytes is as good as none: it is waited for until there is more.
-const SCARCE: usize = 256 << 10;
+/// The size of the buffer however scarce memory is, in bytes, unless less is asked for.
+const LEAST: u64 = 2 << 20;
 
-/// What the buffer may hold however scarce memory is, in bytes: without any, nothing would move.
-const LEAST: usize = 2 << 20;
-
-/// How long scarce memory is not looked at again.
-const NEXT_LOOK: Duration = Duration::from_millis(5);
-
-/// How long CRIU brings nothing before the shards are fed although there is plenty of room. It
-/// takes about 10 ms to gather the next 64 MiB.
-const QUIET: Duration = Duration::from_millis(50);
-
-/// How long there may be no memory at all: what was given back takes a moment to be there again.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Bytes read at a time. The writer fills the rest of its pipe meanwhile.
+/// Bytes read at a time. The writer fills the rest of its pipe until then.
 const READ: usize = 256 << 10;
 
-/// What became of a look at a source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Copied {
-    /// It has nothing; an event will tell when it has.
-    Nothing,
-    /// It may have more.
-    Some,
-    /// The buffer is full.
-    NoRoom,
-    /// It has ended, and all of it is here.
-    All,
-}
-
-/// What the buffer holds of one file, front to back.
-#[derive(Debug, Default)]
-pub(super) struct Buffered {
-    extents: VecDeque<Extent>,
-    bytes: usize,
-}
-
-impl Buffered {
-    /// How many bytes these are.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Adds to the end. What lies side by side in memory becomes one extent.
-    pub(super) fn push(&mut self, extent: Extent) {
-        self.bytes += extent.len();
-        let rest = match self.extents.back_mut() {
-            Some(last) => last.join(extent),
-            None => Some(extent),
-        };
-        self.extents.extend(rest);
-    }
-
-    /// What to give to a shard next, if there is anything. `is_open` tells whether more may come.
-    pub(super) fn chunk(&self, is_open: bool) -> Option<Chunk> {
-        let front = self.extents.front()?;
-        let bytes = front.len().min(LARGEST);
-        let (route, slots) = if bytes <= LARGEST_COPIED {
-            (Route::Copied, bytes.div_ceil(slot()))
-        } else {
-            let before = front.bytes().as_ptr().addr() % slot();
-            (Route::Lent, (before + bytes).div_ceil(slot()))
-        };
-        Some(Chunk {
-            bytes,
-            slots,
-            route,
-            is_last: !is_open && bytes == self.bytes,
-        })
-    }
-
-    /// Takes the first bytes out, which are no more than a chunk has.
-    pub(super) fn take(&mut self, bytes: usize) -> Extent {
-        let front = self.extents.front_mut().expect("a chunk was found here");
-        self.bytes -= bytes;
-        let taken = front.split_front(bytes);
-        if front.is_empty() {
-            self.extents.pop_front();
-        }
-        taken
-    }
-}
-
-/// How much may still be taken before memory is looked at again.
-#[derive(Debug)]
-struct Allowance {
-    bytes: usize,
-    looked: Option<Instant>,
-}
-
-impl Allowance {
-    /// That many were taken.
-    fn take(&mut self, bytes: usize) {
-        self.bytes = self.bytes.saturating_sub(bytes);
-    }
-
-    /// Bytes that may be taken. Looks at what is left of the memory where that is due. `coming`
-    /// bytes were taken, and the kernel has not given them yet.
-    fn bytes(&mut self, coming: usize) -> usize {
-        let is_due = self.looked.is_none_or(|at| at.elapsed() >= NEXT_LOOK);
-        if self.bytes < SCARCE && is_due {
-            self.looked = Some(Instant::now());
-            self.bytes = allowed(memory::available().unwrap_or(u64::MAX), coming);
-        }
-        if self.bytes < SCARCE { 0 } else { self.bytes }
-    }
-}
-
-/// Bytes that may be taken before the next look, where this number is available of which `coming`
-/// are as good as taken.
-fn allowed(available: u64, coming: usize) -> usize {
-    let left = available.saturating_sub(memory::LEAST + coming as u64);
-    memory::until_next_look(left) as usize
+/// Bytes of a source, or its end.
+struct Piece {
+    source: u64,
+    data: Option<Extent>,
 }
 
 /// The memory for all files.
 pub(super) struct Buffer {
     arena: Arena,
-    ahead: Option<Prefault>,
-    /// What is left of the last block that was populated ahead.
+    prefault: Option<Prefault>,
+    /// What is left of the last block that was populated.
     block: Option<Block>,
-    most: usize,
-    allowance: Allowance,
-    /// When something of CRIU's was copied last.
-    copied_at: Option<Instant>,
-    /// Since when there has been no memory at all.
-    none_since: Option<Instant>,
+    size: usize,
+    /// The last file that was to be copied found no room.
+    is_full: bool,
+    /// In the order in which they came.
+    pieces: VecDeque<Piece>,
 }
 
 impl Buffer {
-    /// Holds up to `most` bytes, and a page at least.
+    /// Holds up to `most` bytes, and a page at least, as far as there is memory.
     pub(super) fn new(most: u64) -> Self {
-        let most = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
+        let available = memory::available().unwrap_or(u64::MAX);
+        let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
+        let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
         let arena = Arena::new();
         let mut buffer = Self {
-            ahead: Prefault::start(&arena, most),
+            prefault: Prefault::start(&arena, size),
             arena,
             block: None,
-            most,
-            allowance: Allowance {
-                bytes: 0,
-                looked: None,
-            },
-            copied_at: None,
-            none_since: None,
+            size,
+            is_full: false,
+            pieces: VecDeque::new(),
         };
-        buffer.ask_ahead();
+        buffer.ask_for_pages();
         buffer
     }
 
     /// Nothing more will come: what was prepared for it is given back.
     pub(super) fn expect_no_more(&mut self) {
-        self.ahead = None;
+        self.prefault = None;
         self.block = None;
-        self.copied_at = None;
     }
 
-    /// Until when the shards get nothing, because CRIU's files come and there is plenty of room.
-    /// The application is frozen, and compressors would take the processors from those who copy:
-    /// with `lz4` on both of two cores it would be frozen twice as long.
-    pub(super) fn comes_first_until(&self) -> Option<Instant> {
-        let end = self.copied_at? + QUIET;
-        let ready = self.ahead.as_ref().map_or(0, Prefault::ready);
-        let has_plenty = self.arena.live().saturating_sub(ready) < self.most / 2;
-        (has_plenty && Instant::now() < end).then_some(end)
+    /// True if the shards should be fed although CRIU has more: half of the buffer is full, or
+    /// there was no memory for more.
+    pub(super) fn is_half_full(&self) -> bool {
+        let ready = self.prefault.as_ref().map_or(0, Prefault::ready);
+        self.is_full || self.arena.live().saturating_sub(ready) >= self.size / 2
     }
 
-    /// Bytes of memory that may still be taken.
-    fn room(&mut self) -> usize {
-        let coming = self.ahead.as_ref().map_or(0, Prefault::coming);
-        let taken = self.arena.live() + coming;
-        let allowed = self
-            .allowance
-            .bytes(coming)
-            .max(LEAST.saturating_sub(taken));
-        allowed.min(self.most.saturating_sub(taken))
+    /// Bytes that may still be taken.
+    fn room(&self) -> usize {
+        let coming = self.prefault.as_ref().map_or(0, Prefault::coming);
+        self.size.saturating_sub(self.arena.live() + coming)
     }
 
-    fn ask_ahead(&mut self) {
+    fn ask_for_pages(&mut self) {
         let room = self.room();
-        if let Some(ahead) = &mut self.ahead {
-            self.allowance.take(ahead.ask(room));
+        if let Some(prefault) = &mut self.prefault {
+            prefault.ask(room);
         }
     }
 
-    fn take_ahead(&mut self) -> Option<Block> {
-        match self.ahead.as_mut()?.take() {
-            Ok(block) => block,
-            Err(NoMemory) => {
-                self.ahead = None;
-                None
+    /// Copies what a source's pipe has, as far as there is room.
+    ///
+    /// # Errors
+    /// When another process reads from the pipe, and where there is no memory at all.
+    pub(super) fn copy(&mut self, source: &mut Source) -> Result<Activity> {
+        let look = source.look();
+        let available = match look.with_context(|| format!("capturing {}", source.name))? {
+            Look::Empty => return Ok(Activity::Idle),
+            Look::Ended => {
+                self.end(source.id);
+                return Ok(Activity::Complete);
+            }
+            Look::Bytes(available) => available,
+        };
+        let mut left = available;
+        self.is_full = false;
+        while left > 0 {
+            match self.read(source, left.min(READ))? {
+                Some(Moved::Bytes(bytes)) => left -= bytes,
+                Some(Moved::WouldBlock | Moved::End) => return Err(source.ended_early(left)),
+                None => {
+                    self.is_full = true;
+                    if left == available {
+                        return Ok(Activity::NoRoom);
+                    }
+                    break;
+                }
             }
         }
+        Ok(Activity::Busy)
     }
 
     /// Reads up to `len` bytes from a source, if there is room for any.
     fn read(&mut self, source: &mut Source, len: usize) -> Result<Option<Moved>> {
         if self.block.as_ref().is_none_or(Block::is_full) {
-            self.block = self.take_ahead();
-            self.ask_ahead();
+            self.block = self.prefault.as_mut().and_then(Prefault::take);
+            self.ask_for_pages();
         }
-        if let Some(block) = &mut self.block {
-            let moved = read(source, block, len)?;
-            source.keep(block.take_filled());
-            return Ok(Some(moved));
-        }
-        let Some(mut block) = self.reserve(len)? else {
-            return Ok(None);
+        let (moved, extent) = match &mut self.block {
+            Some(block) => (read(source, block, len)?, block.take_filled()),
+            None => {
+                let Some(mut block) = self.reserve(len)? else {
+                    return Ok(None);
+                };
+                (read(source, &mut block, len)?, self.arena.seal(block))
+            }
         };
-        let moved = read(source, &mut block, len)?;
-        let extent = self.arena.seal(block);
-        self.allowance.take(extent.len());
-        source.keep(extent);
+        source.copied(extent.bytes());
+        source.moved(extent.len());
+        self.push(source.id, extent);
         Ok(Some(moved))
     }
 
@@ -253,58 +161,77 @@ impl Buffer {
             return Ok(None);
         }
         match self.arena.reserve(len.min(room)) {
-            Ok(block) => {
-                self.none_since = None;
-                Ok(Some(block))
-            }
+            Ok(block) => Ok(Some(block)),
             // The shards will take what is here.
-            Err(_) if self.arena.live() > 0 => {
-                self.none_since = None;
-                Ok(None)
-            }
-            Err(error) => {
-                let since = self.none_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < PATIENCE {
-                    return Ok(None);
-                }
-                Err(error).context("--buffer: getting memory for it")
-            }
+            Err(_) if !self.pieces.is_empty() => Ok(None),
+            Err(error) => Err(error).context("--buffer: getting memory for it"),
         }
     }
 
-    /// Copies what a source's pipe has, as far as there is room.
-    ///
-    /// # Errors
-    /// When another process reads from the pipe, and where there is no memory at all.
-    pub(super) fn copy(&mut self, source: &mut Source) -> Result<Copied> {
-        let look = source.look();
-        let available = match look.with_context(|| format!("capturing {}", source.name))? {
-            Look::Empty => return Ok(Copied::Nothing),
-            Look::Filling => return Ok(Copied::Some),
-            Look::Ended => return Ok(Copied::All),
-            Look::Bytes(available) => available,
+    /// Adds to the end. What lies side by side in memory becomes one piece.
+    fn push(&mut self, source: u64, extent: Extent) {
+        let rest = match self.pieces.back_mut() {
+            Some(Piece {
+                source: last,
+                data: Some(before),
+            }) if *last == source => before.join(extent),
+            _ => Some(extent),
         };
-        if source.owner == Owner::Criu {
-            self.copied_at = Some(Instant::now());
+        let piece = rest.map(|extent| Piece {
+            source,
+            data: Some(extent),
+        });
+        self.pieces.extend(piece);
+    }
+
+    /// All of a source has come.
+    fn end(&mut self, source: u64) {
+        self.pieces.push_back(Piece { source, data: None });
+    }
+
+    /// The number of the source of the first piece, and a chunk of that; none of its end.
+    pub(super) fn next(&self) -> Option<(u64, Option<Chunk>)> {
+        let Piece { source, data } = self.pieces.front()?;
+        let Some(extent) = data else {
+            return Some((*source, None));
+        };
+        let bytes = extent.len().min(LARGEST);
+        let (route, slots) = if bytes <= LARGEST_COPIED {
+            (Route::Copied, bytes.div_ceil(slot()))
+        } else {
+            let before = extent.bytes().as_ptr().addr() % slot();
+            (Route::Lent, (before + bytes).div_ceil(slot()))
+        };
+        let is_end = |next: &Piece| next.source == *source && next.data.is_none();
+        let chunk = Chunk {
+            bytes,
+            slots,
+            route,
+            is_last: bytes == extent.len() && self.pieces.get(1).is_some_and(is_end),
+        };
+        Some((*source, Some(chunk)))
+    }
+
+    /// Takes the bytes of a chunk out, and the end of the file behind its last one.
+    pub(super) fn take(&mut self, chunk: &Chunk) -> Extent {
+        let front = self
+            .pieces
+            .front_mut()
+            .and_then(|piece| piece.data.as_mut());
+        let front = front.expect("a chunk was found here");
+        let taken = front.split_front(chunk.bytes);
+        if front.is_empty() {
+            self.pieces.pop_front();
         }
-        let mut left = available;
-        while left > 0 {
-            match self.read(source, left.min(READ))? {
-                Some(Moved::Bytes(bytes)) => left -= bytes,
-                Some(Moved::WouldBlock | Moved::End) => return Err(source.ended_early(left)),
-                None => {
-                    // There is no plenty after all.
-                    self.copied_at = None;
-                    let has_moved = left < available;
-                    return Ok(if has_moved {
-                        Copied::Some
-                    } else {
-                        Copied::NoRoom
-                    });
-                }
-            }
+        if chunk.is_last {
+            self.pieces.pop_front();
         }
-        Ok(Copied::Some)
+        taken
+    }
+
+    /// Takes out what does not count, or is done with.
+    pub(super) fn skip(&mut self) {
+        self.pieces.pop_front();
     }
 }
 
@@ -318,22 +245,4 @@ fn read(source: &Source, block: &mut Block, len: usize) -> Result<Moved> {
         block.filled(bytes);
     }
     Ok(moved)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The thread that has the pages put may have had no processor since it was asked.
-    #[test]
-    fn what_was_asked_for_ahead_is_not_taken_for_available() {
-        let limit = 256 << 20;
-        let mut coming = 0;
-        for _ in 0..1000 {
-            coming += allowed(limit, coming);
-        }
-        assert!(coming as u64 <= limit - memory::LEAST, "{coming}");
-        assert_eq!(allowed(limit, limit as usize), 0);
-        assert_eq!(allowed(u64::MAX, 0), memory::MOST_UNSEEN as usize);
-    }
 }

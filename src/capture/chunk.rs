@@ -5,8 +5,8 @@
 //! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
 //! [`Route`] the number of slots is certain.
 
-/// What a chunk's markers take at most, in bytes: a name has up to 255.
-const MARKERS: usize = 512;
+/// The most that a chunk's markers take, in bytes: two names of up to 255, and the origin.
+const MARKERS: usize = 1024;
 
 /// How a chunk's bytes get from the source to the shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(super) enum Route {
 }
 
 /// A part of a file.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Chunk {
     pub(super) bytes: usize,
     /// The most slots that the bytes take in a shard.

@@ -10,21 +10,31 @@
 //! be room.
 //!
 //! CRIU sends some files a second time while the first is still open, and the last one counts. The
-//! first is then ended in the image before the second begins, and what still comes of it is thrown
-//! away.
+//! second then ends the first in the image before it begins, and what still comes of the first is
+//! thrown away.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 
-use super::buffer::{Buffered, Copied};
 use super::dump_check::DumpCheck;
-use super::image_writer::{Activity, ImageWriter};
+use super::image_writer::Activity;
 use super::source::{Owner, Source};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd};
+
+/// Where a source waits for its next turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Queue {
+    /// Nowhere: an event will wake it.
+    None,
+    /// Among those that have a turn in the next round.
+    Busy,
+    /// Among those that found no room.
+    Waiting,
+}
 
 /// Bytes thrown away at a time.
 const DISCARD: usize = 1 << 20;
@@ -73,8 +83,6 @@ pub(super) struct Dump {
     busy: Vec<u64>,
     /// Those that found no room, in the order in which they are tried again.
     waiting: VecDeque<u64>,
-    /// Those that have something for the buffer.
-    arriving: VecDeque<u64>,
     /// How many files may still bring something, and how many of these are CRIU's.
     open: usize,
     open_of_criu: usize,
@@ -90,7 +98,7 @@ impl Dump {
         self.external_names.push(name);
     }
 
-    /// Starts a file. One of the same name that is still open is replaced by it.
+    /// Starts a file. One of the same name that is not complete yet is replaced by it.
     ///
     /// # Errors
     /// When CRIU sends a file that has the name of an external one.
@@ -108,11 +116,13 @@ impl Dump {
         if let Some(earlier) = self.by_name.insert(name, id)
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {
+            source.restarts = replaced.is_named || replaced.restarts;
             replaced.is_replaced = true;
-            // One that the image does not name yet, because it waits itself, never will be.
-            let is_named = replaced.is_named;
-            source.replaces = is_named.then_some(earlier).or(replaced.replaces);
-            self.make_busy(earlier);
+            if replaced.is_open() {
+                self.wake(earlier);
+            } else {
+                self.sources.remove(&earlier);
+            }
         }
         Ok(self.sources.entry(id).or_insert(source))
     }
@@ -122,30 +132,23 @@ impl Dump {
         self.open
     }
 
-    /// Whether all files are complete in the image.
+    /// True while a file of CRIU's may still bring something.
+    pub(super) fn criu_has_open_files(&self) -> bool {
+        self.open_of_criu > 0
+    }
+
+    /// True if all files are complete in the image.
     pub(super) fn is_complete(&self) -> bool {
         self.sources.is_empty()
     }
 
     /// Something has changed about a source's pipe.
     pub(super) fn wake(&mut self, id: u64) {
-        match self.sources.get_mut(&id) {
-            Some(source) if source.buffered.is_some() && !source.is_replaced => {
-                if !source.is_arriving {
-                    source.is_arriving = true;
-                    self.arriving.push_back(id);
-                }
-            }
-            _ => self.make_busy(id),
-        }
-    }
-
-    /// A source has something to do for the shards.
-    pub(super) fn make_busy(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id)
-            && !source.is_queued
+            && source.queue == Queue::None
+            && source.is_open()
         {
-            source.is_queued = true;
+            source.queue = Queue::Busy;
             self.busy.push(id);
         }
     }
@@ -154,60 +157,6 @@ impl Dump {
     pub(super) fn writer_gone(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id) {
             source.has_ended = true;
-        }
-    }
-
-    /// How many sources have something for the buffer.
-    pub(super) fn arriving(&self) -> usize {
-        self.arriving.len()
-    }
-
-    /// Has the first of these copied, and tells how it fared. Where it found no room, it is the
-    /// first again.
-    ///
-    /// # Errors
-    /// Those of copying.
-    pub(super) fn copy_arriving(
-        &mut self,
-        copy: impl FnOnce(&mut Source) -> Result<Copied>,
-    ) -> Result<Activity> {
-        let Some(id) = self.arriving.pop_front() else {
-            return Ok(Activity::Idle);
-        };
-        let Some(source) = self.sources.get_mut(&id) else {
-            return Ok(Activity::Idle);
-        };
-        source.is_arriving = false;
-        if source.is_replaced {
-            self.make_busy(id);
-            return Ok(Activity::Idle);
-        }
-        let copied = copy(source)?;
-        source.is_arriving = matches!(copied, Copied::Some | Copied::NoRoom);
-        let activity = match copied {
-            Copied::Some => {
-                self.arriving.push_back(id);
-                Activity::Busy
-            }
-            Copied::NoRoom => {
-                self.arriving.push_front(id);
-                Activity::NoRoom
-            }
-            Copied::Nothing => Activity::Idle,
-            Copied::All => {
-                self.has_come(id);
-                Activity::Complete
-            }
-        };
-        self.make_busy(id);
-        Ok(activity)
-    }
-
-    /// All of a file is in the buffer.
-    fn has_come(&mut self, id: u64) {
-        if let Some(mut source) = self.sources.remove(&id) {
-            self.record(&mut source);
-            self.sources.insert(id, source);
         }
     }
 
@@ -225,36 +174,39 @@ impl Dump {
         self.waiting.pop_front()
     }
 
-    /// Takes a source out, to be given back with [`Dump::put_back`].
-    pub(super) fn take(&mut self, id: u64) -> Option<Source> {
-        let mut source = self.sources.remove(&id)?;
-        source.is_queued = false;
-        Some(source)
+    /// A source of which the image still counts.
+    pub(super) fn source_mut(&mut self, id: u64) -> Option<&mut Source> {
+        self.sources
+            .get_mut(&id)
+            .filter(|source| !source.is_replaced)
     }
 
-    /// Keeps a source after its turn, or what it delivered if it is complete.
-    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) {
-        source.is_queued = true;
-        match activity {
-            Activity::Idle => source.is_queued = false,
-            Activity::NoRoom => self.waiting.push_back(source.id),
-            Activity::Busy => self.busy.push(source.id),
-            Activity::Complete => return self.complete(source),
+    /// Takes a source out of its queue, to be put back or removed after its turn.
+    pub(super) fn take(&mut self, id: u64) -> Option<Source> {
+        self.sources.remove(&id)
+    }
+
+    /// Queues a source after its turn.
+    pub(super) fn put_back(&mut self, mut source: Source, queue: Queue) {
+        source.queue = queue;
+        match queue {
+            Queue::None => {}
+            Queue::Waiting => self.waiting.push_back(source.id),
+            Queue::Busy => self.busy.push(source.id),
         }
         self.sources.insert(source.id, source);
     }
 
-    fn complete(&mut self, mut source: Source) {
+    /// Forgets a source that is complete in the image, or whose file does not count.
+    pub(super) fn remove(&mut self, source: &Source) {
+        self.sources.remove(&source.id);
         if self.by_name.get(&source.name) == Some(&source.id) {
             self.by_name.remove(&source.name);
-        }
-        if source.is_open() {
-            self.record(&mut source);
         }
     }
 
     /// Records a file that brings nothing more, and closes its pipe.
-    fn record(&mut self, source: &mut Source) {
+    pub(super) fn record(&mut self, source: &mut Source) {
         source.close();
         self.open -= 1;
         if source.owner == Owner::Criu {
@@ -284,27 +236,8 @@ impl Dump {
         Ok(())
     }
 
-    /// Whether the file that a source replaces has not been ended in the image yet.
-    pub(super) fn must_wait(&self, source: &Source) -> bool {
-        let replaced = source.replaces.and_then(|id| self.sources.get(&id));
-        replaced.is_some_and(|replaced| replaced.is_named)
-    }
-
-    /// Ends a replaced file in the image, and throws away what its writer still sends.
-    pub(super) fn discard(
-        &mut self,
-        source: &mut Source,
-        image_writer: &mut ImageWriter,
-    ) -> Result<Activity> {
-        if source.buffered.is_some() {
-            source.buffered = Some(Buffered::default());
-        }
-        if source.is_named && image_writer.end_file(source)? == Activity::NoRoom {
-            return Ok(Activity::NoRoom);
-        }
-        if !source.is_open() {
-            return Ok(Activity::Complete);
-        }
+    /// Throws away what the writer of a replaced file still sends.
+    pub(super) fn drain(&mut self, source: &Source) -> Result<Activity> {
         let null = match &mut self.null {
             Some(null) => null,
             none => none.insert(

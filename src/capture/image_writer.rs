@@ -12,6 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use super::balancer::{self, Choice, Patience, Placement, Slots};
+use super::buffer::Buffer;
 use super::capacity;
 use super::chunk::{Chunk, Route};
 use super::shard::{Flushed, Shard};
@@ -21,6 +22,7 @@ use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
 use crate::report::progress::Stats;
+use crate::store::Extent;
 
 /// The slots that the markers of a chunk take.
 const MARKER_SLOTS: usize = 1;
@@ -95,11 +97,17 @@ impl ImageWriter {
         self.staging.slots()
     }
 
-    /// Gives a chunk to the shard that is to have it, if any has room.
+    /// Gives a chunk to the shard that is to have it, if any has room: out of the source's pipe, or
+    /// out of the buffer, where that has it.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
+    pub(super) fn give(
+        &mut self,
+        source: &mut Source,
+        mut chunk: Chunk,
+        buffer: Option<&mut Buffer>,
+    ) -> Result<Activity> {
         let among = if source.is_spread() {
             Among::Spread
         } else {
@@ -110,12 +118,16 @@ impl ImageWriter {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots - MARKER_SLOTS, slot());
-        if source.buffered.is_none() && chunk.route != Route::Direct {
+        if buffer.is_none() && chunk.route != Route::Direct {
             chunk.shorten(self.staging.fill(source, chunk.bytes)?);
         }
         self.name_file(source, shard);
         self.mark(shard, Body::Data(chunk.bytes as u32));
-        self.move_chunk(source, &chunk, shard)?;
+        match buffer {
+            Some(buffer) => self.lend(&buffer.take(&chunk), &chunk, shard)?,
+            None => self.move_chunk(source, &chunk, shard)?,
+        }
+        source.given += chunk.bytes;
         if chunk.is_last {
             self.mark_end(source, shard);
             return Ok(Activity::Complete);
@@ -123,17 +135,20 @@ impl ImageWriter {
         Ok(Activity::Busy)
     }
 
+    /// Lends memory of the buffer's to a shard. What that has no room for after all goes into its
+    /// queue, and so does what is to be copied.
+    fn lend(&mut self, extent: &Extent, chunk: &Chunk, shard: usize) -> Result<()> {
+        let shard = &mut self.shards[shard];
+        let lent = match chunk.route {
+            Route::Lent => shard.lend(extent.sealed(0), chunk.slots)?,
+            _ => 0,
+        };
+        shard.copy_memory(&extent.bytes()[lent..])
+    }
+
     /// Moves all of a chunk. What the shard has no room for after all goes into its queue.
     fn move_chunk(&mut self, source: &mut Source, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
-        if let Some(buffered) = &mut source.buffered {
-            let extent = buffered.take(chunk.bytes);
-            let lent = match chunk.route {
-                Route::Lent => shard.lend(extent.sealed(0), chunk.slots)?,
-                _ => 0,
-            };
-            return shard.copy_memory(&extent.bytes()[lent..]);
-        }
         let staged = self.staging.read_end();
         match chunk.route {
             Route::Copied => source.copied(shard.copy(staged, chunk.bytes)?),
@@ -212,8 +227,12 @@ impl ImageWriter {
         })
     }
 
-    /// Makes a file the current one.
+    /// Makes a file the current one, after the end of the one that it replaces.
     fn name_file(&mut self, source: &mut Source, shard: usize) {
+        if std::mem::take(&mut source.restarts) {
+            self.name_file(source, shard);
+            self.mark_end(source, shard);
+        }
         if self.current != Some(source.id) {
             self.mark(self.index.unwrap_or(shard), Body::File(source.name.clone()));
             self.current = Some(source.id);
@@ -308,7 +327,7 @@ mod tests {
             if route == Route::Staged {
                 (chunk.route, chunk.slots) = (route, image_writer.staging());
             }
-            let activity = image_writer.give(&mut source, chunk).unwrap();
+            let activity = image_writer.give(&mut source, chunk, None).unwrap();
             assert_eq!(activity, Activity::Busy);
             let moved = pages.len() - pipe::available(source.pipe()).unwrap();
             assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
@@ -332,7 +351,7 @@ mod tests {
             let (mut source, pages, mut chunk) = source(image_writer.staging());
             chunk.route = route;
             pipe::read(source.pipe(), &mut vec![0; pages.len()]).unwrap();
-            let error = image_writer.give(&mut source, chunk).unwrap_err();
+            let error = image_writer.give(&mut source, chunk, None).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
         }
     }
@@ -358,7 +377,7 @@ mod tests {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);
-            image_writer.give(&mut source, chunk).unwrap();
+            image_writer.give(&mut source, chunk, None).unwrap();
             while pipe::read(&reader, &mut vec![0; 64 * slot()]).unwrap() != Moved::WouldBlock {
                 image_writer.flush().unwrap();
             }

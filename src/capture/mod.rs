@@ -34,7 +34,7 @@ mod stray_files;
 
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit};
@@ -50,7 +50,7 @@ use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
 use buffer::Buffer;
-use dump::Dump;
+use dump::{Dump, Queue};
 pub(crate) use image_writer::HasIndex;
 use image_writer::{Activity, ImageWriter};
 use shard::{Flushed, Shard};
@@ -75,9 +75,12 @@ const OTHER_DESCRIPTORS: usize = 32;
 /// A command's pipe, and the copy of it that is kept.
 const DESCRIPTORS_OF_A_COMMAND: usize = 2;
 
-/// How long CRIU may leave all of its open files alone, when these are as many as there may be,
-/// before it gets another one.
-const OPEN_PATIENCE: Duration = Duration::from_secs(1);
+/// Files that may be open in any case: CRIU keeps some forty open, and may need the next before it
+/// writes to any of them.
+const LEAST_OPEN: usize = 64;
+
+/// Pieces given out of the buffer before CRIU is heard again.
+const PIECES_PER_TURN: usize = 64;
 
 /// Where an external file comes from.
 pub(crate) enum ExternalSource {
@@ -120,8 +123,6 @@ struct CaptureLoop<'a> {
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
     most_open: usize,
-    /// Set while every open file is idle and the limit is reached.
-    idle_since: Option<Instant>,
     is_frozen: bool,
     /// The commands of external files, until the application is frozen.
     file_commands: Vec<(ImageName, ShellCommand)>,
@@ -163,8 +164,7 @@ impl Capture<'_> {
             buffer: self.buffer.map(Buffer::new),
             goes_on_when_copied: self.goes_on_when_copied,
             image_writer: ImageWriter::new(shards, self.has_index)?,
-            most_open: descriptor_limit().saturating_sub(taken).max(1),
-            idle_since: None,
+            most_open: descriptor_limit().saturating_sub(taken).max(LEAST_OPEN),
             is_frozen: false,
             file_commands: Vec::new(),
             progress: self.progress,
@@ -212,9 +212,6 @@ impl<'a> CaptureLoop<'a> {
         if let Some(listener) = &self.listener {
             poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
         }
-        if let Some(watch) = self.stray_files.watch() {
-            poller.add(watch, Watched::ImagesDir, 0, Interest::Readable)?;
-        }
         for (index, shard) in self.image_writer.shards().iter().enumerate() {
             poller.add(shard, Watched::Shard, index as u64, Interest::Gone)?;
         }
@@ -229,88 +226,103 @@ impl<'a> CaptureLoop<'a> {
     fn receive_files(&mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
-        let mut wait = Wait::Forever;
+        let mut wait = Wait::Now;
         loop {
-            let missed = self.clients.missed_by(self.supervisor.ended_criu());
             self.supervisor
                 .poller()
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
-            if let Some(command) = missed
-                && events.is_empty()
+            let heard = self.hear_criu(&events)?;
+            let moved = self.move_data()?;
+            if self.is_received()? {
+                return self.stray_files.check();
+            }
+            wait = self.next_wait(heard, moved, &mut pace)?;
+        }
+    }
+
+    /// Acts on events, and on what has not come. Busy: files were added; no room: they have to wait
+    /// until others have ended.
+    fn hear_criu(&mut self, events: &[Event]) -> Result<Activity> {
+        if events.is_empty()
+            && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
+        {
+            return Err(self.stray_files.why_missed(command));
+        }
+        let activity = self.handle(events)?;
+        self.clients.check_grace()?;
+        if !self.is_frozen {
+            self.stray_files.check_unconnected()?;
+        }
+        Ok(activity)
+    }
+
+    /// Moves what there is to move, and tells how the busiest fared.
+    fn move_data(&mut self) -> Result<Activity> {
+        let moved = self.round()?.max(self.feed_shards()?);
+        if moved < Activity::Busy && self.image_writer.flush()? == Flushed::Partly {
+            return Ok(Activity::NoRoom);
+        }
+        Ok(moved)
+    }
+
+    /// True when all files are complete, and nothing more can come.
+    fn is_received(&mut self) -> Result<bool> {
+        if self.supervisor.criu_has_succeeded()
+            && self.clients.is_alone()
+            && self.dump.is_whole_dump()
+        {
+            self.clients.dismiss()?;
+        }
+        if !self.clients.all_gone() {
+            return Ok(false);
+        }
+        self.listener = None;
+        self.clients.close_idle();
+        self.dump.check()?;
+        self.check_file_commands()?;
+        self.tell_when_copied()?;
+        Ok(self.dump.is_complete()
+            && self.supervisor.criu_has_succeeded()
+            && self.supervisor.file_commands_have_succeeded())
+    }
+
+    /// How long to wait for events, after a nap where data flows.
+    fn next_wait(&self, heard: Activity, moved: Activity, pace: &mut Pace) -> Result<Wait> {
+        match heard.max(moved) {
+            Activity::Idle => {}
+            // CRIU does not wait for the shards, and is to be heard at once; unless it is known to
+            // have something to say, and has too many files open.
+            Activity::NoRoom if self.buffer.is_some() && heard == Activity::Idle => {
+                return Ok(pace.rest());
+            }
+            Activity::NoRoom => {
+                pace.nap_longer();
+                return Ok(Wait::Now);
+            }
+            // CRIU waits while its pipe is full, and for nothing that a nap would bring.
+            Activity::Busy | Activity::Complete
+                if self.dump.criu_has_open_files() && self.buffer.is_some() =>
             {
-                return Err(self.stray_files.why_missed(command));
+                return Ok(Wait::Now);
             }
-            let received = self.handle(&events)?;
-            self.clients.check_grace()?;
-            let copied = self.copy()?;
-            let shards_wait_until = self.buffer.as_ref().and_then(Buffer::comes_first_until);
-            let moved = match shards_wait_until {
-                Some(_) => Activity::Idle,
-                None => self.round()?,
-            };
-            // What takes it from CRIU.
-            let taken = match self.buffer {
-                Some(_) => copied,
-                None => moved,
-            };
-            self.idle_since = match (received, taken) {
-                (Activity::NoRoom, Activity::Idle) => {
-                    self.idle_since.or_else(|| Some(Instant::now()))
-                }
-                _ => None,
-            };
-            if self.supervisor.criu_has_succeeded()
-                && self.clients.is_alone()
-                && self.dump.is_whole_dump()
-            {
-                self.clients.dismiss()?;
-            }
-            if self.clients.all_gone() {
-                self.listener = None;
-                self.clients.close_idle();
-                self.dump.check()?;
-                self.check_file_commands()?;
-                self.tell_when_copied()?;
-                if self.dump.is_complete()
-                    && self.supervisor.criu_has_succeeded()
-                    && self.supervisor.file_commands_have_succeeded()
-                {
-                    return self.stray_files.check();
-                }
-            }
-            let mut activity = received.max(copied).max(moved);
-            if activity < Activity::Busy && self.image_writer.flush()? == Flushed::Partly {
-                activity = Activity::NoRoom;
-            }
-            wait = Wait::Now;
-            match activity {
-                Activity::Idle
-                    if self
-                        .clients
-                        .missed_by(self.supervisor.ended_criu())
-                        .is_some() => {}
-                Activity::Idle if self.waits_for_commands() => {
-                    self.supervisor.check()?;
-                    let again = Wait::Until(Instant::now() + LOOK_AGAIN);
-                    wait = again.or_until(shards_wait_until);
-                }
-                Activity::Idle => {
-                    wait = Wait::Forever
-                        .or_until(self.clients.grace_ends())
-                        .or_until(shards_wait_until);
-                }
-                // Something was copied, and the pipe has filled meanwhile, or an event will come.
-                _ if copied >= Activity::Busy => {}
-                // CRIU does not wait for the shards, and is to be heard at once; unless it is known
-                // to have something to say, and has too many files open.
-                Activity::NoRoom if self.buffer.is_some() && received == Activity::Idle => {
-                    wait = pace.rest();
-                }
-                Activity::NoRoom => pace.nap_longer(),
-                Activity::Busy | Activity::Complete => pace.nap(),
+            Activity::Busy | Activity::Complete => {
+                pace.nap();
+                return Ok(Wait::Now);
             }
         }
+        let is_missed = self.clients.missed_by(self.supervisor.ended_criu());
+        if is_missed.is_some() {
+            return Ok(Wait::Now);
+        }
+        let mut wait = Wait::Forever.or_until(self.clients.grace_ends());
+        if self.waits_for_commands() {
+            self.supervisor.check()?;
+            wait = Wait::Until(Instant::now() + LOOK_AGAIN);
+        } else if !self.is_frozen {
+            wait = wait.or_until(Some(self.stray_files.next_listing()));
+        }
+        Ok(wait)
     }
 
     /// Whether only commands of external files have not ended yet.
@@ -341,23 +353,16 @@ impl<'a> CaptureLoop<'a> {
                         return Err(self.image_writer.shards()[event.id as usize].reader_gone());
                     }
                 }
-                Watched::ImagesDir => self.stray_files.check_written()?,
                 Watched::External | Watched::Transfer => {}
             }
         }
         Ok(activity)
     }
 
-    /// Whether CRIU has as many files open as it may, and needs yet another one to go on.
-    fn is_stuck(&self) -> bool {
-        self.idle_since
-            .is_some_and(|start| start.elapsed() >= OPEN_PATIENCE)
-    }
-
     /// Takes the files that a client sends. One that breaks the protocol before it has sent any is
     /// dropped; a later violation means that the image cannot be trusted.
     fn take_requests(&mut self, id: u64) -> Result<Activity> {
-        if self.dump.open_files() >= self.most_open && !self.is_stuck() {
+        if self.dump.open_files() >= self.most_open {
             return Ok(Activity::NoRoom);
         }
         let asked_for = self.clients.asked_for(id);
@@ -385,7 +390,6 @@ impl<'a> CaptureLoop<'a> {
                 self.progress.reached(Milestone::CheckpointStart);
                 self.start_file_commands()?;
             }
-            self.stray_files.unwatch();
             self.open(source)?;
             activity = Activity::Busy;
         }
@@ -414,7 +418,7 @@ impl<'a> CaptureLoop<'a> {
 
     fn open(&mut self, mut source: Source) -> Result<()> {
         if self.buffer.is_some() {
-            let prepared = source.go_through_buffer();
+            let prepared = source.make_nonblocking();
             prepared.with_context(|| format!("preparing to read {}", source.name))?;
         }
         let source = self.dump.open(source)?;
@@ -423,22 +427,6 @@ impl<'a> CaptureLoop<'a> {
             .poller()
             .add(source.pipe(), kind, source.id, interest)
             .with_context(|| format!("preparing to wait for {}", source.name))
-    }
-
-    /// Copies to the buffer what has come, one turn for each source. Tells how the busiest fared.
-    fn copy(&mut self) -> Result<Activity> {
-        let Some(buffer) = &mut self.buffer else {
-            return Ok(Activity::Idle);
-        };
-        let mut busiest = Activity::Idle;
-        for _ in 0..self.dump.arriving() {
-            let activity = self.dump.copy_arriving(|source| buffer.copy(source))?;
-            busiest = busiest.max(activity);
-            if activity == Activity::NoRoom {
-                break;
-            }
-        }
-        Ok(busiest)
     }
 
     /// Tells, once, that nothing of the application is needed any more. By then all that CRIU had
@@ -487,26 +475,42 @@ impl<'a> CaptureLoop<'a> {
         Ok(busiest)
     }
 
+    /// One turn of a source: what it has goes to the buffer, or else to the shards.
     fn turn(&mut self, id: u64) -> Result<Activity> {
         let Some(mut source) = self.dump.take(id) else {
             return Ok(Activity::Idle);
         };
-        let activity = self.advance(&mut source)?;
-        if activity == Activity::Complete {
-            self.files.add(1);
+        let activity = if source.is_replaced {
+            self.dump.drain(&source)?
+        } else if let Some(buffer) = &mut self.buffer {
+            buffer.copy(&mut source)?
+        } else {
+            self.advance(&mut source)?
+        };
+        match activity {
+            Activity::Idle => self.dump.put_back(source, Queue::None),
+            Activity::NoRoom => self.dump.put_back(source, Queue::Waiting),
+            Activity::Busy => self.dump.put_back(source, Queue::Busy),
+            Activity::Complete => {
+                self.dump.record(&mut source);
+                if self.buffer.is_some() && !source.is_replaced {
+                    self.dump.put_back(source, Queue::None);
+                } else {
+                    self.complete(&source);
+                }
+            }
         }
-        self.dump.put_back(source, activity);
         Ok(activity)
+    }
+
+    /// A file is complete in the image, or does not count.
+    fn complete(&mut self, source: &Source) {
+        self.dump.remove(source);
+        self.files.add(1);
     }
 
     /// Moves what a source has, as far as the shards have room.
     fn advance(&mut self, source: &mut Source) -> Result<Activity> {
-        if source.is_replaced {
-            return self.dump.discard(source, &mut self.image_writer);
-        }
-        if self.dump.must_wait(source) {
-            return Ok(Activity::NoRoom);
-        }
         let mut chunks = 0;
         loop {
             match source
@@ -517,7 +521,7 @@ impl<'a> CaptureLoop<'a> {
                 Ready::Filling => return Ok(Activity::Busy),
                 Ready::Ended => return self.image_writer.end_file(source),
                 Ready::Chunk(chunk) => {
-                    let activity = self.image_writer.give(source, chunk)?;
+                    let activity = self.image_writer.give(source, chunk, None)?;
                     chunks += 1;
                     if activity != Activity::Busy
                         || (chunks >= CHUNKS_PER_TURN && !source.has_ended)
@@ -527,5 +531,43 @@ impl<'a> CaptureLoop<'a> {
                 }
             }
         }
+    }
+
+    /// Gives the shards what the buffer holds, as far as they have room.
+    fn feed_shards(&mut self) -> Result<Activity> {
+        let mut activity = Activity::Idle;
+        for _ in 0..PIECES_PER_TURN {
+            let Some(buffer) = &mut self.buffer else {
+                break;
+            };
+            if self.dump.criu_has_open_files() && !buffer.is_half_full() {
+                break;
+            }
+            let Some((id, chunk)) = buffer.next() else {
+                break;
+            };
+            let Some(source) = self.dump.source_mut(id) else {
+                buffer.skip();
+                continue;
+            };
+            let given = match chunk {
+                Some(chunk) => self.image_writer.give(source, chunk, Some(buffer))?,
+                None => self.image_writer.end_file(source)?,
+            };
+            match given {
+                Activity::NoRoom => return Ok(activity.max(given)),
+                Activity::Complete => {
+                    if chunk.is_none() {
+                        buffer.skip();
+                    }
+                    if let Some(source) = self.dump.take(id) {
+                        self.complete(&source);
+                    }
+                }
+                Activity::Busy | Activity::Idle => {}
+            }
+            activity = Activity::Busy;
+        }
+        Ok(activity)
     }
 }

@@ -18,10 +18,6 @@ const BLOCK: usize = HUGE_PAGE;
 /// Bytes kept ready. What is there before CRIU comes costs the application nothing.
 const MOST: usize = 256 << 20;
 
-/// The thread found no memory, and has ended.
-#[derive(Debug)]
-pub(super) struct NoMemory;
-
 /// Blocks that are ready, and the thread that makes them.
 pub(super) struct Prefault {
     requests: Sender<()>,
@@ -74,26 +70,25 @@ impl Prefault {
         self.ready.len() * BLOCK
     }
 
-    /// Asks for more, where there is room for this number of bytes. Tells for how many it asked.
-    pub(super) fn ask(&mut self, room: usize) -> usize {
+    /// Asks for more, where there is room for this number of bytes.
+    pub(super) fn ask(&mut self, room: usize) {
         let blocks = (room / BLOCK).min(self.most.saturating_sub(self.asked));
         for _ in 0..blocks {
-            // Where the thread has ended, taking tells.
+            // Where the thread has ended, taking shows it.
             let _ = self.requests.send(());
         }
         self.asked += blocks;
-        blocks * BLOCK
     }
 
-    /// The next block, if one is ready. An error: there was no memory, and none will come.
-    pub(super) fn take(&mut self) -> Result<Option<Block>, NoMemory> {
-        match self.ready.try_recv() {
-            Ok(block) => {
-                self.asked -= 1;
-                Ok(Some(block))
-            }
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => Err(NoMemory),
+    /// The next block, if one is ready.
+    pub(super) fn take(&mut self) -> Option<Block> {
+        let taken = self.ready.try_recv();
+        match taken {
+            Ok(_) => self.asked -= 1,
+            Err(TryRecvError::Empty) => {}
+            // The thread found no memory, and has ended.
+            Err(TryRecvError::Disconnected) => (self.asked, self.most) = (0, 0),
         }
+        taken.ok()
     }
 }

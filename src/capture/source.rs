@@ -15,14 +15,13 @@
 
 use std::io;
 
-use super::buffer::Buffered;
 use super::capacity;
 use super::chunk::{Chunk, Route};
+use super::dump::Queue;
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
-use crate::store::Extent;
 
 /// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
@@ -61,10 +60,9 @@ pub(super) enum Ready {
 /// What a source's pipe shows.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Look {
-    /// It has this number of bytes, which it is time to take.
+    /// It has this number of bytes.
     Bytes(usize),
     Empty,
-    Filling,
     Ended,
 }
 
@@ -83,20 +81,17 @@ pub(super) struct Source {
     pub(super) is_named: bool,
     /// CRIU sent the file again: what still comes does not count.
     pub(super) is_replaced: bool,
-    /// The source that this one replaces; its end must be marked first.
-    pub(super) replaces: Option<u64>,
-    /// It stands in one of the queues of [`super::dump::Dump`] of those that have something to do.
-    pub(super) is_queued: bool,
-    /// It stands in the queue of those that have something for the buffer.
-    pub(super) is_arriving: bool,
-    /// Where captures have a buffer: what that holds of this file.
-    pub(super) buffered: Option<Buffered>,
+    /// It replaces one that the image names, whose end must be marked first.
+    pub(super) restarts: bool,
+    pub(super) queue: Queue,
     /// The pipe's capacity.
     slots: usize,
     is_grown: bool,
     last_seen: usize,
     /// Bytes taken out of the pipe.
     moved: usize,
+    /// Bytes given to shards.
+    pub(super) given: usize,
     whole_pages: bool,
     framing: Option<Framing>,
 }
@@ -116,32 +111,30 @@ impl Source {
             has_ended: false,
             is_named: false,
             is_replaced: false,
-            replaces: None,
-            is_queued: false,
-            is_arriving: false,
-            buffered: None,
+            restarts: false,
+            queue: Queue::None,
             slots,
             is_grown: false,
             last_seen: 0,
             moved: 0,
+            given: 0,
             whole_pages: false,
             framing,
         }
     }
 
-    /// Has what comes out of its pipe go through the buffer.
+    /// Makes the pipe non-blocking, to be read from.
     ///
     /// # Errors
-    /// When the pipe cannot be made non-blocking.
-    pub(super) fn go_through_buffer(&mut self) -> io::Result<()> {
+    /// Where the pipe can be opened anew in no way.
+    pub(super) fn make_nonblocking(&mut self) -> io::Result<()> {
         if let Some(pipe) = self.pipe.take() {
             self.pipe = Some(pipe.nonblocking()?);
         }
-        self.buffered = Some(Buffered::default());
         Ok(())
     }
 
-    /// The pipe that it comes through, of a file that is not in the buffer as a whole.
+    /// The pipe that it comes through, until nothing more comes.
     pub(super) fn pipe(&self) -> &ReadEnd {
         self.pipe
             .as_ref()
@@ -160,48 +153,39 @@ impl Source {
 
     /// Decides what to give to a shard. `staging` is the number of slots of the staging pipe.
     pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
-        if let Some(buffered) = &self.buffered {
-            return Ok(match buffered.chunk(self.is_open()) {
-                Some(chunk) => Ready::Chunk(chunk),
-                None if self.is_open() => Ready::Empty,
-                None => Ready::Ended,
-            });
-        }
+        let seen = self.last_seen;
         Ok(match self.look()? {
-            Look::Bytes(available) => Ready::Chunk(self.chunk(available, staging, slot())),
             Look::Empty => Ready::Empty,
-            Look::Filling => Ready::Filling,
             Look::Ended => Ready::Ended,
+            Look::Bytes(available) => {
+                let half_full = available * 2 >= self.slots * slot();
+                if self.has_ended || half_full || available == seen {
+                    Ready::Chunk(self.chunk(available, staging, slot()))
+                } else {
+                    Ready::Filling
+                }
+            }
         })
     }
 
     /// Looks at the pipe.
     pub(super) fn look(&mut self) -> io::Result<Look> {
         let available = pipe::available(self.pipe())?;
+        self.last_seen = available;
         if available == 0 {
-            self.last_seen = 0;
             return Ok(if self.has_ended {
                 Look::Ended
             } else {
                 Look::Empty
             });
         }
-        let unchanged = available == self.last_seen;
-        self.last_seen = available;
         let slot = slot();
         self.whole_pages = are_whole_pages(self.whole_pages, available, self.slots, slot);
         if !self.is_grown && available.max(self.moved) >= LARGE * slot {
             self.is_grown = true;
             self.slots = capacity::grow_source(self.pipe(), self.slots)?;
         }
-        let half_full = available * 2 >= self.slots * slot;
-        // What is copied costs as much in one go as in several, and the writer does not wait.
-        let is_due = self.has_ended || half_full || unchanged || self.buffered.is_some();
-        Ok(if is_due {
-            Look::Bytes(available)
-        } else {
-            Look::Filling
-        })
+        Ok(Look::Bytes(available))
     }
 
     fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
@@ -238,8 +222,7 @@ impl Source {
     /// Whether the data of this file goes to all shards, where the rest of the image has an index
     /// of its own: pages always, other files once they have brought much.
     pub(super) fn is_spread(&self) -> bool {
-        let kept = self.buffered.as_ref().map_or(0, Buffered::bytes);
-        files::is_pages(self.name.as_str()) || self.moved - kept > LARGEST_IN_INDEX
+        files::is_pages(self.name.as_str()) || self.given > LARGEST_IN_INDEX
     }
 
     /// Its bytes took more slots than whole pages would.
@@ -251,15 +234,6 @@ impl Source {
     pub(super) fn moved(&mut self, bytes: usize) {
         self.moved += bytes;
         self.last_seen = 0;
-    }
-
-    /// These bytes of it are in the buffer now.
-    pub(super) fn keep(&mut self, extent: Extent) {
-        self.copied(extent.bytes());
-        self.moved(extent.len());
-        if let Some(buffered) = &mut self.buffered {
-            buffered.push(extent);
-        }
     }
 
     /// These bytes of it were copied.

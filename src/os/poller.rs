@@ -39,11 +39,10 @@ pub(crate) enum Watched {
     External,
     /// A file on its way to CRIU.
     Transfer,
-    ImagesDir,
 }
 
 impl Watched {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 8] = [
         Self::Interrupt,
         Self::Caller,
         Self::Listener,
@@ -52,7 +51,6 @@ impl Watched {
         Self::Shard,
         Self::External,
         Self::Transfer,
-        Self::ImagesDir,
     ];
 }
 
