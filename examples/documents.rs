@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 use std::{env, fs, io};
 
-use criu_image_streamer::cli::Args;
+use criu_image_streamer::Args;
 use structopt::StructOpt;
 use structopt::clap::Shell;
 

@@ -3,40 +3,43 @@
 //! The modules in the order of the data. Each uses only those below it:
 //!
 //! * `commands`: capture, extract, serve, list and hook; each wires its parts, and reports
-//! * [`cli`]: what was typed, and what it means
+//! * `cli`: what was typed, and what it means
 //! * `capture`: from CRIU's pipes to the shards, or first to a buffer
-//! * [`receive`]: from the shards to a store
+//! * `receive`: from the shards to a store
 //! * `serve`: from memory to CRIU's pipes
-//! * [`store`]: where received files go: memory, disk, external files, or nowhere
-//! * [`listen_ports`]: changes the ports that the application listens on
-//! * [`criu`]: the socket over which CRIU asks for files and passes pipes
-//! * [`supervision`]: all that can end a transfer: signals, pumps, commands
-//! * [`report`]: what is counted, and what programs and people are told
-//! * [`format`]: the image format: markers, and names of files
+//! * `store`: where received files go: memory, disk, external files, or nowhere
+//! * `listen_ports`: changes the ports that the application listens on
+//! * `criu`: the socket over which CRIU asks for files and passes pipes
+//! * `supervision`: all that can end a transfer: signals, pumps, commands
+//! * `report`: what is counted, and what programs and people are told
+//! * `format`: the image format: markers, and names of files
 //! * `pace`: when to look again, and why
-//! * [`os`]: pipes, epoll, descriptors
+//! * `os`: pipes, epoll, descriptors
+//! * [`fuzzing`]: what the fuzz targets call
 //!
 //! docs/protocol.md is the specification of CRIU's side and of the format.
 
 mod capture;
-pub mod cli;
+mod cli;
 mod commands;
-pub mod criu;
-pub mod format;
-pub mod listen_ports;
-pub mod os;
+mod criu;
+mod format;
+pub mod fuzzing;
+mod listen_ports;
+mod os;
 mod pace;
-pub mod receive;
-pub mod report;
+mod receive;
+mod report;
 mod serve;
-pub mod store;
-pub mod supervision;
+mod store;
+mod supervision;
 
 use std::io::Write;
 
+pub use cli::Args;
 use cli::{ParseResult, Plan};
 pub use commands::exit_status;
-use supervision::Failure;
+pub use supervision::Failure;
 
 /// Does what the command line says.
 ///

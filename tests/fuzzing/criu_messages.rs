@@ -10,8 +10,7 @@
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use criu_image_streamer::criu::proto::ImgStreamerRequestEntry;
-use criu_image_streamer::criu::{Connection, Message, Receipt};
+use criu_image_streamer::fuzzing::{CriuMessages, ImgStreamerRequestEntry};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PassCred;
@@ -56,38 +55,27 @@ pub fn run(input: &[u8]) {
     if serve {
         setsockopt(&theirs, PassCred, &true).unwrap();
     }
-    let mut connection = Connection::new(theirs, "the fuzzer".into());
+    let mut criu = CriuMessages::new(theirs);
+    let answers: Option<fn(&str) -> bool> = serve.then_some(exists);
 
-    let mut sent = Vec::new();
-    let mut heard = Ok(Vec::new());
+    let (mut sent, mut found, mut heard) = (Vec::new(), Vec::new(), Ok(()));
     for (bytes, descriptors) in steps {
-        if !send(&ours, bytes, &write, descriptors) {
+        if heard.is_err() || !send(&ours, bytes, &write, descriptors) {
             break;
         }
         sent.extend_from_slice(bytes);
-        let requests = hear(&mut connection, serve);
-        match (&mut heard, requests) {
-            (Ok(all), Ok(requests)) => all.extend(requests),
-            (_, Err((before, error))) => {
-                heard = heard
-                    .map(|all| [all, before].concat())
-                    .and_then(|all| Err((all, error)));
-                break;
-            }
-            (Err(_), Ok(_)) => unreachable!("the first error ends this"),
-        }
+        heard = criu.hear(answers, &mut found);
     }
     let expected = reference(&sent, serve);
     match heard {
-        Ok(found) => assert_eq!(found, expected.requests, "other requests"),
-        Err((found, error)) => assert!(
-            expected.requests.starts_with(&found),
-            "{found:?} where the reference reads {:?}, and then {error}",
-            expected.requests
+        Ok(()) => assert_eq!(found, expected, "other requests"),
+        Err(error) => assert!(
+            expected.starts_with(&found),
+            "{found:?} where the reference reads {expected:?}, and then {error:#}"
         ),
     }
 
-    drop((connection, ours, write));
+    drop((criu, ours, write));
     // The pipe ends when its write end is closed everywhere: also in a process that another thread
     // is about to start, which has it until it executes its program.
     let mut end = [PollFd::new(read.as_fd(), PollFlags::POLLIN)];
@@ -114,51 +102,12 @@ fn send(socket: &OwnedFd, bytes: &[u8], fd: &OwnedFd, descriptors: u8) -> bool {
     .is_ok_and(|sent| sent == bytes.len())
 }
 
-type Failure = (Vec<String>, String);
-
-/// What the program takes from the socket now.
-fn hear(connection: &mut Connection, serve: bool) -> Result<Vec<String>, Failure> {
-    let mut requests = Vec::new();
-    let failed =
-        |requests: &Vec<String>, error: anyhow::Error| (requests.clone(), format!("{error:#}"));
-    loop {
-        let receipt = connection
-            .receive()
-            .map_err(|error| failed(&requests, error))?;
-        while let Some(message) = connection
-            .next_message()
-            .map_err(|error| failed(&requests, error))?
-        {
-            match message {
-                Message::Request(name) => {
-                    requests.push(name.clone());
-                    if serve {
-                        connection
-                            .reply(exists(&name))
-                            .map_err(|error| failed(&requests, error))?;
-                    } else {
-                        connection.expect_descriptor();
-                    }
-                }
-                Message::Descriptor(fd) => drop(fd),
-            }
-        }
-        if receipt != Receipt::Something {
-            return Ok(requests);
-        }
-    }
-}
-
 fn exists(name: &str) -> bool {
     name.len().is_multiple_of(2)
 }
 
-struct Reading {
-    requests: Vec<String>,
-}
-
 /// Reads requests, and one byte behind each that a descriptor belongs to, until something is wrong.
-fn reference(mut bytes: &[u8], serve: bool) -> Reading {
+fn reference(mut bytes: &[u8], serve: bool) -> Vec<String> {
     let mut requests = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk() {
         let length = u32::from_le_bytes(*length) as usize;
@@ -179,5 +128,5 @@ fn reference(mut bytes: &[u8], serve: bool) -> Reading {
         };
         bytes = rest;
     }
-    Reading { requests }
+    requests
 }

@@ -6,7 +6,7 @@
 //! input: | old port (u16 LE) | new port (u16 LE) | files.img |
 //! ```
 
-use criu_image_streamer::listen_ports::{Remap, remap};
+use criu_image_streamer::fuzzing::files_img;
 
 /// An input for this `files.img`.
 pub fn input(old: u16, new: u16, files_img: &[u8]) -> Vec<u8> {
@@ -29,7 +29,7 @@ pub fn run(input: &[u8]) {
         let has = |port: u16| ports.contains(&u64::from(port));
         has(old) && (old == new || !has(new))
     });
-    match (remap(before, &[Remap { old, new }]), expected) {
+    match (files_img(before, old, new), expected) {
         (Ok(after), Some(mut entries)) => {
             for socket in entries.iter_mut().flatten().filter_map(Part::socket_mut) {
                 if listening_port(socket) == Some(u64::from(old)) {

@@ -8,17 +8,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use criu_image_streamer::format::ImageName;
-use criu_image_streamer::format::proto::{Marker, marker::Body};
-use criu_image_streamer::os::pipe::{self, Moved, ReadEnd};
-use criu_image_streamer::receive;
-use criu_image_streamer::report::meter::Counters;
-use criu_image_streamer::store::Store;
-use criu_image_streamer::store::catalog::Catalog;
-use criu_image_streamer::store::disk::{DirOrigin, DiskStore};
-use criu_image_streamer::supervision::Supervisor;
+use criu_image_streamer::fuzzing::{Marker, marker::Body, marker_stream};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
 use prost::Message;
 
 /// The largest shard. It has room for chunks that are held in pipes: those of 32 KiB or more,
@@ -27,7 +22,7 @@ const LARGEST: usize = 240 << 10;
 
 /// The size of the shards' pipes. A whole shard fits, so that no thread is needed to write while
 /// the program reads.
-const PIPE_SIZE: usize = 256 << 10;
+const PIPE_SIZE: i32 = 256 << 10;
 
 const DISK: u8 = 0x80;
 
@@ -77,16 +72,7 @@ pub fn run(input: &[u8]) {
 type Files = BTreeMap<String, Vec<u8>>;
 
 fn in_memory(shards: &[&[u8]], expected: &Option<Files>) {
-    let found = receive(shards, Catalog::new()).map(|mut files| {
-        let names = files.names().cloned().collect::<Vec<_>>();
-        let file = |name: ImageName| {
-            (
-                name.as_str().to_owned(),
-                files.read(&name).unwrap().unwrap(),
-            )
-        };
-        names.into_iter().map(file).collect::<Files>()
-    });
+    let found = marker_stream(pipes(shards), None);
     compare(&found, expected);
 }
 
@@ -107,15 +93,10 @@ fn to_disk(shards: &[&[u8]], expected: &Option<Files>) {
     for (name, content) in &before {
         fs::write(dir.path().join(name), content).unwrap();
     }
-    let supervisor = supervisor();
-    let found = receive(
-        shards,
-        DiskStore::new(dir.path(), DirOrigin::Found).unwrap(),
-    )
-    .and_then(|store| store.commit(supervisor));
+    let found = marker_stream(pipes(shards), Some(dir.path()));
     let after = read_dir(dir.path());
     match found {
-        Ok(()) => {
+        Ok(_) => {
             let expected = expected.clone();
             let expected = expected.expect("the reference refuses what is on disk now");
             let mut all = before;
@@ -146,42 +127,18 @@ fn read_dir(dir: &Path) -> Files {
         .collect()
 }
 
-fn receive<S: Store + 'static>(shards: &[&[u8]], store: S) -> anyhow::Result<S> {
-    let pipes = shards
-        .iter()
-        .enumerate()
-        .map(|(i, bytes)| (filled(bytes), format!("shard {i}")));
-    receive::receive(
-        pipes.collect(),
-        Vec::new(),
-        store,
-        &Counters::new(shards.len()),
-        supervisor(),
-    )
-    .map(|(store, _)| store)
-    .map_err(|failure| anyhow::anyhow!("{:#}", failure.error()))
-}
-
-fn supervisor() -> &'static Supervisor {
-    thread_local! {
-        static INTERRUPTS: &'static Supervisor = Box::leak(Box::new(Supervisor::catch().unwrap()));
-    }
-    INTERRUPTS.with(|supervisor| *supervisor)
-}
-
-/// A pipe that holds these bytes, and ends behind them.
-fn filled(bytes: &[u8]) -> ReadEnd {
-    let (read, write) = pipe::new().unwrap();
-    if bytes.len() > pipe::DEFAULT_SLOTS * pipe::slot() {
-        pipe::grow(&write, PIPE_SIZE).unwrap();
-    }
-    if !bytes.is_empty() {
-        assert_eq!(
-            pipe::write(&write, bytes).unwrap(),
-            Moved::Bytes(bytes.len())
-        );
-    }
-    read
+/// Pipes that hold these bytes, and end behind them.
+fn pipes(shards: &[&[u8]]) -> Vec<OwnedFd> {
+    let filled = |bytes: &&[u8]| {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        let capacity = fcntl(&write, FcntlArg::F_GETPIPE_SZ).unwrap() as usize;
+        if bytes.len() > capacity {
+            fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE)).unwrap();
+        }
+        assert_eq!(nix::unistd::write(&write, bytes), Ok(bytes.len()));
+        read
+    };
+    shards.iter().map(filled).collect()
 }
 
 fn compare(found: &anyhow::Result<Files>, expected: &Option<Files>) {
