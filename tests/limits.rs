@@ -451,7 +451,7 @@ fn a_disk_that_takes_no_more_leaves_nothing_behind() {
 const REFUSABLE: [libc::c_long; 2] = [libc::SYS_vmsplice, libc::SYS_splice];
 
 #[test]
-fn images_come_through_where_splice_or_vmsplice_is_refused() {
+fn images_come_through_where_zero_copy_calls_are_refused() {
     for call in REFUSABLE {
         for (shard_count, pipe_size) in [(1, Some(PAGE)), (3, None)] {
             let files = runs::sample_files(call as u64);
@@ -462,7 +462,7 @@ fn images_come_through_where_splice_or_vmsplice_is_refused() {
 }
 
 #[test]
-fn external_files_and_regular_files_come_through_where_splice_or_vmsplice_is_refused() {
+fn external_and_regular_files_come_through_where_zero_copy_calls_are_refused() {
     for call in REFUSABLE {
         let content = random::bytes(1, 3 << 20);
         let dir = TempDir::new().unwrap();
@@ -500,7 +500,7 @@ fn external_files_and_regular_files_come_through_where_splice_or_vmsplice_is_ref
 /// The tests of what the program does, once more, in a process of their own, with every streamer
 /// refused one of the calls.
 #[test]
-fn the_core_of_the_tests_passes_where_splice_or_vmsplice_is_refused() {
+fn the_core_of_the_tests_passes_where_zero_copy_calls_are_refused() {
     if std::env::var_os(REFUSED_CALL).is_some() {
         return;
     }

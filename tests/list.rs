@@ -68,7 +68,7 @@ fn what_a_capture_wrote_is_listed() {
 }
 
 #[test]
-fn sizes_are_the_same_where_nothing_can_be_spliced() {
+fn sizes_are_the_same_where_data_can_only_be_copied() {
     let files = files();
     let launch = Streamer::list().limit(Limit::Refused(libc::SYS_splice));
     let (exit, listed) = list(launch, &image::encode_files(&files, 2, 70_000));

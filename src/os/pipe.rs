@@ -641,7 +641,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_spliced_is_copied_without_blocking_or_losing_a_byte() {
+    fn what_can_only_be_copied_arrives_without_blocking_or_losing_a_byte() {
         for capacity in [1, 2, DEFAULT_SLOTS] {
             assert_copied(capacity);
         }
