@@ -108,6 +108,30 @@ fn every_recipe_brings_the_application_back() {
     }
 }
 
+/// The format has no checksums, but what these recipes write has.
+#[test]
+fn a_flipped_bit_is_found_by_every_recipe_with_a_checksum() {
+    for checked in ["'lz4 >app.lz4'", "sha256sum", "zstd -q --adapt"] {
+        let Some(machine) = Machine::new() else {
+            return;
+        };
+        let mut recipes = recipes("application").into_iter();
+        let found = recipes.find(|(_, texts)| texts[0].contains(checked));
+        let (parts, texts) = found.expect("a recipe with a checksum");
+        let application = machine.start(parts);
+        application.run(&texts[0]).success();
+        let file = ["app.lz4", "app.img", "app-1.zst"].map(|name| machine.path(name));
+        let file = file.iter().find(|file| file.exists()).expect("the image");
+        let mut image = std::fs::read(file).expect("the image");
+        let middle = image.len() / 2;
+        image[middle] ^= 1;
+        std::fs::write(file, image).expect("the image");
+        let said = application.run(&texts[1]).failure().stderr();
+        assert!(said.contains("Error: shard command "), "{said}");
+        application.is_gone();
+    }
+}
+
 /// Makes a directory as an application may have one: half of it are small files in directories, and
 /// half is one large file. No size is a multiple of a page's.
 fn make_files(directory: &Path, mib: usize) {
