@@ -24,7 +24,7 @@ pub fn number(field: u64, value: u64) -> Vec<u8> {
 }
 
 /// A field of protobuf that is a message, or a string.
-fn nested(field: u64, message: &[u8]) -> Vec<u8> {
+pub fn nested(field: u64, message: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     put_varint(&mut bytes, field << 3 | 2);
     put_varint(&mut bytes, message.len() as u64);

@@ -31,10 +31,9 @@
 //!
 //! It is no part of the crate: the tests compile it with `rustc`.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Error, PipeReader, PipeWriter, Read, Write, pipe};
 use std::net::TcpListener;
-use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -47,7 +46,6 @@ const ROUND: Duration = Duration::from_millis(5);
 
 unsafe extern "C" {
     fn fork() -> i32;
-    fn pipe2(fds: *mut i32, flags: i32) -> i32;
     fn mprotect(addr: *mut u8, len: usize, prot: i32) -> i32;
     fn mmap(addr: *mut u8, len: usize, prot: i32, flags: i32, fd: i32, offset: i64) -> *mut u8;
 }
@@ -56,43 +54,18 @@ unsafe extern "C" {
 fn map(len: usize, flags: i32) -> &'static mut [u8] {
     const PROT_READ_WRITE: i32 = 3;
     const MAP_ANONYMOUS: i32 = 0x20;
+    let (flags, nowhere) = (flags | MAP_ANONYMOUS, std::ptr::null_mut());
     // SAFETY: a fresh anonymous mapping of `len` bytes, which nothing else knows and which is never
     // unmapped.
     unsafe {
-        let at = mmap(
-            std::ptr::null_mut(),
-            len,
-            PROT_READ_WRITE,
-            flags | MAP_ANONYMOUS,
-            -1,
-            0,
-        );
-        assert_ne!(
-            at as isize,
-            -1,
-            "mmap of {len} bytes: {}",
-            std::io::Error::last_os_error()
-        );
+        let at = mmap(nowhere, len, PROT_READ_WRITE, flags, -1, 0);
+        assert_ne!(at as isize, -1, "mmap: {}", Error::last_os_error());
         std::slice::from_raw_parts_mut(at, len)
     }
 }
 const MAP_SHARED: i32 = 0x01;
 const MAP_PRIVATE: i32 = 0x02;
 const MAP_HUGETLB: i32 = 0x40000;
-
-fn pipe() -> (File, File) {
-    let mut fds = [0; 2];
-    // SAFETY: `fds` has room for the two descriptors, which are ours alone from here on.
-    unsafe {
-        assert_eq!(
-            pipe2(fds.as_mut_ptr(), 0),
-            0,
-            "pipe: {}",
-            std::io::Error::last_os_error()
-        );
-        (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1]))
-    }
-}
 
 /// The pattern's word at an index: different in every word, page and process, so that a page in the
 /// wrong place shows.
@@ -196,6 +169,13 @@ impl Part for Rewritten {
     }
 }
 
+fn open(path: &str) -> File {
+    let mut options = File::options();
+    let file = options.read(true).write(true).create(true).truncate(true);
+    let file = file.open(path);
+    file.unwrap_or_else(|why| panic!("open {path}: {why}"))
+}
+
 struct OpenFile {
     path: String,
     contents: Vec<u8>,
@@ -215,13 +195,7 @@ impl OpenFile {
         let contents: Vec<u8> = (0..words)
             .flat_map(|index| word(nonce, index).to_le_bytes())
             .collect();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path);
-        let mut file = file.unwrap_or_else(|why| panic!("open {path}: {why}"));
+        let mut file = open(path);
         file.write_all(&contents).unwrap();
         Self {
             path: path.into(),
@@ -234,14 +208,9 @@ impl OpenFile {
 impl Part for OpenFile {
     fn check(&mut self) -> Result<(), String> {
         let mut found = vec![0; self.contents.len() + 1];
-        let length = self
-            .file
-            .read_at(&mut found, 0)
-            .map_err(|why| format!("{}: {why}", self.path))?;
-        if found[..length] == self.contents[..] {
-            Ok(())
-        } else {
-            Err(format!("open file {}", self.path))
+        match self.file.read_at(&mut found, 0) {
+            Ok(length) if found[..length] == self.contents[..] => Ok(()),
+            other => Err(format!("open file {}: {other:?}", self.path)),
         }
     }
 }
@@ -249,27 +218,27 @@ impl Part for OpenFile {
 /// Threads that count; each check wants every one of them to have moved on since the last time it
 /// was asked.
 struct Threads {
-    counts: Arc<Vec<AtomicU64>>,
+    counts: Vec<Arc<AtomicU64>>,
     seen: Vec<u64>,
     unmoved: u32,
 }
 
 impl Threads {
     fn new(number: usize) -> Self {
-        let counts: Arc<Vec<AtomicU64>> =
-            Arc::new((0..number).map(|_| AtomicU64::new(0)).collect());
-        for thread in 0..number {
-            let counts = Arc::clone(&counts);
+        let counts = (0..number).map(|_| Arc::new(AtomicU64::new(0)));
+        let counts: Vec<_> = counts.collect();
+        for count in counts.iter().cloned() {
             std::thread::spawn(move || {
                 loop {
-                    counts[thread].fetch_add(1, SeqCst);
+                    count.fetch_add(1, SeqCst);
                     std::thread::sleep(ROUND);
                 }
             });
         }
+        let seen = vec![0; number];
         Self {
             counts,
-            seen: vec![0; number],
+            seen,
             unmoved: 0,
         }
     }
@@ -297,8 +266,8 @@ impl Part for Threads {
 
 /// Pipes to a child process and back.
 struct Child {
-    to: File,
-    from: File,
+    to: PipeWriter,
+    from: PipeReader,
 }
 
 /// The processes below this one, and the shared memory where all of them count their rounds.
@@ -315,22 +284,14 @@ impl Tree {
         self.rounds += 1;
         let before = self.counts[self.me].swap(self.rounds, SeqCst);
         if before != self.rounds - 1 {
-            return Err(format!(
-                "shared memory: {before} in place of {}",
-                self.rounds - 1
-            ));
+            return Err(format!("shared memory: {before} before {}", self.rounds));
         }
         let mut token = token + 1;
         for child in &mut self.children {
             let mut bytes = token.to_le_bytes();
-            child
-                .to
-                .write_all(&bytes)
-                .map_err(|why| format!("pipe to a child: {why}"))?;
-            child
-                .from
-                .read_exact(&mut bytes)
-                .map_err(|why| format!("pipe from a child: {why}"))?;
+            let sent = child.to.write_all(&bytes);
+            let passed = sent.and_then(|()| child.from.read_exact(&mut bytes));
+            passed.map_err(|why| format!("pipes of a child: {why}"))?;
             token = u64::from_le_bytes(bytes);
         }
         Ok(token)
@@ -338,9 +299,7 @@ impl Tree {
 }
 
 fn processes_below(depth: usize, width: usize) -> usize {
-    (1..=depth)
-        .map(|generation| width.pow(generation as u32))
-        .sum()
+    (1..=depth as u32).map(|depth| width.pow(depth)).sum()
 }
 
 /// Forks the whole tree of processes, and returns in each: its number, counted from the root down,
@@ -352,19 +311,17 @@ fn grow(depth: usize, width: usize) -> (usize, Option<Child>, Vec<Child>) {
     let mut generation = 0;
     // A child goes round this loop again, as the parent of the next generation.
     while generation < depth && children.len() < width {
-        let (child_reads, to) = pipe();
-        let (from, child_writes) = pipe();
+        let (child_reads, to) = pipe().expect("a pipe");
+        let (from, child_writes) = pipe().expect("a pipe");
         // SAFETY: one thread, so that every lock is free in the child.
         match unsafe { fork() } {
-            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+            -1 => panic!("fork: {}", Error::last_os_error()),
             0 => {
                 generation += 1;
                 me += 1 + children.len() * (1 + processes_below(depth - generation, width));
                 children.clear();
-                up = Some(Child {
-                    to: child_writes,
-                    from: child_reads,
-                });
+                let (to, from) = (child_writes, child_reads);
+                up = Some(Child { to, from });
             }
             _ => children.push(Child { to, from }),
         }
@@ -374,29 +331,17 @@ fn grow(depth: usize, width: usize) -> (usize, Option<Child>, Vec<Child>) {
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
-    let state_path = arguments
-        .next()
-        .expect("usage: application <state-file> [part…]");
-    let parts: Vec<(String, String)> = arguments
-        .map(|part| {
-            part.split_once('=')
-                .map(|(k, v)| (k.into(), v.into()))
-                .expect("a part is <name>=<value>")
-        })
-        .collect();
-    let value = |name: &str| {
-        parts
-            .iter()
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| value.as_str())
-    };
-    let number =
-        |name: &str| value(name).map_or(0, |value| value.parse::<usize>().expect("a number"));
+    let usage = "usage: application <state-file> [part…]";
+    let state_path = arguments.next().expect(usage);
+    let parts: Vec<String> = arguments.collect();
+    let parts = parts.iter().map(|part| part.split_once('=').expect(usage));
+    let parts: Vec<(&str, &str)> = parts.collect();
+    let value = |name: &str| parts.iter().find(|part| part.0 == name).map(|part| part.1);
+    let number = |name: &str| value(name).map_or(0, |value| value.parse().expect("a number"));
 
     let mut random = [0; 8];
-    File::open("/dev/urandom")
-        .and_then(|mut urandom| urandom.read_exact(&mut random))
-        .expect("/dev/urandom");
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random));
+    read.expect("/dev/urandom");
     let nonce = u64::from_le_bytes(random);
 
     let (depth, width) = value("tree").map_or((0, 0), |shape| {
@@ -423,13 +368,14 @@ fn main() {
     };
 
     let mut checked: Vec<Box<dyn Part>> = Vec::new();
-    if number("memory") > 0 {
-        checked.push(Box::new(Memory::new(
-            "private memory",
-            nonce,
-            number("memory"),
-            MAP_PRIVATE,
-        )));
+    for (part, name, flags) in [
+        ("memory", "private memory", MAP_PRIVATE),
+        ("hugetlb", "huge pages", MAP_SHARED | MAP_HUGETLB),
+        ("private-hugetlb", "huge pages", MAP_PRIVATE | MAP_HUGETLB),
+    ] {
+        if number(part) > 0 && (me == 0 || part == "memory") {
+            checked.push(Box::new(Memory::new(name, nonce, number(part), flags)));
+        }
     }
     if number("compressible") > 0 {
         let (name, mib) = ("compressible memory", number("compressible"));
@@ -450,16 +396,6 @@ fn main() {
         // SAFETY: a page of a mapping that nothing else knows, and which is not touched again.
         unsafe { assert_eq!(mprotect(page.as_mut_ptr(), PAGE, PROT_READ), 0) }
     }
-    for (part, kind) in [("hugetlb", MAP_SHARED), ("private-hugetlb", MAP_PRIVATE)] {
-        if number(part) > 0 && me == 0 {
-            checked.push(Box::new(Memory::new(
-                "huge pages",
-                nonce,
-                number(part),
-                kind | MAP_HUGETLB,
-            )));
-        }
-    }
     if let Some(shared) = shared {
         checked.push(Box::new(shared));
     }
@@ -467,9 +403,9 @@ fn main() {
         checked.push(Box::new(Threads::new(number("threads"))));
     }
     for (name, path) in parts.iter().filter(|_| me == 0) {
-        if name == "file" || name == "ghost" {
+        if ["file", "ghost"].contains(name) {
             let file = OpenFile::new(path, nonce);
-            if name == "ghost" {
+            if *name == "ghost" {
                 std::fs::remove_file(&file.path).unwrap();
             }
             checked.push(Box::new(file));
@@ -493,22 +429,15 @@ fn main() {
         return;
     }
 
-    let state = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&state_path)
-        .expect("state file");
+    let state = open(&state_path);
     // A line of one length: CRIU refuses to restore a process whose open file changed its size.
     let report = |line: String| {
-        state
-            .write_all_at(format!("{line:<79}\n").as_bytes(), 0)
-            .expect("state file")
+        let line = format!("{line:<79}\n");
+        state.write_all_at(line.as_bytes(), 0).expect("state file")
     };
     let rounds = Arc::new(AtomicU64::new(0));
     if let Some(port) = value("listen") {
-        let listener =
-            TcpListener::bind(("127.0.0.1", port.parse::<u16>().expect("a port"))).expect("listen");
+        let listener = TcpListener::bind(format!("127.0.0.1:{port}")).expect("listen");
         let rounds = Arc::clone(&rounds);
         std::thread::spawn(move || {
             for connection in listener.incoming() {
@@ -520,26 +449,14 @@ fn main() {
     }
     let pause = value("pause").map_or(ROUND, |_| Duration::from_millis(number("pause") as u64));
     loop {
-        let damage = check(&mut checked)
-            .and_then(|()| tree.pass(0))
-            .and_then(|token| {
-                if token == all as u64 {
-                    Ok(())
-                } else {
-                    Err(format!("the token counted {token} of {all} processes"))
-                }
-            });
-        if let Err(damage) = damage {
-            report(format!("damaged: {damage}"));
+        let counted = check(&mut checked).and_then(|()| tree.pass(0));
+        if counted != Ok(all as u64) {
+            report(format!("damaged: {counted:?} of {all} processes"));
             std::process::exit(1);
         }
         let round = rounds.fetch_add(1, SeqCst) + 1;
-        let sweeps = checked
-            .iter()
-            .map(|part| part.sweeps())
-            .min()
-            .unwrap_or(u64::MAX)
-            .min(round);
+        let sweeps = checked.iter().map(|part| part.sweeps()).min();
+        let sweeps = sweeps.unwrap_or(u64::MAX).min(round);
         report(format!("{nonce} {round} {sweeps}"));
         std::thread::sleep(pause);
     }
