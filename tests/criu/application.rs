@@ -82,6 +82,8 @@ fn compressible_word(nonce: u64, index: usize) -> u64 {
     word(nonce, index - index % 48 + index % 16)
 }
 
+type Pattern = fn(nonce: u64, index: usize) -> u64;
+
 /// Something whose contents this process knows, and checks a bit further every round.
 trait Part {
     fn check(&mut self) -> Result<(), String>;
@@ -95,35 +97,26 @@ trait Part {
 struct Memory {
     name: &'static str,
     nonce: u64,
-    word: fn(u64, usize) -> u64,
+    word: Pattern,
     bytes: &'static mut [u8],
     position: usize,
     sweeps: u64,
 }
 
 impl Memory {
-    fn new(name: &'static str, nonce: u64, mib: usize, flags: i32) -> Self {
-        Self::of(word, name, nonce, mib, flags)
-    }
-
-    fn of(
-        word: fn(u64, usize) -> u64,
-        name: &'static str,
-        nonce: u64,
-        mib: usize,
-        flags: i32,
-    ) -> Self {
+    fn new(name: &'static str, word: Pattern, nonce: u64, mib: usize, flags: i32) -> Self {
         let bytes = map(mib * MIB, flags);
         for (index, chunk) in bytes.chunks_exact_mut(8).enumerate() {
             chunk.copy_from_slice(&word(nonce, index).to_le_bytes());
         }
+        let (position, sweeps) = (0, 0);
         Self {
             name,
             nonce,
             word,
             bytes,
-            position: 0,
-            sweeps: 0,
+            position,
+            sweeps,
         }
     }
 }
@@ -355,7 +348,7 @@ fn main() {
 
     let shared = match number("shared") {
         0 => None,
-        mib => Some(Memory::new("shared memory", nonce, mib, MAP_SHARED)),
+        mib => Some(Memory::new("shared", word, nonce, mib, MAP_SHARED)),
     };
 
     let (me, up, children) = grow(depth, width);
@@ -368,24 +361,21 @@ fn main() {
     };
 
     let mut checked: Vec<Box<dyn Part>> = Vec::new();
-    for (part, name, flags) in [
-        ("memory", "private memory", MAP_PRIVATE),
-        ("hugetlb", "huge pages", MAP_SHARED | MAP_HUGETLB),
-        ("private-hugetlb", "huge pages", MAP_PRIVATE | MAP_HUGETLB),
+    for (part, word, flags) in [
+        ("memory", word as Pattern, MAP_PRIVATE),
+        ("compressible", compressible_word, MAP_PRIVATE),
+        ("hugetlb", word, MAP_SHARED | MAP_HUGETLB),
+        ("private-hugetlb", word, MAP_PRIVATE | MAP_HUGETLB),
     ] {
-        if number(part) > 0 && (me == 0 || part == "memory") {
-            checked.push(Box::new(Memory::new(name, nonce, number(part), flags)));
+        if number(part) > 0 && (me == 0 || flags == MAP_PRIVATE) {
+            checked.push(Box::new(Memory::new(
+                part,
+                word,
+                nonce,
+                number(part),
+                flags,
+            )));
         }
-    }
-    if number("compressible") > 0 {
-        let (name, mib) = ("compressible memory", number("compressible"));
-        checked.push(Box::new(Memory::of(
-            compressible_word,
-            name,
-            nonce,
-            mib,
-            MAP_PRIVATE,
-        )));
     }
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
