@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -15,7 +16,8 @@ use crate::common::image::{self, Files};
 use crate::common::random;
 use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
 use crate::common::shards::{Collector, pipe, pipes};
-use crate::common::streamer::Streamer;
+use crate::common::skip;
+use crate::common::streamer::{Streamer, binary};
 use tempfile::TempDir;
 
 /// An image of three small files in as few bytes as possible, for the tests that try every byte.
@@ -449,6 +451,59 @@ fn a_failed_extract_leaves_an_earlier_image_as_it_was() {
     let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &image);
     streamer.expect_failure(&["shard"]);
     assert_same_files(&runs::read_dir(dir.path()), &before);
+}
+
+/// What `syncfs` does not tell: the files' disk, a loop device, is on a tmpfs that is full for a
+/// while, below an overlay.
+const LOSING_DISK: &str = r#"
+mount -t tmpfs -o size=300m none . && cd "$PWD"
+truncate -s 100m disk.img
+mkfs.ext4 -q -b 4096 -O ^has_journal disk.img
+mkdir disk lower merged
+mount -o loop disk.img disk
+mkdir disk/upper disk/work
+mount -t overlay -o lowerdir=lower,upperdir=disk/upper,workdir=disk/work none merged
+mkfifo shard
+"$STREAMER" --images-dir merged/images --shard-fds 0 extract <shard &
+exec 3>shard
+head -c 100000 <&0 >&3
+until [ -s merged/images/.criu-image-streamer.*/0 ]; do sleep 0.01; done
+sync -f disk
+used=$(df --output=used -k . | tail -n 1)
+mount -o remount,size=$((used + 1000))k .
+head -c 6000000 <&0 >&3
+until [ "$(stat -c %s merged/images/.criu-image-streamer.*/0)" -gt 6000000 ]; do sleep 0.01; done
+sync -f disk || true
+mount -o remount,size=300m .
+cat >&3
+exec 3>&-
+wait $! && status=0 || status=$?
+umount merged disk
+exit $status
+"#;
+
+#[test]
+fn pages_that_the_disk_did_not_take_below_an_overlay_are_missed() {
+    let dir = TempDir::new().unwrap();
+    let pages = random::bytes(1, 6 << 20);
+    let files = [("pages-1.img", &pages[..]), ("inventory.img", b"inventory")];
+    let image = dir.path().join("image");
+    fs::write(&image, image::encode(files, 1, 1 << 20).remove(0)).unwrap();
+    let can_mount = "mount -t tmpfs none . && losetup -f && grep -q overlay /proc/filesystems";
+    let run = |script: &str| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "bash", "-ec", script]);
+        unshare.env("STREAMER", binary()).current_dir(dir.path());
+        let image = File::open(&image).unwrap();
+        unshare.stdin(image).output().unwrap()
+    };
+    if !run(can_mount).status.success() {
+        return skip("needs root, a loop device and overlayfs");
+    }
+    let output = run(LOSING_DISK);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("flushing pages-1.img to disk"), "{error}");
 }
 
 /// A user who can write to the images directory must not make root write elsewhere.

@@ -3,13 +3,26 @@
 use std::fmt;
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::fsync;
+
+use super::pipe::uninterrupted;
 
 /// Which way data goes, seen from this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     In,
     Out,
+}
+
+/// Brings to disk what was written to a file or directory.
+pub(crate) fn flush(file: impl AsFd) -> nix::Result<()> {
+    match uninterrupted(|| fsync(&file)) {
+        // There is no disk behind it.
+        Err(Errno::EINVAL | Errno::EROFS) => Ok(()),
+        result => result,
+    }
 }
 
 /// The kind of file that a descriptor leads to. Displayed, it is a phrase for an error message.

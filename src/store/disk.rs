@@ -23,22 +23,30 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fsync, syncfs, unlinkat};
+use nix::unistd::{UnlinkatFlags, syncfs, unlinkat};
 
 use super::{Ahead, Piece, Store, Target};
 use crate::criu::files::{self, INVENTORY};
 use crate::format::ImageName;
+use crate::os::descriptor::flush;
 use crate::report;
 use crate::supervision::Supervisor;
 
 /// How the name of a private directory starts; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
+
+/// Files flushed at a time. Each flush empties the disk's cache, for which the kernel joins those
+/// that wait: 50,000 files took 1.6 s, and one after another 137 s (ext4, 2026-11-29).
+const FLUSHERS: usize = 8;
+
+const FILE: OFlag = OFlag::O_NOFOLLOW.union(OFlag::O_CLOEXEC);
 
 /// Where an images directory comes from, which decides who may read the files in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +123,8 @@ impl DiskStore {
     pub fn commit(mut self, supervisor: &Supervisor) -> Result<()> {
         syncfs(&self.images).context("flushing the image to disk")?;
         supervisor.check()?;
+        self.flush_each()?;
+        supervisor.check()?;
         let mut commit = Commit {
             store: &self,
             done: Vec::new(),
@@ -124,6 +134,29 @@ impl DiskStore {
             self.keep_private = !commit.undo();
         }
         result
+    }
+}
+
+impl DiskStore {
+    /// Fails if a file did not reach the disk. `syncfs` has written them all, but does not say that
+    /// it failed on overlayfs, nor before Linux 5.8.
+    fn flush_each(&self) -> Result<()> {
+        let flush_file = |&(name, number): &(&ImageName, &u64)| {
+            let (path, flags) = (number.to_string(), FILE | OFlag::O_RDONLY);
+            openat(&self.private, path.as_str(), flags, Mode::empty())
+                .and_then(flush)
+                .with_context(|| format!("flushing {name} to disk"))
+        };
+        let files: Vec<_> = self.complete.iter().collect();
+        let share = files.len().div_ceil(FLUSHERS).max(1);
+        thread::scope(|scope| {
+            let mut flushers = Vec::new();
+            for files in files.chunks(share) {
+                flushers.push(scope.spawn(move || files.iter().try_for_each(flush_file)));
+            }
+            let mut flushers = flushers.into_iter();
+            flushers.try_for_each(|flusher| flusher.join().expect("it does not panic"))
+        })
     }
 }
 
@@ -281,7 +314,7 @@ struct Commit<'a> {
 impl Commit<'_> {
     fn run(&mut self) -> Result<()> {
         let store = self.store;
-        let flush = || fsync(&store.images).context("flushing the images directory to disk");
+        let flush = || flush(&store.images).context("flushing the images directory to disk");
         let (inventory, others): (Vec<_>, Vec<_>) = store
             .complete
             .iter()
@@ -449,6 +482,7 @@ impl Store for DiskStore {
     }
 
     fn finish(&mut self, name: ImageName, file: StagedFile) -> Result<()> {
+        nix::unistd::close(file.file).with_context(|| format!("closing {name}"))?;
         if let Some(earlier) = self.complete.insert(name, file.number) {
             nix::unistd::unlinkat(
                 &self.private,

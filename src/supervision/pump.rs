@@ -36,7 +36,7 @@ use nix::fcntl::SpliceFFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::socket;
-use crate::os::descriptor::FdKind;
+use crate::os::descriptor::{FdKind, flush};
 use crate::os::pipe::{self, LARGEST, ReadEnd, WriteEnd, uninterrupted};
 
 /// Bytes of a pump's stack: it calls nothing deep, and 32 shards must not cost memory.
@@ -131,15 +131,6 @@ fn write_all(from: &ReadEnd, to: OwnedFd, stage: &Stage, label: &str) -> Result<
     }
     // Some file systems tell of a full disk or an exceeded quota only now.
     nix::unistd::close(to).map_err(because("closing"))
-}
-
-/// Brings what was written to disk.
-fn flush(file: &OwnedFd) -> Outcome {
-    match uninterrupted(|| nix::unistd::fsync(file)) {
-        // There is no disk behind such a file.
-        Err(Errno::EINVAL | Errno::EROFS) => Ok(()),
-        result => result,
-    }
 }
 
 fn start(pump: impl FnOnce() + Send + 'static) -> Result<()> {
