@@ -2,21 +2,19 @@
 //! looks the same whether the dump succeeded or not.
 
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::common::HANG_TIMEOUT;
 use crate::common::criu::{Criu, Role};
 use crate::common::dump;
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files};
-use crate::common::shards::pipe;
 use crate::common::streamer::{Exit, Streamer};
 
 /// Captures these files, and gives what the shards hold.
@@ -256,73 +254,16 @@ fn send_connected(criu: &Criu, files: &Files) {
 }
 
 #[test]
-fn a_whole_dump_ends_the_capture_although_criu_is_connected() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
-    let criu = streamer.criu();
-    send_connected(&criu, &dump::whole());
-    streamer.expect_success();
-    let files = image::decode(&collector.finish()).unwrap();
-    assert_same_files(&files, &dump::whole());
-    let late = criu.try_create_file("late.img", None);
-    assert_eq!(late.unwrap_err().kind(), ErrorKind::BrokenPipe);
-}
-
-#[test]
-fn what_criu_sends_after_a_whole_dump_fails_while_the_shards_are_read() {
-    // The capture goes on until this shard is read.
-    let (reader, writer) = pipe();
-    let mut streamer = Streamer::capture().shards([writer]).start();
-    let criu = streamer.criu();
-    send_connected(&criu, &dump::whole());
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while criu.try_create_file("late.img", None).is_ok() {
-        // It is part of the image as long as the dump has not ended.
-        assert!(Instant::now() < deadline, "it is not refused");
-        thread::sleep(Duration::from_millis(1));
-    }
-    drop(reader);
-    let exit = streamer.expect_failure(&[]);
-    // A file that comes when the dump ends is an error of its own.
-    let reasons = ["shard fd", "sends more files after inventory.img"];
-    let is_known = reasons.iter().any(|reason| exit.error().contains(reason));
-    assert!(is_known, "{}", exit.error());
-}
-
-#[test]
-fn a_file_that_criu_has_open_holds_up_the_end() {
-    for (name, content) in dump::whole() {
-        let (mut streamer, collector) = runs::collect(Streamer::capture(), 2);
-        let criu = streamer.criu();
-        let mut others = dump::whole();
-        others.remove(&name);
-        let mut open = criu.create_file(&name);
-        send_connected(&criu, &others);
-        open.write_all(&content).unwrap();
-        assert!(streamer.outlasts(WATCHED), "{name} is open");
-        drop(open);
-        streamer.expect_success();
-        let files = image::decode(&collector.finish()).unwrap();
-        assert_same_files(&files, &dump::whole());
-    }
-}
-
-#[test]
-fn what_only_the_end_of_criu_can_show_to_be_whole_waits_for_it() {
+fn a_capture_waits_for_the_end_of_criu_whatever_it_has_sent() {
     let foreign = Files::from([("inventory.img".to_owned(), b"inventory".to_vec())]);
-    let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
-    let criu = streamer.criu();
-    send_connected(&criu, &foreign);
-    assert!(streamer.outlasts(WATCHED), "it may send more");
-    drop(criu);
-    streamer.expect_success();
-    let mut short = dump::whole();
-    short.remove("files.img");
-    let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
-    let criu = streamer.criu();
-    send_connected(&criu, &short);
-    assert!(streamer.outlasts(WATCHED), "a file is missing");
-    criu.write_file("files.img", &dump::whole()["files.img"]);
-    streamer.expect_success();
+    for files in [foreign, dump::whole()] {
+        let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
+        let criu = streamer.criu();
+        send_connected(&criu, &files);
+        assert!(streamer.outlasts(WATCHED), "it may send more");
+        drop(criu);
+        streamer.expect_success();
+    }
 }
 
 /// In a process of its own, whose command line says `cpuinfo`.

@@ -4,7 +4,6 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -18,8 +17,9 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::common::criu::{Criu, Role};
+use crate::common::image::Files;
 use crate::common::streamer::binary;
-use crate::common::{HANG_TIMEOUT, PAGE, dump, image, report, runs};
+use crate::common::{HANG_TIMEOUT, PAGE, dump, image, runs};
 use crate::criu::{Application, Machine};
 
 /// Makes the images directory, with `capture` as the command that takes the image of a dump, and
@@ -182,6 +182,8 @@ touch go
     let said = application.run(&script).success().stderr();
     assert!(said.contains("was killed, or crashed"), "{said}");
     application.goes_on();
+    // The next one would replace it.
+    application.run("rm images/streamer-capture.sock").success();
     nothing_is_left(&application);
     application.is_unharmed();
 }
@@ -291,10 +293,12 @@ criu dump --stream --images-dir images --tree $PID --leave-running
 wait $streamer
 "#
     );
-    let pages = capture_while_running(&machine, &application, &without_hook);
-    let pages = torn(&pages, REWRITTEN);
-    report(format_args!("without the hook, {pages} pages were torn"));
-    assert!(pages > 0, "this test cannot fail");
+    let is_torn = |_| {
+        let pages = capture_while_running(&machine, &application, &without_hook);
+        torn(&pages, REWRITTEN) > 0
+    };
+    // On a busy machine the application may get no time to write.
+    assert!((0..10).any(is_torn), "this test cannot fail");
 }
 
 #[test]
@@ -397,8 +401,6 @@ struct Caller {
     /// The one that the hook sees.
     pid: u32,
     images_dir: Arc<TempDir>,
-    /// Its images directory in place of its standard input.
-    directory: Option<File>,
 }
 
 impl Caller {
@@ -413,14 +415,6 @@ impl Caller {
         command.arg0("criu").args(["-f", "/dev/null"]).args(words);
         command.stdout(Stdio::null());
         Self::start(command, images_dir)
-    }
-
-    /// This process, which has the pipes of the files.
-    fn of_this_process() -> Self {
-        let mut caller = Self::new(&[]);
-        caller.pid = std::process::id();
-        caller.directory = Some(File::open(caller.images_dir.path()).unwrap());
-        caller
     }
 
     /// Under RPC: its parent's command line has these words.
@@ -447,7 +441,6 @@ impl Caller {
             pid: process.id(),
             process,
             images_dir,
-            directory: None,
         }
     }
 
@@ -465,10 +458,9 @@ impl Caller {
         if let Some(directory) = options_dir {
             command.env("CRIU_IMAGE_STREAMER_OPTIONS", directory);
         }
-        let fd = self.directory.as_ref().map_or(0, AsRawFd::as_raw_fd);
         command
             .env("CRTOOLS_SCRIPT_ACTION", action)
-            .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{fd}", self.pid))
+            .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/0", self.pid))
             .current_dir(self.images_dir.path())
             .output()
             .unwrap()
@@ -477,7 +469,8 @@ impl Caller {
     #[track_caller]
     fn succeeds(&self, action: &str) {
         let output = self.hook(action);
-        assert!(output.status.success(), "{action}: {output:?}");
+        let log = fs::read_to_string(self.images_dir.path().join("streamer-capture.log"));
+        assert!(output.status.success(), "{action}: {output:?}, {log:?}");
         assert!(output.stdout.is_empty() && output.stderr.is_empty());
     }
 
@@ -498,21 +491,19 @@ impl Caller {
     #[track_caller]
     fn dies_and_streamer_says(mut self, role: &str, words: &str) {
         self.end();
-        let deadline = Instant::now() + HANG_TIMEOUT;
+        self.streamer_says(role, words);
+    }
+
+    #[track_caller]
+    fn streamer_says(&self, role: &str, words: &str) {
         let log = || String::from_utf8(self.read(&format!("{role}.log"))).unwrap();
-        while !log().contains(words) {
-            assert!(Instant::now() < deadline, "{words:?} is not in {}", log());
-            thread::sleep(Duration::from_millis(10));
-        }
         let socket = self.images_dir.path().join(format!("{role}.sock"));
-        while socket.exists() {
-            assert!(Instant::now() < deadline, "the streamer is still there");
-            thread::sleep(Duration::from_millis(10));
-        }
+        wait_until(|| !socket.exists());
+        assert!(log().contains(words), "{words:?} is not in {}", log());
     }
 
     fn end(&mut self) {
-        if ![self.process.id(), std::process::id()].contains(&self.pid) {
+        if self.process.id() != self.pid {
             let _ = kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL);
             self.pid = self.process.id();
         }
@@ -524,6 +515,21 @@ impl Caller {
 impl Drop for Caller {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+fn send(criu: &Criu, files: &Files) {
+    for (name, content) in runs::inventory_last(files) {
+        criu.write_file(name, content);
+    }
+}
+
+#[track_caller]
+fn wait_until(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "it does not come");
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -564,9 +570,7 @@ fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
     caller.write("streamer-capture.options", options);
     caller.succeeds("pre-stream");
     let criu = caller.connect();
-    for (name, content) in runs::inventory_last(&dump::whole()) {
-        criu.write_file(name, content);
-    }
+    send(&criu, &dump::whole());
     thread::scope(|scope| {
         let end = scope.spawn(|| caller.succeeds("post-dump"));
         thread::sleep(Duration::from_millis(300));
@@ -584,17 +588,42 @@ fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
 /// The application would be frozen for ever.
 #[test]
 fn a_file_that_criu_never_closes_fails_the_dump() {
-    let caller = Caller::of_this_process();
+    let caller = Caller::new(&["dump"]);
     caller.write("streamer-capture.options", "--shard-cmd cat >image");
     caller.succeeds("pre-stream");
     let criu = caller.connect();
-    let forgotten = criu.create_file("of-a-plugin.img");
-    for (name, content) in runs::inventory_last(&dump::whole()) {
-        criu.write_file(name, content);
+    let _forgotten = criu.create_file("of-a-plugin.img");
+    send(&criu, &dump::whole());
+    caller.fails("post-dump", &["has not closed 1 of its files"]);
+}
+
+#[test]
+fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
+    for missing in ["inventory.img", "pagemap-71.img"] {
+        let caller = Caller::new(&["dump"]);
+        caller.write("streamer-capture.options", "--shard-cmd cat >image");
+        caller.succeeds("pre-stream");
+        let criu = caller.connect();
+        let mut files = dump::whole();
+        files.remove(missing).unwrap();
+        send(&criu, &files);
+        caller.fails("post-dump", &[missing, "discard it"]);
+        let outcome = String::from_utf8(caller.read("streamer-capture.outcome")).unwrap();
+        assert!(
+            outcome.lines().last().unwrap().contains(missing),
+            "{outcome}"
+        );
     }
-    caller.fails("post-dump", &["has not closed 1 files"]);
-    drop(forgotten);
-    caller.succeeds("post-dump");
+    // A CRIU that goes away before has failed, whatever it has sent.
+    let caller = Caller::new(&["dump"]);
+    caller.write("streamer-capture.options", "--shard-cmd cat >image");
+    caller.succeeds("pre-stream");
+    let criu = caller.connect();
+    send(&criu, &dump::whole());
+    drop(criu);
+    caller.streamer_says("streamer-capture", "before it was at `post-dump`");
+    let image = fs::read(caller.images_dir.path().join("image")).unwrap_or_default();
+    assert!(image::decode(&[image]).is_err());
 }
 
 #[test]
@@ -603,9 +632,7 @@ fn no_run_takes_another_ones_outcome_for_its_own() {
     first.write("streamer-capture.options", "--shard-cmd cat >image");
     first.succeeds("pre-stream");
     let criu = first.connect();
-    for (name, content) in runs::inventory_last(&dump::whole()) {
-        criu.write_file(name, content);
-    }
+    send(&criu, &dump::whole());
     first.succeeds("post-dump");
 
     let second = Caller::new(&["dump"]);
@@ -617,12 +644,24 @@ fn no_run_takes_another_ones_outcome_for_its_own() {
     .unwrap();
     second.fails("post-dump", &["has not started the hook"]);
 
-    // In one directory there is one streamer at a time.
-    second.write("streamer-capture.options", "--shard-cmd cat >image");
+    // In one directory there is one streamer at a time, also while it waits for its commands.
+    let upload = "--shard-cmd cat >image; touch taken; until [ -e go ]; do sleep 0.02; done";
+    second.write("streamer-capture.options", upload);
     second.succeeds("pre-stream");
     let third = Caller::beside(&["dump"], Arc::clone(&second.images_dir));
-    third.fails("pre-stream", &["still at work"]);
-    third.fails("post-dump", &["has not started the hook"]);
+    let is_refused = || {
+        third.fails("pre-stream", &["another streamer listens"]);
+        third.fails("post-dump", &["has not started the hook"]);
+    };
+    is_refused();
+    let criu = second.connect();
+    send(&criu, &dump::whole());
+    thread::scope(|scope| {
+        let end = scope.spawn(|| second.succeeds("post-dump"));
+        wait_until(|| second.images_dir.path().join("taken").exists() || end.is_finished());
+        is_refused();
+        second.write("go", "");
+    });
 }
 
 #[test]
@@ -649,11 +688,7 @@ fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
     let pid = Pid::from_raw(waits.pid as i32);
     thread::scope(|scope| {
         let hook = scope.spawn(|| waits.fails("pre-stream", &["did not wait for it"]));
-        let deadline = Instant::now() + HANG_TIMEOUT;
-        while !images_dir.join("begun").exists() && !hook.is_finished() {
-            assert!(Instant::now() < deadline);
-            thread::sleep(Duration::from_millis(10));
-        }
+        wait_until(|| images_dir.join("begun").exists() || hook.is_finished());
         kill(pid, Signal::SIGKILL).unwrap();
     });
     waits.end();

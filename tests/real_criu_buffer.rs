@@ -38,7 +38,7 @@ printf '%s\\n' '--buffer 50%' --go-on-when-copied >>images/streamer-capture.opti
 ";
     let wait = "
 touch gone-on
-until flock --nonblock images/streamer-capture.outcome true; do sleep 0.05; done
+until [ -e images/streamer-capture.outcome ]; do sleep 0.05; done
 ";
     options(upload, "cat app.image") + buffered + DUMP + " --leave-running\n" + wait
 }

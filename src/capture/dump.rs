@@ -222,9 +222,10 @@ impl Dump {
         self.dump_check.is_of_cpuinfo = is_alone;
     }
 
-    /// Whether CRIU has sent and closed all files of a whole dump.
-    pub(super) fn is_whole_dump(&self) -> bool {
-        self.open_of_criu == 0 && self.dump_check.is_whole_dump()
+    /// How many files CRIU has not closed.
+    pub(super) fn unclosed(&self) -> usize {
+        let is_unclosed = |source: &&Source| source.owner == Owner::Criu && !source.has_ended;
+        self.sources.values().filter(is_unclosed).count()
     }
 
     /// Fails when the image can no longer become complete, now that CRIU sends no more.

@@ -47,11 +47,6 @@ impl DumpCheck {
         self.names.insert(name.to_owned());
     }
 
-    /// True once a whole dump of the CRIU that is known has come.
-    pub(super) fn is_whole_dump(&self) -> bool {
-        self.names.contains(INVENTORY) && !self.is_foreign && self.check().is_ok()
-    }
-
     /// Fails unless the files are a whole image.
     pub(super) fn check(&self) -> Result<()> {
         let is_here = |name: &str| self.names.contains(name) && !self.defects.contains_key(name);

@@ -34,13 +34,13 @@ mod stray_files;
 
 use std::io;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
-use crate::criu::{Clients, Connection, Listener};
+use crate::criu::{Clients, Connection, Listener, hook_caller};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::{ReadEnd, WriteEnd};
@@ -82,6 +82,9 @@ const LEAST_OPEN: usize = 64;
 /// Pieces given out of the buffer before CRIU is heard again.
 const PIECES_PER_TURN: usize = 64;
 
+/// How long a file may stay open after CRIU has said at `post-dump` that all are closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Where an external file comes from.
 pub(crate) enum ExternalSource {
     Pipe(ReadEnd),
@@ -101,6 +104,8 @@ pub(crate) struct Capture<'a> {
     pub(crate) buffer: Option<u64>,
     /// A CRIU that waits for the end may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
+    /// The CRIU whose hook has started us, and calls at `post-dump`.
+    pub(crate) caller: Option<String>,
     pub(crate) external_files: Vec<(ImageName, ExternalSource)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
@@ -119,6 +124,9 @@ struct CaptureLoop<'a> {
     buffer: Option<Buffer>,
     /// A CRIU that waits for the end may go on then.
     goes_on_when_copied: bool,
+    /// The CRIU whose hook has started us, and when it has called.
+    caller: Option<String>,
+    called: Option<Instant>,
     image_writer: ImageWriter,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
@@ -133,11 +141,12 @@ struct CaptureLoop<'a> {
 }
 
 impl Capture<'_> {
-    /// Captures one image, and tells what passed through each shard.
+    /// Captures one image, and tells what passed through each shard. The socket, where it is
+    /// returned, keeps other streamers away until all is over.
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<Stats, Failure> {
+    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<(Stats, Option<Listener>), Failure> {
         let to_start = self
             .external_files
             .iter()
@@ -163,6 +172,8 @@ impl Capture<'_> {
             stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),
             goes_on_when_copied: self.goes_on_when_copied,
+            caller: self.caller,
+            called: None,
             image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptor_limit().saturating_sub(taken).max(LEAST_OPEN),
             is_frozen: false,
@@ -187,12 +198,16 @@ impl Capture<'_> {
             false => error,
         });
         let CaptureLoop {
+            listener,
             clients,
             dump,
             image_writer,
             ..
         } = capture;
-        captured.map_err(|error| Failure::new(error, (clients, dump, image_writer)))
+        match captured {
+            Ok(stats) => Ok((stats, listener)),
+            Err(error) => Err(Failure::new(error, (listener, clients, dump, image_writer))),
+        }
     }
 }
 
@@ -220,9 +235,8 @@ impl<'a> CaptureLoop<'a> {
 
     /// Runs until CRIU sends no more and every file has been read to its end.
     ///
-    /// CRIU's hook at `post-dump` waits for our end while CRIU is connected (see
-    /// [`crate::commands`]): so a whole dump ends the connection. What CRIU would send after it
-    /// fails there, for want of a reader. A CRIU that we run ourselves is waited for.
+    /// CRIU's hook calls at `post-dump`, and waits for our end while CRIU is connected (see
+    /// [`crate::commands`]): CRIU has then closed all files, and its connection counts no more.
     fn receive_files(&mut self) -> Result<()> {
         let mut events = Vec::new();
         let mut pace = Pace::new();
@@ -232,6 +246,10 @@ impl<'a> CaptureLoop<'a> {
                 .poller()
                 .wait(wait, &mut events)
                 .context("waiting for CRIU")?;
+            // Nothing is left of what CRIU has sent before its hook called.
+            if self.called.is_some() && events.is_empty() {
+                self.clients.dismiss();
+            }
             let heard = self.hear_criu(&events)?;
             let moved = self.move_data()?;
             if self.is_received()? {
@@ -268,16 +286,10 @@ impl<'a> CaptureLoop<'a> {
 
     /// True when all files are complete, and nothing more can come.
     fn is_received(&mut self) -> Result<bool> {
-        if self.supervisor.criu_has_succeeded()
-            && self.clients.is_alone()
-            && self.dump.is_whole_dump()
-        {
-            self.clients.dismiss()?;
-        }
-        if !self.clients.all_gone() {
+        if !self.clients.all_gone() && !self.is_dismissed() {
             return Ok(false);
         }
-        self.listener = None;
+        self.check_hook()?;
         self.clients.close_idle();
         self.dump.check()?;
         self.check_file_commands()?;
@@ -312,11 +324,11 @@ impl<'a> CaptureLoop<'a> {
             }
         }
         let is_missed = self.clients.missed_by(self.supervisor.ended_criu());
-        if is_missed.is_some() {
+        if is_missed.is_some() || (self.called.is_some() && !self.is_dismissed()) {
             return Ok(Wait::Now);
         }
         let mut wait = Wait::Forever.or_until(self.clients.grace_ends());
-        if self.waits_for_commands() {
+        if self.waits_for_commands() || (self.is_dismissed() && self.dump.unclosed() > 0) {
             self.supervisor.check()?;
             wait = Wait::Until(Instant::now() + LOOK_AGAIN);
         } else if !self.is_frozen {
@@ -372,10 +384,15 @@ impl<'a> CaptureLoop<'a> {
             );
         }
         let mut opened = Vec::new();
+        let mut call = None;
         let taken = self.clients.next_requests(
             id,
             CALLS_PER_TURN,
             |connection: &mut Connection, requested: &mut Option<ImageName>, message| {
+                if let Some(caller) = hook_caller::call_in(&message) {
+                    call = Some(caller.to_owned());
+                    return Ok(false);
+                }
                 let source = dump::file_of_criu(connection, requested, message)?;
                 let is_open = source.is_some();
                 opened.extend(source);
@@ -394,7 +411,49 @@ impl<'a> CaptureLoop<'a> {
             activity = Activity::Busy;
         }
         taken?;
+        if let Some(caller) = call {
+            self.hear_call(id, &caller);
+        }
         Ok(activity)
+    }
+
+    /// CRIU's hook calls: CRIU is at `post-dump`. The hook of a CRIU that has not started us hears
+    /// nothing.
+    fn hear_call(&mut self, id: u64, caller: &str) {
+        let connection = self.clients.take(id, self.supervisor.poller());
+        if let Some(connection) = connection
+            && self.caller.as_deref() == Some(caller)
+        {
+            self.called = Some(Instant::now());
+            self.progress.hook_connects(connection);
+            if let Some(listener) = &self.listener {
+                self.supervisor.poller().remove(listener);
+                listener.close();
+            }
+        }
+    }
+
+    /// CRIU's hook has called, and all that CRIU had sent before was heard.
+    fn is_dismissed(&self) -> bool {
+        self.called.is_some() && self.clients.are_gone()
+    }
+
+    /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
+    fn check_hook(&mut self) -> Result<()> {
+        match (&self.caller, self.called) {
+            (None, _) => self.listener = None,
+            (Some(_), None) => bail!(
+                "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
+            ),
+            (Some(_), Some(at)) if at.elapsed() >= CLOSE_TIMEOUT && self.dump.unclosed() > 0 => {
+                bail!(
+                    "capturing the image: CRIU says that it is written, and has not closed {} of its files: a plugin may have forgotten them; discard it",
+                    self.dump.unclosed()
+                )
+            }
+            (Some(_), Some(_)) => {}
+        }
+        Ok(())
     }
 
     fn start_file_commands(&mut self) -> Result<()> {

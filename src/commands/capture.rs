@@ -5,6 +5,7 @@ use anyhow::Result;
 use super::Session;
 use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
+use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
 use crate::supervision::Failure;
 
@@ -43,13 +44,14 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         },
         buffer,
         goes_on_when_copied: plan.goes_on_when_copied,
+        caller: plan.caller.as_ref().map(Caller::identity),
         external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),
         counters: session.counters.clone(),
     }
     .run(supervisor);
-    let stats = supervisor.conclude(captured)?;
+    let (stats, _socket) = supervisor.conclude(captured)?;
     session.report(&mut plan.progress, &stats);
     Ok(())
 }

@@ -14,8 +14,9 @@
 //!
 //! **Dump.** At `post-dump` everything is written and nothing runs. If the script fails there, CRIU
 //! lets the application go on, and fails. So CRIU kills the application, or lets it write to its
-//! memory again (`--leave-running`), only after every shard command has succeeded. `capture` ends
-//! for that although CRIU is still connected (see [`crate::capture`]); and it fails if CRIU ends
+//! memory again (`--leave-running`), only after every shard command has succeeded. The call itself
+//! tells `capture` that CRIU has closed all files: one that is missing or still open by then is
+//! missing for good. `capture` fails if CRIU ends
 //! before, since the application then runs while its pages are still in pipes. With a buffer and
 //! `--go-on-when-copied` that is when the application's memory is copied: it may then be written to
 //! again, and the upload goes on in the background.
@@ -29,11 +30,10 @@
 //! this program takes itself for the hook when it has none, and the action is in its environment.
 //!
 //! **In the background.** The streamer goes on in a process and a session of its own when the
-//! script returns, with nothing open of what CRIU or another script has left to it: who reads
-//! CRIU's output to its end does not wait for it. What it and its commands say is in a log in the
-//! images directory, and how it ended in an [`Outcome`].
+//! script returns, with nothing open of what CRIU or another script has left to it: a reader of
+//! CRIU's output sees its end. A log in the images directory has the output of the streamer and of
+//! its commands; see [`outcome`] for how it ends.
 
-use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -42,10 +42,11 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use crate::cli::{Args, Plan};
-use crate::criu::Role;
 use crate::criu::hook_caller::{self, Caller};
-use crate::os::process::{self, Background};
-use crate::report::outcome::{self, Outcome};
+use crate::criu::{Listener, Role, SocketPath};
+use crate::os::process;
+use crate::report;
+use crate::report::outcome::{self, Hook, Said};
 use crate::report::progress::{Milestone, Progress};
 use crate::supervision::Failure;
 
@@ -83,40 +84,32 @@ fn start() -> Result<()> {
     let directory = open_directory(&images_dir)?;
     let (role, options) = choose(&caller)?;
     let mut plan = read_plan(&options, role, &images_dir)?;
-    let mut outcome = Outcome::begin(&directory, &role.file_name(OUTCOME), &caller.identity())
-        .with_context(|| {
-            images_dir
-                .join(role.file_name(OUTCOME))
-                .display()
-                .to_string()
-        })?;
-    let log = outcome::log(&directory, &role.file_name(LOG))
-        .with_context(|| images_dir.join(role.file_name(LOG)).display().to_string())?;
+    // One that is still at work has its log and its outcome here.
+    Listener::check(&images_dir, role, SocketPath::CriusOwn)?;
+    let [log, outcome] = [LOG, OUTCOME].map(|suffix| role.file_name(suffix));
+    let path_of = |name: &str| images_dir.join(name).display().to_string();
+    outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;
+    let log = outcome::create(&directory, &log).with_context(|| path_of(&log))?;
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
-    plan.progress = Progress::new(reports.into()).and(log.try_clone()?);
-    if plan.goes_on_when_copied {
-        plan.progress = plan.progress.and_when_copied(outcome.copy()?);
-    }
+    let hook = Hook::new(reports.into(), plan.goes_on_when_copied);
+    plan.progress = Progress::new(log.try_clone()?).and_hook(hook.clone());
+    let starter = caller.identity();
     plan.caller = Some(caller);
-    let streamer = Background::start(log, || {
-        if let Err(error) = outcome.is_of_this_process() {
-            return super::conclude(error.into());
-        }
+    process::go_on_in_background(log, move || {
         let ended = super::run(plan);
         let reason = ended.as_ref().err().map(|it| format!("{:#}", it.error()));
-        let status = ended.map_or_else(super::conclude, |()| 0);
-        // An outcome that cannot be written is none, which is a failure.
-        let _ = outcome.end(reason.as_deref());
-        status
-    })?;
-    for line in BufReader::new(progress).lines() {
-        if line.context("waiting for the streamer")? == Milestone::SocketInit.line() {
-            return Ok(());
+        // Before CRIU loses its pipes: whoever sees that finds the reason.
+        if let Err(error) = outcome::leave(&directory, &outcome, &starter, reason.as_deref()) {
+            report::warn(format_args!("{outcome}: {error:#}"));
         }
+        hook.ended(reason.as_deref());
+        ended.map_or_else(super::conclude, |()| 0)
+    })?;
+    match outcome::hear(progress, Some(Milestone::SocketInit)) {
+        Said::GoOn => Ok(()),
+        Said::Failed(reason) => bail!("{reason}"),
+        Said::Nothing => bail!("{NO_ANSWER}"),
     }
-    streamer.wait();
-    outcome.read_end()?;
-    bail!("the streamer ended before CRIU could connect")
 }
 
 /// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed. A CRIU that
@@ -125,20 +118,24 @@ fn start() -> Result<()> {
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
     let directory = open_directory(caller.images_dir())?;
-    let name = Role::Capture.file_name(OUTCOME);
-    let mut outcome = Outcome::find(&directory, &name, &caller.identity())?;
-    let streamer = outcome.streamer()?;
-    // CRIU has closed all of its files. One that it has left open by mistake, or a plugin of it,
-    // would never end, and the application would be frozen for ever.
-    outcome.wait(caller.lets_live(), || {
-        let open = streamer.map_or(0, |pid| process::common_pipes(caller.pid(), pid));
-        ensure!(
-            open == 0,
-            "CRIU has not closed {open} files of the image, and says that it is written: a plugin may have forgotten them"
-        );
-        Ok(())
-    })
+    let enough = caller.lets_live().then_some(Milestone::MemoryCopied);
+    let said = match caller.call(&directory) {
+        Ok(streamer) => outcome::hear(streamer, enough),
+        Err(_) => Said::Nothing,
+    };
+    let reason = match said {
+        Said::GoOn => return Ok(()),
+        Said::Failed(reason) => Some(reason),
+        Said::Nothing => outcome::left(
+            &directory,
+            &Role::Capture.file_name(OUTCOME),
+            &caller.identity(),
+        ),
+    };
+    bail!("{}", reason.as_deref().unwrap_or(NO_ANSWER))
 }
+
+const NO_ANSWER: &str = "no streamer answers: it was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
 
 /// What CRIU is about to do, and the file with the options for it.
 fn choose(caller: &Caller) -> Result<(Role, PathBuf)> {

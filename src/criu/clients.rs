@@ -11,6 +11,7 @@
 //! names, and would become one image. On restore it does no harm.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -144,6 +145,11 @@ impl<R> Clients<R> {
         client.map_or_else(AskedFor::default, |client| client.asked_for)
     }
 
+    /// No client is connected.
+    pub(crate) fn are_gone(&self) -> bool {
+        self.clients.is_empty()
+    }
+
     /// Clients have asked for files, and all of these are gone.
     pub fn all_gone(&self) -> bool {
         self.spoken > 0 && self.speaking == 0
@@ -157,32 +163,20 @@ impl<R> Clients<R> {
 
     /// Somebody was connected, and nobody is any more.
     pub fn have_left(&self) -> bool {
-        self.next_id > 0 && self.clients.is_empty()
+        self.next_id > 0 && self.are_gone()
     }
 
-    /// Whether one client is at work, and not in the middle of a message.
-    pub fn is_alone(&self) -> bool {
-        let mut speaking = self.clients.values().filter(|client| client.has_spoken);
-        self.speaking == 1 && speaking.all(|client| client.is_between_requests())
-    }
-
-    /// Ends the conversation with those who have asked for files. What they say from now on fails
-    /// (`EPIPE`), so that none takes a file for sent.
-    ///
-    /// # Errors
-    /// When one has said more, which nobody will look at.
-    pub fn dismiss(&mut self) -> Result<()> {
-        for client in self.clients.values_mut().filter(|it| it.has_spoken) {
-            let connection = &mut client.connection;
-            ensure!(
-                connection.stop_receiving()? == Receipt::Closed,
-                "capturing the image: {} sends more files after inventory.img and a whole dump: it is a CRIU that is not known here; discard the image",
-                connection.peer()
-            );
-        }
-        self.clients.retain(|_, client| !client.has_spoken);
+    /// Ends all conversations: nothing more is to come.
+    pub fn dismiss(&mut self) {
+        self.clients.clear();
         self.speaking = 0;
-        Ok(())
+    }
+
+    /// Takes the connection of a client that has asked for no file, to go on with it elsewhere.
+    pub(crate) fn take(&mut self, id: u64, poller: &Poller) -> Option<OwnedFd> {
+        let client = self.clients.remove(&id)?;
+        poller.remove(&client.connection);
+        Some(client.connection.into())
     }
 
     /// Closes the connections that have asked for no file.

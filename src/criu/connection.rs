@@ -16,8 +16,7 @@ use anyhow::{Context, Result, ensure};
 use prost::Message as _;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, Shutdown,
-    recvmsg, send, shutdown,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
 };
 
 /// The protobuf messages of `proto/criu.proto`.
@@ -115,18 +114,6 @@ impl Connection {
         Ok(Receipt::Something)
     }
 
-    /// Has the peer's next message fail, and looks whether one came before: if not, the connection
-    /// is at its end.
-    ///
-    /// # Errors
-    /// Those of [`Connection::receive`].
-    pub fn stop_receiving(&mut self) -> Result<Receipt> {
-        match shutdown(&self.stream, Shutdown::Read) {
-            Ok(()) | Err(Errno::NOTCONN) => self.receive(),
-            Err(error) => Err(error).with_context(|| format!("dismissing {}", self.peer)),
-        }
-    }
-
     /// The next whole message among what was received.
     ///
     /// # Errors
@@ -195,12 +182,7 @@ impl Connection {
     /// When the peer is gone, or takes no answers. CRIU waits for each answer before it asks again,
     /// so that the socket always has room for one.
     pub fn reply(&mut self, exists: bool) -> Result<()> {
-        let mut message = vec![0; LENGTH];
-        ImgStreamerReplyEntry { exists }
-            .encode(&mut message)
-            .expect("a Vec takes whatever is written to it");
-        let length = (message.len() - LENGTH) as u32;
-        message[..LENGTH].copy_from_slice(&length.to_le_bytes());
+        let message = frame(&ImgStreamerReplyEntry { exists });
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let sent = retry_on_intr(|| send(&self.stream, &message, flags))
             .with_context(|| format!("answering {}", self.peer))?;
@@ -212,6 +194,18 @@ impl Connection {
         self.expects_descriptor = exists;
         Ok(())
     }
+}
+
+impl From<Connection> for OwnedFd {
+    fn from(connection: Connection) -> Self {
+        connection.stream
+    }
+}
+
+/// A message behind its length.
+pub(super) fn frame(message: &impl prost::Message) -> Vec<u8> {
+    let message = message.encode_to_vec();
+    [&(message.len() as u32).to_le_bytes()[..], &message].concat()
 }
 
 impl AsFd for Connection {

@@ -7,19 +7,35 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::Role;
+use super::connection::frame;
+use super::connection::proto::ImgStreamerRequestEntry;
+use super::{Message, Role};
 use crate::os::process::{arguments_in, command_line_of, parent_of, start_of};
 
 /// What CRIU sets for its action scripts.
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 const IMAGES_DIR: &str = "CRTOOLS_IMAGE_DIR";
+
+/// What a hook asks the streamer for in place of a file, followed by its CRIU: no file can have a
+/// name with a slash.
+const CALL: &str = "/post-dump ";
+
+/// The CRIU whose hook has called, if a message is such a call.
+pub(crate) fn call_in(message: &Message) -> Option<&str> {
+    match message {
+        Message::Request(name) => name.strip_prefix(CALL),
+        Message::Descriptor(_) => None,
+    }
+}
 
 /// The action that CRIU is at; `None` if it is not CRIU that runs this program.
 pub(crate) fn action() -> Option<OsString> {
@@ -62,10 +78,6 @@ impl Caller {
         })
     }
 
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid
-    }
-
     /// Its images directory: the path of it if there is one, else one in /proc.
     pub(crate) fn images_dir(&self) -> &Path {
         &self.images_dir
@@ -74,6 +86,21 @@ impl Caller {
     /// Which CRIU it is, in words.
     pub(crate) fn identity(&self) -> String {
         format!("CRIU {} {}", self.pid, self.start)
+    }
+
+    /// Calls the streamer that was started for it, now that CRIU has closed its files. What the
+    /// streamer says comes back.
+    ///
+    /// # Errors
+    /// When no streamer listens.
+    pub(crate) fn call(&self, images_dir: impl AsFd) -> io::Result<UnixStream> {
+        let name = Role::Capture.socket_name();
+        // A short path, whatever that of the directory is.
+        let directory = images_dir.as_fd().as_raw_fd();
+        let mut streamer = UnixStream::connect(format!("/proc/self/fd/{directory}/{name}"))?;
+        let filename = format!("{CALL}{}", self.identity());
+        streamer.write_all(&frame(&ImgStreamerRequestEntry { filename }))?;
+        Ok(streamer)
     }
 
     /// What it is doing, as far as command lines tell.

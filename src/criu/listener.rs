@@ -18,7 +18,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, socket,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
+    listen, shutdown, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -95,6 +96,12 @@ impl Listener {
         listen(&socket, backlog).with_context(|| format!("listening on {}", name.path))?;
         let socket = UnixListener::from(socket);
         Ok(Self { socket, name })
+    }
+
+    /// Refuses all further clients, and keeps the name from being taken by another streamer.
+    pub(crate) fn close(&self) {
+        // A socket that listens can be shut down.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 
     /// Takes the next peer; `None` when no peer waits.

@@ -150,6 +150,12 @@ impl Poller {
         Ok(self.0.add(fd, EpollEvent::new(flags, token))?)
     }
 
+    /// Watches a descriptor no more, although it stays open.
+    pub(crate) fn remove(&self, fd: impl AsFd) {
+        // One that is not watched is an error, and as it should be.
+        let _ = self.0.delete(fd);
+    }
+
     /// Waits for events. They are in `found`, which is empty when the time is over.
     ///
     /// # Errors

@@ -3,18 +3,14 @@
 
 #![allow(unsafe_code)]
 
-use std::collections::HashSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
-
-use crate::os::pipe::uninterrupted;
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
 
 /// The process that captured an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,54 +85,24 @@ pub(crate) fn close_inherited() {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
 }
 
-/// How many pipes both of two processes have open.
-pub(crate) fn common_pipes(one: u32, other: u32) -> usize {
-    pipes_of(one).intersection(&pipes_of(other)).count()
-}
-
-/// The inodes of the pipes that a process has open.
-fn pipes_of(pid: u32) -> HashSet<u64> {
-    let open = fs::read_dir(format!("/proc/{pid}/fd"));
-    let files = open.into_iter().flatten().flatten();
-    files
-        .filter_map(|file| fs::metadata(file.path()).ok())
-        .filter(|file| file.file_type().is_fifo())
-        .map(|file| file.ino())
-        .collect()
-}
-
-/// A part of this program that goes on in the background.
-pub(crate) struct Background(Pid);
-
-impl Background {
-    /// Has `work` go on as a process of a session of its own, which reads nothing, and whose
-    /// standard output and standard error are `log`. Its exit status is what `work` returns. There
-    /// must be no other threads.
-    ///
-    /// # Errors
-    /// Those of `fork`, and when there is no /dev/null.
-    pub(crate) fn start(log: OwnedFd, work: impl FnOnce() -> u8) -> Result<Self> {
-        let null = File::open("/dev/null").context("opening /dev/null")?;
-        // SAFETY: this is the only thread, so that no lock is held by one that the new process
-        // lacks.
-        match unsafe { fork() }.context("starting a process")? {
-            ForkResult::Parent { child } => Ok(Self(child)),
-            ForkResult::Child => {
-                let detached = setsid()
-                    .and_then(|_| dup2_stdin(null))
-                    .and_then(|()| dup2_stdout(&log))
-                    .and_then(|()| dup2_stderr(log));
-                let status = detached.map_or(1, |()| work());
-                std::process::exit(status.into())
-            }
-        }
+/// Has `work` go on as a process of a session of its own, which reads nothing, and whose standard
+/// output and standard error are `log`. Its exit status is what `work` returns. There must be no
+/// other threads.
+///
+/// # Errors
+/// Those of `fork`, and when there is no /dev/null.
+pub(crate) fn go_on_in_background(log: OwnedFd, work: impl FnOnce() -> u8) -> Result<()> {
+    let null = File::open("/dev/null").context("opening /dev/null")?;
+    // SAFETY: this is the only thread, so that no lock is held by one that the new process lacks.
+    if unsafe { fork() }.context("starting a process")?.is_child() {
+        let detached = setsid()
+            .and_then(|_| dup2_stdin(null))
+            .and_then(|()| dup2_stdout(&log))
+            .and_then(|()| dup2_stderr(log));
+        let status = detached.map_or(1, |()| work());
+        std::process::exit(status.into())
     }
-
-    /// Waits for its end.
-    pub(crate) fn wait(self) {
-        // Its exit status tells nothing that is asked for.
-        let _ = uninterrupted(|| waitpid(self.0, None));
-    }
+    Ok(())
 }
 
 /// The command line of a process, with a NUL behind each argument; empty where it cannot be read.

@@ -1,310 +1,207 @@
-//! What becomes of a streamer that is nobody's child: who has started it, and how it ended.
+//! How a streamer in the background has ended: for CRIU's hook, which has started it and waits for
+//! it, and for people and scripts that come later.
 //!
-//! A file in the images directory tells. Its first line names the CRIU that has started the
-//! streamer, so that no other run's outcome is taken for this one's, and the second one is the
-//! streamer's PID. A line `memory-copied` lets who has started it go on before its end. The
-//! streamer holds the file's lock for as long as it runs, and writes the last lines when all is
-//! over. The kernel releases the lock however the streamer ends: a free lock and no end mean that
-//! it was killed.
+//! The hook hears lines, first through a pipe, and at `post-dump` through a connection to the
+//! streamer's socket: milestones, and then `succeeded` or the reason of the failure. An end without
+//! either means that the streamer was killed. The same end is left in a file, behind a line with
+//! the CRIU that has started the streamer. Nothing is decided by that file.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, Instant};
+use std::rc::Rc;
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{OFlag, openat};
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
+use super::notice::write_text;
 use super::progress::Milestone;
 
 /// The end of a streamer that has done all it had to.
 const SUCCESS: &str = "succeeded";
 
-/// Bytes of the file that are looked at: a reason has some hundred.
-const MOST: u64 = 64 << 10;
+/// Bytes of an outcome that are read: a reason has some hundred.
+const MAX_OUTCOME: u64 = 64 << 10;
 
-/// Between two attempts to take the lock: a lock cannot be waited for with a limit.
-const NAP: Duration = Duration::from_millis(10);
+/// The hook that waits for a streamer, as this hears of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Hook {
+    listens_to: Rc<RefCell<File>>,
+    goes_on_when_copied: bool,
+}
 
-/// How long another one may hold the lock for a look at the file.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Between two looks at whether to go on waiting.
-const LOOK: Duration = Duration::from_secs(1);
-
-/// The file, open.
-pub(crate) struct Outcome(File);
-
-impl Outcome {
-    /// Begins anew: a streamer that `starter` has started is about to run. The lock is held until
-    /// this, and all copies of it in other processes, are gone.
-    ///
-    /// # Errors
-    /// When a streamer is running that has the same file.
-    pub(crate) fn begin(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
-        let mut file = open(directory, name, OFlag::O_RDWR | OFlag::O_CREAT)?;
-        let end = Instant::now() + PATIENCE;
-        loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(NAP),
-                Err(Errno::WOULDBLOCK) => bail!(
-                    "a streamer that another CRIU has started is still at work here: wait for its end, or use another images directory"
-                ),
-                locked => break locked.context("locking it")?,
-            }
-        }
-        file.set_len(0)?;
-        writeln!(file, "{starter}")?;
-        Ok(Self(file))
-    }
-
-    /// What `starter` has begun.
-    ///
-    /// # Errors
-    /// When it has begun nothing.
-    pub(crate) fn find(directory: impl AsFd, name: &str, starter: &str) -> Result<Self> {
-        let mut outcome = match open(directory, name, OFlag::O_RDONLY) {
-            Err(error) if error.downcast_ref() == Some(&nix::errno::Errno::ENOENT) => {
-                bail!("{NOTHING_BEGUN}")
-            }
-            file => Self(file?),
-        };
-        let text = outcome.read()?;
-        ensure!(text.lines().next() == Some(starter), "{NOTHING_BEGUN}");
-        Ok(outcome)
-    }
-
-    /// The streamer is this process.
-    pub(crate) fn is_of_this_process(&mut self) -> Result<()> {
-        writeln!(self.0, "{}", std::process::id()).context("writing who it is")
-    }
-
-    /// The PID of the streamer, if it has begun.
-    pub(crate) fn streamer(&mut self) -> Result<Option<u32>> {
-        let text = self.read()?;
-        Ok(text.lines().nth(1).and_then(|line| line.parse().ok()))
-    }
-
-    /// A copy that belongs to the streamer, for the line that lets its starter go on.
-    pub(crate) fn copy(&self) -> Result<OwnedFd> {
-        Ok(self.0.try_clone().context("copying a descriptor")?.into())
-    }
-
-    /// Waits until the streamer has ended, and fails with its reason if it has failed; or, if
-    /// `may_go_on`, until it lets its starter go on. Now and then it looks whether `may_wait`, and
-    /// fails as that does.
-    pub(crate) fn wait(mut self, may_go_on: bool, may_wait: impl Fn() -> Result<()>) -> Result<()> {
-        let mut look = Instant::now() + LOOK;
-        loop {
-            match flock(&self.0, FlockOperation::NonBlockingLockShared) {
-                Ok(()) => return self.read_end(),
-                Err(Errno::WOULDBLOCK | Errno::INTR) if may_go_on && self.lets_go_on()? => {
-                    return Ok(());
-                }
-                Err(Errno::WOULDBLOCK | Errno::INTR) => {}
-                Err(error) => return Err(error).context("waiting for the streamer's end"),
-            }
-            if Instant::now() >= look {
-                may_wait()?;
-                look = Instant::now() + LOOK;
-            }
-            std::thread::sleep(NAP);
+impl Hook {
+    /// A hook that listens to a pipe.
+    pub(crate) fn new(pipe: OwnedFd, goes_on_when_copied: bool) -> Self {
+        Self {
+            listens_to: Rc::new(RefCell::new(pipe.into())),
+            goes_on_when_copied,
         }
     }
 
-    /// Whether the streamer, which has not ended, lets its starter go on.
-    fn lets_go_on(&mut self) -> Result<bool> {
-        let text = self.read()?;
-        Ok(parts(&text).0)
+    /// From now on it listens to this connection.
+    pub(crate) fn connects(&self, connection: OwnedFd) {
+        self.listens_to.replace(connection.into());
     }
 
-    /// Fails with the streamer's reason if it has failed. It must have ended.
-    pub(crate) fn read_end(&mut self) -> Result<()> {
-        let text = self.read()?;
-        let (_, end) = parts(&text);
-        match end.map(str::trim_end) {
-            Some(SUCCESS) => Ok(()),
-            None | Some("") => {
-                bail!("the streamer was killed, or crashed: discard what there is of the image")
-            }
-            Some(reason) => bail!("{reason}"),
+    /// Tells of a milestone.
+    pub(crate) fn reached(&self, milestone: Milestone) {
+        if milestone != Milestone::MemoryCopied || self.goes_on_when_copied {
+            self.tell(milestone.line());
         }
     }
 
-    /// Writes how the streamer has ended: the reason of its failure, if it has failed.
-    pub(crate) fn end(&mut self, failure: Option<&str>) -> Result<()> {
-        writeln!(self.0, "{}", failure.unwrap_or(SUCCESS)).context("writing how it ended")
+    /// Tells how the streamer has ended: the reason of its failure, if it has failed.
+    pub(crate) fn ended(&self, failure: Option<&str>) {
+        self.tell(failure.unwrap_or(SUCCESS));
     }
 
-    fn read(&mut self) -> Result<String> {
-        let mut text = Vec::new();
-        self.0.rewind()?;
-        (&self.0).take(MOST).read_to_end(&mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+    fn tell(&self, line: &str) {
+        // A hook that is gone has CRIU behind it, whose end shows.
+        let _ = write_text(&*self.listens_to.borrow(), &format!("{line}\n"));
     }
 }
 
-/// Whether the starter may go on, and what the file says of the end.
-fn parts(text: &str) -> (bool, Option<&str>) {
-    let said = text.splitn(3, '\n').nth(2);
-    let after = said.and_then(|said| said.strip_prefix(Milestone::MemoryCopied.line()));
-    match after.and_then(|after| after.strip_prefix('\n')) {
-        Some(end) => (true, Some(end)),
-        None => (false, said),
+/// What a streamer has said in the end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// It has succeeded, or has come far enough.
+    GoOn,
+    /// The reason of its failure.
+    Failed(String),
+    /// Nothing: it was killed.
+    Nothing,
+}
+
+/// Hears a streamer until it has ended, or has reached a milestone that is `enough`.
+pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Said {
+    let mut said = Vec::new();
+    for line in BufReader::new(streamer).lines().map_while(Result::ok) {
+        if enough.is_some_and(|milestone| line == milestone.line()) {
+            return Said::GoOn;
+        }
+        if line != Milestone::MemoryCopied.line() {
+            said.push(line);
+        }
+    }
+    end(&said.join("\n"))
+}
+
+fn end(text: &str) -> Said {
+    match text.trim_end() {
+        SUCCESS => Said::GoOn,
+        "" => Said::Nothing,
+        reason => Said::Failed(reason.to_owned()),
     }
 }
 
-const NOTHING_BEGUN: &str = "this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook";
-
-/// Opens a file of ours. Others may be able to write to the images directory: a file of theirs
-/// could tell of a success that never was, and a FIFO would be waited for.
-fn open(directory: impl AsFd, name: &str, flags: OFlag) -> Result<File> {
-    let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    let file = File::from(openat(directory, name, flags, mode)?);
-    let found = file.metadata().context("looking at it")?;
-    ensure!(
-        found.is_file()
-            && found.uid() == nix::unistd::geteuid().as_raw()
-            && found.nlink() == 1
-            && found.mode() & 0o022 == 0,
-        "it is no file of ours alone: remove it, and use an images directory that no one else can write to"
-    );
-    Ok(file)
-}
-
-/// Makes a file that takes what a streamer in the background says.
+/// Leaves the end of a streamer that `starter` has started in a file, which is there as a whole or
+/// not at all.
 ///
 /// # Errors
-/// Those of opening it.
-pub(crate) fn log(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;
-    let log = open(directory, name, flags)?;
-    log.set_len(0).context("emptying it")?;
-    Ok(log.into())
+/// Those of writing it.
+pub(crate) fn leave(
+    directory: impl AsFd,
+    name: &str,
+    starter: &str,
+    failure: Option<&str>,
+) -> Result<()> {
+    let unfinished = format!(".{name}");
+    let mut file = File::from(create(&directory, &unfinished)?);
+    let end = failure.unwrap_or(SUCCESS);
+    file.write_all(format!("{starter}\n{end}\n").as_bytes())?;
+    Ok(renameat(&directory, unfinished.as_str(), &directory, name)?)
+}
+
+/// The reason why a streamer that `starter` has started has failed, as far as its file tells.
+pub(crate) fn left(directory: impl AsFd, name: &str, starter: &str) -> Option<String> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let mut text = String::new();
+    let read = openat(directory, name, flags, Mode::empty())
+        .map(|file| File::from(file).take(MAX_OUTCOME).read_to_string(&mut text));
+    read.ok()?.ok()?;
+    let (by, text) = text.split_once('\n')?;
+    match end(text) {
+        Said::Failed(reason) if by == starter => Some(reason),
+        _ => None,
+    }
+}
+
+/// Creates a file of ours in a directory, in place of what has its name there.
+///
+/// # Errors
+/// When the name cannot be had.
+pub(crate) fn create(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
+    remove(&directory, name)?;
+    let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_EXCL;
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    openat(directory, name, flags | OFlag::O_CLOEXEC, mode).context("creating it")
+}
+
+/// Removes what has this name in a directory, if anything has.
+///
+/// # Errors
+/// When it stays.
+pub(crate) fn remove(directory: impl AsFd, name: &str) -> Result<()> {
+    match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error).context("removing an earlier one"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::Permissions;
-    use std::os::fd::OwnedFd;
-    use std::os::unix::fs::PermissionsExt;
-    use tempfile::TempDir;
 
-    fn directory() -> (TempDir, OwnedFd) {
-        let directory = TempDir::new().unwrap();
-        let fd = File::open(directory.path()).unwrap().into();
-        (directory, fd)
-    }
-
-    fn begin(directory: &OwnedFd, starter: &str) -> Result<Outcome> {
-        Outcome::begin(directory, "outcome", starter)
-    }
-
-    fn find(directory: &OwnedFd, starter: &str) -> Result<Outcome> {
-        Outcome::find(directory, "outcome", starter)
+    fn heard(text: &str, enough: Option<Milestone>) -> Said {
+        hear(text.as_bytes(), enough)
     }
 
     #[test]
-    fn how_a_streamer_ended_is_known_to_the_one_that_started_it() {
-        let (_guard, directory) = directory();
-        assert!(find(&directory, "CRIU 1 2").is_err());
-        let mut outcome = begin(&directory, "CRIU 1 2").unwrap();
-        assert!(begin(&directory, "CRIU 3 4").is_err());
-        outcome.is_of_this_process().unwrap();
-        let streamer = find(&directory, "CRIU 1 2").unwrap().streamer().unwrap();
-        assert_eq!(streamer, Some(std::process::id()));
-        outcome.end(None).unwrap();
-        drop(outcome);
-        find(&directory, "CRIU 1 2")
-            .unwrap()
-            .wait(false, || Ok(()))
-            .unwrap();
-        assert!(find(&directory, "CRIU 1 23").is_err());
-
-        let mut outcome = begin(&directory, "CRIU 1 23").unwrap();
-        assert!(find(&directory, "CRIU 1 2").is_err());
-        outcome.is_of_this_process().unwrap();
-        outcome.end(Some("reading a: no\nsecond line")).unwrap();
-        drop(outcome);
-        let failed = find(&directory, "CRIU 1 23")
-            .unwrap()
-            .wait(false, || Ok(()))
-            .unwrap_err();
-        assert_eq!(failed.to_string(), "reading a: no\nsecond line");
-    }
-
-    #[test]
-    fn who_has_started_a_streamer_may_go_on_before_its_end_where_it_says_so() {
-        let (_guard, directory) = directory();
-        let mut outcome = begin(&directory, "CRIU 1 2").unwrap();
-        outcome.is_of_this_process().unwrap();
-        let mut copy = File::from(outcome.copy().unwrap());
-        let wait = || {
-            find(&directory, "CRIU 1 2")
-                .unwrap()
-                .wait(true, || bail!("not yet"))
-        };
-        assert_eq!(wait().unwrap_err().to_string(), "not yet");
-        writeln!(copy, "memory-copied").unwrap();
-        wait().unwrap();
-        outcome.end(Some("a failure")).unwrap();
-        drop((outcome, copy));
-        assert_eq!(wait().unwrap_err().to_string(), "a failure");
-    }
-
-    #[test]
-    fn files_that_others_have_a_hand_in_are_refused() {
-        let (guard, directory) = directory();
-        let path = guard.path().join("outcome");
-        let refused = |what: &str| {
-            for error in [
-                begin(&directory, "CRIU 1 2").err(),
-                find(&directory, "CRIU 1 2").err(),
-                log(&directory, "outcome").err(),
-            ] {
-                let error = error
-                    .unwrap_or_else(|| panic!("{what} was taken"))
-                    .to_string();
-                assert!(error.contains("no file of ours alone"), "{what}: {error}");
-            }
-        };
-        std::fs::write(&path, "CRIU 1 2\n7\nsucceeded\n").unwrap();
-        std::fs::hard_link(&path, guard.path().join("other")).unwrap();
-        refused("a file with another name");
-        std::fs::remove_file(guard.path().join("other")).unwrap();
-        std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
-        refused("a file that others may write to");
-        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
-        if nix::unistd::geteuid().is_root() {
-            std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
-            refused("another user's file");
+    fn only_an_end_that_was_told_is_one() {
+        let failed = |reason: &str| Said::Failed(reason.into());
+        assert_eq!(heard("succeeded\n", None), Said::GoOn);
+        assert_eq!(heard("a: no\nand b\n", None), failed("a: no\nand b"));
+        for cut in ["", "memory-copied\n"] {
+            assert_eq!(heard(cut, None), Said::Nothing, "{cut:?}");
         }
-        assert_eq!(std::fs::read(&path).unwrap(), b"CRIU 1 2\n7\nsucceeded\n");
-        std::fs::remove_file(&path).unwrap();
-        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        // A FIFO without a reader cannot be opened for writing.
-        assert!(log(&directory, "outcome").is_err());
-        assert!(begin(&directory, "CRIU 1 2").is_err());
-        assert!(find(&directory, "CRIU 1 2").is_err());
+        let copied = Some(Milestone::MemoryCopied);
+        assert_eq!(heard("memory-copied\nlate\n", copied), Said::GoOn);
+        assert_eq!(heard("memory-copied\nlate\n", None), failed("late"));
     }
 
     #[test]
-    fn a_streamer_that_wrote_no_end_was_killed() {
-        let (_guard, directory) = directory();
-        begin(&directory, "CRIU 1 2")
-            .unwrap()
-            .is_of_this_process()
-            .unwrap();
-        let killed = find(&directory, "CRIU 1 2")
-            .unwrap()
-            .wait(false, || Ok(()))
-            .unwrap_err();
-        assert!(killed.to_string().contains("killed"), "{killed}");
+    fn a_reason_is_that_of_the_streamer_that_left_it() {
+        let place = tempfile::TempDir::new().unwrap();
+        let directory = File::open(place.path()).unwrap();
+        let left = |starter: &str| left(&directory, "outcome", starter);
+        assert_eq!(left("CRIU 1 2"), None);
+        for failure in [None, Some("a: no")] {
+            leave(&directory, "outcome", "CRIU 1 2", failure).unwrap();
+            assert_eq!(left("CRIU 1 2").as_deref(), failure);
+            assert_eq!(left("CRIU 1 23"), None);
+        }
+    }
+
+    /// Others may be able to write to the images directory.
+    #[test]
+    fn what_stands_under_a_name_is_replaced_and_never_written_to() {
+        let place = tempfile::TempDir::new().unwrap();
+        let directory = File::open(place.path()).unwrap();
+        let victim = place.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        let name = place.path().join("log");
+        std::os::unix::fs::symlink(&victim, &name).unwrap();
+        create(&directory, "log").unwrap();
+        std::fs::remove_file(&name).unwrap();
+        std::fs::hard_link(&victim, &name).unwrap();
+        let mut log = File::from(create(&directory, "log").unwrap());
+        log.write_all(b"said").unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+        assert_eq!(std::fs::read(&name).unwrap(), b"said");
     }
 }

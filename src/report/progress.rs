@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use serde::Serialize;
 
 use super::notice::write_text;
+use super::outcome::Hook;
 
 /// A moment that supervisors wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,19 +48,19 @@ pub struct ShardStats {
     pub transfer_duration_millis: u64,
 }
 
-/// The descriptors that get progress lines.
+/// The descriptor that gets progress lines, and CRIU's hook.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    all: Vec<File>,
-    /// Gets [`Milestone::MemoryCopied`] only.
-    when_copied: Option<File>,
+    file: Option<File>,
+    /// CRIU's hook, which gets milestones only.
+    hook: Option<Hook>,
 }
 
 impl Progress {
     /// Reports to `fd`.
     pub(crate) fn new(fd: OwnedFd) -> Self {
         Self {
-            all: vec![File::from(fd)],
+            file: Some(File::from(fd)),
             ..Self::silent()
         }
     }
@@ -67,31 +68,29 @@ impl Progress {
     /// Reports nothing.
     pub(crate) fn silent() -> Self {
         Self {
-            all: Vec::new(),
-            when_copied: None,
+            file: None,
+            hook: None,
         }
     }
 
-    /// Reports to `fd` too.
-    pub(crate) fn and(mut self, fd: OwnedFd) -> Self {
-        self.all.push(File::from(fd));
+    /// Reports to CRIU's hook too.
+    pub(crate) fn and_hook(mut self, hook: Hook) -> Self {
+        self.hook = Some(hook);
         self
     }
 
-    /// Reports to `fd` that the memory is copied, and nothing else.
-    pub(crate) fn and_when_copied(mut self, fd: OwnedFd) -> Self {
-        self.when_copied = Some(File::from(fd));
-        self
+    /// CRIU's hook connects.
+    pub(crate) fn hook_connects(&self, connection: OwnedFd) {
+        if let Some(hook) = &self.hook {
+            hook.connects(connection);
+        }
     }
 
     /// Reports a milestone.
     pub(crate) fn reached(&mut self, milestone: Milestone) {
         self.line(milestone.line());
-        if milestone == Milestone::MemoryCopied
-            && let Some(file) = &self.when_copied
-        {
-            // Who waits for it then waits for the end.
-            let _ = write_text(file, &format!("{}\n", milestone.line()));
+        if let Some(hook) = &self.hook {
+            hook.reached(milestone);
         }
     }
 
@@ -101,8 +100,13 @@ impl Progress {
     }
 
     fn line(&mut self, line: &str) {
-        self.all
-            .retain(|file| write_text(file, &format!("{line}\n")).is_ok());
+        let written = self
+            .file
+            .as_ref()
+            .map(|file| write_text(file, &format!("{line}\n")));
+        if let Some(Err(_)) = written {
+            self.file = None;
+        }
     }
 }
 
