@@ -122,12 +122,14 @@ pub fn scenarios() -> Vec<Scenario> {
         ("lz4", "lz4 -q -1"),
         ("zstd-1", "zstd -q -1"),
         ("zstd-adapt", "zstd -q --adapt"),
+        ("zstd-adapt-max-4", "zstd -q --adapt=max=4"),
     ];
-    for (link, bytes_per_s, runs) in [
-        ("25-MB-per-s", 25e6, 1),
-        ("250-MB-per-s", 250e6, 3),
-        ("no-link", 1e12, 3),
-    ] {
+    let links = [
+        ("512-MiB-25-MB-per-s", 512, 25e6, 2),
+        ("1-GiB-250-MB-per-s", 1024, 250e6, 3),
+        ("1-GiB-no-link", 1024, 1e12, 3),
+    ];
+    for (link, mib, bytes_per_s, runs) in links {
         for (name, command) in compressors {
             let speed = bytes_per_s / 2.0;
             let sink =
@@ -135,7 +137,7 @@ pub fn scenarios() -> Vec<Scenario> {
             all.push(Scenario {
                 original: false,
                 runs,
-                ..scenario(format!("link/{link}-{name}"), 1024, 2, &sink)
+                ..scenario(format!("link/{link}-{name}"), mib, 2, &sink)
             });
         }
     }

@@ -17,8 +17,8 @@ struct Bar {
 struct Lane {
     name: &'static str,
     bars: Vec<Bar>,
-    /// What is reached at the end of the first bars, and when.
-    mark: (f64, String),
+    /// What is reached at the end of the bar with this number.
+    mark: (usize, String),
 }
 
 const DOWNLOAD: &str = "#9db8d2";
@@ -50,7 +50,7 @@ fn restore(report: &Report) -> Option<[Lane; 2]> {
         colour,
         text,
     };
-    let running = |at: f64| (at, format!("running after {at:.1} s"));
+    let running = |at: f64| (1, format!("running after {at:.1} s"));
     Some([
         Lane {
             name: "all of it, then CRIU",
@@ -88,7 +88,7 @@ fn frozen(report: &Report) -> Option<[Lane; 3]> {
         Some(Lane {
             name,
             bars,
-            mark: (frozen_s, format!("goes on after {frozen_s:.1} s")),
+            mark: (0, format!("goes on after {frozen_s:.1} s")),
         })
     };
     Some([
@@ -172,15 +172,14 @@ fn draw_lane(body: &mut String, lane: &Lane, y: f64, scale: f64) -> Result<()> {
             )?;
         }
     }
-    let (at, text) = &lane.mark;
-    let end = LEFT + at * scale;
-    let longest = lane.bars.iter().map(|bar| bar.to_s).fold(*at, f64::max);
+    let (row, text) = &lane.mark;
+    let end = LEFT + lane.bars[*row].to_s * scale;
     writeln!(
         body,
         r##"<path d="M{end:.1} {y:.1}v{:.1}" stroke="#222" stroke-width="2"/><text x="{:.1}" y="{:.1}">{text}</text>"##,
         2.0 * height,
-        LEFT + longest * scale + 8.0,
-        y + height + 4.0
+        end + 8.0,
+        y + (*row + 1) as f64 * height - 6.0
     )?;
     Ok(())
 }
