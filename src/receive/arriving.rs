@@ -36,7 +36,7 @@ impl<'a> Arriving<'a> {
         counters: &Counters,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let outlets = ExternalOutputs::new(external_files)?;
+        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
         let image = |labels| Indexed::new(outlets, labels);
         Ok(Self {
             receiver: Receiver::new(shards, image, counters, supervisor)?,

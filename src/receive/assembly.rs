@@ -318,6 +318,7 @@ impl<S: Store> Assembly<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::os::poller::Poller;
     use crate::store::catalog::Catalog;
 
     const HERE: Position = Position {
@@ -342,7 +343,10 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        let store = External::new(Catalog::new(), ExternalOutputs::new(Vec::new()).unwrap());
+        let store = External::new(
+            Catalog::new(),
+            ExternalOutputs::new(Vec::new(), &Poller::new().unwrap()).unwrap(),
+        );
         Assembly::new(store, vec!["shard fd 0".into()])
     }
 

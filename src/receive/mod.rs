@@ -49,10 +49,6 @@ const STALL: Duration = Duration::from_millis(20);
 /// supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long a full pipe of an external file is left alone if no event comes, should the kernel have
-/// ended a call for another reason than a full pipe.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
 /// Reads shards, and gives their steps to an image.
 struct Receiver<'a, I> {
     supervisor: &'a Supervisor,
@@ -73,8 +69,6 @@ struct Receiver<'a, I> {
     last: Turn,
     /// When the image last made progress, or there was nothing to be had.
     progress: Instant,
-    /// When full pipes of external files are tried again.
-    try_again: Instant,
     /// Until when the end of the shards is waited for, once the image has ended.
     end_by: Option<Instant>,
     start: Option<Instant>,
@@ -92,7 +86,8 @@ pub fn receive<S: Store + 'static>(
     counters: &Counters,
     supervisor: &Supervisor,
 ) -> Result<(S, Stats), Failure> {
-    let store = External::new(store, ExternalOutputs::new(external_files)?);
+    let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
+    let store = External::new(store, outlets);
     let image = |labels| Assembly::new(store, labels);
     let mut receiver = Receiver::new(shards, image, counters, supervisor)?;
     let received = receiver.receive_all();
@@ -136,7 +131,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             .map(|((pipe, label), bytes)| Reader::new(pipe, label, Meter::new(bytes.clone())))
             .collect::<Result<Vec<_>>>()?;
         let now = Instant::now();
-        let mut receiver = Self {
+        let receiver = Self {
             supervisor,
             busy: vec![true; shards.len()],
             shards,
@@ -148,7 +143,6 @@ impl<'a, I: Image> Receiver<'a, I> {
             stage: None,
             last: Turn::Idle,
             progress: now,
-            try_again: now,
             end_by: None,
             start: None,
             files: counters.files.clone(),
@@ -162,10 +156,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         let now = Instant::now();
         self.start.get_or_insert(now);
         self.handle(events)?;
-        if now >= self.try_again {
-            self.try_again = now + TRY_AGAIN;
-            self.image.outlets().try_again();
-        }
         if self.last == Turn::Idle {
             // There was nothing to be had, which is no stall.
             self.progress = now;
@@ -173,20 +163,18 @@ impl<'a, I: Image> Receiver<'a, I> {
         let (turn, found, room) = self.round(reading)?;
         self.last = turn;
         self.check_memory()?;
-        let (sent, room_to_send) = self.image.outlets().send()?;
-        for name in self.image.outlets().take_sent_whole() {
-            self.supervisor.end_input(&name);
+        let sent = self.image.outlets().send()?;
+        for name in &sent.sent_whole {
+            self.supervisor.end_input(name);
         }
         if turn == Turn::Busy {
             return Ok(Activity::Filled { found, room });
         }
-        if sent > 0 {
-            let (sent, room) = (sent as u64, room_to_send as u64);
-            return Ok(Activity::Emptied { sent, room });
+        if let Some(activity) = sent.activity() {
+            return Ok(activity);
         }
         self.check_supply()?;
-        let sending = self.image.outlets().is_sending();
-        let wait = Wait::Forever.or_until(sending.then_some(self.try_again));
+        let wait = Wait::Forever.or_until(self.image.outlets().transfers().try_again());
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
         Ok(Activity::Idle(wait.or_until(stall)))
     }
@@ -213,18 +201,10 @@ impl<'a, I: Image> Receiver<'a, I> {
         }
     }
 
-    fn watch(&mut self) -> io::Result<()> {
-        let (poller, image) = (self.supervisor.poller(), &mut self.image);
+    fn watch(&self) -> io::Result<()> {
         for (index, shard) in (0..).zip(&self.shards) {
+            let poller = self.supervisor.poller();
             poller.add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)?;
-        }
-        for (number, pipe) in image.outlets().pipes() {
-            poller.add(
-                pipe,
-                Watched::External,
-                number as u64,
-                Interest::WritableEdge,
-            )?;
         }
         Ok(())
     }
@@ -240,7 +220,7 @@ impl<'a, I: Image> Receiver<'a, I> {
                         self.shards[index].hang_up();
                     }
                 }
-                Watched::External => self.image.outlets().made_room(index),
+                Watched::External => self.image.outlets().transfers().made_room(event.id),
                 _ => {}
             }
         }

@@ -209,7 +209,7 @@ impl<I: Image> Receiver<'_, I> {
         let most = match (way, &mut self.holder) {
             (Way::Hold | Way::Splice, Some(holder)) => match shard.hold(holder)? {
                 Holding::Piece(held, behind) => {
-                    self.submit(index, place, Step::Data(Piece::held(held), behind))?;
+                    self.submit(index, place, Step::Data(Piece::Pipe(held), behind))?;
                     return Ok(Then::GoOn);
                 }
                 Holding::Some => return Ok(Then::Stop(Turn::Busy)),

@@ -10,8 +10,7 @@
 //! are kept for being asked for again. Asking for another one again is answered with "does not
 //! exist", and the program then fails naming it.
 
-use std::collections::{BTreeSet, HashMap};
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
 
 use anyhow::{Context, Error, Result, bail};
 
@@ -22,22 +21,13 @@ use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::{Activity, Pace};
 use crate::report;
-use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup, Taken};
-use crate::store::transfer::{Progress, Transfer};
+use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
+use crate::store::transfer::{Round, Transfer, Transfers};
 use crate::supervision::{Failure, Supervisor};
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
 const TURN: usize = 1;
-
-/// Retry interval in case an edge-triggered event was missed.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// A file on its way to CRIU.
-struct Sending {
-    name: ImageName,
-    transfer: Transfer,
-}
 
 /// Answers CRIU, and sends it files.
 pub(crate) struct Server<'a> {
@@ -47,14 +37,9 @@ pub(crate) struct Server<'a> {
     clients: Clients<ImageName>,
     /// CRIU has ended well, and had not connected.
     is_missed: bool,
-    transfers: HashMap<u64, Sending>,
-    /// Transfers whose pipes may have room.
-    busy: Vec<u64>,
-    next_transfer: u64,
+    transfers: Transfers,
     /// The files that were asked for again, and are gone.
     refused: BTreeSet<ImageName>,
-    /// When all transfers are tried again.
-    try_again: Instant,
     /// Bytes that were sent, or were not wanted, and are not kept for another time.
     freed: u64,
 }
@@ -111,11 +96,8 @@ impl<'a> Server<'a> {
             listener: Some(listener),
             clients: Clients::any(),
             is_missed: false,
-            transfers: HashMap::new(),
-            busy: Vec::new(),
-            next_transfer: 0,
+            transfers: Transfers::new(Watched::Transfer),
             refused: BTreeSet::new(),
-            try_again: Instant::now(),
             freed: 0,
         })
     }
@@ -132,10 +114,11 @@ impl<'a> Server<'a> {
 
     /// The files whose readers wait for something that has not come yet.
     pub(crate) fn starving(&self) -> impl Iterator<Item = &ImageName> {
-        let transfers = self.transfers.values();
-        let starving =
-            transfers.filter(|sending| sending.transfer.is_open() && sending.transfer.left() == 0);
-        starving.map(|sending| &sending.name)
+        let starving = self
+            .transfers
+            .iter()
+            .filter(|transfer| transfer.is_starving());
+        starving.map(|transfer| &transfer.name)
     }
 
     /// Acts on events, answers, and sends what is here of `files`.
@@ -166,11 +149,6 @@ impl<'a> Server<'a> {
             );
         }
         self.handle(files, events)?;
-        let now = Instant::now();
-        if now >= self.try_again {
-            self.try_again = now + TRY_AGAIN;
-            self.busy.extend(self.transfers.keys());
-        }
         if self.supervisor.caller_has_ended() {
             self.clients.criu_has_ended();
         }
@@ -180,37 +158,42 @@ impl<'a> Server<'a> {
             self.clients.close_idle();
         }
         self.take_more(files)?;
-        let (sent, room) = self.send(files)?;
+        let sent = self.transfers.send()?;
+        self.note(files, &sent);
         let missed = self.clients.missed_by(self.supervisor.ended_criu());
         self.is_missed = missed.is_some();
-        if sent > 0 {
-            let (sent, room) = (sent as u64, room as u64);
-            return Ok(Activity::Emptied { sent, room });
+        if let Some(activity) = sent.activity() {
+            return Ok(activity);
         }
         if self.is_missed {
             return Ok(Activity::Idle(Wait::Now));
         }
-        let again = (!self.transfers.is_empty()).then_some(self.try_again);
-        let wait = Wait::Forever.or_until(again);
+        let wait = Wait::Forever.or_until(self.transfers.try_again());
         Ok(Activity::Idle(wait.or_until(self.clients.grace_ends())))
     }
 
     /// Gives transfers what has come of their files since.
     fn take_more(&mut self, files: &mut Catalog) -> Result<()> {
-        for (&id, sending) in &mut self.transfers {
-            if !sending.transfer.is_open() {
-                continue;
-            }
-            let (more, is_whole) = files.take_more(&sending.name);
-            if is_whole {
-                sending.transfer.close();
-            }
-            if is_whole || !more.is_empty() {
-                sending.transfer.add_all(more)?;
-                self.busy.push(id);
+        for transfer in self
+            .transfers
+            .iter_mut()
+            .filter(|transfer| transfer.is_open())
+        {
+            let more = files.take_more(&transfer.name);
+            transfer.add_all(more.data)?;
+            if more.is_whole {
+                transfer.close();
             }
         }
         Ok(())
+    }
+
+    /// Notes what was sent. CRIU may close a pipe early, which is no error.
+    fn note(&mut self, files: &mut Catalog, round: &Round) {
+        self.freed += round.freed;
+        for name in &round.left_by_readers {
+            files.forget(name);
+        }
     }
 
     /// # Errors
@@ -238,13 +221,9 @@ impl<'a> Server<'a> {
                 }
                 Watched::Client => self.answer(files, event.id)?,
                 Watched::Transfer => {
-                    if event.hung_up
-                        && let Some(sending) = self.transfers.get_mut(&event.id)
-                    {
-                        sending.transfer.hang_up();
-                    }
-                    if !self.busy.contains(&event.id) {
-                        self.busy.push(event.id);
+                    self.transfers.made_room(event.id);
+                    if event.hung_up {
+                        self.transfers.hang_up(event.id);
                     }
                 }
                 _ => {}
@@ -289,85 +268,18 @@ impl<'a> Server<'a> {
                              once"
                         )
                     })?;
-                    let transfer = match taken {
-                        Taken::Whole(cursor) => Transfer::new(pipe, slots, cursor),
-                        Taken::Beginning(contents) => Transfer::open(pipe, slots, contents),
-                    };
-                    opened.push(Sending { name, transfer });
+                    opened.push(Transfer::new(name, pipe, slots, taken));
                     Ok(true)
                 }
             },
         );
-        for sending in opened {
-            self.start(files, sending)?;
+        let mut sent = Round::default();
+        for transfer in opened {
+            let poller = self.supervisor.poller();
+            self.transfers.start(transfer, poller, &mut sent)?;
         }
+        self.note(files, &sent);
         answered
-    }
-
-    /// Sends the first part of a file, which for most is all of it, and has the rest follow as its
-    /// reader makes room.
-    fn start(&mut self, files: &mut Catalog, mut sending: Sending) -> Result<()> {
-        let (progress, freed) = sending.send(files)?;
-        self.freed += freed;
-        if matches!(progress, Progress::Done | Progress::ReaderGone) {
-            return Ok(());
-        }
-        let id = self.next_transfer;
-        self.next_transfer += 1;
-        self.supervisor
-            .poller()
-            .add(
-                sending.transfer.pipe(),
-                Watched::Transfer,
-                id,
-                Interest::WritableEdge,
-            )
-            .context("preparing to wait for a file's reader")?;
-        self.transfers.insert(id, sending);
-        Ok(())
-    }
-
-    /// Lets every transfer that may have room send. Tells how many slots were filled, and how many
-    /// the pipes have that took something.
-    fn send(&mut self, files: &mut Catalog) -> Result<(usize, usize)> {
-        let (mut filled, mut room) = (0, 0);
-        for id in std::mem::take(&mut self.busy) {
-            let Some(sending) = self.transfers.get_mut(&id) else {
-                continue;
-            };
-            let (progress, freed) = sending.send(files)?;
-            self.freed += freed;
-            match progress {
-                Progress::Done | Progress::ReaderGone => drop(self.transfers.remove(&id)),
-                Progress::Waiting => {}
-                Progress::Partial { slots } => {
-                    filled += slots;
-                    room += if slots > 0 {
-                        sending.transfer.slots()
-                    } else {
-                        0
-                    };
-                }
-            }
-        }
-        Ok((filled, room))
-    }
-}
-
-impl Sending {
-    /// Sends what the pipe takes, and tells how many bytes are freed by that. CRIU may close the
-    /// pipe early, which is no error.
-    fn send(&mut self, files: &mut Catalog) -> Result<(Progress, u64)> {
-        let (before, is_kept) = (self.transfer.left(), self.transfer.is_kept());
-        let progress = self
-            .transfer
-            .send()
-            .with_context(|| format!("serving {}", self.name))?;
-        if progress == Progress::ReaderGone {
-            files.forget(&self.name);
-        }
-        let sent = (before - self.transfer.left()) as u64;
-        Ok((progress, if is_kept { 0 } else { sent }))
     }
 }
 

@@ -12,8 +12,8 @@ use std::rc::Rc;
 
 use anyhow::Result;
 
-use super::transfer::Cursor;
-use super::{Ahead, Arena, Contents, Extent, Piece, Store, Target};
+use super::transfer::{FileBody, Remaining};
+use super::{Ahead, Arena, Extent, FileData, Piece, Store, Target};
 use crate::criu::files;
 use crate::format::ImageName;
 
@@ -27,21 +27,15 @@ const MOST_KEPT: usize = 16 << 20;
 #[derive(Debug)]
 enum State {
     /// It is not whole yet, and was not asked for.
-    Arriving(Box<Contents>),
+    Arriving(Box<FileData>),
     /// It was asked for before it was whole. This is here and not taken yet.
-    Asked(Box<Asked>),
+    Requested(Box<More>),
     /// It is whole, and was not asked for yet.
-    Complete(Contents),
+    Complete(FileData),
     /// It was sent at least once, and is kept.
-    Kept(Rc<Contents>),
+    Kept(Rc<FileData>),
     /// It was sent, and freed.
     Gone,
-}
-
-#[derive(Debug)]
-struct Asked {
-    ready: Contents,
-    is_whole: bool,
 }
 
 /// What a request finds.
@@ -52,13 +46,12 @@ pub(crate) enum Lookup {
     Gone,
 }
 
-/// What is taken of a file for sending.
-#[derive(Debug)]
-pub(crate) enum Taken {
-    /// All of it.
-    Whole(Cursor),
-    /// The beginning, maybe nothing yet. [`Catalog::take_more`] has the rest.
-    Beginning(Contents),
+/// What has come of a file since it was asked for.
+#[derive(Debug, Default)]
+pub(crate) struct More {
+    pub(crate) data: FileData,
+    /// This is the last of it.
+    pub(crate) is_whole: bool,
 }
 
 /// The files by name.
@@ -83,7 +76,7 @@ impl Catalog {
         match self.files.get(name) {
             Some(State::Complete(contents)) => !contents.is_empty(),
             Some(State::Kept(contents)) => !contents.is_empty(),
-            Some(State::Arriving(_) | State::Asked(_)) => true,
+            Some(State::Arriving(_) | State::Requested(_)) => true,
             Some(State::Gone) | None => false,
         }
     }
@@ -91,7 +84,7 @@ impl Catalog {
     pub(crate) fn look_up(&self, name: &ImageName) -> Lookup {
         match self.files.get(name) {
             None => Lookup::Absent,
-            Some(State::Gone | State::Asked(_)) => Lookup::Gone,
+            Some(State::Gone | State::Requested(_)) => Lookup::Gone,
             Some(_) => Lookup::Present,
         }
     }
@@ -101,27 +94,29 @@ impl Catalog {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub(crate) fn take(&mut self, name: &ImageName) -> io::Result<Option<Taken>> {
+    pub(crate) fn take(&mut self, name: &ImageName) -> io::Result<Option<FileBody>> {
         let Some(state) = self.files.get_mut(name) else {
             return Ok(None);
         };
-        let (next, cursor) = match std::mem::replace(state, State::Gone) {
+        let (next, data) = match std::mem::replace(state, State::Gone) {
             State::Gone => return Ok(None),
-            asked @ State::Asked(_) => {
-                *state = asked;
+            requested @ State::Requested(_) => {
+                *state = requested;
                 return Ok(None);
             }
             State::Arriving(contents) => {
                 // A pipe has no way to say "failed": any other file than pages, which CRIU counts,
                 // would look complete if it was cut short.
                 let (beginning, ready) = if files::is_pages(name.as_str()) {
-                    (*contents, Contents::default())
+                    (*contents, FileData::default())
                 } else {
-                    (Contents::default(), *contents)
+                    (FileData::default(), *contents)
                 };
                 let is_whole = false;
-                *state = State::Asked(Box::new(Asked { ready, is_whole }));
-                return Ok(Some(Taken::Beginning(beginning)));
+                let data = ready;
+                *state = State::Requested(Box::new(More { data, is_whole }));
+                let data = Remaining::Once(beginning);
+                return Ok(Some(FileBody { data, is_whole }));
             }
             State::Complete(contents) => {
                 let size = contents.len();
@@ -129,7 +124,8 @@ impl Catalog {
                     && self.kept + size <= MOST_KEPT
                     && !files::is_pages(name.as_str());
                 if !keep {
-                    return Ok(Some(Taken::Whole(Cursor::Once(contents))));
+                    let (data, is_whole) = (Remaining::Once(contents), true);
+                    return Ok(Some(FileBody { data, is_whole }));
                 }
                 self.kept += size;
                 kept(Rc::new(contents.into_memory(&mut self.arena)?))
@@ -137,26 +133,25 @@ impl Catalog {
             State::Kept(contents) => kept(contents),
         };
         *state = next;
-        Ok(Some(Taken::Whole(cursor)))
+        let is_whole = true;
+        Ok(Some(FileBody { data, is_whole }))
     }
 
-    /// Takes what has come of a file since it was asked for, and whether that is the last of it.
-    pub(crate) fn take_more(&mut self, name: &ImageName) -> (Contents, bool) {
+    /// Takes what has come of a file since it was asked for.
+    pub(crate) fn take_more(&mut self, name: &ImageName) -> More {
         let Some(state) = self.files.get_mut(name) else {
-            return Default::default();
+            return More::default();
         };
-        let State::Asked(asked) = state else {
-            return Default::default();
-        };
-        let is_whole = asked.is_whole;
-        if !is_whole && !files::is_pages(name.as_str()) {
-            return Default::default();
+        match state {
+            State::Requested(more) if more.is_whole || files::is_pages(name.as_str()) => {
+                let more = std::mem::take(&mut **more);
+                if more.is_whole {
+                    *state = State::Gone;
+                }
+                more
+            }
+            _ => More::default(),
         }
-        let ready = std::mem::take(&mut asked.ready);
-        if is_whole {
-            *state = State::Gone;
-        }
-        (ready, is_whole)
     }
 
     /// Begins a file that can be asked for before it is whole.
@@ -167,7 +162,7 @@ impl Catalog {
     /// Whether all of a file is here, or there is no such file.
     pub(crate) fn is_whole(&self, name: &str) -> bool {
         let named = self.files.iter().find(|(found, _)| found.as_str() == name);
-        !matches!(named, Some((_, State::Arriving(_) | State::Asked(_))))
+        !matches!(named, Some((_, State::Arriving(_) | State::Requested(_))))
     }
 
     /// Adds to a file that was begun.
@@ -177,7 +172,7 @@ impl Catalog {
     pub(crate) fn add(&mut self, name: &ImageName, data: Piece) -> io::Result<()> {
         match self.files.get_mut(name) {
             Some(State::Arriving(contents)) => contents.push(data),
-            Some(State::Asked(asked)) => asked.ready.push(data),
+            Some(State::Requested(more)) => more.data.push(data),
             _ => {
                 self.unwanted += data.len() as u64;
                 Ok(())
@@ -188,10 +183,10 @@ impl Catalog {
     /// The reader of a file that is not whole yet is gone: what is here of it and what comes is
     /// freed.
     pub(crate) fn forget(&mut self, name: &ImageName) {
-        if let Some(state @ State::Asked(_)) = self.files.get_mut(name)
-            && let State::Asked(asked) = std::mem::replace(state, State::Gone)
+        if let Some(state @ State::Requested(_)) = self.files.get_mut(name)
+            && let State::Requested(more) = std::mem::replace(state, State::Gone)
         {
-            self.unwanted += asked.ready.len() as u64;
+            self.unwanted += more.data.len() as u64;
         }
     }
 
@@ -207,7 +202,7 @@ impl Catalog {
                 State::Arriving(contents) => {
                     *state = State::Complete(std::mem::take(&mut **contents))
                 }
-                State::Asked(asked) => asked.is_whole = true,
+                State::Requested(more) => more.is_whole = true,
                 State::Complete(_) | State::Kept(_) | State::Gone => {}
             }
         }
@@ -235,7 +230,7 @@ impl Catalog {
     /// # Errors
     /// `ENOMEM`.
     pub fn write(&mut self, name: ImageName, mut bytes: &[u8]) -> io::Result<()> {
-        let mut contents = Contents::default();
+        let mut contents = FileData::default();
         while !bytes.is_empty() {
             let mut block = self.arena.reserve(bytes.len())?;
             let unfilled = block.unfilled();
@@ -255,34 +250,34 @@ impl Catalog {
     }
 }
 
-fn kept(contents: Rc<Contents>) -> (State, Cursor) {
-    let cursor = Cursor::Kept {
-        contents: Rc::clone(&contents),
+fn kept(contents: Rc<FileData>) -> (State, Remaining) {
+    let remaining = Remaining::Kept {
+        data: Rc::clone(&contents),
         sent: 0,
     };
-    (State::Kept(contents), cursor)
+    (State::Kept(contents), remaining)
 }
 
 impl Store for Catalog {
-    type File = Contents;
+    type File = FileData;
 
-    fn ahead(&self, _current: Option<&Contents>) -> Ahead {
+    fn ahead(&self, _current: Option<&FileData>) -> Ahead {
         Ahead::Piece
     }
 
-    fn create(&mut self, _name: &ImageName) -> Result<Contents> {
-        Ok(Contents::default())
+    fn create(&mut self, _name: &ImageName) -> Result<FileData> {
+        Ok(FileData::default())
     }
 
-    fn target<'a>(&'a self, _file: &'a Contents) -> Target<'a> {
+    fn target<'a>(&'a self, _file: &'a FileData) -> Target<'a> {
         Target::Piece
     }
 
-    fn append(&mut self, file: &mut Contents, data: Piece) -> Result<()> {
+    fn append(&mut self, file: &mut FileData, data: Piece) -> Result<()> {
         Ok(file.push(data)?)
     }
 
-    fn finish(&mut self, name: ImageName, file: Contents) -> Result<()> {
+    fn finish(&mut self, name: ImageName, file: FileData) -> Result<()> {
         // Of several files of one name the last counts.
         self.files.insert(name, State::Complete(file));
         Ok(())
@@ -299,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_small_file_costs_little_beside_its_contents() {
-        assert!(size_of::<(ImageName, State)>() <= 48);
+        assert!(size_of::<(ImageName, State)>() <= 56);
     }
 
     #[test]
@@ -313,7 +308,7 @@ mod tests {
         assert_eq!(catalog.arena.live(), 6);
     }
 
-    fn bytes(contents: &Contents) -> Vec<u8> {
+    fn bytes(contents: &FileData) -> Vec<u8> {
         contents.memory().flat_map(Extent::bytes).copied().collect()
     }
 
@@ -327,21 +322,22 @@ mod tests {
         }
         for (name, beginning) in [(&pages, &b"first"[..]), (&ghost, b"")] {
             assert_eq!(catalog.look_up(name), Lookup::Present);
-            let Some(Taken::Beginning(contents)) = catalog.take(name).unwrap() else {
-                panic!("it is not whole");
+            let body = catalog.take(name).unwrap().unwrap();
+            let Remaining::Once(contents) = body.data else {
+                panic!("it is kept");
             };
-            assert_eq!(bytes(&contents), beginning);
+            assert_eq!((&bytes(&contents)[..], body.is_whole), (beginning, false));
             assert!(catalog.take(name).unwrap().is_none(), "it is under way");
             catalog.add(name, Piece::in_memory(b", second")).unwrap();
         }
         for (name, more) in [(&pages, &b", second"[..]), (&ghost, b"")] {
-            let (contents, is_whole) = catalog.take_more(name);
-            assert_eq!((&bytes(&contents)[..], is_whole), (more, false));
+            let found = catalog.take_more(name);
+            assert_eq!((&bytes(&found.data)[..], found.is_whole), (more, false));
             catalog.end(name);
         }
         for (name, rest) in [(&pages, &b""[..]), (&ghost, b"first, second")] {
-            let (contents, is_whole) = catalog.take_more(name);
-            assert_eq!((&bytes(&contents)[..], is_whole), (rest, true));
+            let found = catalog.take_more(name);
+            assert_eq!((&bytes(&found.data)[..], found.is_whole), (rest, true));
             assert_eq!(catalog.look_up(name), Lookup::Gone);
         }
     }

@@ -5,14 +5,15 @@
 //! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
 //! reached, because supervisors wait for the reader's end while the image still comes in.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::transfer::{Progress, Transfer};
-use super::{Ahead, Contents, Piece, Store, Target};
+use super::transfer::{FileBody, Remaining, Round, Transfer, Transfers};
+use super::{Ahead, FileData, Piece, Store, Target};
 use crate::format::ImageName;
 use crate::os::pipe::{self, WriteEnd};
+use crate::os::poller::{Poller, Watched};
 
 /// What is held for readers before the image waits for them, in bytes.
 const MOST_BEHIND: usize = 4 << 20;
@@ -36,47 +37,37 @@ enum State {
     Complete,
 }
 
-#[derive(Debug)]
-struct Outlet {
-    name: ImageName,
-    state: State,
-    /// What was not sent yet; `None` when all of it was, and the pipe is closed.
-    transfer: Option<Transfer>,
-    /// The pipe is full: it is left alone until its reader makes room.
-    full: bool,
-    /// When its reader last took something.
-    took: Option<Instant>,
-}
-
 /// The external files, and the pipes to their readers.
 #[derive(Debug)]
 pub(crate) struct ExternalOutputs {
-    all: Vec<Outlet>,
-    /// The files that were sent to their ends since this was asked for.
-    sent_whole: Vec<ImageName>,
+    files: Vec<(ImageName, State)>,
+    /// Under the numbers of their files, until all is sent.
+    transfers: Transfers,
     /// Bytes that were sent.
     sent: u64,
 }
 
 impl ExternalOutputs {
-    /// Sends each file that `files` names into its pipe.
+    /// Sends each file that `files` names into its pipe, which `poller` watches.
     ///
     /// # Errors
-    /// Those of measuring a pipe.
-    pub(crate) fn new(files: Vec<(ImageName, WriteEnd)>) -> Result<Self> {
-        let outlets = files.into_iter().map(|(name, pipe)| {
+    /// Those of measuring and of watching a pipe.
+    pub(crate) fn new(files: Vec<(ImageName, WriteEnd)>, poller: &Poller) -> Result<Self> {
+        let mut transfers = Transfers::new(Watched::External);
+        let mut names = Vec::new();
+        for (name, pipe) in files {
             let slots = pipe::slots(&pipe).with_context(|| format!("preparing {name}"))?;
-            Ok(Outlet {
-                name,
-                state: State::Awaited,
-                transfer: Some(Transfer::open(pipe, slots, Contents::default())),
-                full: false,
-                took: None,
-            })
-        });
+            let nothing_yet = FileBody {
+                data: Remaining::Once(FileData::default()),
+                is_whole: false,
+            };
+            let transfer = Transfer::new(name.clone(), pipe, slots, nothing_yet);
+            transfers.start(transfer, poller, &mut Round::default())?;
+            names.push((name, State::Awaited));
+        }
         Ok(Self {
-            all: outlets.collect::<Result<_>>()?,
-            sent_whole: Vec::new(),
+            files: names,
+            transfers,
             sent: 0,
         })
     }
@@ -86,10 +77,10 @@ impl ExternalOutputs {
     /// # Errors
     /// When it had begun before.
     pub(crate) fn begin(&mut self, name: &ImageName) -> Result<Option<usize>> {
-        let Some(number) = self.all.iter().position(|outlet| outlet.name == *name) else {
+        let Some(number) = self.files.iter().position(|(file, _)| file == name) else {
             return Ok(None);
         };
-        match std::mem::replace(&mut self.all[number].state, State::Begun) {
+        match std::mem::replace(&mut self.files[number].1, State::Begun) {
             State::Awaited => Ok(Some(number)),
             State::Begun | State::Complete => bail!(
                 "the image contains the external file {name} twice, \
@@ -103,7 +94,7 @@ impl ExternalOutputs {
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
     pub(crate) fn append(&mut self, number: usize, data: Piece) -> Result<()> {
-        match &mut self.all[number].transfer {
+        match self.transfers.get_mut(number as u64) {
             Some(transfer) => Ok(transfer.add(data)?),
             None => Ok(()),
         }
@@ -111,9 +102,8 @@ impl ExternalOutputs {
 
     /// All of a file is here.
     pub(crate) fn finish(&mut self, number: usize) {
-        let outlet = &mut self.all[number];
-        outlet.state = State::Complete;
-        if let Some(transfer) = &mut outlet.transfer {
+        self.files[number].1 = State::Complete;
+        if let Some(transfer) = self.transfers.get_mut(number as u64) {
             transfer.close();
         }
     }
@@ -123,21 +113,21 @@ impl ExternalOutputs {
         &self,
         names: impl Iterator<Item = &'a ImageName> + Clone,
     ) -> Result<()> {
-        let is_missing = |outlet: &&Outlet| !names.clone().any(|name| *name == outlet.name);
-        Self::check_none(self.all.iter().filter(is_missing))
+        let is_missing = |file: &ImageName, _| !names.clone().any(|name| name == file);
+        self.check_none(is_missing)
     }
 
     /// Fails if an external file that was asked for is not in the image.
     pub(crate) fn check_complete(&self) -> Result<()> {
-        Self::check_none(
-            self.all
-                .iter()
-                .filter(|outlet| outlet.state != State::Complete),
-        )
+        self.check_none(|_, state| state != State::Complete)
     }
 
-    fn check_none<'a>(missing: impl Iterator<Item = &'a Outlet>) -> Result<()> {
-        let mut missing: Vec<_> = missing.map(|outlet| outlet.name.to_string()).collect();
+    fn check_none(&self, is_missing: impl Fn(&ImageName, State) -> bool) -> Result<()> {
+        let missing = self
+            .files
+            .iter()
+            .filter(|(name, state)| is_missing(name, *state));
+        let mut missing: Vec<_> = missing.map(|(name, _)| name.to_string()).collect();
         missing.sort();
         if !missing.is_empty() {
             bail!(
@@ -148,74 +138,30 @@ impl ExternalOutputs {
         Ok(())
     }
 
-    /// The pipes that are open, by their numbers.
-    pub(crate) fn pipes(&self) -> impl Iterator<Item = (usize, &WriteEnd)> {
-        let numbered = self.all.iter().enumerate();
-        numbered.filter_map(|(number, outlet)| Some((number, outlet.transfer.as_ref()?.pipe())))
+    pub(crate) fn transfers(&mut self) -> &mut Transfers {
+        &mut self.transfers
     }
 
-    /// Notes that a pipe may have room again.
-    pub(crate) fn made_room(&mut self, number: usize) {
-        self.all[number].full = false;
-    }
-
-    /// Notes that all pipes may have room again.
-    pub(crate) fn try_again(&mut self) {
-        self.all.iter_mut().for_each(|outlet| outlet.full = false);
-    }
-
-    /// Sends what the pipes take, and tells how many slots were filled, and how many the pipes have
-    /// that took something.
+    /// Sends what the pipes take.
     ///
     /// # Errors
     /// When a reader is gone before it had all of its file.
-    pub(crate) fn send(&mut self) -> Result<(usize, usize)> {
-        let (mut filled, mut room) = (0, 0);
-        for outlet in self.all.iter_mut().filter(|outlet| !outlet.full) {
-            let Some(transfer) = &mut outlet.transfer else {
-                continue;
-            };
-            let before = transfer.left();
-            let progress = transfer
-                .send()
-                .with_context(|| format!("writing {}", outlet.name))?;
-            self.sent += (before - transfer.left()) as u64;
-            match progress {
-                Progress::Done => {
-                    outlet.transfer = None;
-                    self.sent_whole.push(outlet.name.clone());
-                }
-                Progress::Waiting => {}
-                Progress::Partial { slots } => {
-                    outlet.full = true;
-                    if slots > 0 {
-                        outlet.took = Some(Instant::now());
-                        filled += slots;
-                        room += transfer.slots();
-                    }
-                }
-                Progress::ReaderGone => bail!(
-                    "writing {}: the reader of this external file went away before its end",
-                    outlet.name
-                ),
-            }
+    pub(crate) fn send(&mut self) -> Result<Round> {
+        let round = self.transfers.send()?;
+        self.sent += round.freed;
+        if let Some(name) = round.left_by_readers.first() {
+            bail!("sending {name}: the reader of this external file went away before its end");
         }
-        Ok((filled, room))
-    }
-
-    /// The files that were sent to their ends since the last time.
-    pub(crate) fn take_sent_whole(&mut self) -> Vec<ImageName> {
-        std::mem::take(&mut self.sent_whole)
+        Ok(round)
     }
 
     /// Whether much is held for readers that are at work.
     pub(crate) fn is_behind(&self) -> bool {
         let at_work = self
-            .all
+            .transfers
             .iter()
-            .filter(|outlet| outlet.took.is_some_and(|took| took.elapsed() < AT_WORK));
-        let held = at_work.filter_map(|outlet| Some(outlet.transfer.as_ref()?.left()));
-        held.sum::<usize>() > MOST_BEHIND
+            .filter(|transfer| transfer.took.is_some_and(|took| took.elapsed() < AT_WORK));
+        at_work.map(Transfer::left).sum::<usize>() > MOST_BEHIND
     }
 
     /// Bytes that readers have taken.
@@ -225,17 +171,16 @@ impl ExternalOutputs {
 
     /// Whether a file's reader waits for something that has not come.
     pub(crate) fn is_starving(&self, number: usize) -> bool {
-        let transfer = self.all[number].transfer.as_ref();
-        transfer.is_some_and(|transfer| transfer.is_open() && transfer.left() == 0)
+        let transfer = self.transfers.get(number as u64);
+        transfer.is_some_and(Transfer::is_starving)
     }
 
     /// Whether readers still have to take something of what is here.
     pub(crate) fn is_sending(&self) -> bool {
-        let mut begun = self
-            .all
-            .iter()
-            .filter(|outlet| outlet.state != State::Awaited);
-        begun.any(|outlet| outlet.transfer.is_some())
+        let mut files = (0..).zip(&self.files);
+        files.any(|(number, (_, state))| {
+            *state != State::Awaited && self.transfers.get(number).is_some()
+        })
     }
 }
 
@@ -326,7 +271,8 @@ mod tests {
         let (second_read, second_write) = pipe::new().unwrap();
         let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
         let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
-        let mut store = External::new(Catalog::new(), ExternalOutputs::new(files).unwrap());
+        let outlets = ExternalOutputs::new(files, &Poller::new().unwrap()).unwrap();
+        let mut store = External::new(Catalog::new(), outlets);
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
@@ -351,7 +297,7 @@ mod tests {
             if let Moved::Bytes(bytes) = pipe::read(&first_read, &mut buffer).unwrap() {
                 taken += bytes;
             }
-            store.outlets.made_room(0);
+            store.outlets.transfers().made_room(0);
             store.outlets.send().unwrap();
         }
         assert!(!store.outlets.is_sending());

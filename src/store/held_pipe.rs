@@ -10,6 +10,7 @@
 //! Where the user's pipes are limited, or descriptors are few, there is no holding, and what comes
 //! after the limit goes to memory.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -85,7 +86,7 @@ impl PipePool {
 
 /// Bytes in a pipe of our own. Dropped, they are gone.
 #[derive(Debug)]
-pub(crate) struct HeldPipe {
+pub struct HeldPipe {
     pipe: BothEnds,
     len: u32,
     /// Bytes that it holds if its slots are full.
@@ -174,6 +175,20 @@ impl HeldPipe {
             self.len -= bytes as u32;
         }
         Ok(moved)
+    }
+
+    /// Moves all of it to the end of a file.
+    ///
+    /// # Errors
+    /// When the file cannot take it.
+    pub(super) fn write_to(&mut self, file: &File) -> io::Result<()> {
+        while self.len() > 0 {
+            match self.send(file, usize::MAX)? {
+                Moved::Bytes(_) => {}
+                Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Copies the first bytes to memory, and gives them back.

@@ -18,7 +18,7 @@ use std::fs::File;
 use anyhow::Result;
 
 pub use arena::{Arena, Block, Extent};
-pub use piece::{Contents, Piece};
+pub use piece::{FileData, Piece};
 
 use crate::format::ImageName;
 

@@ -1,42 +1,52 @@
-//! One file on its way out: into its reader's pipe, freed while it is sent.
+//! Files on their way out: each into its reader's pipe, freed while it is sent.
 //!
 //! The pipe is given references to pages: to those of memory (`vmsplice`), or to those that a pipe
 //! of ours holds (`splice`). The pipe of a large file is given the largest capacity allowed; most
 //! files fit into any pipe.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-use super::{Contents, Piece};
+use super::{FileData, Piece};
+use crate::format::ImageName;
 use crate::os::memory::Sealed;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, WriteEnd, slot};
+use crate::os::poller::{Interest, Poller, Watched};
+use crate::pace::Activity;
 
 /// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
 const MOST_PIECES: usize = 1024;
 
+/// How long a full pipe is left alone if no event comes, should the kernel have ended a call for
+/// another reason than a full pipe.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
 /// What is left to send of a file.
 #[derive(Debug)]
-pub(crate) enum Cursor {
+pub(crate) enum Remaining {
     /// Freed while it is sent.
-    Once(Contents),
+    Once(FileData),
     /// Kept for the next time; `sent` bytes of it are sent.
-    Kept { contents: Rc<Contents>, sent: usize },
+    Kept { data: Rc<FileData>, sent: usize },
 }
 
-impl Cursor {
+impl Remaining {
     fn left(&self) -> usize {
         match self {
-            Cursor::Once(contents) => contents.len(),
-            Cursor::Kept { contents, sent } => contents.len() - sent,
+            Remaining::Once(data) => data.len(),
+            Remaining::Kept { data, sent } => data.len() - sent,
         }
     }
 
     fn is_empty(&self) -> bool {
         match self {
-            Cursor::Once(contents) => contents.is_empty(),
-            Cursor::Kept { .. } => self.left() == 0,
+            Remaining::Once(data) => data.is_empty(),
+            Remaining::Kept { .. } => self.left() == 0,
         }
     }
 
@@ -46,12 +56,12 @@ impl Cursor {
     /// # Errors
     /// Those of `splice` and `vmsplice`.
     fn send(&mut self, to: &WriteEnd, slots: usize) -> io::Result<Sent> {
-        if let Cursor::Once(contents) = self
-            && let Some(held) = contents.front_pipe(slots)?
+        if let Remaining::Once(data) = self
+            && let Some(held) = data.front_pipe(slots)?
         {
             let offered = held.len();
             let moved = held.send(to, usize::MAX)?;
-            contents.drop_emptied_pipe();
+            data.drop_emptied_pipe();
             let bytes = bytes_of(moved);
             let slots = bytes.div_ceil(slot());
             return Ok(Sent {
@@ -65,8 +75,8 @@ impl Cursor {
         let bytes = bytes_of(pipe::vmsplice(to, &pieces)?);
         let slots = slots_for(&pieces, bytes);
         match self {
-            Cursor::Once(contents) => contents.drop_front(bytes),
-            Cursor::Kept { sent, .. } => *sent += bytes,
+            Remaining::Once(data) => data.drop_front(bytes),
+            Remaining::Kept { sent, .. } => *sent += bytes,
         }
         Ok(Sent {
             offered,
@@ -77,13 +87,13 @@ impl Cursor {
 
     /// The memory at the front: as much as fits into a pipe of this number of slots.
     fn memory(&self, slots: usize) -> Vec<Sealed<'_>> {
-        let (contents, mut skip) = match self {
-            Cursor::Once(contents) => (contents, 0),
-            Cursor::Kept { contents, sent } => (&**contents, *sent),
+        let (data, mut skip) = match self {
+            Remaining::Once(data) => (data, 0),
+            Remaining::Kept { data, sent } => (&**data, *sent),
         };
         let mut room = slots * slot();
         let mut pieces = Vec::new();
-        for extent in contents.memory() {
+        for extent in data.memory() {
             if extent.len() <= skip {
                 skip -= extent.len();
                 continue;
@@ -116,15 +126,23 @@ fn bytes_of(moved: Moved) -> usize {
     }
 }
 
-/// How far a transfer got.
+/// What of a file is here to be sent.
+#[derive(Debug)]
+pub(crate) struct FileBody {
+    pub(crate) data: Remaining,
+    /// More is to come where it is not.
+    pub(crate) is_whole: bool,
+}
+
+/// What came of sending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
+enum SendResult {
     /// All is sent.
     Done,
     /// All that is here is sent, and more is to come.
     Waiting,
-    /// The pipe is full. This number of its slots was filled, maybe none.
-    Partial { slots: usize },
+    /// The pipe is full.
+    Full,
     /// The reader closed the pipe.
     ReaderGone,
 }
@@ -132,68 +150,47 @@ pub(crate) enum Progress {
 /// A file on its way to its reader.
 #[derive(Debug)]
 pub(crate) struct Transfer {
+    pub(crate) name: ImageName,
     pipe: WriteEnd,
     slots: usize,
-    cursor: Cursor,
+    data: Remaining,
     /// Bytes that are here and not sent.
     left: usize,
-    /// More is to come.
-    is_open: bool,
+    is_whole: bool,
     /// The reader closed the pipe.
     hung_up: bool,
     grown: bool,
+    /// The pipe is full: it is left alone until its reader makes room.
+    is_full: bool,
+    /// When its reader last took a part of what was here.
+    pub(crate) took: Option<Instant>,
 }
 
 impl Transfer {
     /// Sends into a pipe with this number of slots.
-    pub(crate) fn new(pipe: WriteEnd, slots: usize, cursor: Cursor) -> Self {
+    pub(crate) fn new(name: ImageName, pipe: WriteEnd, slots: usize, body: FileBody) -> Self {
         Self {
+            name,
             pipe,
             slots,
-            left: cursor.left(),
-            cursor,
-            is_open: false,
+            left: body.data.left(),
+            data: body.data,
+            is_whole: body.is_whole,
             hung_up: false,
             grown: false,
-        }
-    }
-
-    pub(crate) fn pipe(&self) -> &WriteEnd {
-        &self.pipe
-    }
-
-    /// The pipe's capacity in slots.
-    pub(crate) fn slots(&self) -> usize {
-        self.slots
-    }
-
-    /// The same for a file of which nothing may be here yet.
-    pub(crate) fn open(pipe: WriteEnd, slots: usize, begin: Contents) -> Self {
-        Self {
-            is_open: true,
-            ..Self::new(pipe, slots, Cursor::Once(begin))
+            is_full: false,
+            took: None,
         }
     }
 
     /// Nothing is to come any more.
     pub(crate) fn close(&mut self) {
-        self.is_open = false;
-    }
-
-    /// Notes that the reader closed the pipe, which [`Transfer::send`] finds out only if there is
-    /// something to send.
-    pub(crate) fn hang_up(&mut self) {
-        self.hung_up = true;
-    }
-
-    /// Whether what is sent is kept for the next time.
-    pub(crate) fn is_kept(&self) -> bool {
-        matches!(self.cursor, Cursor::Kept { .. })
+        self.is_whole = true;
     }
 
     /// Whether more is to come.
     pub(crate) fn is_open(&self) -> bool {
-        self.is_open
+        !self.is_whole
     }
 
     /// Bytes that are here and not sent.
@@ -201,17 +198,22 @@ impl Transfer {
         self.left
     }
 
+    /// Whether the reader waits for something that has not come.
+    pub(crate) fn is_starving(&self) -> bool {
+        self.is_open() && self.left == 0
+    }
+
     /// Adds to what is sent once.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add(&mut self, data: Piece) -> io::Result<()> {
-        match &mut self.cursor {
-            Cursor::Once(contents) => {
-                self.left += data.len();
-                contents.push(data)
+    pub(crate) fn add(&mut self, piece: Piece) -> io::Result<()> {
+        match &mut self.data {
+            Remaining::Once(data) => {
+                self.left += piece.len();
+                data.push(piece)
             }
-            Cursor::Kept { .. } => unreachable!("what is kept is complete"),
+            Remaining::Kept { .. } => unreachable!("what is kept is complete"),
         }
     }
 
@@ -219,11 +221,11 @@ impl Transfer {
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add_all(&mut self, data: Contents) -> io::Result<()> {
+    pub(crate) fn add_all(&mut self, data: FileData) -> io::Result<()> {
         data.into_pieces().try_for_each(|piece| self.add(piece))
     }
 
-    /// Sends as much as the pipe takes.
+    /// Sends as much as the pipe takes, and counts it.
     ///
     /// A pipe that took only a part of what it was offered is full. It is not given more to make
     /// sure: its reader is awake by then and copies with the pipe's mutex held, for which we would
@@ -234,43 +236,196 @@ impl Transfer {
     ///
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
-    pub(crate) fn send(&mut self) -> io::Result<Progress> {
-        if !self.grown && (self.is_open || self.left > DEFAULT_SLOTS * slot()) {
+    fn send(&mut self, round: &mut Round) -> io::Result<SendResult> {
+        if !self.grown && (self.is_open() || self.left > DEFAULT_SLOTS * slot()) {
             self.grown = true;
             self.slots = pipe::grow(&self.pipe, LARGEST)?;
         }
-        let mut filled = 0;
         if self.hung_up {
-            return Ok(self.leave());
+            return Ok(SendResult::ReaderGone);
         }
-        while !self.cursor.is_empty() {
-            match self.cursor.send(&self.pipe, self.slots) {
+        let mut filled = 0;
+        while !self.data.is_empty() {
+            match self.data.send(&self.pipe, self.slots) {
                 Ok(sent) => {
                     filled += sent.slots;
                     self.left -= sent.bytes;
-                    let is_all = self.cursor.is_empty();
+                    if let Remaining::Once(_) = self.data {
+                        round.freed += sent.bytes as u64;
+                    }
+                    let is_all = self.data.is_empty();
                     if sent.bytes < sent.offered || !is_all && pipe::is_full(&self.pipe)? {
-                        return Ok(Progress::Partial { slots: filled });
+                        if filled > 0 {
+                            self.took = Some(Instant::now());
+                            round.filled += filled;
+                            round.room += self.slots;
+                        }
+                        return Ok(SendResult::Full);
                     }
                 }
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
-                    return Ok(self.leave());
+                    return Ok(SendResult::ReaderGone);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(if self.is_open {
-            Progress::Waiting
-        } else {
-            Progress::Done
+        Ok(match self.is_whole {
+            true => SendResult::Done,
+            false => SendResult::Waiting,
         })
     }
+}
 
-    /// Frees what the reader left.
-    fn leave(&mut self) -> Progress {
-        self.cursor = Cursor::Once(Contents::default());
-        self.left = 0;
-        Progress::ReaderGone
+/// What came of one round of sending.
+#[derive(Debug, Default)]
+pub(crate) struct Round {
+    /// Slots that were filled of pipes that are full now.
+    filled: usize,
+    /// The slots that these pipes have.
+    room: usize,
+    /// Bytes that were sent and are not kept for another time.
+    pub(crate) freed: u64,
+    /// The files that were sent to their ends.
+    pub(crate) sent_whole: Vec<ImageName>,
+    /// The files whose readers closed their pipes before that.
+    pub(crate) left_by_readers: Vec<ImageName>,
+}
+
+impl Round {
+    /// What it was for the pace of the loop; `None` if no pipe was filled.
+    pub(crate) fn activity(&self) -> Option<Activity> {
+        let (sent, room) = (self.filled as u64, self.room as u64);
+        (sent > 0).then_some(Activity::Emptied { sent, room })
+    }
+
+    /// Notes how far a transfer came, and tells whether it is over.
+    fn note(&mut self, transfer: &mut Transfer) -> Result<bool> {
+        let result = transfer
+            .send(self)
+            .with_context(|| format!("sending {}", transfer.name))?;
+        transfer.is_full = result == SendResult::Full;
+        match result {
+            SendResult::Done => self.sent_whole.push(transfer.name.clone()),
+            SendResult::ReaderGone => {
+                if let Remaining::Once(_) = transfer.data {
+                    self.freed += transfer.left as u64;
+                }
+                self.left_by_readers.push(transfer.name.clone());
+            }
+            SendResult::Waiting | SendResult::Full => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// The files on their way to readers of one kind. Each moves whenever its own reader makes room.
+#[derive(Debug)]
+pub(crate) struct Transfers {
+    kind: Watched,
+    all: BTreeMap<u64, Transfer>,
+    next_id: u64,
+    /// When full pipes are tried again.
+    try_again: Instant,
+}
+
+impl Transfers {
+    /// Their pipes are watched as `kind`.
+    pub(crate) fn new(kind: Watched) -> Self {
+        Self {
+            kind,
+            all: BTreeMap::new(),
+            next_id: 0,
+            try_again: Instant::now(),
+        }
+    }
+
+    /// Sends the first part of a file, which for most is all of it, and has the rest follow as its
+    /// reader makes room. Transfers are numbered from 0.
+    ///
+    /// # Errors
+    /// As [`Transfers::send`].
+    pub(crate) fn start(
+        &mut self,
+        mut transfer: Transfer,
+        poller: &Poller,
+        round: &mut Round,
+    ) -> Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        if !round.note(&mut transfer)? {
+            poller
+                .add(&transfer.pipe, self.kind, id, Interest::WritableEdge)
+                .with_context(|| {
+                    format!("preparing to wait for the reader of {}", transfer.name)
+                })?;
+            self.all.insert(id, transfer);
+        }
+        Ok(())
+    }
+
+    /// A transfer, while it is not over.
+    pub(crate) fn get(&self, id: u64) -> Option<&Transfer> {
+        self.all.get(&id)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: u64) -> Option<&mut Transfer> {
+        self.all.get_mut(&id)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Transfer> {
+        self.all.values()
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Transfer> {
+        self.all.values_mut()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// Notes that a pipe may have room again.
+    pub(crate) fn made_room(&mut self, id: u64) {
+        if let Some(transfer) = self.all.get_mut(&id) {
+            transfer.is_full = false;
+        }
+    }
+
+    /// Notes that the reader closed a pipe, which is found out otherwise only if there is something
+    /// to send.
+    pub(crate) fn hang_up(&mut self, id: u64) {
+        if let Some(transfer) = self.all.get_mut(&id) {
+            transfer.hung_up = true;
+        }
+    }
+
+    /// When full pipes are tried again, if there are any.
+    pub(crate) fn try_again(&self) -> Option<Instant> {
+        let is_any_full = self.all.values().any(|transfer| transfer.is_full);
+        is_any_full.then_some(self.try_again)
+    }
+
+    /// Sends what the pipes take.
+    ///
+    /// # Errors
+    /// Those of `splice` and `vmsplice` but for a broken pipe.
+    pub(crate) fn send(&mut self) -> Result<Round> {
+        let now = Instant::now();
+        let all_again = now >= self.try_again;
+        if all_again {
+            self.try_again = now + TRY_AGAIN;
+        }
+        let mut round = Round::default();
+        let mut over = Vec::new();
+        for (&id, transfer) in &mut self.all {
+            if (!transfer.is_full || transfer.hung_up || all_again) && round.note(transfer)? {
+                over.push(id);
+            }
+        }
+        for id in over {
+            self.all.remove(&id);
+        }
+        Ok(round)
     }
 }
 
@@ -294,25 +449,25 @@ mod tests {
     use crate::store::Arena;
     use crate::store::held_pipe::PipePool;
 
-    fn contents(sizes: &[usize]) -> (Contents, Vec<u8>) {
+    fn data(sizes: &[usize]) -> (FileData, Vec<u8>) {
         let mut arena = Arena::new();
-        let mut contents = Contents::default();
+        let mut data = FileData::default();
         let mut expected = Vec::new();
         for (&size, byte) in sizes.iter().zip(1..) {
             let mut block = arena.reserve(size).unwrap();
             assert_eq!(block.unfilled().len(), size);
             block.unfilled().fill(byte);
             block.filled(size);
-            contents.push(Piece::Memory(arena.seal(block))).unwrap();
+            data.push(Piece::Memory(arena.seal(block))).unwrap();
             expected.extend(std::iter::repeat_n(byte, size));
         }
-        (contents, expected)
+        (data, expected)
     }
 
     /// The same bytes in pipes, each in as many slots as a pipe of the smallest size has, and more.
-    fn in_pipes(sizes: &[usize]) -> (Contents, Vec<u8>) {
+    fn in_pipes(sizes: &[usize]) -> (FileData, Vec<u8>) {
         let mut holder = PipePool::new().expect("pages can be held here");
-        let mut contents = Contents::default();
+        let mut data = FileData::default();
         let mut expected = Vec::new();
         for (&size, byte) in sizes.iter().zip(1..) {
             let bytes = vec![byte; size];
@@ -324,28 +479,34 @@ mod tests {
                 let moved = held.take(&read, size).unwrap();
                 assert!(matches!(moved, Moved::Bytes(_)), "{moved:?}");
             }
-            contents.push(Piece::held(held)).unwrap();
+            data.push(Piece::Pipe(held)).unwrap();
             expected.extend(bytes);
         }
-        (contents, expected)
+        (data, expected)
+    }
+
+    fn transfer(pipe: WriteEnd, data: Remaining) -> Transfer {
+        let name = ImageName::new("pages-1.img").unwrap();
+        let is_whole = true;
+        Transfer::new(name, pipe, DEFAULT_SLOTS, FileBody { data, is_whole })
     }
 
     /// Sends to a reader that takes a little at a time.
-    fn sent(cursor: Cursor) -> Vec<u8> {
+    fn sent(cursor: Remaining) -> Vec<u8> {
         let (read, write) = pipe::new().unwrap();
         let read = read.nonblocking().unwrap();
-        let mut transfer = Transfer::new(write, DEFAULT_SLOTS, cursor);
+        let mut transfer = transfer(write, cursor);
         let mut received = Vec::new();
         let mut buffer = vec![0; 3 * slot() + 7];
         loop {
-            let progress = transfer.send().unwrap();
+            let progress = transfer.send(&mut Round::default()).unwrap();
             while let Moved::Bytes(bytes) = pipe::read(&read, &mut buffer).unwrap() {
                 received.extend_from_slice(&buffer[..bytes]);
-                if progress != Progress::Done {
+                if progress != SendResult::Done {
                     break;
                 }
             }
-            if progress == Progress::Done {
+            if progress == SendResult::Done {
                 return received;
             }
         }
@@ -353,16 +514,16 @@ mod tests {
 
     #[test]
     fn what_is_sent_once_is_freed_and_what_is_kept_stays() {
-        let (contents, expected) = contents(&[5, 70_000, 4096, 1, 300_000]);
-        let kept = Rc::new(contents);
+        let (data, expected) = data(&[5, 70_000, 4096, 1, 300_000]);
+        let kept = Rc::new(data);
         for _ in 0..2 {
-            let cursor = Cursor::Kept {
-                contents: Rc::clone(&kept),
+            let cursor = Remaining::Kept {
+                data: Rc::clone(&kept),
                 sent: 0,
             };
             assert!(sent(cursor) == expected);
         }
-        let once = Cursor::Once(Rc::into_inner(kept).unwrap());
+        let once = Remaining::Once(Rc::into_inner(kept).unwrap());
         assert!(sent(once) == expected);
     }
 
@@ -372,12 +533,12 @@ mod tests {
             return;
         }
         let (mut all, mut expected) = in_pipes(&[40_000, 600_000, 70_000, 600_000]);
-        for (more, bytes) in [contents(&[5, 70_000]), in_pipes(&[600_000, 33_000])] {
+        for (more, bytes) in [data(&[5, 70_000]), in_pipes(&[600_000, 33_000])] {
             more.into_pieces()
                 .for_each(|piece| all.push(piece).unwrap());
             expected.extend(bytes);
         }
-        assert!(sent(Cursor::Once(all)) == expected);
+        assert!(sent(Remaining::Once(all)) == expected);
     }
 
     #[test]
@@ -386,11 +547,11 @@ mod tests {
             return;
         }
         let (read, write) = pipe::new().unwrap();
-        let (contents, expected) = in_pipes(&[500_000; 4]);
-        let mut transfer = Transfer::new(write, DEFAULT_SLOTS, Cursor::Once(contents));
+        let (data, expected) = in_pipes(&[500_000; 4]);
+        let mut transfer = transfer(write, Remaining::Once(data));
         let mut sent = 0;
         while transfer.left() > 0 {
-            let progress = transfer.send().unwrap();
+            let progress = transfer.send(&mut Round::default()).unwrap();
             let available = pipe::available(&read).unwrap();
             let left = expected.len() - sent - available;
             assert_eq!(transfer.left(), left);
@@ -408,12 +569,36 @@ mod tests {
     }
 
     #[test]
+    fn a_full_pipe_is_left_alone_until_it_has_room_whatever_comes_for_it() {
+        let (read, write) = pipe::new().unwrap();
+        let (data, _) = data(&[2 * LARGEST]);
+        let mut transfer = transfer(write, Remaining::Once(data));
+        transfer.is_whole = false;
+        let mut transfers = Transfers::new(Watched::Transfer);
+        let poller = Poller::new().unwrap();
+        let mut round = Round::default();
+        transfers.start(transfer, &poller, &mut round).unwrap();
+        assert!(round.freed > 0);
+        // Far off.
+        transfers.try_again += TRY_AGAIN * 1000;
+
+        let mut buffer = vec![0; LARGEST];
+        pipe::read(&read, &mut buffer).unwrap();
+        let transfer = transfers.get_mut(0).unwrap();
+        transfer.add(Piece::in_memory(b"more")).unwrap();
+        assert_eq!(transfers.send().unwrap().freed, 0);
+        transfers.made_room(0);
+        assert!(transfers.send().unwrap().freed > 0);
+    }
+
+    #[test]
     fn a_reader_that_leaves_ends_the_transfer() {
         let (read, write) = pipe::new().unwrap();
         drop(read);
-        let (contents, _) = contents(&[100]);
-        let mut transfer = Transfer::new(write, DEFAULT_SLOTS, Cursor::Once(contents));
-        assert_eq!(transfer.send().unwrap(), Progress::ReaderGone);
+        let (data, _) = data(&[100]);
+        let mut transfer = transfer(write, Remaining::Once(data));
+        let sent = transfer.send(&mut Round::default()).unwrap();
+        assert_eq!(sent, SendResult::ReaderGone);
     }
 
     #[test]
