@@ -81,8 +81,6 @@ pub(crate) struct Plan {
     pub(crate) shards: Shards,
     /// The last of the shards is an index.
     pub(crate) has_index: bool,
-    /// The most that is held of an image that arrives, in bytes.
-    pub(crate) hold_at_most: Option<u64>,
     pub(crate) buffer: Option<BufferSize>,
     /// The CRIU that waits in its hook may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
@@ -117,7 +115,6 @@ impl Plan {
                 None => Shards::Descriptors(claimed.shards),
             },
             has_index: args.index || args.index_fd.is_some(),
-            hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
             buffer: args.buffer,
             goes_on_when_copied: args.go_on_when_copied,
             external_files: descriptors.chain(file_commands).collect(),
@@ -154,7 +151,6 @@ fn split(command: Command) -> (Action, Vec<OsString>) {
 
 /// Refuses options that do not go together, or not with the subcommand.
 fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
-    let has_index = args.index || args.index_fd.is_some();
     let has_commands = args.shard_cmd.is_some();
     let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
     let is = |other| action == other;
@@ -174,10 +170,6 @@ fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
         (
             args.index_fd.is_some() && has_commands,
             "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index",
-        ),
-        (
-            args.hold_at_most.is_some() && !(has_index && is(Action::Serve)),
-            "--hold-at-most: it is for `serve` with an index",
         ),
         (
             args.buffer.is_some() && !is(Action::Capture),

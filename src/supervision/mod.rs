@@ -309,7 +309,7 @@ impl Supervisor {
 
     /// Waits until the pumps have written everything and all commands have ended.
     fn finish(&mut self) -> Result<()> {
-        while self.are_pumps_writing()? {
+        while !self.have_pumps_written()? {
             self.wait(Wait::Forever)
                 .context("waiting until all is written")?;
             self.check()?;
@@ -325,13 +325,14 @@ impl Supervisor {
         self.finish_criu()
     }
 
-    /// Whether a pump still writes. Each that ends brings an event.
-    fn are_pumps_writing(&mut self) -> io::Result<bool> {
-        let mut is_any = false;
+    /// Whether all that went to pumps is written. Each that ends brings an event.
+    pub(crate) fn have_pumps_written(&self) -> io::Result<bool> {
         for pipe in &self.writing {
-            is_any |= pipe::read(pipe, &mut [0])? != Moved::End;
+            if pipe::read(pipe, &mut [0])? != Moved::End {
+                return Ok(false);
+            }
         }
-        Ok(is_any)
+        Ok(true)
     }
 
     /// What is left of the commands, and what CRIU restores, need not be our children.
