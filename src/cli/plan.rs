@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::hash::Hash;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
@@ -14,7 +15,7 @@ use anyhow::{Result, bail, ensure};
 use super::descriptor::{Checked, Checks, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand};
 use crate::criu::SocketPath;
-use crate::criu::hook_caller::Caller;
+use crate::criu::hook_caller::{self, Caller};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
@@ -100,7 +101,9 @@ impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(mut args: Args) -> Result<Self> {
         let (action, criu) = split(std::mem::replace(&mut args.command, Command::List));
-        let criu = CriuCommand::new(criu);
+        let words: Vec<_> = criu.iter().map(|word| word.as_bytes()).collect();
+        let lets_live = hook_caller::lets_live(&words.join(&0));
+        let criu = CriuCommand::new(criu, lets_live);
         check_usage(&args, action, criu.is_some())?;
         let commands = shard_commands(&args)?;
         let claimed = claim(&args, action)?;
@@ -208,7 +211,9 @@ fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
     if let Some(name) = first_repeated(&names, |&name| name) {
         bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
     }
-    Ok(())
+    let files = args.ext_file_cmd.iter().map(|file| &file.command);
+    let mut commands = args.shard_cmd.iter().chain(files);
+    commands.try_for_each(|text| ShellCommand::check_shell(text))
 }
 
 /// The descriptors that the command line named.
