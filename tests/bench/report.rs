@@ -123,10 +123,21 @@ const TABLES: &[Table] = &[
         columns: &[
             median("CRIU may come, s", "listens_s", 2),
             median("running, s", "running_s", 2),
+            median("all in place, s", "in_place_s", 2),
             median("CRIU, s", "criu_s", 2),
             median("streamer, CPU s/GB", "cpu_s_per_gb", 2),
             median("all, CPU s/GB", "all_cpu_s_per_gb", 2),
             median("memory over image, MiB", "over_image_mib", 0),
+        ],
+    },
+    Table {
+        prefix: "touches/",
+        title: "The first 20,000 accesses to pages at random",
+        columns: &[
+            median("running, s", "running_s", 2),
+            median("all in place, s", "in_place_s", 2),
+            median("99th percentile, ms", "late_ms", 3),
+            median("slowest, ms", "latest_ms", 1),
         ],
     },
 ];

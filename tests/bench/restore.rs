@@ -23,6 +23,10 @@ pub struct Scenario {
     pipe_size: Option<usize>,
     /// `ulimit -n`.
     open_files: Option<u32>,
+    /// CRIU leaves the memory to the streamer as well, where it can do that.
+    lazy: bool,
+    /// The application touches pages at random from its first moment on.
+    touches: bool,
 }
 
 const SHARDS: usize = 4;
@@ -42,11 +46,26 @@ pub fn scenarios() -> Vec<Scenario> {
         alone: false,
         pipe_size: None,
         open_files: None,
+        lazy: true,
+        touches: false,
     };
     let plain = scenario("restore/2-GiB-cat", 2048, CAT);
     vec![
         plain,
         scenario("restore/2-GiB-lz4", 2048, LZ4),
+        scenario("restore/1-GiB-cat", 1024, CAT),
+        scenario("restore/4-GiB-cat", 4096, CAT),
+        Scenario {
+            name: "restore/4-GiB-of-16-processes-cat",
+            mib: 4096,
+            processes: 16,
+            ..plain
+        },
+        Scenario {
+            name: "touches/2-GiB-cat",
+            touches: true,
+            ..plain
+        },
         Scenario {
             alone: true,
             ..scenario(AT_500_MB_PER_S, 1024, DOWNLOAD)
@@ -58,12 +77,14 @@ pub fn scenarios() -> Vec<Scenario> {
         },
         Scenario {
             name: "restore/2-GiB-cat-4MiB-pipes",
+            lazy: false,
             pipe_size: Some(4 << 20),
             ..plain
         },
         Scenario {
             // More than is needed for anything but keeping pages in pipes.
             name: "restore/2-GiB-cat-256-descriptors",
+            lazy: false,
             open_files: Some(256),
             ..plain
         },
@@ -71,10 +92,11 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 #[derive(Clone)]
-enum Way {
-    Download,
-    AllFirst(Program),
-    WhileItArrives(Program),
+struct Way {
+    /// None: the download alone.
+    program: Option<Program>,
+    index: bool,
+    lazy: bool,
 }
 
 pub const ALONE: &str = "download alone";
@@ -87,14 +109,15 @@ options="--shard-fds ${fds#,}"
 [ -z "$INDEX" ] || { exec {fd}< <(eval "$FETCH$INDEX"); fds+=,$fd; options+=" --index-fd $fd"; }
 limit_files=
 [ -z "$OPEN_FILES" ] || limit_files="prlimit --nofile=$OPEN_FILES"
-{ time $limit_files $START "$STREAMER" --images-dir images $options --progress-fd 3 serve 3>ready 2>streamer.log; } 2>times & streamer=$!
+{ time $limit_files $START "$STREAMER" --images-dir images $options $LAZY --progress-fd 3 serve 3>ready 2>streamer.log; } 2>times & streamer=$!
 exec 4<ready
 for fd in ${fds//,/ }; do exec {fd}<&-; done
 grep -q -m1 socket-init <&4
 echo listens $EPOCHREALTIME
-criu restore --stream --images-dir images --restore-detached
+criu restore --stream --images-dir images --restore-detached $LAZY
 echo running $EPOCHREALTIME
 wait $streamer
+echo in_place $EPOCHREALTIME
 awk 'END { print "cpu_s", $1 + $2 }' times
 "#;
 
@@ -107,7 +130,11 @@ echo running $EPOCHREALTIME
 pub fn measure(scenario: &Scenario, bench: &mut Bench) -> Result<()> {
     let memory = bench.options.bytes(scenario.mib);
     let machine = session::boot(bench)?;
-    let application = session::start(&machine, memory, scenario.processes);
+    let application = if scenario.touches {
+        machine.start(&format!("touch={} pause=1", memory >> 20))
+    } else {
+        session::start(&machine, memory, scenario.processes)
+    };
     let before = application.state();
     let (store, fetch) = scenario.commands;
     let mut bytes = 0.0;
@@ -136,24 +163,43 @@ pub fn measure(scenario: &Scenario, bench: &mut Bench) -> Result<()> {
         application.is_gone();
     };
     end();
+    application.run("rm -f application.touches").success();
     let mut reserve = Reserve::new(memory);
     let mut ways = vec![];
     if scenario.alone {
-        ways.push((ALONE.to_owned(), Way::Download));
+        let way = Way {
+            program: None,
+            index: false,
+            lazy: false,
+        };
+        ways.push((ALONE.to_owned(), way));
     }
     for program in &bench.programs {
-        let name = program.name;
-        ways.push((format!("{name}, all first"), Way::AllFirst(program.clone())));
-        if !program.is_original() {
-            let way = Way::WhileItArrives(program.clone());
-            ways.push((format!("{name}, while it arrives"), way));
+        let lazy = scenario.lazy && program.has_option("--lazy-pages")?;
+        for (index, lazy, what, is_possible) in [
+            (false, false, "all first", true),
+            (true, false, "while it arrives", !program.is_original()),
+            (false, true, "lazy pages", lazy),
+            (true, true, "lazy pages, index", lazy),
+        ] {
+            if is_possible {
+                let way = Way {
+                    program: Some(program.clone()),
+                    index,
+                    lazy,
+                };
+                ways.push((format!("{}, {what}", program.name), way));
+            }
         }
     }
     bench.in_turns(scenario.name, 5, ways, |way| {
-        let (script, image, index) = match way {
-            Way::Download => (DOWNLOAD_ALONE, "plain", ""),
-            Way::AllFirst(_) => (SCRIPT, "plain", ""),
-            Way::WhileItArrives(_) => (SCRIPT, "indexed", "indexed-index"),
+        let script = match way.program {
+            None => DOWNLOAD_ALONE,
+            Some(_) => SCRIPT,
+        };
+        let (image, index) = match way.index {
+            false => ("plain", ""),
+            true => ("indexed", "indexed-index"),
         };
         let names: Vec<_> = (1..=SHARDS)
             .map(|shard| format!("{image}-{shard}"))
@@ -163,6 +209,7 @@ pub fn measure(scenario: &Scenario, bench: &mut Bench) -> Result<()> {
             ("PID", application.pid.clone()),
             ("NAMES", names.join(" ")),
             ("INDEX", index.to_owned()),
+            ("LAZY", text(way.lazy.then(|| "--lazy-pages".to_owned()))),
             ("FETCH", fetch.to_owned()),
             (
                 "OPEN_FILES",
@@ -170,13 +217,18 @@ pub fn measure(scenario: &Scenario, bench: &mut Bench) -> Result<()> {
             ),
             ("PIPE_SIZE", text(scenario.pipe_size.map(|n| n.to_string()))),
         ];
-        if let Way::AllFirst(program) | Way::WhileItArrives(program) = way {
-            variables.push(program.variable());
-        }
+        variables.extend(way.program.iter().map(Program::variable));
         reserve.let_go();
         let script = format!("fds= downloads=\necho began $EPOCHREALTIME\n{script}");
         let meter = Meter::start();
-        let raw = session::run(&machine, &meter, variables, &script)?;
+        let mut raw = session::run(&machine, &meter, variables, &script)?;
+        if scenario.touches {
+            let script = "until [ -s application.touches ]; do sleep 0.1; done; cat application.touches; rm application.touches";
+            let touches = application.run(script).success().stdout();
+            for (name, ms) in ["late_ms", "latest_ms"].iter().zip(touches.split(' ')) {
+                raw.insert((*name).to_owned(), ms.trim().parse()?);
+            }
+        }
         if raw.contains_key("listens") {
             session::goes_on_from(&application, before)?;
             end();
@@ -194,6 +246,9 @@ fn figures(raw: &Figures, bytes: f64) -> Figures {
     let figures = [
         ("listens_s", listens_s),
         ("running_s", running_s),
+        ("in_place_s", since_began("in_place")),
+        ("late_ms", value("late_ms")),
+        ("latest_ms", value("latest_ms")),
         (
             "criu_s",
             listens_s.and_then(|listens| Some(running_s? - listens)),

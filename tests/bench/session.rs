@@ -9,6 +9,7 @@ use std::{
     env::current_exe,
     fs,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -32,6 +33,11 @@ impl Program {
 
     pub fn is_original(&self) -> bool {
         self.name == ORIGINAL
+    }
+
+    pub fn has_option(&self, option: &str) -> Result<bool> {
+        let help = Command::new(&self.path).arg("--help").output()?;
+        Ok(String::from_utf8_lossy(&help.stdout).contains(option))
     }
 
     /// The variable by which scripts know it.

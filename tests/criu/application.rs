@@ -16,6 +16,9 @@
 //!     rewrite=<MiB>     private memory that it writes anew from the first page to the last, each
 //!                       round with the next number in every page, behind `REWRITE` and the page's
 //!                       number
+//!     touch=<MiB>       private memory of which it reads 20 pages at random each round. Of the
+//!                       first 20,000 since it was frozen, the 99th percentile and the longest,
+//!                       in milliseconds, are then in a file like the state file, `.touches`
 //!     mappings=<n>      a page each, of which every other one cannot be written to
 //!     hugetlb=<MiB>     shared memory on huge pages
 //!     private-hugetlb=<MiB>
@@ -37,7 +40,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
 const PAGE: usize = 1 << 12;
@@ -157,6 +160,48 @@ impl Part for Rewritten {
             for word in bytes[16..].chunks_exact_mut(8) {
                 word.copy_from_slice(&self.rounds.to_le_bytes());
             }
+        }
+        Ok(())
+    }
+}
+
+/// Memory of which it reads a few pages at random each round, and how long each took.
+struct Touched {
+    bytes: &'static mut [u8],
+    random: u64,
+    last: Instant,
+    times: Vec<Duration>,
+    report: String,
+}
+
+impl Touched {
+    const TOUCHES: usize = 20_000;
+    /// Longer than a round takes: it was frozen.
+    const FROZEN: Duration = Duration::from_millis(300);
+}
+
+impl Part for Touched {
+    fn check(&mut self) -> Result<(), String> {
+        if self.last.elapsed() > Self::FROZEN {
+            self.times.clear();
+        }
+        self.last = Instant::now();
+        if self.times.len() == Self::TOUCHES {
+            return Ok(());
+        }
+        for _ in 0..20 {
+            self.random = word(self.random, 1);
+            let page = self.random as usize % (self.bytes.len() / PAGE) * PAGE;
+            let from = Instant::now();
+            std::hint::black_box(self.bytes[page]);
+            self.times.push(from.elapsed());
+        }
+        if self.times.len() == Self::TOUCHES {
+            let mut times = self.times.clone();
+            times.sort();
+            let ms = |nth: usize| times[nth].as_secs_f64() * 1e3;
+            let line = format!("{} {}\n", ms(times.len() * 99 / 100), ms(times.len() - 1));
+            std::fs::write(&self.report, line).map_err(|why| why.to_string())?;
         }
         Ok(())
     }
@@ -376,6 +421,17 @@ fn main() {
                 flags,
             )));
         }
+    }
+    if number("touch") > 0 {
+        let bytes = map(number("touch") * MIB, MAP_PRIVATE);
+        bytes.fill(1);
+        checked.push(Box::new(Touched {
+            bytes,
+            random: nonce,
+            last: Instant::now(),
+            times: Vec::with_capacity(Touched::TOUCHES),
+            report: state_path.replace(".state", ".touches"),
+        }));
     }
     if number("rewrite") > 0 {
         let bytes = map(number("rewrite") * MIB, MAP_PRIVATE);
