@@ -16,6 +16,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -112,7 +113,7 @@ fn assert_ended_by_itself(exit: &Exit) {
         Some(1) => drop(exit.error()),
         Some(143) => {}
         // So early that there was nothing to clean up yet.
-        None if exit.signalled() == Some(Signal::SIGTERM as i32) => {}
+        None if exit.status.signal() == Some(Signal::SIGTERM as i32) => {}
         _ => panic!("{}\n{}", exit.status, exit.stderr),
     }
 }

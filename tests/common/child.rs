@@ -95,24 +95,20 @@ pub fn wait_for_end(pidfd: &OwnedFd, timeout: Duration) -> bool {
     }
 }
 
+/// The result of a system call, or its error.
+fn checked<T: Into<i64> + Copy>(result: T) -> io::Result<T> {
+    if result.into() < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
 /// An error means that the process has ended already.
 pub fn send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
+    let (call, pidfd) = (libc::SYS_pidfd_send_signal, pidfd.as_raw_fd());
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: the kernel reads no memory of ours: the only pointer is null, which the call allows.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal as i32,
-            no_info,
-            0,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    checked(unsafe { libc::syscall(call, pidfd, signal as i32, no_info, 0) }).map(drop)
 }
 
 /// Does something as another user, with this user's rights and limits: a pipe counts as the real
@@ -122,13 +118,8 @@ pub fn as_user<T: Send>(uid: u32, act: impl FnOnce() -> T + Send) -> T {
     let with_rights = move || {
         let unchanged = u32::MAX;
         // SAFETY: takes three integers; no memory is involved.
-        let result = unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, unchanged) };
-        assert_eq!(
-            result,
-            0,
-            "become user {uid}: {}",
-            io::Error::last_os_error()
-        );
+        checked(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, unchanged) })
+            .unwrap_or_else(|why| panic!("become user {uid}: {why}"));
         act()
     };
     std::thread::scope(|scope| scope.spawn(with_rights).join().unwrap())
@@ -140,54 +131,42 @@ pub fn inherit(command: &mut Command, fds: Vec<RawFd>, limits: Vec<Limit>) {
         for &fd in &fds {
             // SAFETY: changes a flag in the new process's own descriptor table; no memory is
             // involved.
-            if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            checked(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })?;
         }
-        for &limit in &limits {
-            let (resource, max) = match limit {
-                Limit::Cgroup(members) => {
-                    // SAFETY: the pointer is to one constant byte. 0 is the process that writes.
-                    if unsafe { libc::write(members, b"0".as_ptr().cast(), 1) } < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                    continue;
-                }
-                Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
-                Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
-                Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
-                Limit::Refused(call) => {
-                    refuse(call)?;
-                    continue;
-                }
-                Limit::OwnUserNamespace => {
-                    enter_user_namespace()?;
-                    continue;
-                }
-            };
-            let mut to_set = libc::rlimit {
-                rlim_cur: max,
-                rlim_max: max,
-            };
-            if matches!(limit, Limit::SoftOpenFiles(_)) {
-                // SAFETY: the pointer is to a local variable that outlives the call.
-                if unsafe { libc::getrlimit(resource, &mut to_set) } < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                to_set.rlim_cur = max;
-            }
-            // SAFETY: takes integers; ignoring a signal sets up no handler.
-            unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-            // SAFETY: the pointer is to a local variable that outlives the call.
-            if unsafe { libc::setrlimit(resource, &to_set) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
+        limits.iter().try_for_each(|limit| set(*limit))
     };
     // SAFETY: between fork and exec `prepare` makes only system calls, which are async-signal-safe,
     // and allocates nothing: the vectors were built before the fork.
     unsafe { command.pre_exec(prepare) };
+}
+
+fn set(limit: Limit) -> io::Result<()> {
+    let (resource, max) = match limit {
+        Limit::Cgroup(members) => {
+            // SAFETY: the pointer is to one constant byte. 0 is the process that writes.
+            let written = unsafe { libc::write(members, b"0".as_ptr().cast(), 1) };
+            return checked(written as i64).map(drop);
+        }
+        Limit::Refused(call) => return refuse(call),
+        Limit::OwnUserNamespace => return enter_user_namespace(),
+        Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
+        Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
+        Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
+    };
+    let mut to_set = libc::rlimit {
+        rlim_cur: max,
+        rlim_max: max,
+    };
+    // SAFETY: the pointers are to a local variable that outlives the calls; ignoring a signal sets
+    // up no handler.
+    unsafe {
+        if matches!(limit, Limit::SoftOpenFiles(_)) {
+            checked(libc::getrlimit(resource, &mut to_set))?;
+            to_set.rlim_cur = max;
+        }
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        checked(libc::setrlimit(resource, &to_set)).map(drop)
+    }
 }
 
 /// From here on, and in all children, this system call fails with `EPERM`.
@@ -215,20 +194,13 @@ fn refuse(call: libc::c_long) -> io::Result<()> {
         len: steps.len() as u16,
         filter: steps.as_mut_ptr(),
     };
-    // SAFETY: takes integers. Without privileges it has to come before a filter.
-    let alone = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    // SAFETY: the program and its steps are local variables that outlive the call.
-    let filtered = unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    };
-    if alone < 0 || filtered < 0 {
-        return Err(io::Error::last_os_error());
+    // SAFETY: the program and its steps are local variables that outlive the calls. Without
+    // privileges the first has to come before a filter.
+    unsafe {
+        checked(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        let mode = libc::SECCOMP_MODE_FILTER;
+        checked(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program)).map(drop)
     }
-    Ok(())
 }
 
 /// `unshare --user` for a child that has already changed its user: `0` in there is what it was.
@@ -238,9 +210,7 @@ fn enter_user_namespace() -> io::Result<()> {
         // After a change of user, the files in /proc/self are root's until this is set.
         libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
         let user = libc::getuid();
-        if libc::unshare(libc::CLONE_NEWUSER) < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        checked(libc::unshare(libc::CLONE_NEWUSER))?;
         let file = libc::open(c"/proc/self/uid_map".as_ptr(), libc::O_WRONLY);
         let mut line = [0u8; 32];
         let mut rest = &mut line[..];
@@ -248,22 +218,15 @@ fn enter_user_namespace() -> io::Result<()> {
         io::Write::write_fmt(&mut rest, format_args!("0 {user} 1"))?;
         let left = rest.len();
         let length = line.len() - left;
-        let written = libc::write(file, line.as_ptr().cast(), length);
-        let result = match written {
-            -1 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
-        };
+        let result = checked(libc::write(file, line.as_ptr().cast(), length) as i64);
         libc::close(file);
-        result
+        result.map(drop)
     }
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers; no memory is involved.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = checked(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: the kernel just made this descriptor for us, and nothing else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -273,6 +236,6 @@ pub fn queued(pipe: impl AsFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the pointer is to a local int, which is what FIONREAD writes, and outlives the call.
     let result = unsafe { libc::ioctl(pipe.as_fd().as_raw_fd(), libc::FIONREAD, &mut bytes) };
-    assert_eq!(result, 0, "FIONREAD: {}", io::Error::last_os_error());
+    checked(result).expect("FIONREAD");
     bytes as usize
 }

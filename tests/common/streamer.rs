@@ -20,7 +20,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -197,13 +197,8 @@ impl Launch {
     }
 
     pub fn start(self) -> Streamer {
-        let own_dir = self
-            .images_dir
-            .is_none()
-            .then(|| TempDir::with_prefix("images-").unwrap());
-        let images_dir = self
-            .images_dir
-            .unwrap_or_else(|| own_dir.as_ref().unwrap().path().to_owned());
+        let own_dir = TempDir::with_prefix("images-").unwrap();
+        let images_dir = self.images_dir.unwrap_or(own_dir.path().to_owned());
 
         // Another user may not be able to walk to the binary, so it is named by a descriptor.
         let named = fs::File::open(binary()).expect("open the streamer's binary");
@@ -213,31 +208,20 @@ impl Launch {
         };
         command.arg("--images-dir").arg(&images_dir);
         let mut inherited = self.inherited;
-        if !self.shards.is_empty() {
-            command.arg("--shard-fds").arg(list(
-                self.shards.iter().map(|fd| fd.as_raw_fd().to_string()),
-            ));
-            inherited.extend(self.shards);
+        for fd in self.shards {
+            command.arg(format!("--shard-fds={}", fd.as_raw_fd()));
+            inherited.push(fd);
         }
-        if !self.ext_files.is_empty() {
-            let named = self
-                .ext_files
-                .iter()
-                .map(|(name, fd)| format!("{name}:{}", fd.as_raw_fd()));
-            command.arg("--ext-file-fds").arg(list(named));
-            inherited.extend(self.ext_files.into_iter().map(|(_, fd)| fd));
+        for (name, fd) in self.ext_files {
+            command.arg(format!("--ext-file-fds={name}:{}", fd.as_raw_fd()));
+            inherited.push(fd);
         }
         let mut progress = None;
         if self.progress != Progress::Stderr {
             let (reader, writer) = pipe();
-            command
-                .arg("--progress-fd")
-                .arg(writer.as_raw_fd().to_string());
+            command.arg(format!("--progress-fd={}", writer.as_raw_fd()));
             inherited.push(writer);
-            progress = Some(reader);
-        }
-        if self.progress == Progress::ReaderGone {
-            progress = None;
+            progress = (self.progress == Progress::Pipe).then_some(reader);
         }
         let (stderr_reader, stderr_writer) = pipe();
         command
@@ -301,10 +285,6 @@ fn refused_calls() -> Vec<Limit> {
     }
 }
 
-fn list(items: impl Iterator<Item = String>) -> String {
-    items.collect::<Vec<_>>().join(",")
-}
-
 fn watch(child: &Child) -> Arc<AtomicBool> {
     let pidfd = child.pidfd().expect("duplicate a pidfd");
     let hung = Arc::new(AtomicBool::new(false));
@@ -323,7 +303,7 @@ fn watch(child: &Child) -> Arc<AtomicBool> {
 pub struct Streamer {
     role: Role,
     images_dir: PathBuf,
-    _own_dir: Option<TempDir>,
+    _own_dir: TempDir,
     argv: String,
     child: Child,
     stderr: Lines,
@@ -396,10 +376,8 @@ impl Streamer {
 
     /// Waits until it listens, or has ended.
     pub fn listens(&self) -> bool {
-        let found = self
-            .progress
-            .wait_for(HANG_TIMEOUT, |line| line == "socket-init");
-        found.is_some()
+        let wait = |wanted: fn(&str) -> bool| self.progress.wait_for(HANG_TIMEOUT, wanted);
+        wait(|line| line == "socket-init").is_some()
     }
 
     pub fn wait_for_line(&self, line: &str) {
@@ -474,34 +452,30 @@ impl Streamer {
     /// What the image takes of the machine's memory, in KiB: the process's own, and what its pipes
     /// hold.
     pub fn image_kib(&self) -> u64 {
-        let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("list the descriptors");
-        let paths: Vec<_> = fds.map(|entry| entry.unwrap().path()).collect();
+        let paths: Vec<_> = self.proc("fd").map(|entry| entry.unwrap().path()).collect();
         let pipes: BTreeMap<_, _> = paths
             .iter()
             .filter_map(|path| Some((fs::read_link(path).ok()?, path)))
             .filter(|(target, _)| target.to_string_lossy().starts_with("pipe:"))
             .collect();
         let queued = pipes.values().filter_map(|path| {
-            let flags = libc::O_NONBLOCK;
-            let pipe = fs::File::options()
-                .read(true)
-                .custom_flags(flags)
-                .open(path);
+            let mut options = fs::File::options();
+            let pipe = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
             pipe.ok().map(|pipe| child::queued(&pipe) as u64)
         });
         self.memory_kib("VmRSS") + (queued.sum::<u64>() >> 10)
     }
 
     pub fn open_fds(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .expect("list the process's descriptors")
-            .count()
+        self.proc("fd").count()
     }
 
     pub fn threads(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/task", self.pid()))
-            .expect("list the process's threads")
-            .count()
+        self.proc("task").count()
+    }
+
+    fn proc(&self, dir: &str) -> fs::ReadDir {
+        fs::read_dir(format!("/proc/{}/{dir}", self.pid())).expect("list a process's directory")
     }
 
     /// Its end. One that comes only through the watchdog fails the test.
@@ -527,11 +501,7 @@ impl Streamer {
 
     pub fn expect_success(&mut self) -> Exit {
         let exit = self.wait();
-        assert!(
-            exit.status.success(),
-            "the streamer should have succeeded, and ended with {}",
-            exit.status
-        );
+        assert!(exit.status.success(), "it ended with {}", exit.status);
         exit
     }
 
@@ -548,14 +518,10 @@ impl Streamer {
             None if self.is_running() => "still running".into(),
             None => "ended, not waited for".into(),
         };
-        let hung = if self.hung.load(Ordering::SeqCst) {
-            " (it hung: killed by the watchdog)"
-        } else {
-            ""
-        };
         format!(
-            "--- {}\n--- status: {status}{hung}\n--- progress:\n{}--- standard error:\n{}---",
+            "--- {}\n--- status: {status}, hung: {:?}\n--- progress:\n{}--- standard error:\n{}---",
             self.argv,
+            self.hung,
             self.progress.text(),
             self.stderr.text()
         )
@@ -566,42 +532,22 @@ impl Exit {
     /// Exit status 1 and an error in the promised form that contains every one of `words`.
     #[track_caller]
     pub fn expect_failure(&self, words: &[&str]) {
-        assert_eq!(
-            self.status.code(),
-            Some(1),
-            "exit status 1 expected, got {}:\n{}",
-            self.status,
-            self.stderr
-        );
+        assert_eq!(self.status.code(), Some(1), "{}", self.stderr);
         let error = self.error();
         for word in words {
-            assert!(
-                error.contains(word),
-                "the error should mention {word:?}: {error}"
-            );
+            assert!(error.contains(word), "no {word:?} in: {error}");
         }
     }
 
     /// The error line: `criu-image-streamer Error: <what>: <why>`.
     #[track_caller]
     pub fn error(&self) -> &str {
-        let errors: Vec<_> = self
-            .stderr
-            .lines()
-            .filter(|l| l.starts_with("criu-image-streamer Error: "))
-            .collect();
-        assert_eq!(
-            errors.len(),
-            1,
-            "one error line expected on standard error:\n{}",
-            self.stderr
-        );
-        errors[0]
-    }
-
-    /// Ended by that signal, or by itself with 128 + its number.
-    pub fn signalled(&self) -> Option<i32> {
-        self.status.signal()
+        let is_error = |line: &&str| line.starts_with("criu-image-streamer Error: ");
+        let errors: Vec<_> = self.stderr.lines().filter(is_error).collect();
+        let [error] = errors[..] else {
+            panic!("not one line with an error:\n{}", self.stderr)
+        };
+        error
     }
 }
 

@@ -12,9 +12,7 @@ pub mod huge_pages;
 pub mod recipes;
 
 use std::cell::Cell;
-use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -80,7 +78,7 @@ fn programs() -> &'static Result<Programs, String> {
         let found = Command::new(source.join("find-criu"))
             .env("CRIU_HOME", &home)
             .output()
-            .map_err(|why| format!("tests/criu/find-criu: {why}"))?;
+            .expect("tests/criu/find-criu");
         if !found.status.success() {
             return Err(String::from_utf8_lossy(&found.stderr).trim().into());
         }
@@ -172,16 +170,10 @@ impl Machine {
     /// A machine whose directory is on the root file system, where the directory for temporary
     /// files need not be.
     pub fn new_on_root_file_system() -> Option<Self> {
-        let temporary = std::env::temp_dir();
-        let candidates = [
-            &temporary,
-            Path::new("/var/tmp"),
-            Path::new(env!("CARGO_TARGET_TMPDIR")),
-        ];
         let file_system = |path: &Path| path.metadata().map(|found| found.dev()).ok();
-        let found = candidates
-            .into_iter()
-            .find(|path| file_system(path) == file_system(Path::new("/")));
+        let candidates = [&std::env::temp_dir(), Path::new("/var/tmp")];
+        let mut candidates = candidates.into_iter();
+        let found = candidates.find(|path| file_system(path) == file_system(Path::new("/")));
         if found.is_none() {
             skip("no directory for temporary files is on the root file system");
         }
@@ -205,16 +197,15 @@ impl Machine {
     }
 
     fn new_in(parent: &Path) -> Option<Self> {
-        Self::or_skip(Self::try_new_in(parent))
+        Self::or_skip(
+            programs()
+                .as_ref()
+                .map(|found| Self::boot(found, parent, None)),
+        )
     }
 
-    fn or_skip(booted: Result<Self, String>) -> Option<Self> {
-        booted.inspect_err(|why| skip(why)).ok()
-    }
-
-    /// A machine whose directory is in `parent`; `Err` says why none can be had.
-    pub fn try_new_in(parent: &Path) -> Result<Self, String> {
-        Ok(Self::boot(programs().as_ref()?, parent, None))
+    fn or_skip(booted: Result<Self, impl AsRef<str>>) -> Option<Self> {
+        booted.inspect_err(|why| skip(why.as_ref())).ok()
     }
 
     fn boot(programs: &Programs, parent: &Path, cgroups: Option<Cgroups>) -> Self {
@@ -405,35 +396,20 @@ echo $pid
     }
 
     /// Everything that may explain a failure: the processes, what the scripts said, and every log's
-    /// last lines.
+    /// errors and last lines.
     pub fn describe(&self) -> String {
-        let mut text = String::new();
-        let processes = Command::new("nsenter")
-            .args(["--target", &self.init, "--pid", "--mount", "ps", "-axwwo"])
-            .arg("pid,ppid,stat,wchan:20,args")
-            .output();
-        if let Ok(processes) = processes {
-            let _ = write!(text, "{}", String::from_utf8_lossy(&processes.stdout));
-        }
-        let mut directories = vec![self.directory.path().to_owned()];
-        let mut logs = Vec::new();
-        while let Some(directory) = directories.pop() {
-            for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-                let kind = entry.file_type();
-                if kind.as_ref().is_ok_and(|kind| kind.is_dir()) {
-                    directories.push(entry.path());
-                } else if kind.is_ok_and(|kind| kind.is_file()) && is_log(&entry.path()) {
-                    logs.push(entry.path());
-                }
-            }
-        }
-        logs.sort();
-        for (log, lines) in logs.iter().map(|log| (log, last_lines(log))) {
-            if !lines.is_empty() {
-                let _ = write!(text, "--- {}\n{lines}", log.display());
-            }
-        }
-        text
+        const DESCRIBE: &str = r#"
+nsenter --target $1 --pid --mount ps -axwwo pid,ppid,stat,wchan:20,args
+find "$0" -type f \( -name '*.log' -o -name 'script-*' -o -name '*.state' \) -size +0 | sort | while read -r log; do
+    echo "--- $log"
+    head -n -20 "$log" | grep -a Error
+    tail -n 20 "$log"
+done
+"#;
+        let mut bash = Command::new("bash");
+        let bash = bash.args(["-c", DESCRIBE]).arg(self.directory.path());
+        let output = bash.arg(&self.init).output().expect("bash");
+        String::from_utf8_lossy(&output.stdout).into()
     }
 }
 
@@ -454,27 +430,6 @@ impl Drop for Machine {
 /// The file with what a script wrote to its standard output or error.
 fn log_name(script: u32, stream: &str) -> String {
     format!("script-{script}.{stream}")
-}
-
-fn is_log(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    name.ends_with(".log") || name.starts_with("script-") || name.ends_with(".state")
-}
-
-/// The errors and the last lines of a log. Read as bytes: an application's state may be anything.
-fn last_lines(path: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(mut file) = File::open(path) {
-        let _ = file.read_to_end(&mut bytes);
-    }
-    let log = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = log.lines().collect();
-    let (earlier, last) = lines.split_at(lines.len().saturating_sub(20));
-    earlier
-        .iter()
-        .filter(|line| line.contains("Error"))
-        .chain(last)
-        .fold(String::new(), |text, line| text + line + "\n")
 }
 
 /// Waits for a condition; false if it did not come about in [`HANG_TIMEOUT`].
