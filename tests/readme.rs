@@ -108,6 +108,32 @@ fn every_recipe_brings_the_application_back() {
     }
 }
 
+#[test]
+fn a_script_that_starts_criu_itself_ends_when_criu_fails_before_it_connects() {
+    let recipes = recipes("application").into_iter();
+    let texts = recipes.flat_map(|(_, texts)| texts);
+    let scripts: Vec<_> = texts
+        .filter(|text| text.contains("& streamer=$!"))
+        .collect();
+    assert_eq!(scripts.len(), 3, "{scripts:?}");
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    let before = application.goes_on();
+    let prepare = "mkdir images && mkfifo ready\n";
+    let image = "criu-image-streamer -D images --shard-cmd 'lz4 >app.lz4' capture -- criu dump --stream -D images -t $PID --leave-running";
+    application.run(&format!("{prepare}{image}")).success();
+    for script in scripts {
+        let script = script.replace(prepare, "").replace("criu dump ", "false ");
+        let script = script.replace("criu restore ", "false ");
+        application.run(&format!("{script}\nexit 0")).failure();
+        let ended = "while pgrep -x criu-image-stre; do sleep 0.1; done";
+        application.run(ended).success();
+    }
+    application.goes_on_from(before);
+}
+
 /// The format has no checksums, but what these recipes write has.
 #[test]
 fn a_flipped_bit_is_found_by_every_recipe_with_a_checksum() {
