@@ -197,15 +197,16 @@ impl Machine {
     }
 
     fn new_in(parent: &Path) -> Option<Self> {
-        Self::or_skip(
-            programs()
-                .as_ref()
-                .map(|found| Self::boot(found, parent, None)),
-        )
+        Self::or_skip(Self::try_new_in(parent))
     }
 
-    fn or_skip(booted: Result<Self, impl AsRef<str>>) -> Option<Self> {
-        booted.inspect_err(|why| skip(why.as_ref())).ok()
+    /// A machine whose directory is in `parent`; `Err` says why none can be had.
+    pub fn try_new_in(parent: &Path) -> Result<Self, String> {
+        Ok(Self::boot(programs().as_ref()?, parent, None))
+    }
+
+    fn or_skip(booted: Result<Self, String>) -> Option<Self> {
+        booted.inspect_err(|why| skip(why)).ok()
     }
 
     fn boot(programs: &Programs, parent: &Path, cgroups: Option<Cgroups>) -> Self {
