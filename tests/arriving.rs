@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::common::cgroup::MemoryCgroup;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::indexed::{self, Indexed, KEPT_IN_INDEX};
@@ -239,19 +238,15 @@ impl Arrival {
     }
 }
 
-/// A cgroup in which memory is short from the start, so that shards rest wherever they may; for a
-/// third of the images, where one can be made.
-fn shortage(random: &mut Random) -> Option<MemoryCgroup> {
-    let limit = Some(64 << 20);
-    random.one_in(3).then(|| MemoryCgroup::create(limit).ok())?
-}
+/// What may be held.
+const LIMITS: [Option<&str>; 5] = [None, None, Some("1"), Some("300K"), Some("2M")];
 
-/// A `serve` that keeps data anywhere.
-fn launch(seed: u64, shortage: Option<&MemoryCgroup>) -> Launch {
+/// A `serve` that keeps data anywhere, up to a limit.
+fn launch(seed: u64, limit: Option<&str>) -> Launch {
     let launch = Keeping::in_turn(seed as usize).serve();
-    match shortage {
+    match limit {
         None => launch,
-        Some(cgroup) => launch.limit(cgroup.limit()),
+        Some(limit) => launch.args(["--hold-at-most", limit]),
     }
 }
 
@@ -265,11 +260,11 @@ fn a_whole_image_arrives(seed: u64) {
         0 => Source::Commands { failing: None },
         _ => Source::Pipes,
     };
-    let shortage = shortage(&mut random);
-    let launch = launch(seed, shortage.as_ref());
+    let limit = *random.pick(&LIMITS);
+    let launch = launch(seed, limit);
     let mut arrival = Arrival::begin(&source, &image, launch, &mut random);
     let criu = arrival.streamer.criu();
-    let patience = match &shortage {
+    let patience = match limit {
         None => *random.pick(&[Patience::All, Patience::Pages, Patience::Little]),
         // Shards rest while no one waits for the last of the pages.
         Some(_) => *random.pick(&[Patience::All, Patience::Pages]),
@@ -339,8 +334,7 @@ fn a_damaged_image_arrives(seed: u64) {
         }
         (damaged, Source::Pipes, what)
     };
-    let shortage = shortage(&mut random);
-    let launch = launch(seed, shortage.as_ref());
+    let launch = launch(seed, *random.pick(&LIMITS));
     let mut arrival = Arrival::begin(&source, &image, launch, &mut random);
     if arrival.streamer.listens()
         && let Ok(criu) = Criu::try_connect(arrival.streamer.images_dir(), Role::Serve)

@@ -6,7 +6,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::Files;
 use crate::common::streamer::binary;
-use crate::common::{HANG_TIMEOUT, PAGE, dump, image, runs};
+use crate::common::{HANG_TIMEOUT, PAGE, dump, image, runs, skip};
 use crate::criu::{Application, Machine};
 
 /// Makes the images directory, with `capture` as the command that takes the image of a dump, and
@@ -27,23 +27,22 @@ use crate::criu::{Application, Machine};
 pub fn options(capture: &str, serve: &str) -> String {
     format!(
         r#"
-rm -rf images; mkdir images
-cat >images/streamer-capture.options <<'END'
+rm -rf images options; mkdir images options
+cat >options/streamer-capture.options <<'END'
 # Where the image goes to.
 
 --shard-cmd {capture}
 END
-cat >images/streamer-serve.options <<'END'
+cat >options/streamer-serve.options <<'END'
 --shard-cmd {serve}
 END
 "#
     )
 }
 
-pub const DUMP: &str =
-    "criu dump --stream --action-script criu-image-streamer --images-dir images --tree $PID";
+pub const DUMP: &str = "CRIU_IMAGE_STREAMER_OPTIONS=$PWD/options criu dump --stream --action-script criu-image-streamer --images-dir images --tree $PID";
 
-const RESTORE: &str = "criu restore --stream --action-script criu-image-streamer --images-dir images --restore-detached";
+const RESTORE: &str = "CRIU_IMAGE_STREAMER_OPTIONS=$PWD/options criu restore --stream --action-script criu-image-streamer --images-dir images --restore-detached";
 
 /// What the streamers that CRIU has started leave behind: no process, and no socket.
 fn nothing_is_left(application: &Application<'_>) {
@@ -66,9 +65,9 @@ fn criu_alone_checkpoints_and_restores() {
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
     let external_files = "
-echo '--ext-file-cmd a:cat a' >>images/streamer-capture.options
-echo '--ext-file-cmd b:cat b' >>images/streamer-capture.options
-echo '--ext-file-cmd a:cat >restored' >>images/streamer-serve.options
+echo '--ext-file-cmd a:cat a' >>options/streamer-capture.options
+echo '--ext-file-cmd b:cat b' >>options/streamer-capture.options
+echo '--ext-file-cmd a:cat >restored' >>options/streamer-serve.options
 echo 'of the application' | tee a >b
 ";
     let options = options("lz4 >app.lz4", "lz4 -d <app.lz4") + external_files;
@@ -91,9 +90,8 @@ fn the_hook_may_stand_in_crius_configuration_file() {
     let configured = |command: &str| {
         let elsewhere = "
 printf '%s\n' stream 'action-script criu-image-streamer' >hook.conf
-export CRIU_IMAGE_STREAMER_OPTIONS=$PWD/images
-mkdir -p empty
-criu COMMAND --config hook.conf --images-dir empty
+export CRIU_IMAGE_STREAMER_OPTIONS=$PWD/options
+criu COMMAND --config hook.conf --images-dir images
 ";
         elsewhere.replace("COMMAND", command)
     };
@@ -302,42 +300,16 @@ wait $streamer
 }
 
 #[test]
-fn a_download_that_fails_leaves_nothing_running() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let before = application.goes_on();
-    application
-        .run(&(options("cat >app.image", "cat app.image") + DUMP))
-        .success();
-    application.is_gone();
-    for broken in ["head -c 9000000 app.image", "cat app.image; exit 7"] {
-        let said = application
-            .run(&(options("false", broken) + RESTORE))
-            .failure()
-            .stderr();
-        assert!(said.contains("criu-image-streamer Error: "), "{said}");
-        application.is_gone();
-        nothing_is_left(&application);
-    }
-    application
-        .run(&(options("false", "cat app.image") + RESTORE))
-        .success();
-    application.goes_on_from(before);
-}
-
-#[test]
 fn a_wrong_option_ends_the_dump_before_anything_happens() {
     let Some(machine) = Machine::new() else {
         return;
     };
     let application = machine.start("memory=20");
     let wrong = options("cat >app.image", "cat app.image")
-        + "echo --num-shard 2 >>images/streamer-capture.options\n";
-    let none = "rm -rf images; mkdir images\n".to_owned();
+        + "echo --num-shard 2 >>options/streamer-capture.options\n";
+    let none = "rm -rf images options; mkdir images options\n".to_owned();
     let no_buffer = options("cat >app.image", "cat app.image")
-        + "echo --go-on-when-copied >>images/streamer-capture.options\n";
+        + "echo --go-on-when-copied >>options/streamer-capture.options\n";
     for (options, words) in [
         (wrong, ["streamer-capture.options: line 4", "--num-shard"]),
         (
@@ -346,10 +318,7 @@ fn a_wrong_option_ends_the_dump_before_anything_happens() {
         ),
         (
             none,
-            [
-                "images/streamer-capture.options",
-                "opening the file with the options",
-            ],
+            ["options/streamer-capture.options", "there are no options"],
         ),
     ] {
         let said = application.run(&(options + DUMP)).failure().stderr();
@@ -359,18 +328,6 @@ fn a_wrong_option_ends_the_dump_before_anything_happens() {
         assert!(!said.contains("Dumping"), "{said}");
         nothing_is_left(&application);
     }
-    application.is_unharmed();
-}
-
-#[test]
-fn a_dump_without_stream_fails_in_the_hook() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let plain = options("cat >app.image", "cat app.image") + &DUMP.replace("--stream", "");
-    let said = application.run(&plain).failure().stderr();
-    assert!(said.contains("start it with --stream"), "{said}");
     application.is_unharmed();
 }
 
@@ -401,6 +358,7 @@ struct Caller {
     /// The one that the hook sees.
     pid: u32,
     images_dir: Arc<TempDir>,
+    options_dir: TempDir,
 }
 
 impl Caller {
@@ -410,9 +368,11 @@ impl Caller {
     }
 
     fn beside(words: &[&str], images_dir: Arc<TempDir>) -> Self {
-        let mut command = Command::new("tail");
-        // It says that there are no such files, and goes on.
-        command.arg0("criu").args(["-f", "/dev/null"]).args(words);
+        let mut command = Command::new("sh");
+        // It does nothing until it is killed.
+        command
+            .args(["-c", "kill -STOP $$; exit", "criu"])
+            .args(words);
         command.stdout(Stdio::null());
         Self::start(command, images_dir)
     }
@@ -441,6 +401,7 @@ impl Caller {
             pid: process.id(),
             process,
             images_dir,
+            options_dir: TempDir::with_prefix("options-").unwrap(),
         }
     }
 
@@ -448,22 +409,29 @@ impl Caller {
         fs::write(self.images_dir.path().join(name), text).unwrap();
     }
 
-    /// What the hook says at this action, and its status. Returns when nobody has its output open.
-    fn hook(&self, action: &str) -> Output {
-        self.hook_with(action, None)
+    /// The options for a role, such as `capture`.
+    fn options(&self, role: &str, text: &str) {
+        fs::write(self.options_file(role), text).unwrap();
     }
 
-    fn hook_with(&self, action: &str, options_dir: Option<&Path>) -> Output {
+    fn options_file(&self, role: &str) -> PathBuf {
+        let name = format!("streamer-{role}.options");
+        self.options_dir.path().join(name)
+    }
+
+    fn command(&self, action: &str) -> Command {
         let mut command = Command::new(binary());
-        if let Some(directory) = options_dir {
-            command.env("CRIU_IMAGE_STREAMER_OPTIONS", directory);
-        }
         command
+            .env("CRIU_IMAGE_STREAMER_OPTIONS", self.options_dir.path())
             .env("CRTOOLS_SCRIPT_ACTION", action)
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/0", self.pid))
-            .current_dir(self.images_dir.path())
-            .output()
-            .unwrap()
+            .current_dir(self.images_dir.path());
+        command
+    }
+
+    /// What the hook says at this action, and its status. Returns when nobody has its output open.
+    fn hook(&self, action: &str) -> Output {
+        self.command(action).output().unwrap()
     }
 
     #[track_caller]
@@ -567,7 +535,7 @@ fn the_hook_has_something_to_do_at_two_actions_only() {
 fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
     let caller = Caller::new(&["dump"]);
     let options = "--num-shards 2\n--shard-cmd cat >shard-{}; until [ -e go ]; do sleep 0.02; done";
-    caller.write("streamer-capture.options", options);
+    caller.options("capture", options);
     caller.succeeds("pre-stream");
     let criu = caller.connect();
     send(&criu, &dump::whole());
@@ -589,7 +557,7 @@ fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
 #[test]
 fn a_file_that_criu_never_closes_fails_the_dump() {
     let caller = Caller::new(&["dump"]);
-    caller.write("streamer-capture.options", "--shard-cmd cat >image");
+    caller.options("capture", "--shard-cmd cat >image");
     caller.succeeds("pre-stream");
     let criu = caller.connect();
     let _forgotten = criu.create_file("of-a-plugin.img");
@@ -601,7 +569,7 @@ fn a_file_that_criu_never_closes_fails_the_dump() {
 fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
     for missing in ["inventory.img", "pagemap-71.img"] {
         let caller = Caller::new(&["dump"]);
-        caller.write("streamer-capture.options", "--shard-cmd cat >image");
+        caller.options("capture", "--shard-cmd cat >image");
         caller.succeeds("pre-stream");
         let criu = caller.connect();
         let mut files = dump::whole();
@@ -616,7 +584,7 @@ fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
     }
     // A CRIU that goes away before has failed, whatever it has sent.
     let caller = Caller::new(&["dump"]);
-    caller.write("streamer-capture.options", "--shard-cmd cat >image");
+    caller.options("capture", "--shard-cmd cat >image");
     caller.succeeds("pre-stream");
     let criu = caller.connect();
     send(&criu, &dump::whole());
@@ -629,7 +597,7 @@ fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
 #[test]
 fn no_run_takes_another_ones_outcome_for_its_own() {
     let first = Caller::new(&["dump"]);
-    first.write("streamer-capture.options", "--shard-cmd cat >image");
+    first.options("capture", "--shard-cmd cat >image");
     first.succeeds("pre-stream");
     let criu = first.connect();
     send(&criu, &dump::whole());
@@ -646,9 +614,10 @@ fn no_run_takes_another_ones_outcome_for_its_own() {
 
     // In one directory there is one streamer at a time, also while it waits for its commands.
     let upload = "--shard-cmd cat >image; touch taken; until [ -e go ]; do sleep 0.02; done";
-    second.write("streamer-capture.options", upload);
+    second.options("capture", upload);
     second.succeeds("pre-stream");
     let third = Caller::beside(&["dump"], Arc::clone(&second.images_dir));
+    third.options("capture", "--shard-cmd cat >image");
     let is_refused = || {
         third.fails("pre-stream", &["another streamer listens"]);
         third.fails("post-dump", &["has not started the hook"]);
@@ -667,23 +636,20 @@ fn no_run_takes_another_ones_outcome_for_its_own() {
 #[test]
 fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
     let capture = Caller::new(&["dump"]);
-    capture.write("streamer-capture.options", "--shard-cmd cat >image");
+    capture.options("capture", "--shard-cmd cat >image");
     capture.succeeds("pre-stream");
     capture.dies_and_streamer_says("streamer-capture", "did not wait for it");
 
     let serve = Caller::new(&["restore"]);
     let shards = runs::capture(&dump::whole(), 1, None);
     fs::write(serve.images_dir.path().join("image"), &shards[0]).unwrap();
-    serve.write("streamer-serve.options", "--shard-cmd cat image");
+    serve.options("serve", "--shard-cmd cat image");
     serve.succeeds("pre-stream");
     serve.dies_and_streamer_says("streamer-serve", "it has ended without having connected");
 
     // While the image is still on its way, the hook itself is told.
     let mut waits = Caller::new(&["restore"]);
-    waits.write(
-        "streamer-serve.options",
-        "--shard-cmd touch begun; sleep 1000",
-    );
+    waits.options("serve", "--shard-cmd touch begun; sleep 1000");
     let images_dir = waits.images_dir.path().to_owned();
     let pid = Pid::from_raw(waits.pid as i32);
     thread::scope(|scope| {
@@ -699,66 +665,128 @@ fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
     let capture = "--shard-cmd cat >image";
     let serve = "--shard-cmd touch served; false";
     let is_served = |caller: &Caller| {
-        caller.write("streamer-serve.options", serve);
+        caller.options("serve", serve);
         caller.fails("pre-stream", &["touch served"]);
         assert!(caller.images_dir.path().join("served").exists());
     };
     let dump = Caller::new(&["dump"]);
-    dump.write("streamer-capture.options", capture);
-    dump.write("streamer-serve.options", serve);
+    dump.options("capture", capture);
+    dump.options("serve", serve);
     dump.succeeds("pre-stream");
     // CRIU runs no action script when these are written.
     for words in [&["pre-dump"][..], &["cpuinfo", "dump"]] {
         let other = Caller::new(words);
-        other.write("streamer-capture.options", capture);
+        other.options("capture", capture);
         other.fails("pre-stream", &["without the hook"]);
     }
     // An images directory may be named so. CRIU's own words count, and not its parent's.
-    let contradictory = Caller::new(&["restore", "dump"]);
-    contradictory.write("streamer-capture.options", capture);
-    contradictory.write("streamer-serve.options", serve);
-    contradictory.fails("pre-stream", &["nothing tells"]);
-    let restore = Caller::new(&["restore"]);
-    restore.write("streamer-capture.options", capture);
-    restore.fails("pre-stream", &["streamer-serve.options"]);
-    is_served(&restore);
+    for words in [&["restore", "-D", "checkpoint"][..], &["restore", "dump"]] {
+        let restore = Caller::new(words);
+        restore.options("capture", capture);
+        restore.fails("pre-stream", &["streamer-serve.options"]);
+        is_served(&restore);
+    }
     let engine = Caller::of_engine(&["runc", "restore", "app"]);
-    engine.write("streamer-capture.options", capture);
+    engine.options("capture", capture);
     engine.fails("pre-stream", &["streamer-serve.options"]);
     is_served(&engine);
 
+    // What may be a restore is no capture: that could empty the very image that is to be restored.
     let unknown = Caller::of_engine(&["engine"]);
-    let both = ["streamer-capture.options", "streamer-serve.options"];
-    unknown.fails("pre-stream", &both);
+    unknown.fails("pre-stream", &["nothing tells"]);
     is_served(&unknown);
-    unknown.write("streamer-capture.options", capture);
-    unknown.fails("pre-stream", &both);
+    unknown.options("capture", capture);
+    unknown.fails("pre-stream", &["nothing tells"]);
+    fs::remove_file(unknown.options_file("serve")).unwrap();
+    unknown.fails("pre-stream", &["nothing tells"]);
     assert!(!unknown.images_dir.path().join("image").exists());
 }
 
+/// A container engine fills it from an archive, which may come from anyone.
 #[test]
-fn the_options_may_be_in_another_directory() {
+fn options_in_the_images_directory_are_never_followed() {
+    for (word, role) in [("restore", "serve"), ("dump", "capture")] {
+        let caller = Caller::new(&[word]);
+        let name = format!("streamer-{role}.options");
+        caller.write(&name, "--shard-cmd touch done; false");
+        let in_images_dir = caller.images_dir.path().join(&name).display().to_string();
+        let file = caller.options_file(role).display().to_string();
+        let words = [
+            &file,
+            &*in_images_dir,
+            "is not read",
+            "/etc/criu-image-streamer",
+        ];
+        caller.fails("pre-stream", &words);
+        let mut command = caller.command("pre-stream");
+        command.env_remove("CRIU_IMAGE_STREAMER_OPTIONS");
+        let usual = format!("/etc/criu-image-streamer/{name}");
+        failed(&command.output().unwrap(), &[&usual, &in_images_dir]);
+        assert!(!caller.images_dir.path().join("done").exists());
+    }
+}
+
+/// An engine's CRIU has no environment of its user's.
+#[test]
+fn options_have_a_usual_place() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("needs root");
+    }
     let caller = Caller::new(&["dump"]);
-    let elsewhere = TempDir::new().unwrap();
-    let hook = || caller.hook_with("pre-stream", Some(elsewhere.path()));
-    caller.write("streamer-capture.options", "--shard-cmd false");
-    let file = elsewhere.path().join("streamer-capture.options");
-    failed(&hook(), &[&file.display().to_string()]);
-    fs::write(&file, "--shard-cmd cat >image").unwrap();
-    assert!(hook().status.success());
+    let script = "
+mount -t tmpfs tmpfs /etc
+mkdir /etc/criu-image-streamer
+echo '--shard-cmd cat >image' >/etc/criu-image-streamer/streamer-capture.options
+";
+    let hook = caller.command("pre-stream");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "bash", "-ec", &format!("{script}exec \"$0\"")]);
+    command.arg(binary()).current_dir(caller.images_dir.path());
+    for (name, value) in hook.get_envs() {
+        command.env(name, value.unwrap());
+    }
+    command.env_remove("CRIU_IMAGE_STREAMER_OPTIONS");
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(Role::Capture.socket(caller.images_dir.path()).exists());
+}
+
+/// CRIU with file capabilities: its descriptors are closed to its own user.
+#[test]
+fn the_images_directory_is_found_where_crius_descriptors_are_out_of_reach() {
+    if !nix::unistd::geteuid().is_root() {
+        return skip("needs root");
+    }
+    let images_dir = Arc::new(TempDir::with_prefix("images-").unwrap());
+    let directory = images_dir.path().display().to_string();
+    let caller = Caller::beside(&["dump", "-D", &directory], images_dir);
+    caller.options("capture", "--shard-cmd cat >image");
+    for path in [caller.images_dir.path(), caller.options_dir.path()] {
+        std::os::unix::fs::chown(path, Some(65_534), Some(65_534)).unwrap();
+    }
+    let streamer = caller.images_dir.path().join("criu-image-streamer");
+    fs::copy(binary(), &streamer).unwrap();
+    let hook = caller.command("pre-stream");
+    let mut command = Command::new(streamer);
+    command.uid(65_534).gid(65_534).current_dir("/");
+    for (name, value) in hook.get_envs() {
+        command.env(name, value.unwrap());
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     assert!(Role::Capture.socket(caller.images_dir.path()).exists());
 }
 
 #[test]
 fn options_that_the_hook_cannot_follow_are_refused_by_file_and_line() {
     let caller = Caller::new(&["dump"]);
-    let file = caller.images_dir.path().join("streamer-capture.options");
+    let file = caller.options_file("capture");
     let name = file.display().to_string();
     for (text, words) in [
         ("--shard-cmd cat\n--num-shards 99", "--num-shards"),
         ("--shard-cmd cat\n--progress-fd 2", "line 2"),
         ("--shard-cmd cat\ncapture", "line 2"),
-        ("", "--shard-cmd"),
+        ("# none", "--shard-cmd"),
     ] {
         fs::write(&file, text).unwrap();
         caller.fails("pre-stream", &[&name, words]);
@@ -766,6 +794,11 @@ fn options_that_the_hook_cannot_follow_are_refused_by_file_and_line() {
     fs::write(&file, "--shard-cmd cat >image").unwrap();
     fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
     caller.fails("pre-stream", &[&name, "other users may write to it"]);
+    // The first line of a file that is none of ours must not show.
+    fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
+    let output = caller.hook("pre-stream");
+    failed(&output, &[&name, "out of its directory"]);
     assert!(!caller.images_dir.path().join("image").exists());
 }
 

@@ -284,6 +284,88 @@ fn a_signal_closes_everything_at_once() {
     );
 }
 
+/// Shards rest while the limit is reached and CRIU has enough to read, and no longer than that.
+#[test]
+fn no_more_is_held_than_the_limit_says_unless_criu_waits_for_it() {
+    /// In the program, and in its pipes to and from others.
+    const MOST_KIB: u64 = 80 << 10;
+    let mut files = files();
+    files.insert("pages-1.img".into(), random::bytes(1, 96 * MIB));
+    files.insert("pages-2.img".into(), random::bytes(2, 32 * MIB));
+    let image = capture(&files, 4);
+    for order in [
+        ["pages-1.img", "pages-2.img"],
+        ["pages-2.img", "pages-1.img"],
+    ] {
+        let launch = Streamer::serve().args(["--hold-at-most", "64M"]);
+        let (mut streamer, ends) = serve(4, launch).into_parts();
+        let _feeder = Feeder::start(ends, &image.all());
+        let criu = streamer.criu();
+        let mut most = 0;
+        for name in order {
+            // CRIU's own work: it is slower than the shards.
+            let mut file = criu.open_file(name).unwrap();
+            let mut content = vec![0; 4 * MIB];
+            for offset in (0..files[name].len()).step_by(4 * MIB) {
+                file.read_exact(&mut content).unwrap();
+                assert!(content == files[name][offset..offset + 4 * MIB], "{name}");
+                most = most.max(streamer.image_kib());
+            }
+        }
+        if order[0] == "pages-1.img" {
+            assert!(most < MOST_KIB, "{most} KiB");
+            assert!(most > MOST_KIB / 2, "the limit was not reached: {most} KiB");
+        }
+        streamer.wait_for_stats();
+        drop(criu);
+        streamer.expect_success();
+    }
+}
+
+/// CRIU waits for the last of the pages, which it gets when all of the image has come. Meanwhile it
+/// asks for nothing else.
+#[test]
+fn the_limit_bends_for_what_proves_the_image_whole() {
+    let mut files = files();
+    files.remove("ghost-file-1.img");
+    files.insert("tmpfs-dev-1.tar.gz.img".into(), random::bytes(7, 9 * MIB));
+    let image = capture(&files, 2);
+    let launch = Streamer::serve().args(["--hold-at-most", "1M"]);
+    let (mut streamer, ends) = serve(2, launch).into_parts();
+    let _feeder = Feeder::start(ends, &image.all());
+    let criu = streamer.criu();
+    // The archive comes behind them, and without it CRIU does not get the last of them.
+    for name in ["pages-1.img", "pages-2.img", "pages-901.img"] {
+        criu.expect_file(name, &files[name]);
+    }
+    criu.expect_file("tmpfs-dev-1.tar.gz.img", &files["tmpfs-dev-1.tar.gz.img"]);
+    drop(criu);
+    streamer.expect_success();
+}
+
+/// As a capture at the other end does, which writes the end of its index when CRIU has finished.
+#[test]
+fn the_limit_bends_for_a_writer_that_comes_to_the_index_last() {
+    let mut files = files();
+    files.insert("pages-1.img".into(), random::bytes(1, 24 * MIB));
+    let image = capture(&files, 1);
+    let mut serving = serve(1, Streamer::serve().args(["--hold-at-most", "1M"]));
+    let (shards, index) = (serving.shards, serving.index);
+    let writer = thread::spawn(move || {
+        for (shard, content) in shards.into_iter().zip(&image.shards) {
+            File::from(shard).write_all(content).unwrap();
+        }
+        File::from(index).write_all(&image.index).unwrap();
+    });
+    let criu = serving.streamer.criu();
+    for (name, content) in &files {
+        criu.expect_file(name, content);
+    }
+    drop(criu);
+    serving.streamer.expect_success();
+    writer.join().unwrap();
+}
+
 #[test]
 fn what_the_reader_of_an_arriving_file_leaves_is_freed() {
     let mut files = files();

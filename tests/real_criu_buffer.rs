@@ -34,7 +34,7 @@ wait $streamer
 /// upload is waited for: what it has left to say is in the file with the outcome.
 fn dump_through_hook(upload: &str) -> String {
     let buffered = "
-printf '%s\\n' '--buffer 50%' --go-on-when-copied >>images/streamer-capture.options
+printf '%s\\n' '--buffer 50%' --go-on-when-copied >>options/streamer-capture.options
 ";
     let wait = "
 touch gone-on

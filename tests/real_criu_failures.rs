@@ -138,6 +138,24 @@ fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
     application.is_unharmed();
 }
 
+/// A CRIU that fails before it connects would be waited for without end.
+#[test]
+fn the_recipe_for_supervisors_ends_when_criu_has_failed() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let application = machine.start("memory=10");
+    let from_supervisor = "grep -q -m1 socket-init ready\ncriu dump";
+    let recipes = crate::readme::recipes("application");
+    let mut blocks = recipes.into_iter().flat_map(|(_, blocks)| blocks);
+    let dump = blocks.find(|block| block.contains(from_supervisor));
+    let dump = dump.expect("a recipe for supervisors");
+    let fails = dump.replace("-D images -t", "-D elsewhere -t");
+    assert_ne!(fails, dump);
+    application.run(&fails).failure();
+    application.goes_on();
+}
+
 #[test]
 fn a_restore_that_lost_its_streamer_can_be_done_again() {
     let Some(machine) = Machine::new() else {

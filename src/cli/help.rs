@@ -63,7 +63,7 @@ Checkpoint process 1234 to a compressed file, and restore it:
 
 Let CRIU start the streamer, and kill the process only when the upload has succeeded:
 
-  $ echo '--shard-cmd lz4 >app.lz4' >images/streamer-capture.options
+  $ echo '--shard-cmd lz4 >app.lz4' >/etc/criu-image-streamer/streamer-capture.options
   $ criu dump --stream --action-script criu-image-streamer --images-dir images --tree 1234
 
 With the directory that it works in:

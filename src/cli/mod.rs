@@ -73,6 +73,11 @@ pub struct Args {
     #[structopt(long, value_name = "fd", global = true)]
     index_fd: Option<FdNumber>,
 
+    /// serve with an index: let shards wait while more than this number of bytes (K, M and G are
+    /// known) is held, unless CRIU waits for something that has not come
+    #[structopt(long, value_name = "bytes", global = true)]
+    hold_at_most: Option<Bytes>,
+
     /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
     /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
     /// there. The progress line `memory-copied` tells when the application may go on
@@ -176,8 +181,8 @@ enum Command {
     /// Be CRIU's action script: start `capture` or `serve` for it, and have it wait for the uploads
     ///
     /// `criu dump --stream --action-script criu-image-streamer`, without `hook`, is enough. The
-    /// options are in streamer-capture.options and streamer-serve.options, one a line, in the
-    /// images directory or in the directory that CRIU_IMAGE_STREAMER_OPTIONS names
+    /// options are in streamer-capture.options and streamer-serve.options, one a line, in
+    /// /etc/criu-image-streamer or in the directory that CRIU_IMAGE_STREAMER_OPTIONS names
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Hook,
 }

@@ -7,14 +7,19 @@
 //! say what CRIU says.
 //!
 //! Such a file has commands that run as the user who starts CRIU. One that others may write to is
-//! refused.
+//! refused, and so is a link that leads out of its directory: the file behind it was not written
+//! for this. An error quotes an option's name at most, so that it shows nothing of another file.
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::sys::stat::Mode;
 use structopt::StructOpt;
 use structopt::clap::ErrorKind;
 
@@ -27,14 +32,19 @@ const LARGEST: u64 = 64 << 10;
 const OTHERS_WRITE: u32 = 0o022;
 
 impl Args {
-    /// Reads the options for `subcommand` from a file, for a streamer whose socket is in
-    /// `images_dir`.
+    /// Reads the options for `subcommand` from the file `name` in a directory, for a streamer whose
+    /// socket is in `images_dir`.
     ///
     /// # Errors
     /// Each names the file, and where it can the line.
-    pub(crate) fn from_file(path: &Path, subcommand: &str, images_dir: &Path) -> Result<Self> {
-        let read = || Self::parse(&read(path)?, subcommand);
-        let mut args = read().with_context(|| path.display().to_string())?;
+    pub(crate) fn from_file(
+        directory: &Path,
+        name: &str,
+        subcommand: &str,
+        images_dir: &Path,
+    ) -> Result<Self> {
+        let read = || Self::parse(&read(directory, name)?, subcommand);
+        let mut args = read().with_context(|| directory.join(name).display().to_string())?;
         args.images_dir = Some(images_dir.to_owned());
         Ok(args)
     }
@@ -45,10 +55,13 @@ impl Args {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
+            let name = name(line).with_context(|| {
+                format!("line {number} is no option: a line is one option and its value")
+            })?;
             let option = option(line);
             Self::of(std::slice::from_ref(&option), subcommand)
-                .and_then(|alone: Self| alone.check_option(line))
-                .with_context(|| format!("line {number}"))?;
+                .and_then(|alone: Self| alone.check_option())
+                .with_context(|| format!("line {number}: {name}"))?;
             all.push(option);
         }
         let args = Self::of(&all, subcommand)?;
@@ -65,8 +78,9 @@ impl Args {
             .chain([subcommand]);
         Self::from_iter_safe(words).map_err(|error| match error.kind {
             ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
-                anyhow!("{options:?} shows a text, and starts nothing")
+                anyhow!("it shows a text, and starts nothing")
             }
+            ErrorKind::UnknownArgument => anyhow!("there is no such option"),
             _ => {
                 // The rest shows the usage of the command line.
                 let reason = error.message.lines().next().unwrap_or_default();
@@ -76,14 +90,10 @@ impl Args {
     }
 
     /// Refuses what a line of such a file cannot be.
-    fn check_option(&self, line: &str) -> Result<()> {
-        ensure!(
-            line.starts_with('-'),
-            "{line:?} is no option: a line is one option and its value"
-        );
+    fn check_option(&self) -> Result<()> {
         ensure!(
             self.images_dir.is_none(),
-            "--images-dir: it is CRIU's, which tells it"
+            "CRIU has an images directory, and tells which"
         );
         let is_of_descriptors = !self.shard_fds.is_empty()
             || self.index_fd.is_some()
@@ -91,13 +101,24 @@ impl Args {
             || self.progress_fd.is_some();
         ensure!(
             !is_of_descriptors,
-            "{line:?} names a descriptor, and CRIU's hook has none of them: give commands"
+            "it names a descriptor, and CRIU's hook has none of them: give commands"
         );
         ensure!(
             !self.progress_bar,
-            "--progress-bar: nobody sees the bar of a streamer in the background"
+            "nobody sees the bar of a streamer in the background"
         );
         Ok(())
+    }
+}
+
+/// The name of the option on a line, if it looks like one.
+fn name(line: &str) -> Option<&str> {
+    let name = line.split(|c: char| c.is_whitespace() || c == '=').next()?;
+    let is_word = |word: &str| word.bytes().all(|c| c == b'-' || c.is_ascii_lowercase());
+    match name.strip_prefix("--") {
+        Some(word) => is_word(word).then_some(name),
+        // The value of a short option may follow at once.
+        None => line.get(..2).filter(|name| name.starts_with('-')),
     }
 }
 
@@ -112,12 +133,10 @@ fn option(line: &str) -> String {
     }
 }
 
-fn read(path: &Path) -> Result<String> {
-    let mut options = File::options();
-    let file = options.read(true).custom_flags(libc::O_NONBLOCK);
-    let file = file.open(path).context(
-        "opening the file with the options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4",
-    )?;
+fn read(directory: &Path, name: &str) -> Result<String> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = open(directory, flags, Mode::empty()).context("opening the directory")?;
+    let file = File::from(open_beneath(&directory, name)?);
     let metadata = file.metadata().context("looking at it")?;
     ensure!(metadata.is_file(), "it is no regular file");
     let own = nix::unistd::geteuid().as_raw();
@@ -135,6 +154,22 @@ fn read(path: &Path) -> Result<String> {
         "it has more than {LARGEST} bytes"
     );
     Ok(text)
+}
+
+/// Opens a file that may be a link, but to no file outside of its directory: a Kubernetes ConfigMap
+/// has such links.
+fn open_beneath(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let beneath = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let how = OpenHow::new().flags(flags).resolve(beneath);
+    match openat2(&directory, name, how) {
+        // An older kernel, or a seccomp profile that does not know the call.
+        Err(Errno::ENOSYS | Errno::EPERM) => {
+            openat(&directory, name, flags | OFlag::O_NOFOLLOW, Mode::empty()).context("opening it")
+        }
+        Err(Errno::EXDEV | Errno::ELOOP) => bail!("it is a link out of its directory"),
+        opened => opened.context("opening it"),
+    }
 }
 
 #[cfg(test)]
@@ -170,11 +205,10 @@ mod tests {
     fn errors_name_the_line() {
         refused(
             "--shard-cmd cat\n\n--shard-comd cat",
-            &["line 3", "--shard-comd"],
+            &["line 3", "--shard-comd", "no such option"],
         );
         refused("--num-shards many", &["line 1", "--num-shards"]);
-        refused("capture", &["line 1", "capture"]);
-        refused("# a\ncat", &["line 2", "cat"]);
+        refused("capture", &["line 1", "no option"]);
         refused("--help", &["line 1", "--help"]);
         refused(
             "--shard-cmd cat\n--images-dir a",
@@ -192,5 +226,43 @@ mod tests {
         refused("--progress-bar", &["line 1", "--progress-bar"]);
         refused("--shard-cmd a\n--shard-cmd b", &["--shard-cmd"]);
         refused("--num-shards 2", &["--shard-cmd"]);
+    }
+
+    #[test]
+    fn nothing_is_quoted_of_a_file_that_has_no_options() {
+        for line in [
+            "root:$6$secret:1:::",
+            "-----BEGIN secret KEY-----",
+            "--secret\u{e9}",
+            "--Secret",
+            "-secret",
+            "--unknown secret",
+            "--unknown=secret",
+        ] {
+            let error = format!("{:#}", Args::parse(line, "capture").unwrap_err());
+            assert!(!error.to_lowercase().contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_link_may_stay_within_its_directory_and_not_lead_out_of_it() {
+        let place = tempfile::TempDir::new().unwrap();
+        let directory = place.path().join("options");
+        std::fs::create_dir_all(directory.join("..2026")).unwrap();
+        std::fs::write(directory.join("..2026/it"), "--shard-cmd cat").unwrap();
+        std::fs::write(place.path().join("outside"), "--shard-cmd cat").unwrap();
+        for (link, target) in [
+            ("..data", "..2026"),
+            ("it", "..data/it"),
+            ("out", "../outside"),
+        ] {
+            std::os::unix::fs::symlink(target, directory.join(link)).unwrap();
+        }
+        std::os::unix::fs::symlink(place.path().join("outside"), directory.join("away")).unwrap();
+        assert_eq!(read(&directory, "it").unwrap(), "--shard-cmd cat");
+        for link in ["out", "away"] {
+            let error = format!("{:#}", read(&directory, link).unwrap_err());
+            assert!(error.contains("out of its directory"), "{error}");
+        }
     }
 }

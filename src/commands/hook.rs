@@ -53,6 +53,9 @@ use crate::supervision::Failure;
 /// Names the directory of the files of options.
 const OPTIONS_DIR: &str = "CRIU_IMAGE_STREAMER_OPTIONS";
 
+/// Their directory where that names none: an engine's CRIU has no environment of its user's.
+const DEFAULT_OPTIONS_DIR: &str = "/etc/criu-image-streamer";
+
 /// How the names of files end that begin with `streamer-capture` or `streamer-serve`: the options,
 /// what the streamer in the background says, and how it ended.
 const OPTIONS: &str = ".options";
@@ -82,8 +85,9 @@ fn start() -> Result<()> {
     );
     let images_dir = caller.images_dir().to_owned();
     let directory = open_directory(&images_dir)?;
-    let (role, options) = choose(&caller)?;
-    let mut plan = read_plan(&options, role, &images_dir)?;
+    let options_dir = options_dir();
+    let role = role_of(&caller, &options_dir)?;
+    let mut plan = read_plan(&options_dir, role, &images_dir)?;
     // One that is still at work has its log and its outcome here.
     Listener::check(&images_dir, role, SocketPath::CriusOwn)?;
     let [log, outcome] = [LOG, OUTCOME].map(|suffix| role.file_name(suffix));
@@ -137,39 +141,48 @@ fn wait() -> Result<()> {
 
 const NO_ANSWER: &str = "no streamer answers: it was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
 
-/// What CRIU is about to do, and the file with the options for it.
-fn choose(caller: &Caller) -> Result<(Role, PathBuf)> {
-    let given = std::env::var_os(OPTIONS_DIR).map(PathBuf::from);
-    let directory = given.unwrap_or_else(|| caller.images_dir().to_owned());
-    let options = |role: Role| directory.join(role.file_name(OPTIONS));
-    // Capture options on a restore could overwrite the very image that is to be restored, so
-    // without CRIU's word there must be no choice.
-    let role = caller.role().map_or_else(
-        || match [Role::Capture, Role::Serve].map(|role| options(role).exists()) {
-            [true, false] => Ok(Role::Capture),
-            [false, true] => Ok(Role::Serve),
-            [false, false] => bail!(
-                "there are no options, neither {} nor {}: write one of them, or name their directory with {OPTIONS_DIR}",
-                options(Role::Capture).display(),
-                options(Role::Serve).display()
-            ),
-            [true, true] => bail!(
-                "nothing tells whether CRIU dumps or restores: leave only one of {} and {} there",
-                options(Role::Capture).display(),
-                options(Role::Serve).display()
-            ),
-        },
-        Ok,
-    )?;
-    Ok((role, options(role)))
+/// The directory of the files with options. An images directory is none: what an engine has
+/// unpacked there from an archive would run as root.
+fn options_dir() -> PathBuf {
+    let given = std::env::var_os(OPTIONS_DIR).filter(|path| !path.is_empty());
+    given.map_or_else(|| DEFAULT_OPTIONS_DIR.into(), PathBuf::from)
 }
 
-fn read_plan(options: &Path, role: Role, images_dir: &Path) -> Result<Plan> {
+/// What CRIU is about to do. A capture where CRIU restores could overwrite the very image that is
+/// to be restored: it is started only where a command line says so.
+fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
+    let has_options = |role: Role| options_dir.join(role.file_name(OPTIONS)).exists();
+    match caller.role() {
+        Some(role) => Ok(role),
+        None if has_options(Role::Serve) && !has_options(Role::Capture) => Ok(Role::Serve),
+        None => bail!(
+            "nothing tells whether CRIU dumps or restores: neither its command line nor that of the program which has started it has a word for it, such as dump, checkpoint or restore"
+        ),
+    }
+}
+
+fn read_plan(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Plan> {
     let subcommand = match role {
         Role::Capture => "capture",
         Role::Serve => "serve",
     };
-    let args = Args::from_file(options, subcommand, images_dir)?;
+    let name = role.file_name(OPTIONS);
+    let options = options_dir.join(&name);
+    let stray = images_dir.join(&name);
+    if !options.exists() {
+        let stray = match stray.exists() {
+            true => format!(
+                "; {} is not read, because whoever makes an image can leave such a file: move it, if it is yours",
+                stray.display()
+            ),
+            false => String::new(),
+        };
+        bail!(
+            "there are no options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4: write them to {}; the directory is the one that {OPTIONS_DIR} names in CRIU's environment, or else {DEFAULT_OPTIONS_DIR}{stray}",
+            options.display()
+        );
+    }
+    let args = Args::from_file(options_dir, &name, subcommand, images_dir)?;
     Plan::new(args).with_context(|| options.display().to_string())
 }
 

@@ -5,10 +5,11 @@
 //! does not say whether it dumps or restores; its command line does. Under RPC that is `criu swrk`,
 //! and the command line of the container engine tells, which has started it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -74,7 +75,15 @@ impl Caller {
             pid,
             start: start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?,
             process,
-            images_dir: resolved(images_dir),
+            images_dir: match fs::metadata(&images_dir) {
+                // CRIU has capabilities, and this process has none.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let started_in =
+                        std::env::var_os("PWD").map_or_else(PathBuf::new, PathBuf::from);
+                    started_in.join(images_dir_in(&command_line_of(pid)))
+                }
+                _ => resolved(images_dir),
+            },
         })
     }
 
@@ -105,13 +114,18 @@ impl Caller {
 
     /// What it is doing, as far as command lines tell.
     pub(crate) fn role(&self) -> Option<Role> {
-        roles_in(&self.command_line())?.ok()
+        Some(match action_in(&self.command_line())? {
+            Action::Dump | Action::NoDump => Role::Capture,
+            Action::Restore => Role::Serve,
+        })
     }
 
     /// It takes something else than a dump: memory before one, or what the processor can do. It
     /// then runs no action script when that is written.
     pub(crate) fn takes_no_dump(&self) -> bool {
-        takes_no_dump(&self.command_line())
+        let line = self.command_line();
+        action_in(&line) == Some(Action::NoDump)
+            || arguments_in(&line).any(|argument| argument == b"--pre-dump")
     }
 
     /// The application lives on after a dump, as far as command lines tell.
@@ -122,9 +136,9 @@ impl Caller {
     /// Its command line, or its parent's where its own says nothing: under RPC.
     fn command_line(&self) -> Vec<u8> {
         let own = command_line_of(self.pid);
-        match roles_in(&own) {
-            Some(_) => own,
-            None => parent_of(self.pid).map_or(own, command_line_of),
+        match actions_in(&own).is_empty() {
+            true => parent_of(self.pid).map_or(own, command_line_of),
+            false => own,
         }
     }
 }
@@ -154,31 +168,63 @@ fn resolved(link: PathBuf) -> PathBuf {
     }
 }
 
-/// The words of a command line contradict each other.
-#[derive(Debug, PartialEq, Eq)]
-struct Contradiction;
+/// The images directory that a command line of CRIU's names.
+fn images_dir_in(arguments: &[u8]) -> &Path {
+    let mut words = arguments_in(arguments);
+    while let Some(word) = words.next() {
+        let directory = match word {
+            b"-D" | b"--images-dir" => words.next(),
+            _ => word
+                .strip_prefix(b"-D")
+                .or_else(|| word.strip_prefix(b"--images-dir=")),
+        };
+        if let Some(directory) = directory {
+            return Path::new(OsStr::from_bytes(directory));
+        }
+    }
+    Path::new("")
+}
 
-/// What a process is doing, by the words of its command line. `None` where it has none that tells.
-fn roles_in(arguments: &[u8]) -> Option<Result<Role, Contradiction>> {
-    let mut roles = arguments_in(arguments).filter_map(|argument| {
-        Some(match argument {
-            b"dump" | b"pre-dump" | b"checkpoint" => Role::Capture,
-            b"restore" => Role::Serve,
+/// What CRIU is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Dump,
+    /// A pre-dump, or cpuinfo.img alone.
+    NoDump,
+    Restore,
+}
+
+/// The words of a command line that may be its action, each with whether it may be an option's
+/// value instead, such as the name of a directory: it follows an option.
+fn actions_in(arguments: &[u8]) -> Vec<(Action, bool)> {
+    let words: Vec<_> = arguments_in(arguments).collect();
+    let found = words.windows(2).filter_map(|pair| {
+        let action = match pair[1] {
+            b"dump" | b"checkpoint" => Action::Dump,
+            b"pre-dump" | b"cpuinfo" => Action::NoDump,
+            b"restore" => Action::Restore,
             _ => return None,
-        })
+        };
+        Some((
+            action,
+            pair[0].starts_with(b"-") && !pair[0].contains(&b'='),
+        ))
     });
-    let role = roles.next()?;
-    let agrees = roles.all(|other| other == role);
-    Some(agrees.then_some(role).ok_or(Contradiction))
+    found.collect()
 }
 
-fn takes_no_dump(arguments: &[u8]) -> bool {
-    let kinds = [&b"pre-dump"[..], b"--pre-dump", b"cpuinfo"];
-    arguments_in(arguments).any(|argument| kinds.contains(&argument))
+/// The action of a command line: the first that can be nothing else, or what all may be.
+fn action_in(arguments: &[u8]) -> Option<Action> {
+    let found = actions_in(arguments);
+    let &(first, _) = found.first()?;
+    let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
+    let agree = found.iter().all(|(action, _)| *action == first);
+    certain
+        .map(|(action, _)| *action)
+        .or(agree.then_some(first))
 }
 
-/// True if the application lives on after a dump with these arguments, each with a NUL behind it.
-pub(crate) fn lets_live(arguments: &[u8]) -> bool {
+fn lets_live(arguments: &[u8]) -> bool {
     let is_option = |word: &[u8]| word == b"-R" || word == b"-s" || word.starts_with(b"--leave-");
     arguments_in(arguments).any(is_option)
 }
@@ -196,24 +242,47 @@ mod tests {
     }
 
     #[test]
+    fn a_command_line_names_the_images_directory() {
+        for (line, directory) in [
+            ("criu dump -t 1 -D images", "images"),
+            ("criu dump -D/images -t 1", "/images"),
+            ("criu --images-dir=a dump", "a"),
+            ("criu dump --images-dir a", "a"),
+            ("criu dump", ""),
+        ] {
+            let bytes = line.replace(' ', "\0").into_bytes();
+            assert_eq!(images_dir_in(&bytes), Path::new(directory), "{line}");
+        }
+    }
+
+    #[test]
     fn command_lines_tell_what_is_going_on() {
         let bytes = |line: &str| line.replace(' ', "\0").into_bytes();
-        let role = |line: &str| roles_in(&bytes(line));
-        assert_eq!(role("criu dump --stream -t 1"), Some(Ok(Role::Capture)));
-        assert_eq!(role("criu -D images restore"), Some(Ok(Role::Serve)));
-        assert_eq!(role("runc checkpoint app"), Some(Ok(Role::Capture)));
-        assert_eq!(role("criu restore -D dump"), Some(Err(Contradiction)));
-        for unknown in ["criu swrk 3", ""] {
-            assert_eq!(role(unknown), None, "{unknown}");
-        }
-        for line in [
-            "criu pre-dump --stream",
-            "criu cpuinfo dump",
-            "runc checkpoint --pre-dump a",
+        for (line, action) in [
+            ("criu dump --stream -t 1", Some(Action::Dump)),
+            ("criu -D images restore", Some(Action::Restore)),
+            ("criu restore -D checkpoint", Some(Action::Restore)),
+            ("criu restore -D dump", Some(Action::Restore)),
+            ("criu -D dump restore", Some(Action::Restore)),
+            ("criu -v4 -D=dump restore", Some(Action::Restore)),
+            ("criu -v4 dump", Some(Action::Dump)),
+            ("criu -v4 dump -D restore", None),
+            ("criu pre-dump --stream", Some(Action::NoDump)),
+            ("criu cpuinfo dump", Some(Action::NoDump)),
+            (
+                "runc --root /run/runc checkpoint restore",
+                Some(Action::Dump),
+            ),
+            (
+                "runc restore --image-path checkpoint app",
+                Some(Action::Restore),
+            ),
+            ("criu swrk 3", None),
+            ("dump", None),
+            ("", None),
         ] {
-            assert!(takes_no_dump(&bytes(line)), "{line}");
+            assert_eq!(action_in(&bytes(line)), action, "{line}");
         }
-        assert!(!takes_no_dump(&bytes("criu dump --stream")));
         for line in [
             "criu dump -R",
             "criu dump --leave-running",

@@ -3,7 +3,7 @@
 //! Data should not come to memory at all, so that only as much is read as the next marker takes,
 //! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
 //! are read together with their markers. For what is held, the shard's pipe is emptied into one of
-//! ours first ([`ShardReader::empty`]).
+//! ours first ([`Reader::empty`]).
 //!
 //! Where nothing can be held, what a pipe has is read in one call, markers and data together,
 //! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
@@ -14,13 +14,12 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::order::{Next, Place};
+use super::order::{Behind, Place};
 use crate::format::marker::{self, BadMarker};
-use crate::format::{Body, ImageName, Marker};
+use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
@@ -43,12 +42,12 @@ pub(super) enum Found {
 /// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could
 /// not write meanwhile, and then we would wait for it. Moving references to a pipe of our own first
 /// takes 0.12 CPU s/GB off the 0.2 spent so.
-pub(super) struct SplicePipe {
+pub(super) struct Stage {
     read: ReadEnd,
     write: WriteEnd,
 }
 
-impl SplicePipe {
+impl Stage {
     /// # Errors
     /// When no more descriptors can be had.
     pub(super) fn new() -> Result<Self> {
@@ -76,7 +75,7 @@ impl SplicePipe {
 #[derive(Debug)]
 pub(super) enum Holding {
     /// All of a chunk's data, or as much as fits into a pipe.
-    Piece(HeldPipe, Next),
+    Piece(HeldPipe, Behind),
     /// Some of the data, which is not whole yet.
     Some,
     /// Nothing came.
@@ -87,13 +86,13 @@ pub(super) enum Holding {
 
 /// A chunk whose data was not taken whole yet.
 #[derive(Debug)]
-struct OpenChunk {
+struct Chunk {
     place: Place,
     left: usize,
 }
 
 /// The reading side of a shard.
-pub(crate) struct ShardReader {
+pub(super) struct Reader {
     pipe: ReadEnd,
     /// Bytes that the pipe holds at most.
     capacity: usize,
@@ -101,10 +100,10 @@ pub(crate) struct ShardReader {
     emptied: Option<HeldPipe>,
     /// The pipe had nothing when it was last to be emptied.
     is_dry: bool,
-    label: Rc<str>,
+    label: String,
     /// What was read and not taken yet.
     ahead: VecDeque<Extent>,
-    chunk: Option<OpenChunk>,
+    chunk: Option<Chunk>,
     /// Data of the current chunk, on its way into this pipe.
     held: Option<HeldPipe>,
     /// Its pages are as good as their data: they will not change, and hold little else.
@@ -118,15 +117,17 @@ pub(crate) struct ShardReader {
     last_seq: Option<u64>,
     /// Bytes of the stream taken so far.
     taken: u64,
+    /// Of them, those of markers.
+    markers: u64,
     meter: Meter,
 }
 
-impl ShardReader {
+impl Reader {
     /// Gives the pipe the largest capacity allowed. `label` names the shard in errors.
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking.
-    pub(super) fn new(pipe: ReadEnd, label: &str, meter: Meter) -> Result<Self> {
+    pub(super) fn new(pipe: ReadEnd, label: String, meter: Meter) -> Result<Self> {
         let pipe = pipe
             .nonblocking()
             .with_context(|| format!("preparing {label}"))?;
@@ -137,7 +138,7 @@ impl ShardReader {
             capacity: slots * pipe::slot(),
             emptied: None,
             is_dry: false,
-            label: label.into(),
+            label,
             ahead: VecDeque::new(),
             chunk: None,
             held: None,
@@ -147,12 +148,13 @@ impl ShardReader {
             ended: false,
             last_seq: None,
             taken: 0,
+            markers: 0,
             meter,
         })
     }
 
-    pub(super) fn label(&self) -> Rc<str> {
-        Rc::clone(&self.label)
+    pub(super) fn label(&self) -> &str {
+        &self.label
     }
 
     pub(super) fn pipe(&self) -> &ReadEnd {
@@ -186,6 +188,12 @@ impl ShardReader {
     /// Bytes of the stream taken so far: where in it an error is.
     pub(super) fn offset(&self) -> u64 {
         self.taken
+    }
+
+    /// Bytes of data taken so far, and of what the pipe was emptied of.
+    pub(super) fn data(&self) -> u64 {
+        let emptied = self.emptied.as_ref().map_or(0, HeldPipe::len);
+        self.taken - self.markers + emptied as u64
     }
 
     /// An error at the current place of this shard.
@@ -232,11 +240,12 @@ impl ShardReader {
         if let Body::Data(left @ 1..) = marker.body {
             let left = left as usize;
             self.last_large = (left >= AHEAD).then_some(size);
-            self.chunk = Some(OpenChunk {
+            self.chunk = Some(Chunk {
                 place: Place::of(marker.seq),
                 left,
             });
         }
+        self.markers += size as u64;
         let mut left = size;
         while left > 0 {
             let part = self.take_front(left).expect("a marker was read whole");
@@ -271,22 +280,22 @@ impl ShardReader {
     }
 
     /// Takes the data of the current chunk that was read, as far as it lies together.
-    pub(super) fn take_data(&mut self) -> Option<(Extent, Next)> {
+    pub(super) fn take_data(&mut self) -> Option<(Extent, Behind)> {
         let left = self.chunk.as_ref()?.left;
         let extent = self.take_front(left)?;
-        let next = self.advance_chunk(extent.len());
-        Some((extent, next))
+        let behind = self.advance_chunk(extent.len());
+        Some((extent, behind))
     }
 
-    fn advance_chunk(&mut self, bytes: usize) -> Next {
+    fn advance_chunk(&mut self, bytes: usize) -> Behind {
         let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
         chunk.left -= bytes;
         if chunk.left == 0 {
             self.chunk = None;
-            return Next::Marker;
+            return Behind::Marker;
         }
         chunk.place.part += 1;
-        Next::Part
+        Behind::Part
     }
 
     /// Whether nothing of what was read is left.
@@ -417,7 +426,7 @@ impl ShardReader {
                 chunk.left -= bytes;
                 if chunk.left == 0 {
                     self.chunk = None;
-                    return Ok(Holding::Piece(held, Next::Marker));
+                    return Ok(Holding::Piece(held, Behind::Marker));
                 }
                 self.held = Some(held);
                 return Ok(Holding::Some);
@@ -425,7 +434,7 @@ impl ShardReader {
             Filled::Full => {
                 self.may_hold &= !held.is_wasteful();
                 chunk.place.part += 1;
-                return Ok(Holding::Piece(held, Next::Part));
+                return Ok(Holding::Piece(held, Behind::Part));
             }
             Filled::Moved(Moved::WouldBlock) => {}
             Filled::Moved(Moved::End) => self.hung_up = true,
@@ -527,14 +536,14 @@ impl ShardReader {
     /// When the file cannot take it, and when the stream was cut off.
     pub(super) fn splice(
         &mut self,
-        pipe: &SplicePipe,
+        stage: &Stage,
         to: &File,
-        name: &ImageName,
-    ) -> Result<Option<Next>> {
+        name: &str,
+    ) -> Result<Option<Behind>> {
         let left = self.left_of_chunk();
         let moved = match self.emptied() {
             Some(emptied) => emptied.send(to, left),
-            None => pipe.splice(&self.pipe, to, left),
+            None => stage.splice(&self.pipe, to, left),
         };
         let moved = moved.with_context(|| format!("writing {name}"))?;
         match moved {
