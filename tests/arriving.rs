@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::common::cgroup::MemoryCgroup;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::indexed::{self, Indexed, KEPT_IN_INDEX};
@@ -238,15 +239,19 @@ impl Arrival {
     }
 }
 
-/// What may be held.
-const LIMITS: [Option<&str>; 5] = [None, None, Some("1"), Some("300K"), Some("2M")];
+/// A cgroup in which memory is short from the start, so that shards rest wherever they may; for a
+/// third of the images, where one can be made.
+fn shortage(random: &mut Random) -> Option<MemoryCgroup> {
+    let limit = Some(64 << 20);
+    random.one_in(3).then(|| MemoryCgroup::create(limit).ok())?
+}
 
-/// A `serve` that keeps data anywhere, up to a limit.
-fn launch(seed: u64, limit: Option<&str>) -> Launch {
+/// A `serve` that keeps data anywhere.
+fn launch(seed: u64, shortage: Option<&MemoryCgroup>) -> Launch {
     let launch = Keeping::in_turn(seed as usize).serve();
-    match limit {
+    match shortage {
         None => launch,
-        Some(limit) => launch.args(["--hold-at-most", limit]),
+        Some(cgroup) => launch.limit(cgroup.limit()),
     }
 }
 
@@ -260,11 +265,11 @@ fn a_whole_image_arrives(seed: u64) {
         0 => Source::Commands { failing: None },
         _ => Source::Pipes,
     };
-    let limit = *random.pick(&LIMITS);
-    let launch = launch(seed, limit);
+    let shortage = shortage(&mut random);
+    let launch = launch(seed, shortage.as_ref());
     let mut arrival = Arrival::begin(&source, &image, launch, &mut random);
     let criu = arrival.streamer.criu();
-    let patience = match limit {
+    let patience = match &shortage {
         None => *random.pick(&[Patience::All, Patience::Pages, Patience::Little]),
         // Shards rest while no one waits for the last of the pages.
         Some(_) => *random.pick(&[Patience::All, Patience::Pages]),
@@ -334,7 +339,8 @@ fn a_damaged_image_arrives(seed: u64) {
         }
         (damaged, Source::Pipes, what)
     };
-    let launch = launch(seed, *random.pick(&LIMITS));
+    let shortage = shortage(&mut random);
+    let launch = launch(seed, shortage.as_ref());
     let mut arrival = Arrival::begin(&source, &image, launch, &mut random);
     if arrival.streamer.listens()
         && let Ok(criu) = Criu::try_connect(arrival.streamer.images_dir(), Role::Serve)

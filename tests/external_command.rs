@@ -225,36 +225,6 @@ fn criu_is_started_when_the_files_are_there() {
     }
 }
 
-/// The memory behind it is more than may be held.
-#[test]
-fn little_is_held_while_a_file_of_an_image_with_an_index_is_unpacked() {
-    let mut large = files();
-    large.insert("pages-1.img".into(), random::bytes(5, 64 << 20));
-    let place = Place::new();
-    let command = "cat archive; echo sent >sent";
-    let mut capture = place.with(Streamer::capture(), command, INDEX).start();
-    let criu = capture.criu();
-    criu.write_file("core-1.img", &large["core-1.img"]);
-    while !place.path("sent").exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    criu.write_file("pages-1.img", &large["pages-1.img"]);
-    criu.write_file("inventory.img", &large["inventory.img"]);
-    drop(criu);
-    capture.expect_success();
-
-    let options = ["--index", "--hold-at-most", "4M"];
-    let command = "for part in 1 2 3 4; do head -c 500000; sleep 0.05; done >unpacked; \
-                   cat >>unpacked; sleep 0.5";
-    let mut streamer = place.with(Streamer::serve(), command, &options).start();
-    assert!(streamer.listens());
-    place.assert_unpacked();
-    let held = streamer.image_kib();
-    // The archive goes on, and a turn's worth of each shard is taken at a time.
-    assert!(held < 32 << 10, "{held} KiB are held");
-    runs::assert_served(&mut streamer, &large);
-}
-
 /// What it has not read is lost, whatever it says.
 #[test]
 fn a_command_that_does_not_read_its_file_fails_the_restore() {

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,10 +15,11 @@ use tempfile::TempDir;
 use crate::buffer::dump_of;
 use crate::common::cgroup::MemoryCgroup;
 use crate::common::image::{self, Shard};
+use crate::common::indexed::{IS_INDEX, filename};
 use crate::common::keeping::Keeping;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
-use crate::common::streamer::Streamer;
+use crate::common::streamer::{Launch, Streamer};
 use crate::common::{HANG_TIMEOUT, root_or_skip, skip};
 use crate::criu::Machine;
 use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
@@ -137,6 +138,88 @@ fn an_image_that_fits_into_the_place_of_page_cache_is_served() {
         streamer.wait_for_line("socket-init");
         assert!(producer.wait().unwrap().success(), "{keeping:?}");
         assert_eq!(cgroup.oom_kills(), 0, "{keeping:?}");
+    }
+}
+
+/// An index, and a shard with `mib` MiB of pages, as files that commands in a cgroup read.
+fn large_image_with_an_index(mib: u64) -> TempDir {
+    let dir = TempDir::new().unwrap();
+    let name = [&filename("pages-1.img")[..], &IS_INDEX].concat();
+    let index = Shard::new().marker(0, &name).file_eof(mib + 1);
+    let index = index.inventory_and_end(mib + 2);
+    let pages = vec![7; MIB as usize];
+    let mut shard = fs::File::create(dir.path().join("1")).unwrap();
+    for seq in 1..=mib {
+        let chunk = Shard::new().data(seq, &pages);
+        io::Write::write_all(&mut shard, &chunk.bytes).unwrap();
+    }
+    fs::write(dir.path().join("index"), index.bytes).unwrap();
+    dir
+}
+
+/// Reads the pages from outside of the cgroup.
+fn read_pages(mut streamer: Streamer, mib: u64) {
+    let criu = streamer.criu();
+    let mut pages = criu.open_file("pages-1.img").expect("it was sent");
+    let taken = io::copy(&mut pages, &mut io::sink()).expect("read a file");
+    assert_eq!(taken, mib * MIB);
+    drop(criu);
+    streamer.expect_success();
+}
+
+/// Shards rest while memory is short, and CRIU has what it waits for.
+#[test]
+fn an_image_with_an_index_may_be_larger_than_the_memory_that_the_streamer_has() {
+    let mib = 2 * LIMIT / MIB;
+    let image = large_image_with_an_index(mib);
+    for keeping in Keeping::ALL {
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
+        let command = format!("cat '{}'/{{}}", image.path().display());
+        let launch = keeping.serve().args(["--index", "--shard-cmd", &command]);
+        let streamer = launch.limit(cgroup.limit()).start();
+        assert!(streamer.outlasts(Duration::from_millis(500)), "{keeping:?}");
+        read_pages(streamer, mib);
+        assert_eq!(cgroup.oom_kills(), 0, "{keeping:?}");
+    }
+}
+
+/// As a capture at the other end does, which writes the end of its index when CRIU has finished.
+#[test]
+fn shards_rest_no_longer_when_their_writer_comes_to_the_index_last() {
+    let Some(cgroup) = cgroup(Some(128 * MIB)) else {
+        return;
+    };
+    let mib = 72;
+    let image = large_image_with_an_index(mib);
+    let (readers, writers) = shards::pipes(2, None);
+    let [pages, index] = <[OwnedFd; 2]>::try_from(readers).unwrap();
+    let number = index.as_raw_fd().to_string();
+    let launch = Keeping::Memory.serve().shards([pages]).inherit(index);
+    let launch = launch.args(["--index-fd", &number]);
+    let streamer = launch.limit(cgroup.limit()).start();
+    for (name, writer) in ["1", "index"].iter().zip(writers) {
+        let content = fs::read(image.path().join(name)).unwrap();
+        io::Write::write_all(&mut fs::File::from(writer), &content).unwrap();
+    }
+    read_pages(streamer, mib);
+}
+
+/// One shard of the image comes before the other, and does not fit.
+#[test]
+fn early_data_that_does_not_fit_is_an_error_and_no_hang() {
+    for launch in [Streamer::extract as fn() -> Launch, Streamer::list] {
+        let Some(cgroup) = cgroup(Some(LIMIT)) else {
+            return;
+        };
+        let image = large_image_with_an_index(2 * LIMIT / MIB);
+        let dir = image.path().display();
+        let command = format!("[ {{}} != index ] || exec sleep 100; cat '{dir}'/{{}}");
+        let launch = launch().args(["--index", "--shard-cmd", &command]);
+        let mut streamer = launch.limit(cgroup.limit()).start();
+        streamer.expect_failure(&["memory", "does not fit"]);
+        assert_eq!(cgroup.oom_kills(), 0);
     }
 }
 

@@ -2,15 +2,17 @@
 //! tells of both. A shell script stands in for the command, and the test for CRIU's connection.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::time::Duration;
 
 use crate::common::child::{Limit, wait_for_end};
+use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
-use crate::common::random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards::{Collector, pipe, pipes};
 use crate::common::streamer::{Exit, Launch, Streamer, binary};
+use crate::common::{random, root_or_skip};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -91,9 +93,13 @@ fn a_command_that_fails_before_it_connects_fails_the_transfer_at_once() {
         assert_ended(&exit, 7, &["sh -c exit 7", "exit status 7"]);
         assert!(exit.progress.contains(&"socket-init".to_owned()));
     }
-    for launch in all_launches(dir.path()) {
-        let exit = launch.criu_command("kill -KILL $$").run();
-        assert_ended(&exit, 128 + 9, &["signal 9", "SIGKILL"]);
+    // The second is a real-time signal.
+    for (signal, words) in [(9, &["signal 9", "SIGKILL"][..]), (40, &["signal 40"])] {
+        for launch in all_launches(dir.path()) {
+            let script = format!("kill -{signal} $$");
+            let exit = launch.criu_command(&script).run();
+            assert_ended(&exit, 128 + signal, words);
+        }
     }
 }
 
@@ -297,6 +303,99 @@ fn when_all_is_restored_an_interrupt_is_the_applications() {
             assert!(gate.dir.path().join("done").exists());
         }
     }
+}
+
+/// `timeout 25 criu-image-streamer capture … -- criu dump …`, with an upload that takes longer.
+#[test]
+fn a_signal_after_criu_has_killed_the_application_lets_the_upload_go_on_once() {
+    for (leaves, signals, status) in [
+        ("", vec![Signal::SIGTERM], 0),
+        ("", vec![Signal::SIGHUP, Signal::SIGINT], 128 + 2),
+        ("--leave-stopped", vec![Signal::SIGTERM], 128 + 15),
+    ] {
+        let upload = Gate::new();
+        let image = upload.dir.path().join("image");
+        let shard = format!("cat >'{}'; {}", image.display(), upload.script(":"));
+        let (pid, writer) = pipe();
+        let script = "echo $$ >&0; read -r _ <\"$1\"";
+        let criu = Gate::new();
+        let fifo = criu.dir.path().join("gate");
+        let command = [
+            "--",
+            "sh",
+            "-c",
+            script,
+            "criu",
+            fifo.to_str().unwrap(),
+            leaves,
+        ];
+        let capture = Streamer::capture().args(["--shard-cmd", &shard]);
+        let mut streamer = capture.stdin(writer).args_behind(command).start();
+        runs::send(&streamer, &files());
+        let mut line = String::new();
+        BufReader::new(fs::File::from(pid))
+            .read_line(&mut line)
+            .unwrap();
+        criu.open();
+        let stat = format!("/proc/{}/stat", line.trim());
+        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        for (sent, signal) in signals.iter().enumerate() {
+            streamer.signal(*signal);
+            if status == 0 || sent + 1 < signals.len() {
+                streamer.wait_for_stderr("a second signal");
+                assert!(streamer.outlasts(Duration::from_millis(300)));
+            }
+        }
+        if status == 0 {
+            upload.open();
+        }
+        assert_eq!(streamer.wait().status.code(), Some(status), "{leaves}");
+        if status == 0 {
+            let shard = fs::read(image).unwrap();
+            assert_same_files(&image::decode(&[shard]).unwrap(), &files());
+        }
+    }
+}
+
+/// As PID 1 of a container it is the parent of all that the restored application leaves behind.
+#[test]
+fn as_pid_1_it_reaps_what_the_application_leaves_behind() {
+    if !root_or_skip() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let images = dir.path().join("images");
+    let gate = Gate::new();
+    let launch = image::encode_files(&files(), 1, 4096);
+    fs::write(dir.path().join("image"), &launch[0]).unwrap();
+    let script = gate.script(
+        "(sleep 0.1 & exec sleep 0); for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.2; \
+         grep -q 'State:.Z' /proc/[0-9]*/status || exit 0; done; exit 9",
+    );
+    let mut streamer = std::process::Command::new("unshare")
+        .args(["--pid", "--fork", "--mount-proc"])
+        .arg(binary())
+        .arg("-D")
+        .arg(&images)
+        .arg("--shard-cmd")
+        .arg(format!("cat '{}'/image", dir.path().display()))
+        .args(["serve", "--", "sh", "-c", &script])
+        .spawn()
+        .unwrap();
+    let deadline = std::time::Instant::now() + crate::common::HANG_TIMEOUT;
+    while !Role::Serve.socket(&images).exists() {
+        assert!(std::time::Instant::now() < deadline, "there is no socket");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let criu = Criu::connect(&images, Role::Serve);
+    for (name, content) in &files() {
+        criu.expect_file(name, content);
+    }
+    drop(criu);
+    gate.open();
+    assert_eq!(streamer.wait().unwrap().code(), Some(0));
 }
 
 /// `--shell-job` needs our process group. A dump that is killed leaves the application as it is, so

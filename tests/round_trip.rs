@@ -12,7 +12,7 @@ use crate::common::keeping::Keeping;
 use crate::common::random::Random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards;
-use crate::common::streamer::Streamer;
+use crate::common::streamer::{Launch, Streamer};
 use crate::common::{HANG_TIMEOUT, PAGE};
 
 /// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
@@ -121,6 +121,29 @@ fn capture_connected_straight_to_extract() {
         capture.expect_success();
         extract.expect_success();
         assert_same_files(&runs::read_dir(extract.images_dir()), &files);
+    }
+}
+
+/// Whatever is to wait for its turn meanwhile.
+#[test]
+fn one_shard_may_come_after_the_other() {
+    const CHUNKS: u64 = 257;
+    let chunk = vec![7; 1 << 20];
+    let first = Shard::new().filename(0, "pages-1.img").data(1, b"first");
+    let first = first.file_eof(2 + CHUNKS).inventory_and_end(3 + CHUNKS);
+    for launch in [Streamer::extract as fn() -> Launch, Streamer::list] {
+        let (readers, writers) = shards::pipes(2, None);
+        let mut streamer = launch().shards(readers).start();
+        let mut writers = writers.into_iter().map(File::from).rev();
+        let mut writer = writers.next().unwrap();
+        for seq in 2..2 + CHUNKS {
+            let marker = Shard::new().data_marker(seq, chunk.len() as u32);
+            writer.write_all(&marker.bytes).unwrap();
+            writer.write_all(&chunk).unwrap();
+        }
+        drop(writer);
+        writers.next().unwrap().write_all(&first.bytes).unwrap();
+        streamer.expect_success();
     }
 }
 

@@ -474,21 +474,25 @@ fn a_command_has_the_descriptor_limit_that_the_streamer_was_started_with() {
     assert_eq!(fs::read_to_string(limits).unwrap(), "300\n900\n");
 }
 
+/// A directory with these programs alone, for PATH.
+fn path_with(dir: &Path, programs: &[&str]) -> String {
+    let path = dir.join("path");
+    let _ = fs::remove_dir_all(&path);
+    fs::create_dir(&path).unwrap();
+    for program in programs {
+        let places = ["/bin", "/usr/bin"].map(|dir| Path::new(dir).join(program));
+        let real = places.iter().find(|path| path.exists()).unwrap();
+        std::os::unix::fs::symlink(real, path.join(program)).unwrap();
+    }
+    path.display().to_string()
+}
+
 #[test]
 fn sh_takes_the_place_of_a_bash_that_is_not_there() {
     let dir = TempDir::new().unwrap();
-    let path = dir.path().join("path");
-    fs::create_dir(&path).unwrap();
-    for program in ["sh", "cat"] {
-        let real = ["/bin", "/usr/bin"]
-            .map(|dir| Path::new(dir).join(program))
-            .into_iter()
-            .find(|path| path.exists())
-            .unwrap();
-        std::os::unix::fs::symlink(real, path.join(program)).unwrap();
-    }
-    let command = format!("cat >'{}'/s{{}}", dir.path().display());
-    let launch = with(Streamer::capture(), 2, &command).env("PATH", path.to_str().unwrap());
+    let path = path_with(dir.path(), &["sh", "cat"]);
+    let command = format!("cat >'{}'/s{{}} || exit 7", dir.path().display());
+    let launch = with(Streamer::capture(), 2, &command).env("PATH", &path);
     let mut streamer = launch.start();
     runs::send(&streamer, &small_files());
     streamer.expect_success();
@@ -496,13 +500,50 @@ fn sh_takes_the_place_of_a_bash_that_is_not_there() {
         &image::decode(&read_shards(dir.path(), 2)).unwrap(),
         &small_files(),
     );
+    let path = path_with(dir.path(), &[]);
+    let exit = with(Streamer::capture(), 1, &command).env("PATH", &path);
+    exit.run().expect_failure(&["shard command 1", "shell"]);
+}
 
-    let empty = dir.path().join("empty");
-    fs::create_dir(&empty).unwrap();
-    let exit = with(Streamer::capture(), 1, &command)
-        .env("PATH", empty.to_str().unwrap())
-        .run();
-    exit.expect_failure(&["shard command 1", "shell"]);
+/// dash has no `pipefail` before 0.5.13, and none of its pipelines a status but the last one's.
+#[test]
+fn without_a_shell_that_has_pipefail_a_pipeline_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = path_with(dir.path(), &["sh", "cat"]);
+    let has_pipefail = std::process::Command::new("sh")
+        .args(["-o", "pipefail", "-c", ":"])
+        .output()
+        .unwrap();
+    let pipeline = "(cat; exit 3) | cat >/dev/null";
+    let files = ["--shard-cmd", "cat", "--ext-file-cmd"];
+    let for_file = format!("fs.tar:{pipeline}");
+    for launch in [
+        with(Streamer::capture(), 1, pipeline),
+        Streamer::capture().args(files).args([for_file]),
+    ] {
+        let mut streamer = launch.env("PATH", &path).start();
+        if has_pipefail.status.success() {
+            runs::send(&streamer, &small_files());
+            streamer.expect_failure(&["exit status 3"]);
+        } else {
+            let exit = streamer.expect_failure(&["bash", "pipefail", pipeline]);
+            assert!(exit.progress.iter().all(|line| line != "socket-init"));
+        }
+    }
+}
+
+#[test]
+fn commands_start_where_close_range_is_refused() {
+    let launch = with(Streamer::capture(), 1, "cat >/dev/null");
+    let mut streamer = launch.limit(Limit::Refused(libc::SYS_close_range)).start();
+    runs::send(&streamer, &small_files());
+    streamer.expect_success();
+}
+
+#[test]
+fn a_command_that_a_real_time_signal_ends_is_told_by_its_number() {
+    let exit = with(Streamer::extract(), 1, "kill -40 $$").run();
+    exit.expect_failure(&["shard command 1", "signal 40"]);
 }
 
 #[test]

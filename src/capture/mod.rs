@@ -458,7 +458,7 @@ impl<'a> CaptureLoop<'a> {
 
     fn start_file_commands(&mut self) -> Result<()> {
         for (name, command) in std::mem::take(&mut self.file_commands) {
-            let pipe = self.supervisor.start_file_writer(&command)?;
+            let pipe = self.supervisor.start_writer(command)?;
             self.open(dump::external_file(name, pipe)?)?;
         }
         Ok(())

@@ -73,11 +73,6 @@ pub struct Args {
     #[structopt(long, value_name = "fd", global = true)]
     index_fd: Option<FdNumber>,
 
-    /// serve with an index: let shards wait while more than this number of bytes (K, M and G are
-    /// known) is held, unless CRIU waits for something that has not come
-    #[structopt(long, value_name = "bytes", global = true)]
-    hold_at_most: Option<Bytes>,
-
     /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
     /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
     /// there. The progress line `memory-copied` tells when the application may go on

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::hash::Hash;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
@@ -14,7 +15,7 @@ use anyhow::{Result, bail, ensure};
 use super::descriptor::{Checked, Checks, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand};
 use crate::criu::SocketPath;
-use crate::criu::hook_caller::Caller;
+use crate::criu::hook_caller::{self, Caller};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
@@ -81,8 +82,6 @@ pub(crate) struct Plan {
     pub(crate) shards: Shards,
     /// The last of the shards is an index.
     pub(crate) has_index: bool,
-    /// The most that is held of an image that arrives, in bytes.
-    pub(crate) hold_at_most: Option<u64>,
     pub(crate) buffer: Option<BufferSize>,
     /// The CRIU that waits in its hook may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
@@ -102,7 +101,9 @@ impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(mut args: Args) -> Result<Self> {
         let (action, criu) = split(std::mem::replace(&mut args.command, Command::List));
-        let criu = CriuCommand::new(criu);
+        let words: Vec<_> = criu.iter().map(|word| word.as_bytes()).collect();
+        let lets_live = hook_caller::lets_live(&words.join(&0));
+        let criu = CriuCommand::new(criu, lets_live);
         check_usage(&args, action, criu.is_some())?;
         let commands = shard_commands(&args)?;
         let claimed = claim(&args, action)?;
@@ -117,7 +118,6 @@ impl Plan {
                 None => Shards::Descriptors(claimed.shards),
             },
             has_index: args.index || args.index_fd.is_some(),
-            hold_at_most: args.hold_at_most.map(|bytes| bytes.0),
             buffer: args.buffer,
             goes_on_when_copied: args.go_on_when_copied,
             external_files: descriptors.chain(file_commands).collect(),
@@ -154,7 +154,6 @@ fn split(command: Command) -> (Action, Vec<OsString>) {
 
 /// Refuses options that do not go together, or not with the subcommand.
 fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
-    let has_index = args.index || args.index_fd.is_some();
     let has_commands = args.shard_cmd.is_some();
     let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
     let is = |other| action == other;
@@ -174,10 +173,6 @@ fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
         (
             args.index_fd.is_some() && has_commands,
             "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index",
-        ),
-        (
-            args.hold_at_most.is_some() && !(has_index && is(Action::Serve)),
-            "--hold-at-most: it is for `serve` with an index",
         ),
         (
             args.buffer.is_some() && !is(Action::Capture),
@@ -216,7 +211,9 @@ fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
     if let Some(name) = first_repeated(&names, |&name| name) {
         bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
     }
-    Ok(())
+    let files = args.ext_file_cmd.iter().map(|file| &file.command);
+    let mut commands = args.shard_cmd.iter().chain(files);
+    commands.try_for_each(|text| ShellCommand::check_shell(text))
 }
 
 /// The descriptors that the command line named.

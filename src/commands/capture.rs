@@ -7,7 +7,7 @@ use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
-use crate::supervision::Failure;
+use crate::supervision::{Failure, ShellCommand};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
@@ -31,7 +31,13 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
             let pipe = |(fd, label): (_, String)| Ok((supervisor.sink(fd, &label)?, label));
             fds.into_iter().map(pipe).collect::<Result<_>>()?
         }
-        Shards::Commands(commands) => supervisor.start_readers(commands)?,
+        Shards::Commands(commands) => {
+            let pipe = |command: ShellCommand| {
+                let label = command.label();
+                Ok((supervisor.start_reader(command)?, label))
+            };
+            commands.into_iter().map(pipe).collect::<Result<_>>()?
+        }
     };
     let captured = Capture {
         images_dir: &plan.images_dir,

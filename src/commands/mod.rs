@@ -108,7 +108,7 @@ impl Session {
             .map(|(name, end)| {
                 let pipe = match end {
                     FileEnd::Descriptor(fd) => self.supervisor.sink(fd, name.as_str())?,
-                    FileEnd::Command(command) => self.supervisor.start_file_reader(&command)?,
+                    FileEnd::Command(command) => self.supervisor.start_reader(command)?,
                 };
                 Ok((name, pipe))
             })
@@ -118,7 +118,13 @@ impl Session {
                 .into_iter()
                 .map(|(fd, label)| Ok((self.supervisor.source(fd, &label)?, label)))
                 .collect::<Result<_>>()?,
-            Shards::Commands(commands) => self.supervisor.start_writers(commands)?,
+            Shards::Commands(commands) => commands
+                .into_iter()
+                .map(|command| {
+                    let label = command.label();
+                    Ok((self.supervisor.start_writer(command)?, label))
+                })
+                .collect::<Result<_>>()?,
         };
         Ok((shards, external_files))
     }

@@ -224,7 +224,8 @@ fn action_in(arguments: &[u8]) -> Option<Action> {
         .or(agree.then_some(first))
 }
 
-fn lets_live(arguments: &[u8]) -> bool {
+/// True if the application lives on after a dump with these arguments, each with a NUL behind it.
+pub(crate) fn lets_live(arguments: &[u8]) -> bool {
     let is_option = |word: &[u8]| word == b"-R" || word == b"-s" || word.starts_with(b"--leave-");
     arguments_in(arguments).any(is_option)
 }

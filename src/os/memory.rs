@@ -159,6 +159,9 @@ pub(crate) fn populate(memory: &mut [u8]) {
 /// What is left of the machine's memory, or of our cgroup's, to others, in bytes.
 pub(crate) const LEAST: u64 = 32 << 20;
 
+/// With less than this memory left, in bytes, what can wait waits.
+pub(crate) const SHORT: u64 = 2 * LEAST;
+
 /// Bytes taken at most until the next look at how much memory is left.
 pub(crate) const MOST_UNSEEN: u64 = 256 << 20;
 

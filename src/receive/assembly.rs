@@ -1,91 +1,61 @@
 //! Makes files of a store out of the steps of an image, each in its turn.
 //!
-//! What is wrong with the order or the contents of an image is found here, and blamed on a shard
-//! and an offset.
+//! Errors in the order or the contents of an image are found here, and blamed on a shard and an
+//! offset.
 
 use std::collections::HashMap;
+use std::fmt::Display;
+use std::fs::File;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::order::{Behind, Order, Place};
+use super::order::{AlreadyTaken, Next, Order, Place};
 use crate::format::{Body, ImageName};
-use crate::store::external::{External, ExternalOutputs, File};
-use crate::store::{Ahead, Piece, Store, Target};
-
-/// Steps that may wait for their turn, whatever the sizes of their data; some 100 bytes each. A
-/// stream of nothing but markers that leaves out one must not fill the memory.
-const MOST_WAITING: usize = 1 << 20;
-
-/// Steps that may wait while the image makes progress: 1 MB or so. A shard that is further ahead
-/// can as well wait in its pipe.
-const MANY_WAITING: usize = 16 << 10;
+use crate::store::external::External;
+use crate::store::{Ahead, Piece, Store};
 
 /// One step in the making of the image.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// A marker that no data follows.
     Marker(Body),
     /// Some of the data behind a marker, and whether more of it comes.
-    Data(Piece, Behind),
+    Data(Piece, Next),
 }
 
-impl Step {
-    /// Bytes of data that come with it.
-    fn len(&self) -> usize {
-        match self {
-            Step::Data(piece, _) => piece.len(),
-            Step::Marker(_) => 0,
-        }
-    }
+/// Where the data at some place goes.
+pub(crate) enum Target<'a> {
+    /// Nowhere yet: it should wait in its shard.
+    Wait,
+    /// Into memory or a pipe of ours, and from there to [`Image::submit`].
+    Piece,
+    /// To the end of this file, and then to [`Image::written`].
+    File(&'a File, &'a ImageName),
 }
 
 /// What a receiver makes of the steps of an image.
-pub(super) trait Image {
+pub(crate) trait Image {
+    type Store: Store;
+
+    fn store(&mut self) -> &mut External<Self::Store>;
+
     /// The first place that is missing. `None` while only the index can tell.
     fn next(&self) -> Option<Place>;
 
     /// Whether nothing is missing.
     fn is_complete(&self) -> bool;
 
-    /// The external files.
-    fn outlets(&mut self) -> &mut ExternalOutputs;
-
-    /// Whether so much waits for its turn that no more should be taken ahead of it. `stalled` says
-    /// that the image has made no progress for a while, and may depend on it.
-    fn is_far_ahead(&self, stalled: bool) -> bool;
-
-    /// Bytes of data that wait for their turn.
-    fn waiting_bytes(&self) -> usize;
-
     /// Where data waits whose turn has not come.
     fn ahead(&self) -> Ahead;
 
-    /// Where the data at this place goes. `None`: it should wait in its shard.
-    fn target(&self, place: Place) -> Option<Target<'_>>;
+    fn target(&self, place: Place) -> Target<'_>;
 
-    /// The name of the file whose turn it is, for errors.
-    fn current(&self) -> String;
-
-    /// This number of bytes of data, at the place whose turn it was, went into the current file.
+    /// This number of bytes, at the place whose turn it was, went into the current file.
     ///
     /// # Errors
     /// As [`Image::submit`].
-    fn written(&mut self, bytes: u64, behind: Behind) -> Result<()>;
-
-    /// Whether a shard has shown to be an index.
-    fn has_index(&self) -> bool;
-
-    /// The index, while all of it is not here.
-    fn awaited_index(&self) -> Option<usize>;
-
-    /// Whether a shard is read whatever is held.
-    fn keeps(&self, shard: usize) -> bool;
-
-    /// Notes that a shard begins like an index.
-    ///
-    /// # Errors
-    /// When another one does too.
-    fn is_index(&mut self, shard: usize) -> Result<()>;
+    fn written(&mut self, bytes: u64, next: Next) -> Result<()>;
 
     /// Takes a step.
     ///
@@ -94,21 +64,94 @@ pub(super) trait Image {
     fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()>;
 }
 
-/// Where a step came from, for errors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Position {
-    pub(super) shard: usize,
+/// Where a step came from.
+#[derive(Debug, Clone)]
+pub(crate) struct Position {
+    /// The name of the shard in errors.
+    pub(crate) shard: Rc<str>,
     /// Bytes of the shard up to and with the step.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
+    /// The shard is the index that the image is laid out by.
+    pub(crate) is_of_index: bool,
 }
 
 impl Position {
-    pub(super) fn error(self, labels: &[String], what: impl std::fmt::Display) -> anyhow::Error {
-        anyhow!(
-            "reading {} before byte {}: {what}",
-            labels[self.shard],
-            self.offset
-        )
+    pub(crate) fn error(&self, what: impl Display) -> anyhow::Error {
+        anyhow!("reading {} before byte {}: {what}", self.shard, self.offset)
+    }
+}
+
+/// The files of an image, as its markers name and end them.
+pub(crate) struct Files<S: Store> {
+    pub(crate) store: S,
+    current: Option<(ImageName, S::File)>,
+    /// Files that are neither complete nor current.
+    open: HashMap<ImageName, S::File>,
+    is_complete: bool,
+}
+
+impl<S: Store> Files<S> {
+    pub(crate) fn new(store: S) -> Self {
+        Self {
+            store,
+            current: None,
+            open: HashMap::new(),
+            is_complete: false,
+        }
+    }
+
+    /// The file that data belongs to.
+    pub(crate) fn current(&self) -> Option<&S::File> {
+        self.current.as_ref().map(|(_, file)| file)
+    }
+
+    /// Takes the step whose turn it is. Returns what comes next.
+    ///
+    /// # Errors
+    /// When the step makes no sense, or the store fails.
+    pub(crate) fn apply(&mut self, position: &Position, step: Step) -> Result<Next> {
+        ensure!(
+            !self.is_complete,
+            position.error("something follows the end of the image")
+        );
+        match step {
+            Step::Marker(Body::File(name)) => {
+                self.open.extend(self.current.take());
+                let file = match self.open.remove(&name) {
+                    Some(file) => file,
+                    None => self.store.create(&name)?,
+                };
+                self.current = Some((name, file));
+            }
+            Step::Marker(Body::Data(_)) | Step::Data(..) => {
+                let Some((name, file)) = &mut self.current else {
+                    bail!(position.error("data comes before the name of its file"));
+                };
+                if let Step::Data(piece, next) = step {
+                    self.store
+                        .append(file, piece)
+                        .with_context(|| format!("writing {name}"))?;
+                    return Ok(next);
+                }
+            }
+            Step::Marker(Body::FileEnd) => {
+                let Some((name, file)) = self.current.take() else {
+                    bail!(position.error("a file ends before it was named"));
+                };
+                self.store.finish(name, file)?;
+            }
+            Step::Marker(Body::ImageEnd) => {
+                let current = self.current.iter().map(|(name, _)| name);
+                if let Some(name) = current.chain(self.open.keys()).min() {
+                    bail!(
+                        position
+                            .error(format_args!("the image ends, but its file {name} does not"))
+                    );
+                }
+                self.is_complete = true;
+            }
+        }
+        Ok(Next::Marker)
     }
 }
 
@@ -119,199 +162,109 @@ struct Waiting {
 }
 
 /// An image in the making, all of whose steps have their turn.
-pub(super) struct Assembly<S: Store> {
-    store: External<S>,
+pub(crate) struct Assembly<S: Store> {
+    files: Files<External<S>>,
     order: Order<Waiting>,
-    /// Bytes of data that wait for their turn.
-    waiting_bytes: usize,
-    current: Option<(ImageName, File<S::File>)>,
-    /// Files that are neither complete nor current.
-    open: HashMap<ImageName, File<S::File>>,
-    complete: bool,
-    labels: Vec<String>,
 }
 
 impl<S: Store> Image for Assembly<S> {
+    type Store = S;
+
+    fn store(&mut self) -> &mut External<S> {
+        &mut self.files.store
+    }
+
     fn next(&self) -> Option<Place> {
         Some(self.order.next())
     }
 
     fn is_complete(&self) -> bool {
-        self.complete
-    }
-
-    fn outlets(&mut self) -> &mut ExternalOutputs {
-        self.store.outlets()
-    }
-
-    fn is_far_ahead(&self, stalled: bool) -> bool {
-        self.order.len() >= if stalled { MOST_WAITING } else { MANY_WAITING }
-    }
-
-    fn waiting_bytes(&self) -> usize {
-        self.waiting_bytes
+        self.files.is_complete
     }
 
     fn ahead(&self) -> Ahead {
-        let current = self.current.as_ref();
-        self.store.ahead(current.map(|(_, file)| file))
+        self.files.store.ahead(self.files.current())
     }
 
-    fn target(&self, place: Place) -> Option<Target<'_>> {
-        match &self.current {
+    fn target(&self, place: Place) -> Target<'_> {
+        if place != self.order.next() {
+            return match self.ahead() {
+                Ahead::Piece => Target::Piece,
+                Ahead::Shard => Target::Wait,
+            };
+        }
+        let current = self.files.current.as_ref();
+        let file = current.and_then(|(name, file)| Some((name, self.files.store.target(file)?)));
+        match file {
+            Some((name, file)) => Target::File(file, name),
             // Data that belongs to no file is an error, which is found when it is applied.
-            None if place == self.order.next() => Some(Target::Piece),
-            Some((_, file)) if place == self.order.next() => Some(self.store.target(file)),
-            _ if self.ahead() == Ahead::Piece => Some(Target::Piece),
-            _ => None,
+            None => Target::Piece,
         }
     }
 
-    fn current(&self) -> String {
-        let current = self.current.as_ref();
-        current.map_or_else(|| "no file".into(), |(name, _)| name.to_string())
-    }
-
-    fn written(&mut self, bytes: u64, behind: Behind) -> Result<()> {
-        if let Some((_, file)) = &mut self.current {
-            self.store.written(file, bytes);
+    fn written(&mut self, bytes: u64, next: Next) -> Result<()> {
+        if let Some((_, file)) = &mut self.files.current {
+            self.files.store.written(file, bytes);
         }
-        self.pass(behind)?;
+        self.pass(next)?;
         self.catch_up()
-    }
-
-    fn has_index(&self) -> bool {
-        false
-    }
-
-    fn awaited_index(&self) -> Option<usize> {
-        None
-    }
-
-    fn keeps(&self, _shard: usize) -> bool {
-        true
-    }
-
-    /// An index is a shard like any other here.
-    fn is_index(&mut self, _shard: usize) -> Result<()> {
-        Ok(())
     }
 
     fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
         if place == self.order.next() {
-            self.apply(position, step)?;
+            self.apply(&position, step)?;
             return self.catch_up();
         }
-        let len = step.len();
-        if self
-            .order
-            .insert(place, Waiting { position, step })
-            .is_err()
-        {
-            bail!(self.error(
-                position,
-                format_args!("marker {} comes a second time", place.seq)
-            ));
-        }
-        self.waiting_bytes += len;
-        Ok(())
+        let blamed = position.clone();
+        let waiting = Waiting { position, step };
+        self.order.insert(place, waiting).map_err(|AlreadyTaken| {
+            blamed.error(format_args!("marker {} comes a second time", place.seq))
+        })
     }
 }
 
 impl<S: Store> Assembly<S> {
-    /// `labels` names the shards in errors.
-    pub(super) fn new(store: External<S>, labels: Vec<String>) -> Self {
+    pub(crate) fn new(store: External<S>) -> Self {
         Self {
-            store,
+            files: Files::new(store),
             order: Order::new(),
-            waiting_bytes: 0,
-            current: None,
-            open: HashMap::new(),
-            complete: false,
-            labels,
         }
     }
 
     fn catch_up(&mut self) -> Result<()> {
         while let Some(Waiting { position, step }) = self.order.pop() {
-            self.waiting_bytes -= step.len();
-            self.apply(position, step)?;
+            self.apply(&position, step)?;
         }
         Ok(())
     }
 
-    fn pass(&mut self, behind: Behind) -> Result<()> {
+    fn apply(&mut self, position: &Position, step: Step) -> Result<()> {
+        let next = self.files.apply(position, step)?;
+        self.pass(next)
+    }
+
+    fn pass(&mut self, next: Next) -> Result<()> {
         self.order
-            .pass(behind)
+            .pass(next)
             .context("the image has more markers than can be counted")
     }
 
-    fn apply(&mut self, position: Position, step: Step) -> Result<()> {
-        ensure!(
-            !self.complete,
-            self.error(position, "something follows the end of the image")
-        );
-        let mut behind = Behind::Marker;
-        match step {
-            Step::Marker(Body::File(name)) => {
-                self.open.extend(self.current.take());
-                let file = match self.open.remove(&name) {
-                    Some(file) => file,
-                    None => self.store.create(&name)?,
-                };
-                self.current = Some((name, file));
-            }
-            Step::Data(piece, more) => {
-                let Some((name, file)) = &mut self.current else {
-                    bail!(self.error(position, "data comes before the name of its file"));
-                };
-                self.store
-                    .append(file, piece)
-                    .with_context(|| format!("writing {name}"))?;
-                behind = more;
-            }
-            Step::Marker(Body::Data(_)) => {
-                ensure!(
-                    self.current.is_some(),
-                    self.error(position, "data comes before the name of its file")
-                );
-            }
-            Step::Marker(Body::FileEnd) => {
-                let Some((name, file)) = self.current.take() else {
-                    bail!(self.error(position, "a file ends before it was named"));
-                };
-                self.store.finish(name, file)?;
-            }
-            Step::Marker(Body::ImageEnd) => {
-                let current = self.current.iter().map(|(name, _)| name);
-                if let Some(name) = current.chain(self.open.keys()).min() {
-                    bail!(self.error(
-                        position,
-                        format_args!("the image ends, but its file {name} does not")
-                    ));
-                }
-                self.complete = true;
-            }
-        }
-        self.pass(behind)
-    }
-
-    /// The store, once the image is complete.
+    /// Checks a complete image.
     ///
     /// # Errors
-    /// When something was left over.
-    pub(super) fn into_store(mut self) -> Result<S> {
+    /// When something was left over, and when a file that was asked for is not in the image.
+    pub(crate) fn check(&mut self) -> Result<()> {
         if let Some((place, Waiting { position, .. })) = self.order.pop_first() {
-            bail!(self.error(
-                position,
-                format_args!("marker {} follows the end of the image", place.seq)
-            ));
+            bail!(position.error(format_args!(
+                "marker {} follows the end of the image",
+                place.seq
+            )));
         }
-        self.store.into_behind()
+        self.files.store.outlets().check_all_begun()
     }
 
-    fn error(&self, position: Position, what: impl std::fmt::Display) -> anyhow::Error {
-        position.error(&self.labels, what)
+    pub(crate) fn into_store(self) -> S {
+        self.files.store.into_behind()
     }
 }
 
@@ -320,11 +273,15 @@ mod tests {
     use super::*;
     use crate::os::poller::Poller;
     use crate::store::catalog::Catalog;
+    use crate::store::external::ExternalOutputs;
 
-    const HERE: Position = Position {
-        shard: 0,
-        offset: 0,
-    };
+    fn here() -> Position {
+        Position {
+            shard: "shard fd 0".into(),
+            offset: 0,
+            is_of_index: false,
+        }
+    }
 
     fn name(name: &str) -> ImageName {
         ImageName::new(name).unwrap()
@@ -335,7 +292,7 @@ mod tests {
     }
 
     fn data(bytes: &[u8]) -> Step {
-        Step::Data(Piece::in_memory(bytes), Behind::Marker)
+        Step::Data(Piece::in_memory(bytes), Next::Marker)
     }
 
     const NO_DATA: Step = Step::Marker(Body::Data(0));
@@ -343,14 +300,13 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        let store = External::new(
-            Catalog::new(),
-            ExternalOutputs::new(Vec::new(), &Poller::new().unwrap()).unwrap(),
-        );
-        Assembly::new(store, vec!["shard fd 0".into()])
+        let outlets = ExternalOutputs::new(Vec::new(), &Poller::new().unwrap()).unwrap();
+        Assembly::new(External::new(Catalog::new(), outlets))
     }
 
-    fn read<const N: usize>(mut files: Catalog, names: [&str; N]) -> [Vec<u8>; N] {
+    fn read<const N: usize>(mut image: Assembly<Catalog>, names: [&str; N]) -> [Vec<u8>; N] {
+        image.check().unwrap();
+        let mut files = image.into_store();
         names.map(|text| files.read(&name(text)).unwrap().unwrap())
     }
 
@@ -371,12 +327,11 @@ mod tests {
                     5 => file("b"),
                     _ => FILE_END,
                 };
-                image.submit(Place::of(seq), HERE, step).unwrap();
+                image.submit(Place::of(seq), here(), step).unwrap();
             }
-            image.submit(Place::of(7), HERE, IMAGE_END).unwrap();
+            image.submit(Place::of(7), here(), IMAGE_END).unwrap();
             assert!(image.is_complete());
-            let files = image.into_store().unwrap();
-            assert_eq!(read(files, ["a", "b"]), [&b"12345"[..], b""]);
+            assert_eq!(read(image, ["a", "b"]), [&b"12345"[..], b""]);
         }
     }
 
@@ -399,33 +354,17 @@ mod tests {
             IMAGE_END,
         ];
         for (seq, step) in (0..).zip(steps) {
-            image.submit(Place::of(seq), HERE, step).unwrap();
+            image.submit(Place::of(seq), here(), step).unwrap();
         }
-        let files = image.into_store().unwrap();
-        assert_eq!(read(files, ["a", "b"]), [&b"a1a2"[..], b"new"]);
+        assert_eq!(read(image, ["a", "b"]), [&b"a1a2"[..], b"new"]);
     }
 
     fn error_of(steps: Vec<(u64, Step)>) -> String {
         let mut image = assembly();
-        for (seq, step) in steps {
-            if let Err(error) = image.submit(Place::of(seq), HERE, step) {
-                return format!("{error:#}");
-            }
-        }
-        image
-            .into_store()
-            .map_or_else(|error| format!("{error:#}"), |_| "no error".into())
-    }
-
-    #[test]
-    fn what_is_far_ahead_is_still_taken_when_nothing_else_helps() {
-        let mut image = assembly();
-        for seq in 1..=MANY_WAITING as u64 {
-            assert!(!image.is_far_ahead(false));
-            image.submit(Place::of(seq), HERE, FILE_END).unwrap();
-        }
-        assert!(image.is_far_ahead(false));
-        assert!(!image.is_far_ahead(true));
+        let mut steps = steps.into_iter();
+        let made = steps.try_for_each(|(seq, step)| image.submit(Place::of(seq), here(), step));
+        let error = made.and_then(|()| image.check()).unwrap_err();
+        format!("{error:#}")
     }
 
     #[test]

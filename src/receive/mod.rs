@@ -1,15 +1,18 @@
 //! Receives an image: from the shards, in order, into a store.
 //!
 //! Shards are read as their data comes, never one after another: when a capture is connected
-//! directly, waiting for an empty shard while another is full is a deadlock. What is ahead of its
-//! turn becomes a piece, in memory or in a pipe that holds it, which it becomes anyway where the
-//! image is kept. For files on disk that is a detour: a shard that is ahead is left alone for as
-//! long as the image makes progress without it, and then taken to memory up to a limit.
+//! directly, waiting for an empty shard while another is full is a deadlock. Early data becomes a
+//! piece, in memory or in a pipe that holds it, which it becomes anyway where the image is kept.
+//! For files on disk that is a detour: a shard that is ahead is left alone for as long as the image
+//! makes progress without it, and then taken to memory.
+//!
+//! Memory is the one limit. Where what comes does not fit, this fails before the kernel kills; but
+//! shards of an image with an index rest while memory is short and CRIU waits for nothing that has
+//! not come, and shards on the way to disk rest for a while, as the one that is missing may come.
 //!
 //! A gap in the image shows as soon as it is certain: a shard's positions only grow, so a marker
 //! that is behind the last one of every shard will not come.
 
-mod arriving;
 mod assembly;
 mod index;
 mod order;
@@ -29,19 +32,20 @@ use crate::os::process::CapturingProcess;
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
+use crate::store::catalog::Catalog;
 use crate::store::external::{External, ExternalOutputs};
 use crate::store::held_pipe::PipePool;
 use crate::store::{Ahead, Arena, Store};
 use crate::supervision::{Failure, Supervisor};
-use assembly::{Assembly, Image};
+pub(crate) use assembly::Assembly;
+use assembly::Image;
+pub(crate) use index::Indexed;
 use order::Place;
-use reader::{Found, Reader, Stage};
+use reader::{Found, ShardReader, SplicePipe};
 use shard_turn::Turn;
 
-pub(crate) use arriving::Arriving;
-
-/// When extracting to disk: the time without progress after which data that arrived early is read
-/// into memory. It is longer than other processes take to fill the pipe that the image waits for.
+/// When extracting to disk: the time without progress after which early data is read into memory.
+/// It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
 
 /// How long the end of the shards is waited for after the image's end, to find out whether
@@ -49,22 +53,61 @@ const STALL: Duration = Duration::from_millis(20);
 /// supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
+/// Between two looks at the memory while it is short.
+const SHORTAGE_LOOK: Duration = Duration::from_millis(10);
+
+/// How long shards rest while memory is short and the index does not go on. A single writer, such
+/// as a live capture, may block on a data shard before it finishes the index.
+const INDEX_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long shards rest while memory is short and the image on its way to disk does not go on.
+const SHORTAGE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Bytes of memory that a marker takes at most while it waits for its turn.
+const MARKER_COST: u64 = 256;
+
+/// The shard that an image is laid out by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Index {
+    /// It is a shard like any other, if there is one.
+    Unused,
+    Unknown,
+    Arriving(usize),
+    /// The end of the image was read from it.
+    Read(usize),
+}
+
+/// The memory that is left, as far as was looked.
+#[derive(Debug)]
+struct MemoryBudget {
+    /// Look again when this number of bytes is taken.
+    next_look: u64,
+    /// Look again then, too, while memory is short.
+    short_until: Option<Instant>,
+}
+
 /// Reads shards, and gives their steps to an image.
-struct Receiver<'a, I> {
+pub(crate) struct Receiver<'a, I> {
     supervisor: &'a Supervisor,
-    shards: Vec<Reader>,
+    shards: Vec<ShardReader>,
     /// The shards that may have something.
     busy: Vec<bool>,
     image: I,
-    /// The first shard with a marker, and the process that captured it.
+    /// The first shard that had a marker, and whose image that is.
     captured_by: Option<(usize, Option<CapturingProcess>)>,
+    index: Index,
+    /// When the index last went on.
+    index_progress: Instant,
+    /// Until when the end of the index's shard is waited for, once all of the index is here.
+    index_end_by: Option<Instant>,
     arena: Arena,
     /// What holds data in pipes, where that is possible.
-    holder: Option<PipePool>,
-    /// How many bytes are taken when memory is looked at again.
-    look_at_memory: u64,
+    pipes: Option<PipePool>,
+    memory: MemoryBudget,
+    /// Markers that were taken.
+    markers: u64,
     /// Made for the first file on disk.
-    stage: Option<Stage>,
+    splice_pipe: Option<SplicePipe>,
     /// How the busiest shard fared last.
     last: Turn,
     /// When the image last made progress, or there was nothing to be had.
@@ -75,7 +118,7 @@ struct Receiver<'a, I> {
     files: Counter,
 }
 
-/// Receives a whole image into a store, and tells what passed through each shard.
+/// Receives a whole image into a store. Returns what passed through each shard, too.
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
@@ -87,15 +130,14 @@ pub fn receive<S: Store + 'static>(
     supervisor: &Supervisor,
 ) -> Result<(S, Stats), Failure> {
     let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
-    let store = External::new(store, outlets);
-    let image = |labels| Assembly::new(store, labels);
-    let mut receiver = Receiver::new(shards, image, counters, supervisor)?;
+    let image = Assembly::new(External::new(store, outlets));
+    let mut receiver = Receiver::new(shards, image, Index::Unused, counters, supervisor)?;
     let received = receiver.receive_all();
+    let received = received.and_then(|()| receiver.image.check());
     let stats = receiver.stats();
-    let (shards, mut image) = (receiver.shards, receiver.image);
-    match received.and_then(|()| image.outlets().check_complete()) {
-        Ok(()) => Ok((image.into_store()?, stats)),
-        Err(error) => Err(Failure::new(error, (shards, image))),
+    match received {
+        Ok(()) => Ok((receiver.image.into_store(), stats)),
+        Err(error) => Err(Failure::new(error, receiver.into_open())),
     }
 }
 
@@ -117,30 +159,47 @@ impl Reading {
     }
 }
 
+/// What came of a round of turns.
+struct Round {
+    /// How the busiest shard fared.
+    turn: Turn,
+    /// Bytes that were taken.
+    found: u64,
+    /// Bytes that the pipes hold that they were taken from.
+    room: u64,
+}
+
 impl<'a, I: Image> Receiver<'a, I> {
     fn new(
         shards: Vec<(ReadEnd, String)>,
-        image: impl FnOnce(Vec<String>) -> I,
+        image: I,
+        index: Index,
         counters: &Counters,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let labels = shards.iter().map(|(_, label)| label.clone()).collect();
         let shards = shards
             .into_iter()
             .zip(&counters.shards)
-            .map(|((pipe, label), bytes)| Reader::new(pipe, label, Meter::new(bytes.clone())))
+            .map(|((pipe, label), bytes)| ShardReader::new(pipe, &label, Meter::new(bytes.clone())))
             .collect::<Result<Vec<_>>>()?;
         let now = Instant::now();
         let receiver = Self {
             supervisor,
             busy: vec![true; shards.len()],
             shards,
-            image: image(labels),
+            image,
             captured_by: None,
+            index,
+            index_progress: now,
+            index_end_by: None,
             arena: Arena::new(),
-            holder: PipePool::new(),
-            look_at_memory: 0,
-            stage: None,
+            pipes: PipePool::new(),
+            memory: MemoryBudget {
+                next_look: 0,
+                short_until: None,
+            },
+            markers: 0,
+            splice_pipe: None,
             last: Turn::Idle,
             progress: now,
             end_by: None,
@@ -151,8 +210,13 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(receiver)
     }
 
+    /// All that must stay open until the reason of a failure is told.
+    pub(crate) fn into_open(self) -> (Vec<ShardReader>, I) {
+        (self.shards, self.image)
+    }
+
     /// Acts on events, takes what the shards have, and sends what readers of external files take.
-    fn step(&mut self, events: &[Event], reading: Reading) -> Result<Activity> {
+    pub(crate) fn step(&mut self, events: &[Event], reading: Reading) -> Result<Activity> {
         let now = Instant::now();
         self.start.get_or_insert(now);
         self.handle(events)?;
@@ -160,10 +224,10 @@ impl<'a, I: Image> Receiver<'a, I> {
             // There was nothing to be had, which is no stall.
             self.progress = now;
         }
-        let (turn, found, room) = self.round(reading)?;
+        let Round { turn, found, room } = self.round(reading)?;
         self.last = turn;
         self.check_memory()?;
-        let sent = self.image.outlets().send()?;
+        let sent = self.outlets().send()?;
         for name in &sent.sent_whole {
             self.supervisor.end_input(name);
         }
@@ -174,25 +238,41 @@ impl<'a, I: Image> Receiver<'a, I> {
             return Ok(activity);
         }
         self.check_supply()?;
-        let wait = Wait::Forever.or_until(self.image.outlets().transfers().try_again());
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
-        Ok(Activity::Idle(wait.or_until(stall)))
+        let ends = [self.end_by, self.index_end_by].map(|end| end.filter(|&end| end > now));
+        Ok(Activity::Idle(
+            Wait::Forever
+                .or_until(self.outlets().transfers().try_again())
+                .or_until(stall)
+                .or_until(self.memory.short_until)
+                .or_until(ends[0])
+                .or_until(ends[1]),
+        ))
+    }
+
+    fn outlets(&mut self) -> &mut ExternalOutputs {
+        self.image.store().outlets()
     }
 
     fn receive_all(&mut self) -> Result<()> {
         let mut pace = Pace::new();
         let (mut events, mut wait) = (Vec::new(), Wait::Now);
-        while !self.image.is_complete() || self.image.outlets().is_sending() {
+        while !self.image.is_complete() || self.is_sending() || !self.have_ended()? {
             self.supervisor
                 .poller()
                 .wait(wait, &mut events)
                 .context("waiting for the shards")?;
             wait = pace.after(self.step(&events, Reading::All)?);
         }
-        self.check_end()
+        Ok(())
     }
 
-    fn stats(&self) -> Stats {
+    /// Whether readers of external files still have to take something.
+    pub(crate) fn is_sending(&mut self) -> bool {
+        self.outlets().is_sending()
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
         let shards = self.shards.iter();
         Stats {
             shards: shards
@@ -220,21 +300,25 @@ impl<'a, I: Image> Receiver<'a, I> {
                         self.shards[index].hang_up();
                     }
                 }
-                Watched::External => self.image.outlets().transfers().made_room(event.id),
+                Watched::External => self.outlets().transfers().made_room(event.id),
                 _ => {}
             }
         }
         Ok(())
     }
 
-    /// Gives every shard that may have something one turn. Tells how the busiest fared, how many
-    /// bytes were taken, and how many the pipes hold that they were taken from.
-    fn round(&mut self, reading: Reading) -> Result<(Turn, u64, u64)> {
+    /// Gives every shard that may have something one turn.
+    fn round(&mut self, reading: Reading) -> Result<Round> {
         let before = self.image.next();
         let taken_before = self.taken();
-        let (mut overall, mut room) = (Turn::Idle, 0);
-        if self.image.outlets().is_behind() {
-            return Ok((Turn::Ahead, 0, 0));
+        let mut round = Round {
+            turn: Turn::Idle,
+            found: 0,
+            room: 0,
+        };
+        if self.outlets().is_behind() {
+            round.turn = Turn::Ahead;
+            return Ok(round);
         }
         for index in 0..self.shards.len() {
             if self.image.is_complete() || !self.busy[index] {
@@ -243,14 +327,15 @@ impl<'a, I: Image> Receiver<'a, I> {
             let turn = self.turn(index, reading)?;
             self.busy[index] = turn != Turn::Idle || self.rests(index, reading);
             if turn == Turn::Busy {
-                room += self.shards[index].capacity() as u64;
+                round.room += self.shards[index].capacity() as u64;
             }
-            overall = overall.max(turn);
+            round.turn = round.turn.max(turn);
         }
         if self.image.next() != before {
             self.progress = Instant::now();
         }
-        Ok((overall, self.taken() - taken_before, room))
+        round.found = self.taken() - taken_before;
+        Ok(round)
     }
 
     /// Fails if a shard is of another image than the first: their markers may fit together.
@@ -272,37 +357,43 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(())
     }
 
-    /// Whether a shard stands at data that is left in it.
-    fn rests(&self, index: usize, reading: Reading) -> bool {
-        reading.leaves(self.shards[index].chunk()) && !self.image.keeps(index)
+    /// Whether a shard stands at data that is left in it. The index is needed for everything else.
+    fn rests(&self, shard: usize, reading: Reading) -> bool {
+        reading.leaves(self.shards[shard].chunk()) && self.index != Index::Arriving(shard)
     }
 
-    /// Fails before an image that is kept takes the last of the memory. Pages in pipes belong to no
-    /// process, so that the kernel would kill others for them.
+    /// Looks at the memory that is left, and fails before an image that is kept takes the last of
+    /// it. Pages in pipes belong to no process, so that the kernel would kill others for them.
     fn check_memory(&mut self) -> Result<()> {
-        let taken = self.taken();
-        if taken < self.look_at_memory || self.image.ahead() != Ahead::Piece {
+        let now = Instant::now();
+        let taken = self.taken() + self.markers * MARKER_COST;
+        let is_due = self.memory.short_until.is_some_and(|until| now >= until);
+        if taken < self.memory.next_look && !is_due {
             return Ok(());
         }
         let Some(available) = memory::available() else {
-            self.look_at_memory = u64::MAX;
+            self.memory.next_look = u64::MAX;
             return Ok(());
         };
-        if available < memory::LEAST {
+        let is_short = available < memory::SHORT;
+        let has_waited_in_vain =
+            self.last == Turn::Ahead && is_short && self.progress.elapsed() >= SHORTAGE_PATIENCE;
+        if available < memory::LEAST && self.image.ahead() == Ahead::Piece || has_waited_in_vain {
             bail!(
                 "keeping the image in memory: {} MB of it are here, and only {} MB of memory are \
                  left on this machine or in this cgroup: it does not fit",
-                taken / 1_000_000,
+                self.taken() / 1_000_000,
                 available / 1_000_000
             );
         }
-        self.look_at_memory = taken + memory::until_next_look(available);
+        self.memory.next_look = taken + memory::until_next_look(available);
+        self.memory.short_until = is_short.then_some(now + SHORTAGE_LOOK);
         Ok(())
     }
 
     /// Bytes taken from all shards so far.
     fn taken(&self) -> u64 {
-        self.shards.iter().map(Reader::offset).sum()
+        self.shards.iter().map(ShardReader::offset).sum()
     }
 
     /// Whether the image has made no progress for a while.
@@ -313,14 +404,14 @@ impl<'a, I: Image> Receiver<'a, I> {
     /// Fails if the index cannot come any more.
     fn check_index(&self) -> Result<()> {
         // The index says so in its first marker.
-        let is_no_index = |shard: &Reader| shard.has_ended() || shard.last_seq().is_some();
-        match self.image.awaited_index() {
-            Some(index) if self.shards[index].has_ended() => bail!(
+        let is_no_index = |shard: &ShardReader| shard.has_ended() || shard.last_seq().is_some();
+        match self.index {
+            Index::Arriving(index) if self.shards[index].has_ended() => bail!(
                 "putting the image together: {}, its index, was cut off at byte {}",
                 self.shards[index].label(),
                 self.shards[index].offset()
             ),
-            None if !self.image.has_index() && self.shards.iter().all(is_no_index) => {
+            Index::Unknown if self.shards.iter().all(is_no_index) => {
                 bail!("putting the image together: no shard is an index: serve it without --index")
             }
             _ => Ok(()),
@@ -335,7 +426,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         let Some(next) = self.image.next().map(|place| place.seq) else {
             return self.check_index();
         };
-        let may_supply = |shard: &Reader| {
+        let may_supply = |shard: &ShardReader| {
             shard.chunk().is_some_and(|place| place.seq == next)
                 || (!shard.has_ended() && shard.last_seq().is_none_or(|last| last < next))
         };
@@ -361,20 +452,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         )
     }
 
-    /// Waits for the end of the shards: the end marker must be the last thing on them.
-    fn check_end(&mut self) -> Result<()> {
-        let mut events = Vec::new();
-        while !self.have_ended()? {
-            let end = Instant::now() + END_PATIENCE;
-            self.supervisor
-                .poller()
-                .wait(Wait::Until(self.end_by.unwrap_or(end)), &mut events)
-                .context("waiting for the end of the shards")?;
-            self.handle(&events)?;
-        }
-        Ok(())
-    }
-
     /// Whether the shards have ended, or have been given the time to.
     ///
     /// # Errors
@@ -395,5 +472,153 @@ impl<'a, I: Image> Receiver<'a, I> {
         let now = Instant::now();
         let end = *self.end_by.get_or_insert(now + END_PATIENCE);
         Ok(all_ended || now >= end)
+    }
+}
+
+/// An image in memory that is served.
+pub(crate) trait Served: Image<Store = Catalog> {
+    /// Finds out from the whole index which files there are, and what is missing of them.
+    ///
+    /// # Errors
+    /// When the index makes no sense.
+    fn lay_out(&mut self) -> Result<()>;
+
+    /// Whether it is certain which files there are.
+    fn is_laid_out(&self) -> bool;
+
+    /// Whether there is something that CRIU cannot do without, and does not get yet.
+    fn keeps_back(&self) -> bool;
+
+    /// Gives CRIU what was kept back: the image has proved whole.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    fn release(&mut self) -> Result<()>;
+
+    /// What is to be read for these files, whose readers have nothing left, and for external files
+    /// with such readers: up to the last of the markers that they need next.
+    fn wanted(&self, names: &[ImageName]) -> Reading;
+}
+
+/// Without an index, files are known and served when all of the image is here.
+impl Served for Assembly<Catalog> {
+    fn lay_out(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_laid_out(&self) -> bool {
+        self.is_complete()
+    }
+
+    fn keeps_back(&self) -> bool {
+        false
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.check()
+    }
+
+    fn wanted(&self, _names: &[ImageName]) -> Reading {
+        Reading::All
+    }
+}
+
+impl<'a> Receiver<'a, Indexed> {
+    /// Receives from these shards, of which one is the index.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn with_index(
+        shards: Vec<(ReadEnd, String)>,
+        external_files: Vec<(ImageName, WriteEnd)>,
+        counters: &Counters,
+        supervisor: &'a Supervisor,
+    ) -> Result<Self> {
+        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
+        let image = Indexed::new(External::new(Catalog::new(), outlets));
+        Self::new(shards, image, Index::Unknown, counters, supervisor)
+    }
+}
+
+impl<'a> Receiver<'a, Assembly<Catalog>> {
+    /// Receives from these shards, each of which is like any other.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn without_index(
+        shards: Vec<(ReadEnd, String)>,
+        external_files: Vec<(ImageName, WriteEnd)>,
+        counters: &Counters,
+        supervisor: &'a Supervisor,
+    ) -> Result<Self> {
+        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
+        let image = Assembly::new(External::new(Catalog::new(), outlets));
+        Self::new(shards, image, Index::Unused, counters, supervisor)
+    }
+}
+
+impl<I: Served> Receiver<'_, I> {
+    pub(crate) fn catalog(&mut self) -> &mut Catalog {
+        self.image.store().behind()
+    }
+
+    /// Finds out which files there are, as soon as that is certain: once all of the index, or of an
+    /// image without one, was read, and its shard has ended, or was given the time to. False until
+    /// then.
+    ///
+    /// # Errors
+    /// When the index makes no sense.
+    pub(crate) fn knows_files(&mut self) -> Result<bool> {
+        if !self.image.is_laid_out()
+            && let Index::Read(index) = self.index
+        {
+            let now = Instant::now();
+            let end = *self.index_end_by.get_or_insert(now + END_PATIENCE);
+            if (self.shards[index].has_ended() || now >= end)
+                && self.supervisor.command_has_succeeded(index)
+            {
+                self.image.lay_out()?;
+            }
+        }
+        match self.index {
+            Index::Unused => self.is_whole(),
+            _ => Ok(self.image.is_laid_out()),
+        }
+    }
+
+    /// What is to be read: all that there is, or, while memory is short, what is needed next of
+    /// these files, whose readers wait.
+    pub(crate) fn reading(&self, names: impl FnOnce() -> Vec<ImageName>) -> Reading {
+        let index_may_come = self.index_progress.elapsed() < INDEX_PATIENCE;
+        if self.memory.short_until.is_none() || self.index == Index::Unused {
+            Reading::All
+        } else if self.image.is_laid_out() {
+            self.image.wanted(&names())
+        } else if index_may_come || matches!(self.index, Index::Read(_)) {
+            Reading::UpTo(None)
+        } else {
+            Reading::All
+        }
+    }
+
+    /// Whether all of the image has come, and nothing follows it.
+    ///
+    /// # Errors
+    /// When something does.
+    pub(crate) fn is_whole(&mut self) -> Result<bool> {
+        Ok(self.image.is_complete() && self.have_ended()?)
+    }
+
+    /// Gives CRIU what was kept back: the image has proved whole.
+    ///
+    /// # Errors
+    /// When something is missing or left over after all.
+    pub(crate) fn release(&mut self) -> Result<()> {
+        self.image.release()
+    }
+
+    /// Whether there is something that CRIU cannot do without, and does not get yet.
+    pub(crate) fn keeps_back(&self) -> bool {
+        self.image.keeps_back()
     }
 }

@@ -3,7 +3,7 @@
 //! Data should not come to memory at all, so that only as much is read as the next marker takes,
 //! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
 //! are read together with their markers. For what is held, the shard's pipe is emptied into one of
-//! ours first ([`Reader::empty`]).
+//! ours first ([`ShardReader::empty`]).
 //!
 //! Where nothing can be held, what a pipe has is read in one call, markers and data together,
 //! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
@@ -14,12 +14,13 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::order::{Behind, Place};
+use super::order::{Next, Place};
 use crate::format::marker::{self, BadMarker};
-use crate::format::{Body, Marker};
+use crate::format::{Body, ImageName, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
@@ -42,12 +43,12 @@ pub(super) enum Found {
 /// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could
 /// not write meanwhile, and then we would wait for it. Moving references to a pipe of our own first
 /// takes 0.12 CPU s/GB off the 0.2 spent so.
-pub(super) struct Stage {
+pub(super) struct SplicePipe {
     read: ReadEnd,
     write: WriteEnd,
 }
 
-impl Stage {
+impl SplicePipe {
     /// # Errors
     /// When no more descriptors can be had.
     pub(super) fn new() -> Result<Self> {
@@ -75,7 +76,7 @@ impl Stage {
 #[derive(Debug)]
 pub(super) enum Holding {
     /// All of a chunk's data, or as much as fits into a pipe.
-    Piece(HeldPipe, Behind),
+    Piece(HeldPipe, Next),
     /// Some of the data, which is not whole yet.
     Some,
     /// Nothing came.
@@ -86,13 +87,13 @@ pub(super) enum Holding {
 
 /// A chunk whose data was not taken whole yet.
 #[derive(Debug)]
-struct Chunk {
+struct OpenChunk {
     place: Place,
     left: usize,
 }
 
 /// The reading side of a shard.
-pub(super) struct Reader {
+pub(crate) struct ShardReader {
     pipe: ReadEnd,
     /// Bytes that the pipe holds at most.
     capacity: usize,
@@ -100,10 +101,10 @@ pub(super) struct Reader {
     emptied: Option<HeldPipe>,
     /// The pipe had nothing when it was last to be emptied.
     is_dry: bool,
-    label: String,
+    label: Rc<str>,
     /// What was read and not taken yet.
     ahead: VecDeque<Extent>,
-    chunk: Option<Chunk>,
+    chunk: Option<OpenChunk>,
     /// Data of the current chunk, on its way into this pipe.
     held: Option<HeldPipe>,
     /// Its pages are as good as their data: they will not change, and hold little else.
@@ -117,17 +118,15 @@ pub(super) struct Reader {
     last_seq: Option<u64>,
     /// Bytes of the stream taken so far.
     taken: u64,
-    /// Of them, those of markers.
-    markers: u64,
     meter: Meter,
 }
 
-impl Reader {
+impl ShardReader {
     /// Gives the pipe the largest capacity allowed. `label` names the shard in errors.
     ///
     /// # Errors
     /// When the pipe cannot be made non-blocking.
-    pub(super) fn new(pipe: ReadEnd, label: String, meter: Meter) -> Result<Self> {
+    pub(super) fn new(pipe: ReadEnd, label: &str, meter: Meter) -> Result<Self> {
         let pipe = pipe
             .nonblocking()
             .with_context(|| format!("preparing {label}"))?;
@@ -138,7 +137,7 @@ impl Reader {
             capacity: slots * pipe::slot(),
             emptied: None,
             is_dry: false,
-            label,
+            label: label.into(),
             ahead: VecDeque::new(),
             chunk: None,
             held: None,
@@ -148,13 +147,12 @@ impl Reader {
             ended: false,
             last_seq: None,
             taken: 0,
-            markers: 0,
             meter,
         })
     }
 
-    pub(super) fn label(&self) -> &str {
-        &self.label
+    pub(super) fn label(&self) -> Rc<str> {
+        Rc::clone(&self.label)
     }
 
     pub(super) fn pipe(&self) -> &ReadEnd {
@@ -188,12 +186,6 @@ impl Reader {
     /// Bytes of the stream taken so far: where in it an error is.
     pub(super) fn offset(&self) -> u64 {
         self.taken
-    }
-
-    /// Bytes of data taken so far, and of what the pipe was emptied of.
-    pub(super) fn data(&self) -> u64 {
-        let emptied = self.emptied.as_ref().map_or(0, HeldPipe::len);
-        self.taken - self.markers + emptied as u64
     }
 
     /// An error at the current place of this shard.
@@ -240,12 +232,11 @@ impl Reader {
         if let Body::Data(left @ 1..) = marker.body {
             let left = left as usize;
             self.last_large = (left >= AHEAD).then_some(size);
-            self.chunk = Some(Chunk {
+            self.chunk = Some(OpenChunk {
                 place: Place::of(marker.seq),
                 left,
             });
         }
-        self.markers += size as u64;
         let mut left = size;
         while left > 0 {
             let part = self.take_front(left).expect("a marker was read whole");
@@ -280,22 +271,22 @@ impl Reader {
     }
 
     /// Takes the data of the current chunk that was read, as far as it lies together.
-    pub(super) fn take_data(&mut self) -> Option<(Extent, Behind)> {
+    pub(super) fn take_data(&mut self) -> Option<(Extent, Next)> {
         let left = self.chunk.as_ref()?.left;
         let extent = self.take_front(left)?;
-        let behind = self.advance_chunk(extent.len());
-        Some((extent, behind))
+        let next = self.advance_chunk(extent.len());
+        Some((extent, next))
     }
 
-    fn advance_chunk(&mut self, bytes: usize) -> Behind {
+    fn advance_chunk(&mut self, bytes: usize) -> Next {
         let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
         chunk.left -= bytes;
         if chunk.left == 0 {
             self.chunk = None;
-            return Behind::Marker;
+            return Next::Marker;
         }
         chunk.place.part += 1;
-        Behind::Part
+        Next::Part
     }
 
     /// Whether nothing of what was read is left.
@@ -426,7 +417,7 @@ impl Reader {
                 chunk.left -= bytes;
                 if chunk.left == 0 {
                     self.chunk = None;
-                    return Ok(Holding::Piece(held, Behind::Marker));
+                    return Ok(Holding::Piece(held, Next::Marker));
                 }
                 self.held = Some(held);
                 return Ok(Holding::Some);
@@ -434,7 +425,7 @@ impl Reader {
             Filled::Full => {
                 self.may_hold &= !held.is_wasteful();
                 chunk.place.part += 1;
-                return Ok(Holding::Piece(held, Behind::Part));
+                return Ok(Holding::Piece(held, Next::Part));
             }
             Filled::Moved(Moved::WouldBlock) => {}
             Filled::Moved(Moved::End) => self.hung_up = true,
@@ -536,14 +527,14 @@ impl Reader {
     /// When the file cannot take it, and when the stream was cut off.
     pub(super) fn splice(
         &mut self,
-        stage: &Stage,
+        pipe: &SplicePipe,
         to: &File,
-        name: &str,
-    ) -> Result<Option<Behind>> {
+        name: &ImageName,
+    ) -> Result<Option<Next>> {
         let left = self.left_of_chunk();
         let moved = match self.emptied() {
             Some(emptied) => emptied.send(to, left),
-            None => stage.splice(&self.pipe, to, left),
+            None => pipe.splice(&self.pipe, to, left),
         };
         let moved = moved.with_context(|| format!("writing {name}"))?;
         match moved {

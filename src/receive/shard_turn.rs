@@ -1,20 +1,19 @@
 //! What is taken from one shard in its turn, and how: its markers, and the data behind them.
 
-use anyhow::Result;
+use std::time::Instant;
 
-use super::assembly::{Image, Position, Step};
+use anyhow::{Result, ensure};
+
+use super::assembly::{Image, Position, Step, Target};
 use super::order::Place;
-use super::reader::{Found, Holding, Reader, Stage};
-use super::{Reading, Receiver};
+use super::reader::{Found, Holding, ShardReader, SplicePipe};
+use super::{Index, Reading, Receiver};
 use crate::format::Body;
 use crate::store::held_pipe::PipePool;
-use crate::store::{Ahead, Arena, Piece, Target};
+use crate::store::{Ahead, Arena, Piece};
 
 /// Bytes spliced from one shard before others have their turn.
 const TURN: u64 = 1 << 20;
-
-/// The most that waits in memory for its turn on the way to disk, in bytes.
-const MOST_AHEAD: usize = 256 << 20;
 
 /// How far a shard got in one turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,7 +28,7 @@ pub(super) enum Turn {
 
 /// What follows a step of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Then {
+enum Flow {
     /// It moved something, and there may be more.
     GoOn,
     Stop(Turn),
@@ -37,7 +36,7 @@ enum Then {
 
 /// How data is taken from a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Transport {
     /// Spliced, with as little read as possible, and all from a pipe of ours into which the shard's
     /// is emptied.
     Hold,
@@ -52,17 +51,17 @@ enum Way {
 /// meets it at the pipe's mutex for each (0.2 CPU s/GB from writers of 64 KiB). By holding, for the
 /// same reason, what the shard's pipe was emptied of. By splicing to files, about as much as a pipe
 /// holds.
-struct Allowance {
-    way: Way,
+struct TurnBudget {
+    transport: Transport,
     has_read: bool,
     /// Where in the stream the turn ends when splicing.
     end: u64,
 }
 
-impl Allowance {
-    fn new(way: Way, shard: &Reader) -> Self {
+impl TurnBudget {
+    fn new(transport: Transport, shard: &ShardReader) -> Self {
         Self {
-            way,
+            transport,
             has_read: false,
             end: shard.offset() + TURN,
         }
@@ -72,8 +71,8 @@ impl Allowance {
     ///
     /// # Errors
     /// When the stream was cut off.
-    fn is_used_up(&self, shard: &mut Reader) -> Result<bool> {
-        let is_used_up = self.way == Way::Hold && !shard.has_emptied();
+    fn is_used_up(&self, shard: &mut ShardReader) -> Result<bool> {
+        let is_used_up = self.transport == Transport::Hold && !shard.has_emptied();
         if is_used_up {
             shard.expect_more()?;
         }
@@ -81,17 +80,17 @@ impl Allowance {
     }
 
     /// Reads up to `most` bytes if the turn is not over.
-    fn read(&mut self, shard: &mut Reader, arena: &mut Arena, most: usize) -> Result<Then> {
-        let is_over = match self.way {
-            Way::Read => self.has_read,
-            Way::Splice => shard.offset() >= self.end,
-            Way::Hold => self.is_used_up(shard)?,
+    fn read(&mut self, shard: &mut ShardReader, arena: &mut Arena, most: usize) -> Result<Flow> {
+        let is_over = match self.transport {
+            Transport::Read => self.has_read,
+            Transport::Splice => shard.offset() >= self.end,
+            Transport::Hold => self.is_used_up(shard)?,
         };
         if is_over || shard.read(arena, most)? == Found::Nothing {
-            return Ok(Then::Stop(Turn::Idle));
+            return Ok(Flow::Stop(Turn::Idle));
         }
         self.has_read = true;
-        Ok(Then::GoOn)
+        Ok(Flow::GoOn)
     }
 }
 
@@ -99,133 +98,146 @@ impl<I: Image> Receiver<'_, I> {
     /// Takes from one shard what it has, up to a limit.
     pub(super) fn turn(&mut self, index: usize, reading: Reading) -> Result<Turn> {
         let mut turn = Turn::Idle;
-        let mut allowance = Allowance::new(self.way(index), &self.shards[index]);
-        if allowance.way == Way::Hold
+        let mut budget = TurnBudget::new(self.transport(index), &self.shards[index]);
+        if budget.transport == Transport::Hold
             && !self.rests(index, reading)
-            && let Some(holder) = &mut self.holder
-            && !self.shards[index].empty(holder)?
+            && let Some(pipes) = &mut self.pipes
+            && !self.shards[index].empty(pipes)?
         {
-            allowance.way = Way::Splice;
+            budget.transport = Transport::Splice;
         }
         while !self.image.is_complete() {
-            let next = self.image.next().map(|place| place.seq);
-            if self.image.is_far_ahead(false)
-                && self.image.awaited_index() != Some(index)
-                && self.shards[index].last_seq() > next
-                && self.image.is_far_ahead(self.is_stalled())
-            {
-                return Ok(turn.max(Turn::Ahead));
-            }
             if self.rests(index, reading) {
                 return Ok(turn);
             }
             let then = match self.shards[index].chunk() {
-                Some(place) => self.take_data(index, place, &mut allowance)?,
-                None => self.take_marker(index, &mut allowance)?,
+                Some(place) => self.take_data(index, place, &mut budget)?,
+                None => self.take_marker(index, &mut budget)?,
             };
             match then {
-                Then::GoOn => turn = Turn::Busy,
-                Then::Stop(last) => return Ok(turn.max(last)),
+                Flow::GoOn => turn = Turn::Busy,
+                Flow::Stop(last) => return Ok(turn.max(last)),
             }
         }
         Ok(turn)
     }
 
-    fn take_marker(&mut self, index: usize, allowance: &mut Allowance) -> Result<Then> {
+    fn take_marker(&mut self, index: usize, budget: &mut TurnBudget) -> Result<Flow> {
         let shard = &mut self.shards[index];
         let is_first = shard.last_seq().is_none();
         let Some(marker) = shard.next_marker()? else {
-            let most = match allowance.way {
-                Way::Read => usize::MAX,
-                Way::Hold | Way::Splice => shard.ahead_for_marker(),
+            let most = match budget.transport {
+                Transport::Read => usize::MAX,
+                Transport::Hold | Transport::Splice => shard.ahead_for_marker(),
             };
-            return allowance.read(shard, &mut self.arena, most);
+            return budget.read(shard, &mut self.arena, most);
         };
         if is_first {
             self.check_origin(index, marker.origin)?;
         }
-        if marker.is_index {
-            self.image.is_index(index)?;
+        self.markers += 1;
+        if marker.is_index && self.index != Index::Unused {
+            ensure!(
+                self.index == Index::Unknown,
+                "reading {}: it begins like an index, and so does another shard",
+                self.shards[index].label()
+            );
+            self.index = Index::Arriving(index);
         }
+        let is_of_index = self.index == Index::Arriving(index);
         match marker.body {
-            Body::Data(1..) => return Ok(Then::GoOn),
+            Body::Data(1..) => return Ok(Flow::GoOn),
             Body::FileEnd => self.files.add(1),
+            Body::ImageEnd if is_of_index => {
+                self.submit(index, Place::of(marker.seq), Step::Marker(marker.body))?;
+                self.index = Index::Read(index);
+                return Ok(Flow::GoOn);
+            }
             _ => {}
         }
         let step = Step::Marker(marker.body);
         self.submit(index, Place::of(marker.seq), step)?;
-        Ok(Then::GoOn)
+        Ok(Flow::GoOn)
     }
 
     /// How data is best taken from a shard at present.
-    fn way(&self, index: usize) -> Way {
-        let (holder, shard) = (self.holder.as_ref(), &self.shards[index]);
+    fn transport(&self, index: usize) -> Transport {
+        let (pipes, shard) = (self.pipes.as_ref(), &self.shards[index]);
         // A pipe that was begun is filled, and may be the last one that there is room for.
-        let holds =
-            shard.is_holding() || holder.is_some_and(PipePool::has_room) && shard.may_hold();
+        let holds = shard.is_holding() || pipes.is_some_and(PipePool::has_room) && shard.may_hold();
         match self.image.ahead() {
-            Ahead::Piece if holds => Way::Hold,
-            Ahead::Piece => Way::Read,
-            Ahead::Shard => Way::Splice,
+            Ahead::Piece if holds => Transport::Hold,
+            Ahead::Piece => Transport::Read,
+            Ahead::Shard => Transport::Splice,
         }
     }
 
     /// Takes data of a chunk: what was read already, or else by splicing it to its file or to a
     /// pipe that holds it, or else by reading more.
-    fn take_data(&mut self, index: usize, place: Place, allowance: &mut Allowance) -> Result<Then> {
+    fn take_data(&mut self, index: usize, place: Place, budget: &mut TurnBudget) -> Result<Flow> {
         let target = match self.image.target(place) {
-            Some(target) => target,
-            None if self.image.waiting_bytes() < MOST_AHEAD && self.is_stalled() => Target::Piece,
-            None => return Ok(Then::Stop(Turn::Ahead)),
+            Target::Wait if self.is_stalled() && self.memory.short_until.is_none() => Target::Piece,
+            Target::Wait => return Ok(Flow::Stop(Turn::Ahead)),
+            target => target,
         };
         let shard = &mut self.shards[index];
         if !shard.is_read_out() {
-            let (extent, behind) = shard.take_data().expect("something was read");
-            self.submit(index, place, Step::Data(Piece::Memory(extent), behind))?;
-            return Ok(Then::GoOn);
+            let (extent, next) = shard.take_data().expect("something was read");
+            self.submit(index, place, Step::Data(Piece::Memory(extent), next))?;
+            return Ok(Flow::GoOn);
         }
-        if allowance.is_used_up(shard)? {
-            return Ok(Then::Stop(Turn::Idle));
+        if budget.is_used_up(shard)? {
+            return Ok(Flow::Stop(Turn::Idle));
         }
         // What is held already comes first, whatever has become possible since.
         let is_holding = shard.is_holding();
-        if let Target::File(file) = target
+        if let Target::File(file, name) = target
             && !is_holding
         {
-            let stage = match &mut self.stage {
-                Some(stage) => stage,
-                none => none.insert(Stage::new()?),
+            let splice_pipe = match &mut self.splice_pipe {
+                Some(pipe) => pipe,
+                none => none.insert(SplicePipe::new()?),
             };
             let before = shard.offset();
-            let spliced = shard.splice(stage, file, &self.image.current())?;
-            let Some(behind) = spliced else {
-                return Ok(Then::Stop(Turn::Idle));
+            let spliced = shard.splice(splice_pipe, file, name)?;
+            let Some(next) = spliced else {
+                return Ok(Flow::Stop(Turn::Idle));
             };
             let bytes = shard.offset() - before;
-            self.image.written(bytes, behind)?;
-            return Ok(Then::GoOn);
+            self.image.written(bytes, next)?;
+            return Ok(Flow::GoOn);
         }
-        let way = if is_holding { Way::Hold } else { allowance.way };
-        let most = match (way, &mut self.holder) {
-            (Way::Hold | Way::Splice, Some(holder)) => match shard.hold(holder)? {
-                Holding::Piece(held, behind) => {
-                    self.submit(index, place, Step::Data(Piece::Pipe(held), behind))?;
-                    return Ok(Then::GoOn);
+        let transport = if is_holding {
+            Transport::Hold
+        } else {
+            budget.transport
+        };
+        let most = match (transport, &mut self.pipes) {
+            (Transport::Hold | Transport::Splice, Some(pipes)) => match shard.hold(pipes)? {
+                Holding::Piece(held, next) => {
+                    self.submit(index, place, Step::Data(Piece::Pipe(held), next))?;
+                    return Ok(Flow::GoOn);
                 }
-                Holding::Some => return Ok(Then::Stop(Turn::Busy)),
-                Holding::Nothing => return Ok(Then::Stop(Turn::Idle)),
+                Holding::Some => return Ok(Flow::Stop(Turn::Busy)),
+                Holding::Nothing => return Ok(Flow::Stop(Turn::Idle)),
                 Holding::Refused => shard.ahead_for_data(),
             },
-            (Way::Hold | Way::Splice, None) => shard.left_of_chunk(),
-            (Way::Read, _) => usize::MAX,
+            (Transport::Hold | Transport::Splice, None) => shard.left_of_chunk(),
+            (Transport::Read, _) => usize::MAX,
         };
-        allowance.read(shard, &mut self.arena, most)
+        budget.read(shard, &mut self.arena, most)
     }
 
     fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
+        let is_of_index =
+            matches!(self.index, Index::Arriving(at) | Index::Read(at) if at == index);
+        if is_of_index {
+            self.index_progress = Instant::now();
+        }
         let position = Position {
-            shard: index,
+            shard: self.shards[index].label(),
             offset: self.shards[index].offset(),
+            is_of_index,
         };
         self.image.submit(place, position, step)
     }

@@ -19,11 +19,11 @@ use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Wait, Watched};
-use crate::pace::{Activity, Pace};
+use crate::pace::Activity;
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
 use crate::store::transfer::{Round, Transfer, Transfers};
-use crate::supervision::{Failure, Supervisor};
+use crate::supervision::Supervisor;
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
 /// its request, and then for the file, so that a second call would find nothing.
@@ -40,8 +40,6 @@ pub(crate) struct Server<'a> {
     transfers: Transfers,
     /// The files that were asked for again, and are gone.
     refused: BTreeSet<ImageName>,
-    /// Bytes that were sent, or were not wanted, and are not kept for another time.
-    freed: u64,
 }
 
 /// Says what CRIU will not restore of these files, whatever is served.
@@ -55,31 +53,6 @@ pub(crate) fn warn_of_losses(files: &Catalog) {
              plain `criu restore` instead"
         ));
     }
-}
-
-/// Serves `files` until CRIU has come and gone.
-///
-/// # Errors
-/// When a file was asked for that had been sent and freed, and when CRIU asked for nothing.
-pub(crate) fn serve(
-    listener: Listener,
-    mut files: Catalog,
-    supervisor: &Supervisor,
-) -> Result<(), Failure> {
-    let mut server = Server::new(listener, supervisor)?;
-    let mut pace = Pace::new();
-    let (mut events, mut wait) = (Vec::new(), Wait::Now);
-    while !server.is_done() {
-        let waited = supervisor.poller().wait(wait, &mut events);
-        let served = waited
-            .context("waiting for CRIU")
-            .and_then(|()| server.step(&mut files, &events));
-        match served {
-            Ok(activity) => wait = pace.after(activity),
-            Err(error) => return Err(Failure::new(error, (server.clients, server.transfers))),
-        }
-    }
-    Ok(server.conclude()?)
 }
 
 impl<'a> Server<'a> {
@@ -98,7 +71,6 @@ impl<'a> Server<'a> {
             is_missed: false,
             transfers: Transfers::new(Watched::Transfer),
             refused: BTreeSet::new(),
-            freed: 0,
         })
     }
 
@@ -107,18 +79,16 @@ impl<'a> Server<'a> {
         self.clients.all_gone() && self.transfers.is_empty()
     }
 
-    /// Bytes that were sent, or were not wanted, and are not kept for another time.
-    pub(crate) fn freed(&self) -> u64 {
-        self.freed
+    /// All that must stay open until the reason of a failure is told.
+    pub(crate) fn into_open(self) -> (Clients<ImageName>, Transfers) {
+        (self.clients, self.transfers)
     }
 
     /// The files whose readers wait for something that has not come yet.
-    pub(crate) fn starving(&self) -> impl Iterator<Item = &ImageName> {
-        let starving = self
-            .transfers
-            .iter()
-            .filter(|transfer| transfer.is_starving());
-        starving.map(|transfer| &transfer.name)
+    pub(crate) fn starving(&self) -> Vec<ImageName> {
+        let transfers = self.transfers.iter();
+        let starving = transfers.filter(|transfer| transfer.is_starving());
+        starving.map(|transfer| transfer.name.clone()).collect()
     }
 
     /// Acts on events, answers, and sends what is here of `files`.
@@ -190,7 +160,6 @@ impl<'a> Server<'a> {
 
     /// Notes what was sent. CRIU may close a pipe early, which is no error.
     fn note(&mut self, files: &mut Catalog, round: &Round) {
-        self.freed += round.freed;
         for name in &round.left_by_readers {
             files.forget(name);
         }
@@ -198,7 +167,7 @@ impl<'a> Server<'a> {
 
     /// # Errors
     /// When a file was asked for that had been sent and freed.
-    pub(crate) fn conclude(self) -> Result<()> {
+    pub(crate) fn check_refused(&self) -> Result<()> {
         if !self.refused.is_empty() {
             let names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
             bail!(

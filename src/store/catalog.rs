@@ -13,7 +13,7 @@ use std::rc::Rc;
 use anyhow::Result;
 
 use super::transfer::{FileBody, Remaining};
-use super::{Ahead, Arena, Extent, FileData, Piece, Store, Target};
+use super::{Ahead, Arena, Extent, FileData, Piece, Store};
 use crate::criu::files;
 use crate::format::ImageName;
 
@@ -60,8 +60,6 @@ pub struct Catalog {
     files: BTreeMap<ImageName, State>,
     /// Bytes in kept files.
     kept: usize,
-    /// Bytes that came for files whose readers had gone.
-    unwanted: u64,
     /// For copies.
     arena: Arena,
 }
@@ -154,57 +152,17 @@ impl Catalog {
         }
     }
 
-    /// Begins a file that can be asked for before it is whole.
-    pub(crate) fn begin(&mut self, name: ImageName) {
-        self.files.insert(name, State::Arriving(Box::default()));
-    }
-
     /// Whether all of a file is here, or there is no such file.
     pub(crate) fn is_whole(&self, name: &str) -> bool {
         let named = self.files.iter().find(|(found, _)| found.as_str() == name);
         !matches!(named, Some((_, State::Arriving(_) | State::Requested(_))))
     }
 
-    /// Adds to a file that was begun.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add(&mut self, name: &ImageName, data: Piece) -> io::Result<()> {
-        match self.files.get_mut(name) {
-            Some(State::Arriving(contents)) => contents.push(data),
-            Some(State::Requested(more)) => more.data.push(data),
-            _ => {
-                self.unwanted += data.len() as u64;
-                Ok(())
-            }
-        }
-    }
-
     /// The reader of a file that is not whole yet is gone: what is here of it and what comes is
     /// freed.
     pub(crate) fn forget(&mut self, name: &ImageName) {
-        if let Some(state @ State::Requested(_)) = self.files.get_mut(name)
-            && let State::Requested(more) = std::mem::replace(state, State::Gone)
-        {
-            self.unwanted += more.data.len() as u64;
-        }
-    }
-
-    /// Bytes that came for files whose readers had gone.
-    pub(crate) fn unwanted(&self) -> u64 {
-        self.unwanted
-    }
-
-    /// All of a file that was begun is here.
-    pub(crate) fn end(&mut self, name: &ImageName) {
-        if let Some(state) = self.files.get_mut(name) {
-            match state {
-                State::Arriving(contents) => {
-                    *state = State::Complete(std::mem::take(&mut **contents))
-                }
-                State::Requested(more) => more.is_whole = true,
-                State::Complete(_) | State::Kept(_) | State::Gone => {}
-            }
+        if let Some(state @ State::Requested(_)) = self.files.get_mut(name) {
+            *state = State::Gone;
         }
     }
 
@@ -258,28 +216,37 @@ fn kept(contents: Rc<FileData>) -> (State, Remaining) {
     (State::Kept(contents), remaining)
 }
 
+/// A file can be asked for before it is whole.
 impl Store for Catalog {
-    type File = FileData;
+    type File = ImageName;
 
-    fn ahead(&self, _current: Option<&FileData>) -> Ahead {
-        Ahead::Piece
-    }
+    const AHEAD: Ahead = Ahead::Piece;
 
-    fn create(&mut self, _name: &ImageName) -> Result<FileData> {
-        Ok(FileData::default())
-    }
-
-    fn target<'a>(&'a self, _file: &'a FileData) -> Target<'a> {
-        Target::Piece
-    }
-
-    fn append(&mut self, file: &mut FileData, data: Piece) -> Result<()> {
-        Ok(file.push(data)?)
-    }
-
-    fn finish(&mut self, name: ImageName, file: FileData) -> Result<()> {
+    fn create(&mut self, name: &ImageName) -> Result<ImageName> {
         // Of several files of one name the last counts.
-        self.files.insert(name, State::Complete(file));
+        let arriving = State::Arriving(Box::default());
+        self.files.insert(name.clone(), arriving);
+        Ok(name.clone())
+    }
+
+    fn append(&mut self, file: &mut ImageName, piece: Piece) -> Result<()> {
+        match self.files.get_mut(file) {
+            Some(State::Arriving(data)) => data.push(piece)?,
+            Some(State::Requested(more)) => more.data.push(piece)?,
+            // Its reader is gone.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, _name: ImageName, file: ImageName) -> Result<()> {
+        if let Some(state) = self.files.get_mut(&file) {
+            match state {
+                State::Arriving(data) => *state = State::Complete(std::mem::take(&mut **data)),
+                State::Requested(more) => more.is_whole = true,
+                State::Complete(_) | State::Kept(_) | State::Gone => {}
+            }
+        }
         Ok(())
     }
 }
@@ -317,8 +284,9 @@ mod tests {
         let mut catalog = Catalog::new();
         let [pages, ghost] = ["pages-1.img", "ghost-file-1.img"].map(name);
         for name in [&pages, &ghost] {
-            catalog.begin(name.clone());
-            catalog.add(name, Piece::in_memory(b"first")).unwrap();
+            let mut file = catalog.create(name).unwrap();
+            let piece = Piece::in_memory(b"first");
+            catalog.append(&mut file, piece).unwrap();
         }
         for (name, beginning) in [(&pages, &b"first"[..]), (&ghost, b"")] {
             assert_eq!(catalog.look_up(name), Lookup::Present);
@@ -328,12 +296,13 @@ mod tests {
             };
             assert_eq!((&bytes(&contents)[..], body.is_whole), (beginning, false));
             assert!(catalog.take(name).unwrap().is_none(), "it is under way");
-            catalog.add(name, Piece::in_memory(b", second")).unwrap();
+            let piece = Piece::in_memory(b", second");
+            catalog.append(&mut name.clone(), piece).unwrap();
         }
         for (name, more) in [(&pages, &b", second"[..]), (&ghost, b"")] {
             let found = catalog.take_more(name);
             assert_eq!((&bytes(&found.data)[..], found.is_whole), (more, false));
-            catalog.end(name);
+            catalog.finish(name.clone(), name.clone()).unwrap();
         }
         for (name, rest) in [(&pages, &b""[..]), (&ghost, b"first, second")] {
             let found = catalog.take_more(name);

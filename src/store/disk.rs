@@ -32,7 +32,7 @@ use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, syncfs, unlinkat};
 
-use super::{Ahead, Piece, Store, Target};
+use super::{Ahead, Piece, Store};
 use crate::criu::files::{self, INVENTORY};
 use crate::format::ImageName;
 use crate::os::descriptor::flush;
@@ -447,9 +447,7 @@ fn aside(number: u64) -> String {
 impl Store for DiskStore {
     type File = StagedFile;
 
-    fn ahead(&self, _current: Option<&StagedFile>) -> Ahead {
-        Ahead::Shard
-    }
+    const AHEAD: Ahead = Ahead::Shard;
 
     fn create(&mut self, name: &ImageName) -> Result<StagedFile> {
         let number = self.next_number;
@@ -469,12 +467,12 @@ impl Store for DiskStore {
         })
     }
 
-    fn target<'a>(&'a self, file: &'a StagedFile) -> Target<'a> {
-        Target::File(&file.file)
+    fn target<'a>(&'a self, file: &'a StagedFile) -> Option<&'a File> {
+        Some(&file.file)
     }
 
-    fn append(&mut self, file: &mut StagedFile, data: Piece) -> Result<()> {
-        match data {
+    fn append(&mut self, file: &mut StagedFile, piece: Piece) -> Result<()> {
+        match piece {
             Piece::Memory(extent) => file.file.write_all(extent.bytes())?,
             Piece::Pipe(mut held) => held.write_to(&file.file)?,
         }

@@ -5,12 +5,13 @@
 //! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
 //! reached, because supervisors wait for the reader's end while the image still comes in.
 
+use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::transfer::{FileBody, Remaining, Round, Transfer, Transfers};
-use super::{Ahead, FileData, Piece, Store, Target};
+use super::{Ahead, FileData, Piece, Store};
 use crate::format::ImageName;
 use crate::os::pipe::{self, WriteEnd};
 use crate::os::poller::{Poller, Watched};
@@ -27,24 +28,18 @@ pub(crate) enum File<F> {
     Stored(F),
 }
 
-/// How far an external file has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// It did not begin yet.
-    Awaited,
-    Begun,
-    /// All of it is here.
-    Complete,
+#[derive(Debug)]
+struct ExternalFile {
+    name: ImageName,
+    has_begun: bool,
 }
 
 /// The external files, and the pipes to their readers.
 #[derive(Debug)]
 pub(crate) struct ExternalOutputs {
-    files: Vec<(ImageName, State)>,
+    files: Vec<ExternalFile>,
     /// Under the numbers of their files, until all is sent.
     transfers: Transfers,
-    /// Bytes that were sent.
-    sent: u64,
 }
 
 impl ExternalOutputs {
@@ -54,7 +49,7 @@ impl ExternalOutputs {
     /// Those of measuring and of watching a pipe.
     pub(crate) fn new(files: Vec<(ImageName, WriteEnd)>, poller: &Poller) -> Result<Self> {
         let mut transfers = Transfers::new(Watched::External);
-        let mut names = Vec::new();
+        let mut all = Vec::new();
         for (name, pipe) in files {
             let slots = pipe::slots(&pipe).with_context(|| format!("preparing {name}"))?;
             let nothing_yet = FileBody {
@@ -63,12 +58,12 @@ impl ExternalOutputs {
             };
             let transfer = Transfer::new(name.clone(), pipe, slots, nothing_yet);
             transfers.start(transfer, poller, &mut Round::default())?;
-            names.push((name, State::Awaited));
+            let has_begun = false;
+            all.push(ExternalFile { name, has_begun });
         }
         Ok(Self {
-            files: names,
+            files: all,
             transfers,
-            sent: 0,
         })
     }
 
@@ -77,16 +72,15 @@ impl ExternalOutputs {
     /// # Errors
     /// When it had begun before.
     pub(crate) fn begin(&mut self, name: &ImageName) -> Result<Option<usize>> {
-        let Some(number) = self.files.iter().position(|(file, _)| file == name) else {
+        let Some(number) = self.files.iter().position(|file| file.name == *name) else {
             return Ok(None);
         };
-        match std::mem::replace(&mut self.files[number].1, State::Begun) {
-            State::Awaited => Ok(Some(number)),
-            State::Begun | State::Complete => bail!(
-                "the image contains the external file {name} twice, \
-                 and its first contents are handed out already"
-            ),
-        }
+        ensure!(
+            !std::mem::replace(&mut self.files[number].has_begun, true),
+            "the image contains the external file {name} twice, \
+             and its first contents are handed out already"
+        );
+        Ok(Some(number))
     }
 
     /// Adds to what is sent of a file.
@@ -102,39 +96,22 @@ impl ExternalOutputs {
 
     /// All of a file is here.
     pub(crate) fn finish(&mut self, number: usize) {
-        self.files[number].1 = State::Complete;
         if let Some(transfer) = self.transfers.get_mut(number as u64) {
             transfer.close();
         }
     }
 
-    /// Fails if an external file that was asked for is not among the `names` of the image's files.
-    pub(crate) fn check_complete_after<'a>(
-        &self,
-        names: impl Iterator<Item = &'a ImageName> + Clone,
-    ) -> Result<()> {
-        let is_missing = |file: &ImageName, _| !names.clone().any(|name| name == file);
-        self.check_none(is_missing)
-    }
-
-    /// Fails if an external file that was asked for is not in the image.
-    pub(crate) fn check_complete(&self) -> Result<()> {
-        self.check_none(|_, state| state != State::Complete)
-    }
-
-    fn check_none(&self, is_missing: impl Fn(&ImageName, State) -> bool) -> Result<()> {
-        let missing = self
-            .files
-            .iter()
-            .filter(|(name, state)| is_missing(name, *state));
-        let mut missing: Vec<_> = missing.map(|(name, _)| name.to_string()).collect();
-        missing.sort();
-        if !missing.is_empty() {
-            bail!(
-                "external files: the image has no file named {}",
-                missing.join(", ")
-            );
-        }
+    /// Fails if an external file that was asked for is not in an image, all of whose files have
+    /// begun.
+    pub(crate) fn check_all_begun(&self) -> Result<()> {
+        let missing = self.files.iter().filter(|file| !file.has_begun);
+        let mut missing: Vec<_> = missing.map(|file| file.name.as_str()).collect();
+        missing.sort_unstable();
+        ensure!(
+            missing.is_empty(),
+            "external files: the image has no file named {}",
+            missing.join(", ")
+        );
         Ok(())
     }
 
@@ -148,7 +125,6 @@ impl ExternalOutputs {
     /// When a reader is gone before it had all of its file.
     pub(crate) fn send(&mut self) -> Result<Round> {
         let round = self.transfers.send()?;
-        self.sent += round.freed;
         if let Some(name) = round.left_by_readers.first() {
             bail!("sending {name}: the reader of this external file went away before its end");
         }
@@ -164,11 +140,6 @@ impl ExternalOutputs {
         at_work.map(Transfer::left).sum::<usize>() > MOST_BEHIND
     }
 
-    /// Bytes that readers have taken.
-    pub(crate) fn sent(&self) -> u64 {
-        self.sent
-    }
-
     /// Whether a file's reader waits for something that has not come.
     pub(crate) fn is_starving(&self, number: usize) -> bool {
         let transfer = self.transfers.get(number as u64);
@@ -178,9 +149,7 @@ impl ExternalOutputs {
     /// Whether readers still have to take something of what is here.
     pub(crate) fn is_sending(&self) -> bool {
         let mut files = (0..).zip(&self.files);
-        files.any(|(number, (_, state))| {
-            *state != State::Awaited && self.transfers.get(number).is_some()
-        })
+        files.any(|(number, file)| file.has_begun && self.transfers.get(number).is_some())
     }
 }
 
@@ -199,26 +168,35 @@ impl<S> External<S> {
         &mut self.outlets
     }
 
-    /// # Errors
-    /// When an external file that was asked for is not in the image.
-    pub(crate) fn into_behind(self) -> Result<S> {
-        self.outlets.check_complete()?;
-        Ok(self.behind)
+    /// Whether the reader of an external file waits for something that has not come.
+    pub(crate) fn is_starving(&self, number: usize) -> bool {
+        self.outlets.is_starving(number)
+    }
+
+    pub(crate) fn behind(&mut self) -> &mut S {
+        &mut self.behind
+    }
+
+    pub(crate) fn into_behind(self) -> S {
+        self.behind
+    }
+}
+
+impl<S: Store> External<S> {
+    /// Where data waits while `current` is the file whose turn it is. While it is an external one,
+    /// what is ahead may be more of it, which would fill the memory to no avail.
+    pub(crate) fn ahead(&self, current: Option<&File<S::File>>) -> Ahead {
+        match current {
+            Some(File::External(_)) => Ahead::Shard,
+            None | Some(File::Stored(_)) => S::AHEAD,
+        }
     }
 }
 
 impl<S: Store> Store for External<S> {
     type File = File<S::File>;
 
-    /// While an external file is current, what is ahead may be more of it, which would fill the
-    /// memory to no avail.
-    fn ahead(&self, current: Option<&Self::File>) -> Ahead {
-        match current {
-            None => self.behind.ahead(None),
-            Some(File::Stored(file)) => self.behind.ahead(Some(file)),
-            Some(File::External(_)) => Ahead::Shard,
-        }
-    }
+    const AHEAD: Ahead = S::AHEAD;
 
     fn create(&mut self, name: &ImageName) -> Result<Self::File> {
         match self.outlets.begin(name)? {
@@ -227,35 +205,32 @@ impl<S: Store> Store for External<S> {
         }
     }
 
-    fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a> {
+    fn target<'a>(&'a self, file: &'a Self::File) -> Option<&'a fs::File> {
         match file {
-            File::External(_) => Target::Piece,
+            File::External(_) => None,
             File::Stored(file) => self.behind.target(file),
         }
     }
 
     fn written(&mut self, file: &mut Self::File, bytes: u64) {
-        match file {
-            File::External(_) => {}
-            File::Stored(file) => self.behind.written(file, bytes),
+        if let File::Stored(file) = file {
+            self.behind.written(file, bytes);
         }
     }
 
-    fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()> {
+    fn append(&mut self, file: &mut Self::File, piece: Piece) -> Result<()> {
         match file {
-            File::External(number) => self.outlets.append(*number, data),
-            File::Stored(file) => self.behind.append(file, data),
+            File::External(number) => self.outlets.append(*number, piece),
+            File::Stored(file) => self.behind.append(file, piece),
         }
     }
 
     fn finish(&mut self, name: ImageName, file: Self::File) -> Result<()> {
         match file {
-            File::External(number) => {
-                self.outlets.finish(number);
-                Ok(())
-            }
-            File::Stored(file) => self.behind.finish(name, file),
+            File::External(number) => self.outlets.finish(number),
+            File::Stored(file) => self.behind.finish(name, file)?,
         }
+        Ok(())
     }
 }
 
@@ -302,6 +277,6 @@ mod tests {
         }
         assert!(!store.outlets.is_sending());
         assert_eq!(pipe::read(&first_read, &mut buffer).unwrap(), Moved::End);
-        store.into_behind().unwrap();
+        store.outlets.check_all_begun().unwrap();
     }
 }

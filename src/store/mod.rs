@@ -22,15 +22,6 @@ pub use piece::{FileData, Piece};
 
 use crate::format::ImageName;
 
-/// Where the next bytes of a file go.
-#[derive(Debug, Clone, Copy)]
-pub enum Target<'a> {
-    /// Into memory or a pipe of ours, and from there to [`Store::append`].
-    Piece,
-    /// To the end of this file, and then to [`Store::written`], which is as good as appended.
-    File(&'a File),
-}
-
 /// Where data waits whose turn has not come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ahead {
@@ -45,26 +36,29 @@ pub trait Store {
     /// A file that is being received.
     type File;
 
-    /// Where data waits while `current` is the file whose turn it is.
-    fn ahead(&self, current: Option<&Self::File>) -> Ahead;
+    /// Where data waits whose turn has not come.
+    const AHEAD: Ahead;
 
-    /// Starts a file. One of the same name that is complete is replaced when the new one is
-    /// complete.
+    /// Starts a file. One of the same name that is complete is replaced.
     ///
     /// # Errors
     /// When there is no place for it.
     fn create(&mut self, name: &ImageName) -> Result<Self::File>;
 
-    fn target<'a>(&'a self, file: &'a Self::File) -> Target<'a>;
+    /// The file that data is moved to the end of, and then told with [`Store::written`]. `None`: it
+    /// is to be appended as pieces.
+    fn target<'a>(&'a self, _file: &'a Self::File) -> Option<&'a File> {
+        None
+    }
 
-    /// This number of bytes went to [`Target::File`].
+    /// This number of bytes went to the target.
     fn written(&mut self, _file: &mut Self::File, _bytes: u64) {}
 
     /// Appends a piece to the file.
     ///
     /// # Errors
     /// When the file cannot take it.
-    fn append(&mut self, file: &mut Self::File, data: Piece) -> Result<()>;
+    fn append(&mut self, file: &mut Self::File, piece: Piece) -> Result<()>;
 
     /// Completes a file.
     ///

@@ -250,9 +250,6 @@ impl Transfer {
                 Ok(sent) => {
                     filled += sent.slots;
                     self.left -= sent.bytes;
-                    if let Remaining::Once(_) = self.data {
-                        round.freed += sent.bytes as u64;
-                    }
                     let is_all = self.data.is_empty();
                     if sent.bytes < sent.offered || !is_all && pipe::is_full(&self.pipe)? {
                         if filled > 0 {
@@ -283,8 +280,6 @@ pub(crate) struct Round {
     filled: usize,
     /// The slots that these pipes have.
     room: usize,
-    /// Bytes that were sent and are not kept for another time.
-    pub(crate) freed: u64,
     /// The files that were sent to their ends.
     pub(crate) sent_whole: Vec<ImageName>,
     /// The files whose readers closed their pipes before that.
@@ -306,12 +301,7 @@ impl Round {
         transfer.is_full = result == SendResult::Full;
         match result {
             SendResult::Done => self.sent_whole.push(transfer.name.clone()),
-            SendResult::ReaderGone => {
-                if let Remaining::Once(_) = transfer.data {
-                    self.freed += transfer.left as u64;
-                }
-                self.left_by_readers.push(transfer.name.clone());
-            }
+            SendResult::ReaderGone => self.left_by_readers.push(transfer.name.clone()),
             SendResult::Waiting | SendResult::Full => return Ok(false),
         }
         Ok(true)
@@ -578,7 +568,7 @@ mod tests {
         let poller = Poller::new().unwrap();
         let mut round = Round::default();
         transfers.start(transfer, &poller, &mut round).unwrap();
-        assert!(round.freed > 0);
+        assert!(round.filled > 0);
         // Far off.
         transfers.try_again += TRY_AGAIN * 1000;
 
@@ -586,9 +576,9 @@ mod tests {
         pipe::read(&read, &mut buffer).unwrap();
         let transfer = transfers.get_mut(0).unwrap();
         transfer.add(Piece::in_memory(b"more")).unwrap();
-        assert_eq!(transfers.send().unwrap().freed, 0);
+        assert_eq!(transfers.send().unwrap().filled, 0);
         transfers.made_room(0);
-        assert!(transfers.send().unwrap().freed > 0);
+        assert!(transfers.send().unwrap().filled > 0);
     }
 
     #[test]

@@ -27,14 +27,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
 
-use super::program::{self, Inherited};
+use super::program::{self, End, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
@@ -85,6 +84,20 @@ impl ShellCommand {
         }
     }
 
+    /// Checks that the failure of any program in a command will be known.
+    ///
+    /// # Errors
+    /// When it is a pipeline, and no shell here gives one the status of all its programs.
+    pub(crate) fn check_shell(text: &str) -> Result<()> {
+        let knows_pipefail =
+            || program::succeeds(Command::new("sh").args(["-o", "pipefail", "-c", ":"]));
+        ensure!(
+            has_bash() || !is_pipeline(text) || knows_pipefail(),
+            "`{text}` is a pipeline, and only the failure of its last program would be known: there is no bash here, and sh has no `pipefail`; install bash"
+        );
+        Ok(())
+    }
+
     /// What messages call it.
     pub(crate) fn label(&self) -> String {
         match &self.purpose {
@@ -95,6 +108,11 @@ impl ShellCommand {
 
     fn with_text(&self) -> String {
         format!("{}, `{}`", self.label(), self.text)
+    }
+
+    /// True if it takes or brings an external file.
+    pub(super) fn has_file(&self) -> bool {
+        !self.is_for_shard()
     }
 
     fn is_for_shard(&self) -> bool {
@@ -111,7 +129,7 @@ impl ShellCommand {
 enum CommandState {
     Running,
     Succeeded,
-    Failed(Part, WaitStatus),
+    Failed(Part, End),
 }
 
 /// A process of a command's group.
@@ -248,59 +266,47 @@ impl Running {
     /// Finds out what became of the command, and fails if it has failed.
     fn check(&self) -> Result<()> {
         while self.state.get() == CommandState::Running {
-            let Some((part, status)) = self
-                .next_end()
-                .with_context(|| format!("asking how {} ended", self.command.label()))?
-            else {
-                self.state.set(CommandState::Succeeded);
-                break;
-            };
-            match status {
-                WaitStatus::StillAlive => break,
+            match self.next_end() {
+                Ok(None) => break,
                 // It is not in the terminal's foreground, where it could ask: it would stop for
                 // ever.
-                WaitStatus::Stopped(_, Signal::SIGTTIN | Signal::SIGTTOU) => {
-                    self.state.set(CommandState::Failed(part, status));
+                Ok(Some((part, end @ End::Stopped(libc::SIGTTIN | libc::SIGTTOU)))) => {
+                    self.state.set(CommandState::Failed(part, end));
                 }
                 // Another process stopped it, and will have it go on.
-                WaitStatus::Stopped(..) | WaitStatus::Exited(_, 0) => {}
-                _ => self.state.set(CommandState::Failed(part, status)),
+                Ok(Some((_, End::Stopped(_) | End::Exited(0)))) => {}
+                Ok(Some((part, end))) => self.state.set(CommandState::Failed(part, end)),
+                // No process of the group is left.
+                Err(_) => self.state.set(CommandState::Succeeded),
             }
         }
-        let (part, status) = match self.state.get() {
-            CommandState::Running | CommandState::Succeeded => return Ok(()),
-            CommandState::Failed(part, status) => (part, status),
+        let CommandState::Failed(part, end) = self.state.get() else {
+            return Ok(());
         };
-        let who = match part {
+        let part = match part {
             Part::Shell => "it",
             Part::Other => "a process that it left in the background",
         };
-        let how = match status {
-            WaitStatus::Stopped(_, signal) => format!(
-                "wants to ask something on the terminal, and was stopped ({signal}): give it keys or a password file, so that it has nothing to ask"
-            ),
-            status => program::describe(status),
-        };
-        bail!("{}: {who} {how}", self.command.with_text())
+        bail!("{}: {part} {end}", self.command.with_text())
     }
 
-    /// How the next process of the group ended or stopped, if there is one left.
-    fn next_end(&self) -> nix::Result<Option<(Part, WaitStatus)>> {
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
-        let wait_for = |id: fn(Pid) -> Id<'static>| uninterrupted(|| waitid(id(self.group), flags));
-        let status = match wait_for(Id::PGid) {
+    /// How the next process of the group ended or stopped, if one has.
+    fn next_end(&self) -> nix::Result<Option<(Part, End)>> {
+        let shell = self.group.as_raw();
+        let next = match program::next_end(-shell) {
             // A shell that has left its own group is waited for all the same.
-            Err(Errno::ECHILD) if !self.shell_has_ended.get() => wait_for(Id::Pid)?,
-            Err(Errno::ECHILD) => return Ok(None),
-            status => status?,
+            Err(Errno::ECHILD) if !self.shell_has_ended.get() => program::next_end(shell)?,
+            next => next?,
         };
-        if status.pid() != Some(self.group) {
-            return Ok(Some((Part::Other, status)));
-        }
-        if !matches!(status, WaitStatus::Stopped(..)) {
-            self.shell_has_ended.set(true);
-        }
-        Ok(Some((Part::Shell, status)))
+        Ok(next.map(|(pid, end)| {
+            if pid != self.group {
+                return (Part::Other, end);
+            }
+            let has_ended = !matches!(end, End::Stopped(_));
+            self.shell_has_ended
+                .set(has_ended || self.shell_has_ended.get());
+            (Part::Shell, end)
+        }))
     }
 
     /// Whether the command runs on although its end of the pipe is closed.
@@ -317,12 +323,11 @@ impl Running {
 
     /// Waits for what has ended of the group, and tells whether something is left of it.
     fn reap(&self) -> bool {
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         loop {
-            match uninterrupted(|| waitid(Id::PGid(self.group), flags)) {
-                Ok(WaitStatus::StillAlive) => return true,
+            match program::next_end(-self.group.as_raw()) {
+                Ok(None) => return true,
                 Ok(_) => {}
-                // There is no child of ours in the group, or none that can be waited for.
+                // There is no child of ours in the group.
                 Err(_) => return false,
             }
         }
@@ -356,16 +361,19 @@ impl Drop for Commands {
 /// Starts a shell in a process group of its own, whose number is returned.
 fn start_shell(text: &str, stdin: Stdio, stdout: Stdio, inherited: Inherited) -> Result<Pid> {
     program::adopt_orphans(true).context("preparing to wait for it")?;
-    let mut shell = if has_bash() {
-        let mut bash = Command::new("bash");
-        bash.args(["-o", "pipefail"]);
-        bash
-    } else {
-        Command::new("sh")
-    };
+    let has_bash = has_bash();
+    let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
+    if has_bash || is_pipeline(text) {
+        shell.args(["-o", "pipefail"]);
+    }
     shell.args(["-c", text]);
     shell.stdin(stdin).stdout(stdout).process_group(0);
     program::start(shell, program::RESET, inherited).context("starting a shell")
+}
+
+/// True if a command may be a pipeline: it has a `|` that is not half of `||`.
+fn is_pipeline(text: &str) -> bool {
+    text.replace("||", "").contains('|')
 }
 
 fn has_bash() -> bool {

@@ -32,10 +32,9 @@ use anyhow::{Context, Error, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigHandler::{SigDfl, SigIgn};
 use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
-use super::program::{self, Dispositions, Inherited};
+use super::program::{self, Dispositions, End, Inherited};
 use super::signals::Signals;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::uninterrupted;
@@ -68,15 +67,18 @@ const OF_A_RESTORE: Dispositions = &[
 pub(crate) struct CriuCommand {
     program: OsString,
     arguments: Vec<OsString>,
+    /// The application lives on after a dump.
+    lets_live: bool,
 }
 
 impl CriuCommand {
     /// `None` where there are no words.
-    pub(crate) fn new(words: Vec<OsString>) -> Option<Self> {
+    pub(crate) fn new(words: Vec<OsString>, lets_live: bool) -> Option<Self> {
         let mut words = words.into_iter();
         Some(Self {
             program: words.next()?,
             arguments: words.collect(),
+            lets_live,
         })
     }
 
@@ -108,9 +110,9 @@ pub(crate) fn criu_failure_behind(error: &Error) -> Option<&CriuFailed> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum CriuState {
     Running,
-    Ended(WaitStatus),
+    Ended(End),
     /// It goes on without us.
     Left,
 }
@@ -120,7 +122,9 @@ pub(super) struct RunningCriu {
     text: String,
     process: Pid,
     signals: Rc<Signals>,
-    state: Cell<State>,
+    /// A success means that the application is dead.
+    kills: bool,
+    state: Cell<CriuState>,
 }
 
 impl RunningCriu {
@@ -147,8 +151,14 @@ impl RunningCriu {
             text,
             process,
             signals,
-            state: Cell::new(State::Running),
+            kills: direction == Direction::Out && !command.lets_live,
+            state: Cell::new(CriuState::Running),
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn process(&self) -> Pid {
+        self.process
     }
 
     pub(super) fn text(&self) -> &str {
@@ -157,13 +167,11 @@ impl RunningCriu {
 
     /// Finds out whether it has ended, and fails if it has failed.
     pub(super) fn check(&self) -> Result<()> {
-        if self.state.get() == State::Running {
-            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
-            match uninterrupted(|| waitid(Id::Pid(self.process), flags)) {
-                Ok(WaitStatus::StillAlive) => {}
-                Ok(end) => self.state.set(State::Ended(end)),
+        if self.state.get() == CriuState::Running {
+            match program::next_end(self.process.as_raw()) {
+                Ok(next) => self.take(next),
                 Err(error) => {
-                    self.state.set(State::Left);
+                    self.state.set(CriuState::Left);
                     return Err(error).with_context(|| format!("asking how {} ended", self.text));
                 }
             }
@@ -171,25 +179,43 @@ impl RunningCriu {
         self.failure().map_or(Ok(()), |failed| Err(failed.into()))
     }
 
+    /// Takes note of its end, if that is the next one.
+    fn take(&self, next: Option<(Pid, End)>) {
+        if let Some((pid, end)) = next
+            && pid == self.process
+            && !matches!(end, End::Stopped(_))
+        {
+            self.state.set(CriuState::Ended(end));
+        }
+    }
+
+    /// Reaps all that has ended. As PID 1 of a container this process becomes the parent of what
+    /// the restored application leaves behind.
+    pub(super) fn reap_all(&self) {
+        while let Ok(next @ Some(_)) = program::next_end(-1) {
+            self.take(next);
+        }
+    }
+
     fn failure(&self) -> Option<CriuFailed> {
-        let State::Ended(end) = self.state.get() else {
-            return None;
-        };
-        let status = match end {
-            WaitStatus::Exited(_, 0) => return None,
-            WaitStatus::Exited(_, status) => status as u8,
-            WaitStatus::Signaled(_, signal, _) => 128 + signal as u8,
-            _ => 1,
-        };
-        Some(CriuFailed {
-            what: format!("{} {}", self.text, program::describe(end)),
-            status,
-        })
+        match self.state.get() {
+            CriuState::Ended(End::Exited(0)) | CriuState::Running | CriuState::Left => None,
+            CriuState::Ended(end) => Some(CriuFailed {
+                what: format!("{} {end}", self.text),
+                status: end.status(),
+            }),
+        }
+    }
+
+    /// True if the application is dead, and its image all that is left of it, as far as
+    /// [`RunningCriu::check`] has seen.
+    pub(super) fn has_killed(&self) -> bool {
+        self.kills && self.state.get() == CriuState::Ended(End::Exited(0))
     }
 
     /// Whether it has ended, as far as [`RunningCriu::check`] has seen.
     pub(super) fn has_ended(&self) -> bool {
-        self.state.get() != State::Running
+        self.state.get() != CriuState::Running
     }
 
     /// The reason behind an error that shows that CRIU is gone: the command is given the time to
@@ -231,7 +257,7 @@ impl RunningCriu {
             "{} goes on, as process {}",
             self.text, self.process
         ));
-        self.state.set(State::Left);
+        self.state.set(CriuState::Left);
     }
 }
 

@@ -37,6 +37,7 @@ use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind};
 use crate::os::pipe::{self, LARGEST, Moved, ReadEnd, WriteEnd};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
+use crate::report;
 use caller::Watch;
 use command::Commands;
 pub(crate) use command::ShellCommand;
@@ -50,9 +51,6 @@ pub(crate) use signals::{Interrupted, signal_behind};
 /// Between two looks at commands that are to end: there is no signal when a process leaves a
 /// command's group.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// Our ends of the shards' pipes, with what messages call them.
-type Pipes<E> = Vec<(E, String)>;
 
 /// Why a transfer failed, and what it had open.
 pub struct Failure {
@@ -167,53 +165,32 @@ impl Supervisor {
             .with_context(|| format!("preparing {label}"))
     }
 
-    /// Starts commands that read a shard each from their standard input.
-    pub(crate) fn start_readers(&self, commands: Vec<ShellCommand>) -> Result<Pipes<WriteEnd>> {
-        let start = |command: ShellCommand| Ok((self.start_reader(&command)?, command.label()));
-        commands.into_iter().map(start).collect()
-    }
-
-    /// Starts commands that write a shard each to their standard output.
-    pub(crate) fn start_writers(&self, commands: Vec<ShellCommand>) -> Result<Pipes<ReadEnd>> {
-        let start = |command: ShellCommand| Ok((self.start_writer(&command)?, command.label()));
-        commands.into_iter().map(start).collect()
-    }
-
-    fn start_reader(&self, command: &ShellCommand) -> Result<WriteEnd> {
+    /// Starts a command that reads from the pipe that is returned.
+    pub(crate) fn start_reader(&self, command: ShellCommand) -> Result<WriteEnd> {
         let (theirs, ours) = pipe::new()?;
         self.start(command, Direction::Out, theirs.into(), &ours)?;
         Ok(ours)
     }
 
-    fn start_writer(&self, command: &ShellCommand) -> Result<ReadEnd> {
+    /// Starts a command that writes to the pipe that is returned.
+    pub(crate) fn start_writer(&self, command: ShellCommand) -> Result<ReadEnd> {
         let (ours, theirs) = pipe::new()?;
         self.start(command, Direction::In, theirs.into(), &ours)?;
         Ok(ours)
     }
 
-    /// Starts the command that an external file goes to.
-    pub(crate) fn start_file_reader(&self, command: &ShellCommand) -> Result<WriteEnd> {
-        let pipe = self.start_reader(command)?;
-        pipe::grow(&pipe, LARGEST)?;
-        Ok(pipe)
-    }
-
-    /// Starts the command that an external file comes from.
-    pub(crate) fn start_file_writer(&self, command: &ShellCommand) -> Result<ReadEnd> {
-        let pipe = self.start_writer(command)?;
-        pipe::grow(&pipe, LARGEST)?;
-        Ok(pipe)
-    }
-
     fn start(
         &self,
-        command: &ShellCommand,
+        command: ShellCommand,
         direction: Direction,
         theirs: OwnedFd,
         ours: impl AsFd,
     ) -> Result<()> {
+        if command.has_file() {
+            pipe::grow(&ours, LARGEST)?;
+        }
         let mut commands = self.commands.borrow_mut();
-        commands.start(command.clone(), direction, theirs, ours, self.inherited)
+        commands.start(command, direction, theirs, ours, self.inherited)
     }
 
     /// All of an external file has been sent: its command, if there is one, sees the end.
@@ -257,13 +234,28 @@ impl Supervisor {
     /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), the CRIU that has
     /// started it is gone, or a pump or a command has failed.
     pub fn check(&self) -> Result<()> {
-        self.signals.check()?;
+        let signalled = self.signals.check();
+        // Only now: the signal of its end may have been among them.
+        let criu = self.criu.get().map_or(Ok(()), RunningCriu::check);
+        match signalled {
+            Err(signal) if self.has_criu_killed() && self.signals.spare() => {
+                report::warn(format_args!(
+                    "{signal:#}: not yet, as the application is dead, and its image is not written; a second signal ends that"
+                ))
+            }
+            signalled => signalled?,
+        }
         if let Some(caller) = &self.caller {
             caller.check()?;
         }
         self.check_pumps()?;
         self.commands.borrow().check()?;
-        self.criu.get().map_or(Ok(()), RunningCriu::check)
+        criu
+    }
+
+    /// True if the command that runs CRIU has ended well, and the application with it.
+    fn has_criu_killed(&self) -> bool {
+        self.criu.get().is_some_and(RunningCriu::has_killed)
     }
 
     /// Whether all commands have ended well; true where there are none.
@@ -309,7 +301,7 @@ impl Supervisor {
 
     /// Waits until the pumps have written everything and all commands have ended.
     fn finish(&mut self) -> Result<()> {
-        while self.are_pumps_writing()? {
+        while !self.have_pumps_written()? {
             self.wait(Wait::Forever)
                 .context("waiting until all is written")?;
             self.check()?;
@@ -325,13 +317,14 @@ impl Supervisor {
         self.finish_criu()
     }
 
-    /// Whether a pump still writes. Each that ends brings an event.
-    fn are_pumps_writing(&mut self) -> io::Result<bool> {
-        let mut is_any = false;
+    /// Whether all that went to pumps is written. Each that ends brings an event.
+    pub(crate) fn have_pumps_written(&self) -> io::Result<bool> {
         for pipe in &self.writing {
-            is_any |= pipe::read(pipe, &mut [0])? != Moved::End;
+            if pipe::read(pipe, &mut [0])? != Moved::End {
+                return Ok(false);
+            }
         }
-        Ok(is_any)
+        Ok(true)
     }
 
     /// What is left of the commands, and what CRIU restores, need not be our children.
@@ -347,9 +340,11 @@ impl Supervisor {
         while let Some(criu) = self.criu.get()
             && !criu.has_ended()
         {
+            criu.reap_all();
             match self.check() {
-                // ^C was for the application in the foreground, and CRIU has got it too.
-                Err(error) if signal_behind(&error) == Some(Interrupted(libc::SIGINT)) => {}
+                // ^C was for the application in the foreground, and CRIU has got it too. Its own
+                // end may have come with it.
+                Err(error) if signal_behind(&error) == Some(Interrupted(libc::SIGINT)) => continue,
                 Err(error) if signal_behind(&error).is_some() => {
                     criu.leave();
                     return Err(error);
@@ -381,4 +376,36 @@ impl Supervisor {
 /// Whether there is no other reason behind an error.
 fn is_final(error: &Error) -> bool {
     signal_behind(error).is_some() || criu_failure_behind(error).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+
+    /// The signals of CRIU's end and of ^C can be read in one go, so that none is left to wait for.
+    #[test]
+    fn an_interrupt_right_behind_the_end_of_criu_is_no_reason_to_wait_for_another() {
+        let (done, is_done) = mpsc::channel();
+        thread::spawn(move || {
+            let supervisor = Supervisor::catch().unwrap();
+            let command = CriuCommand::new(vec!["true".into()], false);
+            supervisor
+                .start_criu(command.as_ref(), Direction::In)
+                .unwrap();
+            let criu = supervisor.criu.get().unwrap();
+            let path = format!("/proc/{}/stat", criu.process());
+            while !std::fs::read_to_string(&path).unwrap().contains(") Z ") {
+                thread::yield_now();
+            }
+            thread::sleep(Duration::from_millis(50));
+            supervisor.signals.check().unwrap();
+            // To this thread alone.
+            nix::sys::signal::raise(nix::sys::signal::SIGINT).unwrap();
+            done.send(supervisor.finish_criu()).unwrap();
+        });
+        let finished = is_done.recv_timeout(Duration::from_secs(20));
+        finished.expect("it waits for ever").unwrap();
+    }
 }

@@ -7,17 +7,19 @@
 
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::prctl::{get_timerslack, set_timerslack};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 use nix::sys::signal::{SigHandler, SigSet, signal};
-use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+
+use crate::os::pipe::uninterrupted;
 
 /// What a program does with signals at first.
 pub(super) type Dispositions = &'static [(Signal, SigHandler)];
@@ -66,13 +68,25 @@ pub(super) fn start(
     dispositions: Dispositions,
     inherited: Inherited,
 ) -> io::Result<Pid> {
-    // This process may have been started to ignore SIGCHLD: then no end would be kept for it.
-    // SAFETY: the default is no function, so that none of ours can run at the wrong time.
-    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    keep_ends()?;
     // SAFETY: between fork and exec, `prepare` makes system calls only and allocates nothing.
     unsafe { command.pre_exec(move || prepare(dispositions, inherited)) };
     let child = command.spawn()?;
     Ok(Pid::from_raw(child.id() as libc::pid_t))
+}
+
+/// Runs a program to its end, and returns true if it has succeeded.
+pub(super) fn succeeds(command: &mut Command) -> bool {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
+    let status = keep_ends().and_then(|()| quiet.stderr(Stdio::null()).status());
+    status.is_ok_and(|status| status.success())
+}
+
+/// Has the kernel keep how programs end: this process may have been started to ignore SIGCHLD.
+fn keep_ends() -> io::Result<()> {
+    // SAFETY: the default is no function, so that none of ours can run at the wrong time.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    Ok(())
 }
 
 /// In the new process: gives it the signals and descriptors that a program expects.
@@ -93,19 +107,66 @@ fn prepare(dispositions: Dispositions, inherited: Inherited) -> io::Result<()> {
     // SAFETY: it only sets a flag on descriptors; no memory is involved.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     match Errno::result(result) {
-        // Kernels before 5.11 cannot. Our own descriptors are close-on-exec anyway.
-        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL) => Ok(()),
+        // Kernels before 5.11 cannot, and seccomp profiles that do not know the call refuse it. Our
+        // own descriptors are close-on-exec anyway.
+        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL | Errno::EPERM) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// How a program failed, as the end of a sentence about it.
-pub(super) fn describe(end: WaitStatus) -> String {
-    match end {
-        WaitStatus::Exited(_, status) => format!("failed with exit status {status}"),
-        WaitStatus::Signaled(_, signal, _) => {
-            format!("failed with signal {} ({signal})", signal as i32)
+/// What became of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Exited(i32),
+    /// By a signal, which may be a real-time one.
+    Killed(i32),
+    Stopped(i32),
+}
+
+impl End {
+    /// The exit status that a shell would give it.
+    pub(super) fn status(self) -> u8 {
+        match self {
+            Self::Exited(status) => status as u8,
+            Self::Killed(signal) | Self::Stopped(signal) => 128 + signal as u8,
         }
-        other => format!("failed with {other:?}"),
     }
+}
+
+/// How it failed, as the end of a sentence about it.
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "failed with exit status {status}"),
+            Self::Killed(signal) => {
+                write!(f, "failed with signal {signal}")?;
+                Signal::try_from(*signal).map_or(Ok(()), |name| write!(f, " ({name})"))
+            }
+            Self::Stopped(_) => f.write_str(
+                "wants to ask something on the terminal, and was stopped: give it keys or a password file, so that it has nothing to ask",
+            ),
+        }
+    }
+}
+
+/// The next end of a child, or of one of a group (a negative number), or of any (-1); `None` if
+/// there is none yet.
+///
+/// # Errors
+/// `ECHILD` when there is no such child.
+pub(super) fn next_end(which: i32) -> nix::Result<Option<(Pid, End)>> {
+    let mut status = 0;
+    let options = libc::WNOHANG | libc::WUNTRACED;
+    let pid = uninterrupted(|| {
+        // SAFETY: the pointer is to a local variable that outlives the call.
+        Errno::result(unsafe { libc::waitpid(which, &mut status, options) })
+    })?;
+    let end = if libc::WIFEXITED(status) {
+        End::Exited(libc::WEXITSTATUS(status))
+    } else if libc::WIFSIGNALED(status) {
+        End::Killed(libc::WTERMSIG(status))
+    } else {
+        End::Stopped(libc::WSTOPSIG(status))
+    };
+    Ok((pid != 0).then_some((Pid::from_raw(pid), end)))
 }

@@ -46,6 +46,7 @@ pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
 pub(super) struct Signals {
     descriptor: SignalFd,
     has_ended_us: Cell<bool>,
+    has_spared_us: Cell<bool>,
 }
 
 impl Signals {
@@ -63,6 +64,7 @@ impl Signals {
         Ok(Self {
             descriptor: SignalFd::with_flags(&caught, flags)?,
             has_ended_us: Cell::new(false),
+            has_spared_us: Cell::new(false),
         })
     }
 
@@ -76,6 +78,13 @@ impl Signals {
             }
         }
         Ok(())
+    }
+
+    /// Has the signal that came not end the transfer. False: one has been spared already.
+    pub(super) fn spare(&self) -> bool {
+        let spares = !self.has_spared_us.replace(true);
+        self.has_ended_us.set(self.has_ended_us.get() && !spares);
+        spares
     }
 
     /// Whether a signal came that ends the transfer.
