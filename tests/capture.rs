@@ -3,7 +3,9 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
 use std::thread;
+use std::time::Duration;
 
 use crate::common::PAGE;
 use crate::common::criu::Criu;
@@ -11,7 +13,7 @@ use crate::common::image::{self, Body, Files};
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
-use crate::common::streamer::Streamer;
+use crate::common::streamer::{BUFFER, Streamer};
 use nix::fcntl::{SpliceFFlags, vmsplice};
 
 fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
@@ -345,6 +347,68 @@ fn pieces_of_an_external_file_do_not_wait_for_a_stalled_shard() {
     let mut shards = flowing.finish();
     shards.extend(stalled.finish());
     assert_same_bytes("fs.tar", &image::decode(&shards).unwrap()["fs.tar"], &sent);
+}
+
+/// All but one of the shards are read only when CRIU has gone. For a second they could begin.
+#[test]
+fn shards_that_begin_too_late_do_not_stop_criu_and_the_wait_for_them_is_told() {
+    let (mut readers, writers) = shards::pipes(4, None);
+    let mut streamer = Streamer::capture().shards(writers).start();
+    let late = readers.split_off(1);
+    let flowing = Collector::start(readers);
+    let content = random::bytes(5, 4 * PAGES);
+    let criu = streamer.criu();
+    criu.write_file("pages-1.img", &content);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    // With a buffer, CRIU has gone before any shard is fed.
+    if std::env::var_os(BUFFER).is_some() {
+        thread::sleep(Duration::from_secs(3));
+    }
+    let late = Collector::start(late);
+    let exit = streamer.expect_success();
+    assert!(
+        exit.stderr.contains("readers began late"),
+        "{}",
+        exit.stderr
+    );
+    let shards = [flowing.finish(), late.finish()].concat();
+    assert_same_bytes(
+        "pages-1.img",
+        &image::decode(&shards).unwrap()["pages-1.img"],
+        &content,
+    );
+}
+
+#[test]
+fn every_shard_says_whose_it_is_even_if_it_gets_nothing_else() {
+    for index in [false, true] {
+        let (mut readers, writers) = shards::pipes(5, None);
+        let launch = match index {
+            true => {
+                let (reader, writer) = pipe();
+                readers.push(reader);
+                let number = writer.as_raw_fd().to_string();
+                Streamer::capture()
+                    .inherit(writer)
+                    .args(["--index-fd", &number])
+            }
+            false => Streamer::capture(),
+        };
+        let mut streamer = launch.shards(writers).start();
+        let collector = Collector::start(readers);
+        streamer.criu().write_file("inventory.img", b"inventory");
+        streamer.expect_success();
+        let shards = collector.finish();
+        assert!(
+            shards.iter().all(|shard| shard.len() > 36),
+            "an origin is longer"
+        );
+        assert_eq!(
+            image::decode(&shards).unwrap()["inventory.img"],
+            b"inventory"
+        );
+    }
 }
 
 #[test]

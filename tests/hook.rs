@@ -553,6 +553,20 @@ fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
     assert!(!Role::Capture.socket(caller.images_dir.path()).exists());
 }
 
+#[test]
+fn a_buffer_of_which_criu_has_nothing_is_told_to_have_no_use() {
+    let caller = Caller::new(&["dump"]);
+    let options = "--buffer 1M\n--shard-cmd cat >image";
+    caller.write("streamer-capture.options", options);
+    let output = caller.hook("pre-stream");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("--buffer has no use without --go-on-when-copied"),
+        "{said}"
+    );
+}
+
 /// The application would be frozen for ever.
 #[test]
 fn a_file_that_criu_never_closes_fails_the_dump() {

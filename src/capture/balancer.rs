@@ -15,14 +15,21 @@
 //! that takes less than two thirds of what others would take falls behind. One that is far behind
 //! is not waited for any more, and gets what it has room for.
 //!
+//! **Late shards.** A shard whose reader has not begun looks like a stalled one. How much is still
+//! to come is not known; where as much comes as has come, all but one can make up for a stalled
+//! one. So shards go on without the one that has got the fewest bytes, and no further ahead of
+//! several: then the image waits, for [`Patience::LATE`] in all, until these have begun.
+//!
+//! **Small images.** As long as the shards have got little, chunks are small: the last chunk of an
+//! image makes its shard larger than the others by its size.
+//!
 //! **From below.** Free slots are never overestimated: what is known of a shard from its last
 //! inspection is a lower bound, since its reader only frees more. Only when the known free slots do
 //! not suffice are the shards inspected again (`FIONREAD`, which contends with the reader for the
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
 //! **Why nothing deadlocks.** An empty shard always has room, however full the others are. Where
-//! any has room, one is chosen, at once or when patience has ended, which it has when a chunk was
-//! held back for 100 ms. So data moves as long as any reader reads. A chunk that was given
+//! any has room, one is chosen, at once or when patience has ended. So data moves as long as any reader reads. A chunk that was given
 //! to a shard fits into it, since the slots that it takes are never underestimated either
 //! ([`super::chunk`] says how). So it leaves its source at once: no source ever waits for one
 //! particular shard, and no shard for a source.
@@ -34,6 +41,9 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use crate::os::pipe::slot;
+
+const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// What the balancer needs to know of a shard.
@@ -59,11 +69,12 @@ pub(super) struct Placement {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Choice {
     To(Placement),
-    /// To this one, but it is ahead of others that may soon have room.
+    /// To this one, but it is ahead of others that may soon have room, and maybe far ahead of
+    /// several. Of those that are ahead one may be empty, so that its reader waits.
     Ahead {
         placement: Placement,
-        /// One that is ahead is empty, and its reader waits.
         is_waiting: bool,
+        is_far: bool,
     },
     /// To none: they are too full.
     Full,
@@ -81,9 +92,11 @@ impl Choice {
             Choice::Ahead {
                 placement,
                 is_waiting,
+                is_far,
             } => Choice::Ahead {
                 placement: shift(placement),
                 is_waiting,
+                is_far,
             },
             Choice::Full => Choice::Full,
         }
@@ -93,7 +106,7 @@ impl Choice {
 /// Finds a shard for `wanted` slots, or for a part of them that is worth a chunk.
 pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Choice> {
     let largest = shards.iter().map(S::slots).max().unwrap_or(0);
-    let wanted = wanted.min(largest);
+    let wanted = wanted.min(largest).min(most_slots(shards));
     let most = most_given(shards);
     let fits = |shard: &S| shard.given() <= most && shard.free_slots() >= wanted;
     if let Some(placement) = emptiest(shards, wanted, fits) {
@@ -116,8 +129,30 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
         Some(placement) => Choice::Ahead {
             placement,
             is_waiting: shards.iter().any(is_empty),
+            is_far: shards[placement.shard].given() > most_without_others(shards),
         },
     })
+}
+
+/// The most slots of a chunk and its markers: few as long as the shards have got little.
+fn most_slots<S: Slots>(shards: &[S]) -> usize {
+    if let [_] = shards {
+        return usize::MAX;
+    }
+    let mean = shards.iter().map(S::given).sum::<u64>() / shards.len() as u64;
+    1 + (mean / 8).max(64 * KIB) as usize / slot()
+}
+
+/// The most bytes that a shard may have got while several others have got far less. The one with
+/// the fewest does not count, unless there are only two.
+fn most_without_others<S: Slots>(shards: &[S]) -> u64 {
+    let total: u64 = shards.iter().map(S::given).sum();
+    let fewest = shards.iter().map(S::given).min().unwrap_or(0);
+    let usual = match shards.len() as u64 {
+        0..=2 => total / 2,
+        count => (total - fewest) / (count - 1),
+    };
+    usual + usual / 8 + 256 * KIB
 }
 
 /// The most bytes that a shard may have got and not be ahead: some more than the one with the
@@ -131,7 +166,7 @@ fn most_given<S: Slots>(shards: &[S]) -> u64 {
     let far_behind = most.saturating_sub((most / 2).clamp(8 * MIB, 128 * MIB));
     let fewest = given().filter(|&given| given >= far_behind).min();
     let fewest = fewest.unwrap_or(0);
-    fewest + (fewest / 16).clamp(MIB, 16 * MIB)
+    fewest + (fewest / 16).clamp(64 * KIB, 16 * MIB)
 }
 
 /// Of the shards that qualify, that which has got the fewest bytes; the first of several.
@@ -150,16 +185,39 @@ fn emptiest<S: Slots>(
     })
 }
 
-/// How long shards that are ahead may still be left to wait. It grows by half of the time in which
-/// they are not.
-#[derive(Debug, Default)]
+/// How long shards that are ahead may still be left to wait.
+#[derive(Debug)]
 pub(super) struct Patience {
-    /// In nanoseconds. Less than none, when the caller looked away for longer than it lasted.
+    /// For those that are ahead, in nanoseconds: half of the time in which none waits. Less than
+    /// none, when the caller looked away for longer than it lasted.
     left: i64,
+    /// For those that are far ahead.
+    late: Duration,
     as_of: Option<Instant>,
-    is_waiting: bool,
+    waits: Waits,
     /// When a chunk was held back first, if none was given to a shard behind since.
     held_since: Option<Instant>,
+}
+
+/// What shards wait for while a chunk is held back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waits {
+    /// None is empty.
+    No,
+    ForOthers,
+    ForLateOnes,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            left: 0,
+            late: Self::LATE,
+            as_of: None,
+            waits: Waits::No,
+            held_since: None,
+        }
+    }
 }
 
 impl Patience {
@@ -167,21 +225,36 @@ impl Patience {
     /// processor with two others has it again by then.
     const LONGEST: Duration = Duration::from_millis(100);
 
-    /// Whether shards that are ahead are to wait, of which `is_waiting` tells whether one does so
-    /// already. There is no patience when this is asked first.
-    pub(super) fn lasts(&mut self, is_waiting: bool, now: Instant) -> bool {
+    /// For all late shards of an image together. Commands that connect to another machine take up
+    /// to a second before they read.
+    const LATE: Duration = Duration::from_millis(1200);
+
+    /// True if shards that are ahead, or even far ahead, are to wait. If `is_waiting`, one does so
+    /// already. There is no patience when this is asked first, but for late ones.
+    pub(super) fn lasts(&mut self, is_waiting: bool, is_far: bool, now: Instant) -> bool {
         self.pass(now);
         let held_since = *self.held_since.get_or_insert(now);
-        let lasts = self.left > 0 && now.saturating_duration_since(held_since) < Self::LONGEST;
-        self.is_waiting = is_waiting && lasts;
-        lasts
+        let is_short = now.saturating_duration_since(held_since) < Self::LONGEST;
+        let lasts = self.left > 0 && is_short;
+        let lasts_longer = is_far && self.late > Duration::ZERO;
+        self.waits = match (lasts, lasts_longer) {
+            (true, _) if is_waiting => Waits::ForOthers,
+            (false, true) => Waits::ForLateOnes,
+            _ => Waits::No,
+        };
+        lasts || lasts_longer
+    }
+
+    /// The time for which late shards were waited for.
+    pub(super) fn spent_on_late(&self) -> Duration {
+        Self::LATE - self.late
     }
 
     /// No shard has room, so that none is left to wait.
     pub(super) fn rest(&mut self) {
-        if self.is_waiting {
+        if self.waits != Waits::No {
             self.pass(Instant::now());
-            self.is_waiting = false;
+            self.waits = Waits::No;
         }
     }
 
@@ -193,18 +266,24 @@ impl Patience {
 
     fn pass(&mut self, now: Instant) {
         let before = self.as_of.replace(now).unwrap_or(now);
-        let passed = now.saturating_duration_since(before).as_nanos() as i64;
-        self.left = if self.is_waiting {
-            self.left - passed
-        } else {
-            (self.left + passed / 2).min(Self::LONGEST.as_nanos() as i64)
-        };
+        let passed = now.saturating_duration_since(before);
+        let nanos = passed.as_nanos() as i64;
+        match self.waits {
+            Waits::No => {
+                self.left = (self.left + nanos / 2).min(Self::LONGEST.as_nanos() as i64);
+            }
+            Waits::ForOthers => self.left -= nanos,
+            Waits::ForLateOnes => self.late = self.late.saturating_sub(passed),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// So much that chunks are as large as can be.
+    const GIVEN: u64 = 40 * MIB;
 
     #[derive(Clone)]
     struct Fake {
@@ -221,7 +300,7 @@ mod tests {
                 slots: 256,
                 known,
                 real,
-                given: 0,
+                given: GIVEN,
                 inspections: 0,
             }
         }
@@ -262,9 +341,9 @@ mod tests {
     #[test]
     fn of_those_with_room_the_shard_with_the_fewest_bytes_is_chosen_without_looking_at_any() {
         let mut shards = [
-            Fake::new(10, 256).given(1000),
-            Fake::new(100, 256).given(3000),
-            Fake::new(200, 256).given(4000),
+            Fake::new(10, 256).given(GIVEN + 1000),
+            Fake::new(100, 256).given(GIVEN + 3000),
+            Fake::new(200, 256).given(GIVEN + 4000),
         ];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
         assert!(shards.iter().all(|shard| shard.inspections == 0));
@@ -272,7 +351,7 @@ mod tests {
 
     #[test]
     fn shards_are_inspected_when_the_known_room_does_not_suffice() {
-        let mut shards = [Fake::new(3, 3), Fake::new(5, 200).given(9000)];
+        let mut shards = [Fake::new(3, 3), Fake::new(5, 200).given(GIVEN + 9000)];
         assert_eq!(choose(&mut shards, 64).unwrap(), to(1, 64));
     }
 
@@ -286,13 +365,13 @@ mod tests {
 
     #[test]
     fn a_chunk_is_rather_cut_than_given_to_a_shard_with_more_bytes() {
-        let mut shards = [Fake::new(0, 128), Fake::new(0, 256).given(4096)];
+        let mut shards = [Fake::new(0, 128), Fake::new(0, 256).given(GIVEN + 4096)];
         assert_eq!(choose(&mut shards, 256).unwrap(), to(0, 128));
     }
 
     #[test]
     fn full_shards_are_passed_over() {
-        let mut shards = [Fake::new(0, 0), Fake::new(0, 2).given(9000)];
+        let mut shards = [Fake::new(0, 0), Fake::new(0, 2).given(GIVEN + 9000)];
         assert_eq!(choose(&mut shards, 2).unwrap(), to(1, 2));
         assert_eq!(choose(&mut [Fake::new(0, 0)], 1).unwrap(), Choice::Full);
     }
@@ -328,6 +407,7 @@ mod tests {
             let ahead = Choice::Ahead {
                 placement,
                 is_waiting,
+                is_far: false,
             };
             assert_eq!(beside_full(free, 43), ahead);
             assert_eq!(beside_full(free, 47), ahead);
@@ -339,14 +419,14 @@ mod tests {
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);
         let mut patience = Patience::default();
-        assert!(!patience.lasts(false, at(0)));
+        assert!(!patience.lasts(false, false, at(0)));
         patience.catch_up();
-        assert!(patience.lasts(false, at(1000)));
-        assert!(patience.lasts(false, at(1099)));
-        assert!(!patience.lasts(false, at(1100)));
-        assert!(!patience.lasts(false, at(9000)));
+        assert!(patience.lasts(false, false, at(1000)));
+        assert!(patience.lasts(false, false, at(1099)));
+        assert!(!patience.lasts(false, false, at(1100)));
+        assert!(!patience.lasts(false, false, at(9000)));
         patience.catch_up();
-        assert!(patience.lasts(false, at(9001)));
+        assert!(patience.lasts(false, false, at(9001)));
     }
 
     #[test]
@@ -362,6 +442,7 @@ mod tests {
                 slots: 64,
             },
             is_waiting: true,
+            is_far: false,
         };
         assert_eq!(choose(&mut shards, 64).unwrap(), expected);
     }
@@ -375,62 +456,103 @@ mod tests {
         assert_eq!(choose(&mut shards, 64).unwrap(), to(0, 64));
     }
 
-    /// Readers of these speeds, in slots for each millisecond, and a source that never runs dry:
-    /// the bytes that each shard has got after a time, and what the largest is in mean ones.
-    fn simulate(speeds: &[usize], millis: u64) -> (Vec<u64>, f64) {
+    /// Readers of these speeds, in slots for each millisecond, of which some begin after a time,
+    /// and a source of so many MiB: when all of it was given, in ms, and the bytes of each shard.
+    fn simulate(speeds: &[usize], late: &[u64], mib: u64) -> (u64, Vec<u64>) {
         let start = Instant::now();
         let mut patience = Patience::default();
-        let mut shards = vec![Fake::new(256, 256); speeds.len()];
-        for milli in 0..millis {
+        let mut shards = vec![Fake::new(256, 256).given(0); speeds.len()];
+        let mut left = mib * MIB;
+        for milli in 0.. {
             let now = start + Duration::from_millis(milli);
-            loop {
+            while left > 0 {
                 let placement = match choose(&mut shards, 257).unwrap() {
                     Choice::To(placement) => {
                         patience.pass(now);
-                        patience.is_waiting = false;
+                        patience.waits = Waits::No;
                         patience.catch_up();
                         placement
                     }
                     Choice::Ahead {
                         placement,
                         is_waiting,
-                    } if !patience.lasts(is_waiting, now) => placement,
+                        is_far,
+                    } if !patience.lasts(is_waiting, is_far, now) => placement,
                     Choice::Ahead { .. } | Choice::Full => break,
                 };
                 let shard = &mut shards[placement.shard];
                 shard.known -= placement.slots;
                 shard.real = shard.known;
-                shard.given += placement.slots as u64 * 4096;
+                let bytes = (placement.slots as u64 * 4096).min(left);
+                shard.given += bytes;
+                left -= bytes;
             }
-            for (shard, speed) in shards.iter_mut().zip(speeds) {
-                shard.real = (shard.real + speed).min(shard.slots);
+            if left == 0 {
+                return (milli, shards.iter().map(|shard| shard.given).collect());
+            }
+            for (index, (shard, speed)) in shards.iter_mut().zip(speeds).enumerate() {
+                if late.get(index).is_none_or(|&late| milli >= late) {
+                    shard.real = (shard.real + speed).min(shard.slots);
+                }
             }
         }
-        let given: Vec<_> = shards.iter().map(|shard| shard.given).collect();
+        unreachable!("some shard takes something")
+    }
+
+    fn largest_over_mean(given: &[u64]) -> f64 {
         let mean = given.iter().sum::<u64>() as f64 / given.len() as f64;
-        let largest = *given.iter().max().unwrap() as f64;
-        (given, largest / mean)
+        *given.iter().max().unwrap() as f64 / mean
     }
 
     #[test]
     fn shards_whose_readers_differ_a_little_stay_even() {
         for speeds in [[60, 60, 60, 60], [60, 60, 60, 45], [70, 60, 50, 50]] {
-            let (given, largest_over_mean) = simulate(&speeds, 2000);
-            assert!(largest_over_mean < 1.05, "{speeds:?}: {given:?}");
+            let (_, given) = simulate(&speeds, &[], 1500);
+            assert!(largest_over_mean(&given) < 1.05, "{speeds:?}: {given:?}");
+        }
+    }
+
+    #[test]
+    fn small_images_are_even_over_many_shards() {
+        for count in [16, 32] {
+            let (_, given) = simulate(&vec![60; count], &[], 96);
+            assert!(largest_over_mean(&given) < 1.15, "{given:?}");
         }
     }
 
     #[test]
     fn a_slow_shard_gets_what_it_takes_and_the_others_hardly_less_than_without_it() {
         for slow in [0, 1, 5] {
-            let (given, _) = simulate(&[60, 60, 60, slow], 5000);
-            let without = 5000 * 60 * 4096;
+            let (millis, given) = simulate(&[60, 60, 60, slow], &[], 3000);
+            let without = millis * 60 * 4096;
             assert!(
                 given[..3].iter().all(|&given| given * 10 >= without * 9),
                 "beside one of {slow} slots/ms: {given:?}"
             );
-            assert!(given[3] + MIB >= 5000 * slow as u64 * 4096, "{given:?}");
+            assert!(given[3] + MIB >= millis * slow as u64 * 4096, "{given:?}");
         }
+    }
+
+    #[test]
+    fn shards_that_begin_late_get_their_share_unless_they_are_too_late() {
+        let late = |millis| [0, millis, millis, millis];
+        for millis in [300, 1000] {
+            let (_, given) = simulate(&[60; 4], &late(millis), 400);
+            assert!(largest_over_mean(&given) < 1.15, "{millis} ms: {given:?}");
+        }
+        // Later ones are waited for no longer, besides the 400 ms that the one takes.
+        let limit = Patience::LATE + Patience::LONGEST + Duration::from_millis(400);
+        let (millis, _) = simulate(&[60_000; 4], &late(5000), 400);
+        assert!(u128::from(millis) <= limit.as_millis() + 1, "{millis}");
+    }
+
+    #[test]
+    fn one_of_four_that_does_not_begin_is_not_waited_for() {
+        let (millis, _) = simulate(&[60_000; 4], &[5000], 256);
+        assert!(
+            u128::from(millis) <= Patience::LONGEST.as_millis() + 20,
+            "{millis}"
+        );
     }
 
     #[test]
@@ -438,21 +560,24 @@ mod tests {
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);
         let mut patience = Patience::default();
-        assert!(!patience.lasts(true, at(0)), "nothing has happened yet");
-        assert!(patience.lasts(true, at(20)));
-        assert!(patience.lasts(true, at(29)));
-        assert!(!patience.lasts(true, at(30)));
-        assert!(patience.lasts(true, at(40)));
-        assert!(!patience.lasts(true, at(45)));
-        assert!(patience.lasts(true, at(47)));
-        assert!(!patience.lasts(true, at(58)), "10 ms too long");
-        assert!(!patience.lasts(true, at(78)));
-        assert!(patience.lasts(true, at(80)));
-        assert!(!patience.lasts(true, at(100)));
-        patience.catch_up();
-        assert!(patience.lasts(true, at(100_000)));
         assert!(
-            !patience.lasts(true, at(100_100)),
+            !patience.lasts(true, false, at(0)),
+            "nothing has happened yet"
+        );
+        assert!(patience.lasts(true, false, at(20)));
+        assert!(patience.lasts(true, false, at(29)));
+        assert!(!patience.lasts(true, false, at(30)));
+        assert!(patience.lasts(true, false, at(40)));
+        assert!(!patience.lasts(true, false, at(45)));
+        assert!(patience.lasts(true, false, at(47)));
+        assert!(!patience.lasts(true, false, at(58)), "10 ms too long");
+        assert!(!patience.lasts(true, false, at(78)));
+        assert!(patience.lasts(true, false, at(80)));
+        assert!(!patience.lasts(true, false, at(100)));
+        patience.catch_up();
+        assert!(patience.lasts(true, false, at(100_000)));
+        assert!(
+            !patience.lasts(true, false, at(100_100)),
             "a stall is not waited for"
         );
     }

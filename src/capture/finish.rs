@@ -32,6 +32,7 @@ impl CaptureLoop<'_> {
             self.image_writer.flush()?;
             pace.nap_longer();
         }
+        self.image_writer.warn_of_late_shards();
         while self.image_writer.flush()? == Flushed::Partly {
             self.wait_for_readers(&mut pace)?;
         }

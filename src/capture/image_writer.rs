@@ -7,7 +7,7 @@
 //! Where the image has an index, that is the last of the shards. It gets all markers but those of
 //! the data of large files, which go to the other shards, and the data of all other files.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -21,11 +21,15 @@ use super::staging::Staging;
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
+use crate::report;
 use crate::report::progress::Stats;
 use crate::store::Extent;
 
 /// The slots that the markers of a chunk take.
 const MARKER_SLOTS: usize = 1;
+
+/// A wait for late shards that is worth a word.
+const LONG_WAIT: Duration = Duration::from_millis(200);
 
 /// How far a source, or the busiest of all, got in one round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -216,8 +220,9 @@ impl ImageWriter {
             Choice::Ahead {
                 placement,
                 is_waiting,
+                is_far,
             } => {
-                let waits = self.patience.lasts(is_waiting, Instant::now());
+                let waits = self.patience.lasts(is_waiting, is_far, Instant::now());
                 (!waits).then_some(placement)
             }
             Choice::Full => {
@@ -254,6 +259,11 @@ impl ImageWriter {
         marker.is_index = seq == 0 && self.index.is_some();
         self.shards[shard].mark(marker);
         self.seq += 1;
+        if seq == 0 {
+            // Each shard says whose it is, even if it gets nothing else.
+            let others = (0..self.shards.len()).filter(|&other| other != shard);
+            others.for_each(|other| self.mark(other, Body::Data(0)));
+        }
     }
 
     /// Writes all that is queued, as far as the shards have room.
@@ -268,6 +278,17 @@ impl ImageWriter {
             }
         }
         Ok(flushed)
+    }
+
+    /// Warns if the image waited for late shards.
+    pub(super) fn warn_of_late_shards(&self) {
+        let waited = self.patience.spent_on_late();
+        if waited >= LONG_WAIT {
+            report::warn(format_args!(
+                "the image waited {:.1} s for shards whose readers began late, so that none is much larger than the others: start their commands before CRIU",
+                waited.as_secs_f64()
+            ));
+        }
     }
 
     /// What passed through each shard.

@@ -88,6 +88,11 @@ fn start() -> Result<()> {
     let options_dir = options_dir();
     let role = role_of(&caller, &options_dir)?;
     let mut plan = read_plan(&options_dir, role, &images_dir)?;
+    if plan.buffer.is_some() && !plan.goes_on_when_copied {
+        report::warn(
+            "hook: --buffer has no use without --go-on-when-copied: CRIU waits until the image is written, and the copy only takes memory and time",
+        );
+    }
     // One that is still at work has its log and its outcome here.
     Listener::check(&images_dir, role, SocketPath::CriusOwn)?;
     let [log, outcome] = [LOG, OUTCOME].map(|suffix| role.file_name(suffix));
