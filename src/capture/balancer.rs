@@ -29,10 +29,10 @@
 //! pipe's mutex), so that many small files pass between two inspections.
 //!
 //! **Why nothing deadlocks.** An empty shard always has room, however full the others are. Where
-//! any has room, one is chosen, at once or when patience has ended. So data moves as long as any reader reads. A chunk that was given
-//! to a shard fits into it, since the slots that it takes are never underestimated either
-//! ([`super::chunk`] says how). So it leaves its source at once: no source ever waits for one
-//! particular shard, and no shard for a source.
+//! any has room, one is chosen, at once or when patience has ended. So data moves as long as any
+//! reader reads. A chunk that was given to a shard fits into it, since the slots that it takes are
+//! never underestimated either ([`super::chunk`] says how). So it leaves its source at once: no
+//! source ever waits for one particular shard, and no shard for a source.
 //!
 //! A shard that another process writes to as well, or whose reader has made the pipe smaller, has
 //! less room than we know. What such a shard does not take is copied to its queue, so that even
