@@ -7,6 +7,7 @@
 //! * `capture`: from CRIU's pipes to the shards, or first to a buffer
 //! * `receive`: from the shards to a store
 //! * `serve`: from memory to CRIU's pipes
+//! * `lazy`: from memory into the processes that CRIU has restored
 //! * `store`: where received files go: memory, disk, external files, or nowhere
 //! * `listen_ports`: changes the ports that the application listens on
 //! * `criu`: the socket over which CRIU asks for files and passes pipes
@@ -25,6 +26,7 @@ mod commands;
 mod criu;
 mod format;
 pub mod fuzzing;
+mod lazy;
 mod listen_ports;
 mod os;
 mod pace;

@@ -10,7 +10,7 @@
 use crate::common::keeping::Keeping;
 use crate::common::skip;
 use crate::criu::huge_pages::HugePages;
-use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX};
+use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX, lazily};
 use crate::criu::{Application, Machine};
 
 /// How often an application goes through the streamer: what goes wrong here depends on who is
@@ -87,13 +87,17 @@ impl Case {
             return skip(&format!("CRIU alone cannot do this here: {why}"));
         }
         for round in 1..=ROUNDS {
-            // Every other time with an index, while the image arrives.
+            // Every other time with an index, while the image arrives; in the second half the
+            // application runs before its memory is there.
             let (dump, restore) = match round % 2 {
                 0 => (CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX),
                 _ => (CAPTURE, RESTORE),
             };
             let keeping = Keeping::in_turn(round);
-            let restore = keeping.in_script(restore);
+            let mut restore = keeping.in_script(restore);
+            if round > ROUNDS / 2 {
+                restore = lazily(&restore);
+            }
             if let Err(why) = self.restores(&machine, &mut application, dump, &restore) {
                 panic!("round {round} of {ROUNDS}, {keeping:?}: {why}");
             }

@@ -92,6 +92,8 @@ mod real_criu_buffer;
 mod real_criu_failures;
 /// A damaged image with an index leaves nothing running.
 mod real_criu_index;
+/// A real CRIU's restore that runs at once, and is never wrong.
+mod real_criu_lazy;
 /// A real CRIU that the streamer starts: interrupted and failed checkpoints harm no one.
 mod real_criu_one_command;
 /// A real CRIU that delivers less than a dump is found out.

@@ -365,7 +365,7 @@ impl<'a> CaptureLoop<'a> {
                         return Err(self.image_writer.shards()[event.id as usize].reader_gone());
                     }
                 }
-                Watched::External | Watched::Transfer => {}
+                Watched::External | Watched::Transfer | Watched::Memory => {}
             }
         }
         Ok(activity)

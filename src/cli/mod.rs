@@ -73,6 +73,11 @@ pub struct Args {
     #[structopt(long, value_name = "fd", global = true)]
     index_fd: Option<FdNumber>,
 
+    /// serve: let the application run at once, and fill in its memory afterwards. `criu restore`
+    /// must have its own --lazy-pages. The progress line `memory-in-place` tells when all is there
+    #[structopt(long, global = true)]
+    lazy_pages: bool,
+
     /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
     /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
     /// there. The progress line `memory-copied` tells when the application may go on
@@ -340,7 +345,12 @@ impl fmt::Display for Usage {
 impl std::error::Error for Usage {}
 
 /// Options without a value.
-const FLAGS: [&str; 3] = ["--index", "--go-on-when-copied", "--progress-bar"];
+const FLAGS: [&str; 4] = [
+    "--index",
+    "--lazy-pages",
+    "--go-on-when-copied",
+    "--progress-bar",
+];
 
 /// Puts the subcommand before all options: of an option that stands on both sides of it, clap keeps
 /// the values of one side only. Words behind `--` are another program's.

@@ -82,6 +82,8 @@ pub(crate) struct Plan {
     pub(crate) shards: Shards,
     /// The last of the shards is an index.
     pub(crate) has_index: bool,
+    /// The application runs before its memory is filled in.
+    pub(crate) lazy_pages: bool,
     pub(crate) buffer: Option<BufferSize>,
     /// The CRIU that waits in its hook may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
@@ -118,6 +120,7 @@ impl Plan {
                 None => Shards::Descriptors(claimed.shards),
             },
             has_index: args.index || args.index_fd.is_some(),
+            lazy_pages: args.lazy_pages,
             buffer: args.buffer,
             goes_on_when_copied: args.go_on_when_copied,
             external_files: descriptors.chain(file_commands).collect(),
@@ -173,6 +176,10 @@ fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
         (
             args.index_fd.is_some() && has_commands,
             "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index",
+        ),
+        (
+            args.lazy_pages && !is(Action::Serve),
+            "--lazy-pages: it is for `serve`",
         ),
         (
             args.buffer.is_some() && !is(Action::Capture),

@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::cli::{Action, FileEnd, Plan, Shards, Usage};
 use crate::criu::files;
 use crate::format::ImageName;
+use crate::lazy::LazyMemory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::receive;
 use crate::report;
@@ -41,6 +42,8 @@ struct Session {
     supervisor: Supervisor,
     counters: Counters,
     bar: Option<ProgressBar>,
+    /// With --lazy-pages.
+    lazy: Option<LazyMemory>,
 }
 
 /// Carries out a plan.
@@ -55,11 +58,14 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     raise_descriptor_limit();
     let labels = plan.shards.labels();
     let counters = Counters::new(labels.len());
+    let lazy = || LazyMemory::new(&counters.filled).context("--lazy-pages");
+    let lazy = plan.lazy_pages.then(lazy).transpose()?;
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
     let session = Session {
         supervisor,
         bar: plan.progress_bar.then(start_bar),
         counters,
+        lazy,
     };
     match plan.action {
         Action::Capture => {

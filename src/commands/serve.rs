@@ -10,6 +10,7 @@ use super::{ExternalFiles, Session, check_whole};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
+use crate::lazy::LazyMemory;
 use crate::listen_ports::{self, Remap};
 use crate::os::descriptor::Direction;
 use crate::os::poller::{Event, Wait};
@@ -31,10 +32,24 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let (counters, supervisor) = (&session.counters, &session.supervisor);
     let served = if plan.has_index {
         let receiver = Receiver::with_index(shards, files, counters, supervisor);
-        Restore::run(plan, supervisor, session.bar, external, receiver)
+        Restore::run(
+            plan,
+            supervisor,
+            session.bar,
+            session.lazy,
+            external,
+            receiver,
+        )
     } else {
         let receiver = Receiver::without_index(shards, files, counters, supervisor);
-        Restore::run(plan, supervisor, session.bar, external, receiver)
+        Restore::run(
+            plan,
+            supervisor,
+            session.bar,
+            session.lazy,
+            external,
+            receiver,
+        )
     };
     session.supervisor.conclude(served)
 }
@@ -44,6 +59,8 @@ struct Restore<'a, I> {
     plan: Plan,
     supervisor: &'a Supervisor,
     bar: Option<ProgressBar>,
+    /// With --lazy-pages, until CRIU may connect.
+    lazy: Option<LazyMemory>,
     external: ExternalFiles,
     receiver: Receiver<'a, I>,
     /// Once CRIU may connect.
@@ -59,6 +76,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         plan: Plan,
         supervisor: &'a Supervisor,
         bar: Option<ProgressBar>,
+        lazy: Option<LazyMemory>,
         external: ExternalFiles,
         receiver: Result<Receiver<'a, I>>,
     ) -> Result<(), Failure> {
@@ -66,6 +84,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             plan,
             supervisor,
             bar,
+            lazy,
             external,
             receiver: receiver?,
             server: None,
@@ -138,12 +157,18 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
                 self.is_proven = true;
                 let stats = self.receiver.stats();
                 self.plan.progress.stats(&stats);
-                if let Some(bar) = self.bar.take() {
-                    bar.conclude(&stats);
+                if !self.plan.lazy_pages {
+                    self.end_bar();
                 }
             }
         }
         Ok(())
+    }
+
+    fn end_bar(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.conclude(&self.receiver.stats());
+        }
     }
 
     /// Whether all is here that must be before CRIU may connect: what the commands of external
@@ -156,15 +181,20 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         if self.is_proven {
             return Ok(!self.receiver.is_sending() && self.supervisor.have_pumps_written()?);
         }
-        let is_prepared =
-            self.plan.remaps.is_empty() || self.receiver.catalog().is_whole(listen_ports::FILE);
+        // An image that has not proved whole must not run, and with lazy pages CRIU waits for few.
+        let is_prepared = !self.plan.lazy_pages
+            && (self.plan.remaps.is_empty()
+                || self.receiver.catalog().is_whole(listen_ports::FILE));
         Ok(is_prepared && self.receiver.keeps_back())
     }
 
     fn let_criu_connect(&mut self) -> Result<()> {
         remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
+        if let Some(lazy) = &mut self.lazy {
+            lazy.lay_out(self.receiver.catalog())?;
+        }
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve, self.plan.socket_path())?;
-        self.server = Some(Server::new(listener, self.supervisor)?);
+        self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
         self.plan.progress.reached(Milestone::SocketInit);
         if self.plan.progress_bar && self.plan.criu.is_none() {
             let image = match self.is_proven {
@@ -184,7 +214,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         }
     }
 
-    /// Whether CRIU and the readers of external files have all that they want.
+    /// Whether CRIU, the readers of external files and the application have all that they want.
     ///
     /// # Errors
     /// When CRIU has left before the image has proved whole.
@@ -198,7 +228,14 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
                  see CRIU's log"
             )));
         }
-        Ok(!self.receiver.is_sending())
+        if self.receiver.is_sending() || !server.memory_is_in_place()? {
+            return Ok(false);
+        }
+        if self.plan.lazy_pages {
+            self.plan.progress.reached(Milestone::MemoryInPlace);
+            self.end_bar();
+        }
+        Ok(true)
     }
 }
 

@@ -39,10 +39,12 @@ pub(crate) enum Watched {
     External,
     /// A file on its way to CRIU.
     Transfer,
+    /// The memory of a restored application.
+    Memory,
 }
 
 impl Watched {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Interrupt,
         Self::Caller,
         Self::Listener,
@@ -51,6 +53,7 @@ impl Watched {
         Self::Shard,
         Self::External,
         Self::Transfer,
+        Self::Memory,
     ];
 }
 

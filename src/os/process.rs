@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs::{self, File};
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
@@ -68,12 +69,21 @@ pub(crate) fn parent_of(pid: u32) -> Option<u32> {
     field_of(pid, 4).filter(|&parent| parent != 0)
 }
 
-/// A field of /proc/PID/stat. The fields behind the name, which ends with the last parenthesis,
-/// start with the third (proc(5)).
 fn field_of<T: FromStr>(pid: u32, number: usize) -> Option<T> {
+    fields_of(pid, number..=number)?.parse().ok()
+}
+
+/// Fields of /proc/PID/stat, with blanks between them. The fields behind the name, which ends with
+/// the last parenthesis, start with the third (proc(5)).
+pub(crate) fn fields_of(pid: u32, numbers: RangeInclusive<usize>) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, fields) = stat.rsplit_once(") ")?;
-    fields.split(' ').nth(number - 3)?.parse().ok()
+    let (_, fields) = stat.trim_end().rsplit_once(") ")?;
+    let fields: Vec<_> = fields.split(' ').collect();
+    Some(
+        fields
+            .get(numbers.start() - 3..=numbers.end() - 3)?
+            .join(" "),
+    )
 }
 
 /// Closes all descriptors but the standard streams, which whoever started this process has left

@@ -105,6 +105,11 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
             Direction::In => "waiting for the image".into(),
         };
     }
+    let filled = counters.filled.get();
+    if filled > 0 {
+        let filled = size(filled);
+        return format!("the application runs; {filled} of its memory are in place");
+    }
     let (files, speed) = (
         counters.files.get(),
         speed(bytes - bytes_then, then.elapsed()),
@@ -207,6 +212,18 @@ mod tests {
         counters.copied.add(1);
         let line = text(Direction::Out, &counters, &mut before);
         assert!(line.ends_with("all of the memory is copied"), "{line}");
+    }
+
+    #[test]
+    fn a_line_tells_how_much_memory_is_in_place() {
+        let counters = Counters::new(1);
+        counters.shards[0].add(5_000_000);
+        counters.filled.add(4_000_000);
+        let line = text(Direction::In, &counters, &mut (Instant::now(), 0));
+        assert_eq!(
+            line,
+            "the application runs; 4.0 MB of its memory are in place"
+        );
     }
 
     #[test]

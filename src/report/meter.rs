@@ -29,6 +29,8 @@ pub struct Counters {
     pub shards: Vec<Counter>,
     /// 1 once a capture with a buffer has copied all of the memory.
     pub copied: Counter,
+    /// Bytes that were filled in after the application went on.
+    pub filled: Counter,
 }
 
 impl Counters {
@@ -38,6 +40,7 @@ impl Counters {
             files: Counter::default(),
             shards: (0..shards).map(|_| Counter::default()).collect(),
             copied: Counter::default(),
+            filled: Counter::default(),
         }
     }
 }

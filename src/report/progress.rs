@@ -20,6 +20,8 @@ pub(crate) enum Milestone {
     CheckpointStart,
     /// All of the dump is in our own memory, and is whole: the application may go on.
     MemoryCopied,
+    /// All of the restored application's memory is filled in: it depends on us no more.
+    MemoryInPlace,
 }
 
 impl Milestone {
@@ -29,6 +31,7 @@ impl Milestone {
             Milestone::SocketInit => "socket-init",
             Milestone::CheckpointStart => "checkpoint-start",
             Milestone::MemoryCopied => "memory-copied",
+            Milestone::MemoryInPlace => "memory-in-place",
         }
     }
 }

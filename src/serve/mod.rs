@@ -12,13 +12,17 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, bail, ensure};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
+use crate::lazy::LazyMemory;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Wait, Watched};
+use crate::os::process::{arguments_in, command_line_of};
 use crate::pace::Activity;
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
@@ -32,6 +36,8 @@ const TURN: usize = 1;
 /// Answers CRIU, and sends it files.
 pub(crate) struct Server<'a> {
     supervisor: &'a Supervisor,
+    /// With --lazy-pages.
+    lazy: Option<LazyMemory>,
     /// Until CRIU has come.
     listener: Option<Listener>,
     clients: Clients<ImageName>,
@@ -57,15 +63,26 @@ pub(crate) fn warn_of_losses(files: &Catalog) {
 
 impl<'a> Server<'a> {
     /// Serves the CRIU that connects to `listener`, until it has gone.
-    pub(crate) fn new(listener: Listener, supervisor: &'a Supervisor) -> Result<Self> {
+    pub(crate) fn new(
+        listener: Listener,
+        lazy: Option<LazyMemory>,
+        supervisor: &'a Supervisor,
+    ) -> Result<Self> {
         // It ends when it has restored everything; what it still wants, its connection tells.
         supervisor.let_caller_end();
         supervisor
             .poller()
             .add(&listener, Watched::Listener, 0, Interest::Readable)
             .context("preparing to wait for CRIU")?;
+        if let Some(lazy) = &lazy {
+            supervisor
+                .poller()
+                .add(lazy, Watched::Memory, 0, Interest::Readable)
+                .context("preparing to wait for the application's memory")?;
+        }
         Ok(Self {
             supervisor,
+            lazy,
             listener: Some(listener),
             clients: Clients::any(),
             is_missed: false,
@@ -179,6 +196,14 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
+    /// Whether the application has all of its memory; true without --lazy-pages.
+    ///
+    /// # Errors
+    /// When it has lost some of it, and was killed.
+    pub(crate) fn memory_is_in_place(&self) -> Result<bool> {
+        self.lazy.as_ref().map_or(Ok(true), LazyMemory::is_in_place)
+    }
+
     fn handle(&mut self, files: &mut Catalog, events: &[Event]) -> Result<()> {
         for event in events {
             match event.kind {
@@ -189,6 +214,7 @@ impl<'a> Server<'a> {
                     }
                 }
                 Watched::Client => self.answer(files, event.id)?,
+                Watched::Memory => drop(self.memory_is_in_place()?),
                 Watched::Transfer => {
                     self.transfers.made_room(event.id);
                     if event.hung_up {
@@ -204,8 +230,12 @@ impl<'a> Server<'a> {
     /// Answers what a client asks, and starts the files that it sent pipes for.
     fn answer(&mut self, files: &mut Catalog, client: u64) -> Result<()> {
         let Server {
-            clients, refused, ..
+            clients,
+            refused,
+            lazy,
+            ..
         } = self;
+        let mut prepared = Ok(());
         let mut opened = Vec::new();
         let answered = clients.next_requests(
             client,
@@ -213,6 +243,12 @@ impl<'a> Server<'a> {
             |connection: &mut Connection, requested: &mut Option<ImageName>, message| match message
             {
                 Message::Request(name) => {
+                    if prepared.is_ok() {
+                        prepared = prepare(lazy.as_mut(), connection, &name);
+                    }
+                    if prepared.is_err() {
+                        return Ok(false);
+                    }
                     *requested = present(files, refused, &name);
                     connection.reply(requested.is_some())?;
                     // A peer that then sends something else than a pipe is not CRIU, and harms no
@@ -242,6 +278,7 @@ impl<'a> Server<'a> {
                 }
             },
         );
+        prepared?;
         let mut sent = Round::default();
         for transfer in opened {
             let poller = self.supervisor.poller();
@@ -249,6 +286,26 @@ impl<'a> Server<'a> {
         }
         self.note(files, &sent);
         answered
+    }
+}
+
+/// Prepares for the memory that the CRIU of this connection leaves to be filled in, if it does.
+fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -> Result<()> {
+    let peer = getsockopt(connection, PeerCredentials).context("asking who asks")?;
+    let criu = peer.pid() as u32;
+    match lazy {
+        Some(lazy) => lazy.before_file(criu, file),
+        // Only its command line tells, if at all; later it looks for its daemon, and fails.
+        None if file == files::INVENTORY => {
+            let command_line = command_line_of(criu);
+            let is_lazy = |argument: &[u8]| argument.starts_with(b"--lazy");
+            ensure!(
+                !arguments_in(&command_line).any(is_lazy),
+                "`criu restore` runs with --lazy-pages: give `serve` the same option"
+            );
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 

@@ -202,6 +202,31 @@ impl Catalog {
         Ok(())
     }
 
+    /// The size of a file that was not asked for yet.
+    pub(crate) fn size(&self, name: &ImageName) -> Option<u64> {
+        match self.files.get(name) {
+            Some(State::Complete(contents)) => Some(contents.len() as u64),
+            _ => None,
+        }
+    }
+
+    /// Takes a file out that was not asked for yet.
+    pub(crate) fn remove(&mut self, name: &ImageName) -> Option<FileData> {
+        match self.files.get_mut(name) {
+            Some(State::Complete(contents)) => {
+                let contents = std::mem::take(contents);
+                self.files.remove(name);
+                Some(contents)
+            }
+            _ => None,
+        }
+    }
+
+    /// Adds a file. One of the same name is replaced.
+    pub(crate) fn insert(&mut self, name: ImageName, contents: FileData) {
+        self.files.insert(name, State::Complete(contents));
+    }
+
     /// The names of all files, in order.
     pub fn names(&self) -> impl Iterator<Item = &ImageName> {
         self.files.keys()

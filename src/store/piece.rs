@@ -31,6 +31,39 @@ impl Piece {
             Piece::Pipe(held) => held.len(),
         }
     }
+
+    /// Cuts off the first `len` bytes, which are copied where they lie in a pipe.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn split_front(&mut self, len: usize, arena: &mut Arena) -> io::Result<Self> {
+        Ok(Piece::Memory(match self {
+            Piece::Memory(extent) => extent.split_front(len),
+            Piece::Pipe(held) => {
+                let mut block = arena.reserve(len)?;
+                let bytes = held.read(block.unfilled())?;
+                block.filled(bytes);
+                arena.seal(block)
+            }
+        }))
+    }
+
+    /// Copies all of it to a buffer of its size, and frees it.
+    ///
+    /// # Errors
+    /// Those of `read`; none for pipes of ours.
+    pub(crate) fn read(self, buffer: &mut [u8]) -> io::Result<()> {
+        match self {
+            Piece::Memory(extent) => buffer.copy_from_slice(extent.bytes()),
+            Piece::Pipe(mut held) => {
+                let mut done = 0;
+                while done < buffer.len() {
+                    done += held.read(&mut buffer[done..])?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A file's data, or a part of it: its pieces, front to back.
@@ -124,7 +157,7 @@ impl FileData {
     }
 
     /// The pieces, front to back.
-    pub(super) fn into_pieces(self) -> impl Iterator<Item = Piece> {
+    pub(crate) fn into_pieces(self) -> impl Iterator<Item = Piece> {
         self.0.into_iter()
     }
 

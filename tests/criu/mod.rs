@@ -83,7 +83,7 @@ fn programs() -> &'static Result<Programs, String> {
             return Err(String::from_utf8_lossy(&found.stderr).trim().into());
         }
         let application = home.join("application");
-        compile(&application, &[]);
+        compile("application.rs", &application, &[]);
         Ok(Programs {
             criu: String::from_utf8_lossy(&found.stdout).trim().into(),
             application,
@@ -92,9 +92,10 @@ fn programs() -> &'static Result<Programs, String> {
     })
 }
 
-/// Compiles the application, unless that was done since its source changed.
-fn compile(program: &Path, options: &[&str]) {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/criu/application.rs");
+/// Compiles an application, unless that was done since its source changed.
+fn compile(source: &str, program: &Path, options: &[&str]) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/criu");
+    let source = sources.join(source);
     let home = program.parent().expect("a directory");
     std::fs::create_dir_all(home).expect("make a directory");
     // Another run of the tests may be doing the same, and a program that is replaced while it runs
@@ -167,6 +168,14 @@ impl Machine {
         Self::new_in(&std::env::temp_dir())
     }
 
+    /// A machine that has the program `shuffler`, too; see tests/criu/shuffler.rs.
+    pub fn with_shuffler() -> Option<Self> {
+        if let Ok(programs) = programs() {
+            compile("shuffler.rs", &programs.home.join("shuffler"), &[]);
+        }
+        Self::new()
+    }
+
     /// A machine whose directory is on the root file system, where the directory for temporary
     /// files need not be.
     pub fn new_on_root_file_system() -> Option<Self> {
@@ -188,6 +197,7 @@ impl Machine {
             let program = programs.static_application();
             // Not position-independent: the README's Limits say what may happen to such a program.
             compile(
+                "application.rs",
                 &program,
                 &["-Ctarget-feature=+crt-static", "-Crelocation-model=static"],
             );

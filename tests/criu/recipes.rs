@@ -20,6 +20,13 @@ criu restore --stream --images-dir images --restore-detached ${RESTORE_OPTIONS:-
 wait $pipeline
 "#;
 
+/// The same restore, in which the application runs before its memory is there.
+pub fn lazily(restore: &str) -> String {
+    restore
+        .replace(" serve ", " serve --lazy-pages ")
+        .replace("restore --stream", "restore --stream --lazy-pages")
+}
+
 /// Extraction of an uncompressed `app.image`.
 pub const EXTRACT: &str = "
 rm -rf extracted; mkdir extracted

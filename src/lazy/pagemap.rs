@@ -1,0 +1,258 @@
+//! CRIU's pagemaps: which memory of a process lies where in its pages file. Nothing else here knows
+//! a file of CRIU's.
+//!
+//! ```text
+//! | magic (8 bytes) | length (u32 LE) | pagemap_head { pages_id = 1 } | length | pagemap_entry | …
+//! pagemap_entry { vaddr = 1, compat_nr_pages = 2, in_parent = 3, flags = 4, nr_pages = 5 }
+//! ```
+//!
+//! Pages lie in the pages file in the order of the entries. CRIU writes these in the order of the
+//! addresses; a pagemap where they overlap, go back or leave the address space is no pagemap of
+//! CRIU's. A flag that is unknown may change the meaning of all others.
+
+use anyhow::{Context, Result, bail, ensure};
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
+
+use crate::os::memory::page_size;
+
+const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56];
+
+/// The page is in the parent image.
+const IN_PARENT: u64 = 1;
+/// It may be restored after the process goes on.
+const LAZY: u64 = 2;
+/// It is in the pages file.
+const PRESENT: u64 = 4;
+
+/// Where addresses of processes end, on all machines.
+const END: u64 = 1 << 56;
+
+/// Memory that lies together in the address space and in the pages file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Stretch {
+    pub(super) address: u64,
+    /// In bytes.
+    pub(super) len: u64,
+    pub(super) is_lazy: bool,
+}
+
+/// What a pagemap says.
+#[derive(Debug)]
+pub(super) struct Pagemap {
+    /// The number in the name of the pages file.
+    pub(super) pages: u64,
+    /// In the order of the pages file.
+    pub(super) stretches: Vec<Stretch>,
+    /// A flag that is unknown.
+    pub(super) unknown_flags: bool,
+    /// Where the varints of the flags begin.
+    flags_at: Vec<usize>,
+}
+
+impl Pagemap {
+    /// # Errors
+    /// When it is no pagemap, or one that no CRIU writes.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        let mut messages = messages(bytes)?.into_iter();
+        let (_, head) = messages.next().context("it has no first message")?;
+        let pages = Fields::of(head, 0)?.numbers[1].context("it names no pages file")?;
+        let mut pagemap = Self {
+            pages,
+            stretches: Vec::new(),
+            unknown_flags: false,
+            flags_at: Vec::new(),
+        };
+        for (at, entry) in messages {
+            pagemap.add(&Fields::of(entry, at)?)?;
+        }
+        Ok(pagemap)
+    }
+
+    fn add(&mut self, entry: &Fields) -> Result<()> {
+        let [_, address, compat_pages, in_parent, flags, pages] = entry.numbers;
+        let address = address.context("an entry has no address")?;
+        let pages = pages.or(compat_pages).context("an entry has no length")?;
+        let flags = flags.unwrap_or(PRESENT);
+        let before = self.stretches.last();
+        let least = before.map_or(0, |stretch| stretch.address + stretch.len);
+        let end = pages
+            .checked_mul(page_size() as u64)
+            .and_then(|len| len.checked_add(address))
+            .filter(|&end| end <= END)
+            .with_context(|| {
+                format!("{pages} pages at {address:#x} are beyond the address space")
+            })?;
+        ensure!(
+            address.is_multiple_of(page_size() as u64),
+            "an entry is at {address:#x}, which is within a page"
+        );
+        ensure!(
+            address >= least,
+            "the entry at {address:#x} overlaps the one before, or belongs in front of it"
+        );
+        if flags & !(IN_PARENT | LAZY | PRESENT) != 0 {
+            self.unknown_flags = true;
+        } else if flags & IN_PARENT != 0 || in_parent == Some(1) {
+            bail!("pages of it are in a parent image, which a stream does not have");
+        } else if flags & PRESENT == 0 {
+            bail!("pages at {address:#x} are not in the image: it was dumped with --lazy-pages");
+        }
+        self.flags_at.extend(entry.flags_at);
+        self.stretches.push(Stretch {
+            address,
+            len: end - address,
+            is_lazy: flags & LAZY != 0,
+        });
+        Ok(())
+    }
+
+    /// Bytes that its pages file must have.
+    pub(super) fn size(&self) -> u64 {
+        self.stretches.iter().map(|stretch| stretch.len).sum()
+    }
+
+    /// Has CRIU read all pages: none of them are lazy then. `bytes` are those of the pagemap.
+    pub(super) fn make_ordinary(&self, bytes: &mut [u8]) {
+        for &at in &self.flags_at {
+            // The lowest bits are in a varint's first byte.
+            bytes[at] &= !(LAZY as u8);
+        }
+    }
+}
+
+/// The messages behind the magic, and where each begins.
+fn messages(bytes: &[u8]) -> Result<Vec<(usize, &[u8])>> {
+    let mut rest = bytes
+        .strip_prefix(&MAGIC)
+        .context("it does not start like one")?;
+    let mut messages = Vec::new();
+    while !rest.is_empty() {
+        let (length, behind) = rest.split_first_chunk().context("it is cut off")?;
+        let length = u32::from_le_bytes(*length) as usize;
+        let (message, behind_it) = behind.split_at_checked(length).context("it is cut off")?;
+        messages.push((bytes.len() - behind.len(), message));
+        rest = behind_it;
+    }
+    Ok(messages)
+}
+
+/// The fields of a message that are numbers, 1 to 5.
+#[derive(Default)]
+struct Fields {
+    numbers: [Option<u64>; 6],
+    /// Where field 4 is in the file.
+    flags_at: Option<usize>,
+}
+
+impl Fields {
+    /// Those of a message that begins at `at` in the file.
+    fn of(message: &[u8], at: usize) -> Result<Self> {
+        let mut fields = Self::default();
+        let mut rest = message;
+        while !rest.is_empty() {
+            let (number, wire_type) = decode_key(&mut rest)?;
+            if wire_type == WireType::Varint && (1..=5).contains(&number) {
+                if number == 4 {
+                    ensure!(fields.flags_at.is_none(), "an entry has its flags twice");
+                    fields.flags_at = Some(at + message.len() - rest.len());
+                }
+                fields.numbers[number as usize] = Some(decode_varint(&mut rest)?);
+            } else {
+                skip_field(wire_type, number, &mut rest, DecodeContext::default())?;
+            }
+        }
+        Ok(fields)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::encoding::{encode_key, encode_varint};
+
+    fn message(fields: &[(u32, u64)]) -> Vec<u8> {
+        let mut body = Vec::new();
+        for &(number, value) in fields {
+            encode_key(number, WireType::Varint, &mut body);
+            encode_varint(value, &mut body);
+        }
+        let mut message = (body.len() as u32).to_le_bytes().to_vec();
+        message.extend(body);
+        message
+    }
+
+    fn pagemap(entries: &[&[(u32, u64)]]) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(message(&[(1, 7)]));
+        entries
+            .iter()
+            .for_each(|entry| bytes.extend(message(entry)));
+        bytes
+    }
+
+    fn page() -> u64 {
+        page_size() as u64
+    }
+
+    #[test]
+    fn entries_of_all_criu_versions_are_understood() {
+        let bytes = pagemap(&[
+            &[(1, 16 * page()), (2, 3)],
+            &[(1, 32 * page()), (2, 1), (4, 4)],
+            &[(1, 33 * page()), (2, 0), (4, 6), (5, 5), (9, 1)],
+        ]);
+        let parsed = Pagemap::parse(&bytes).unwrap();
+        assert_eq!((parsed.pages, parsed.size()), (7, 9 * page()));
+        let stretch = |address, len, is_lazy| Stretch {
+            address: address * page(),
+            len: len * page(),
+            is_lazy,
+        };
+        let expected = [
+            stretch(16, 3, false),
+            stretch(32, 1, false),
+            stretch(33, 5, true),
+        ];
+        assert_eq!(parsed.stretches, expected);
+        let mut ordinary = bytes.clone();
+        parsed.make_ordinary(&mut ordinary);
+        assert_eq!(ordinary.len(), bytes.len());
+        let parsed = Pagemap::parse(&ordinary).unwrap();
+        assert!(parsed.stretches.iter().all(|stretch| !stretch.is_lazy));
+        assert_eq!(parsed.size(), 9 * page());
+    }
+
+    #[test]
+    fn what_no_criu_writes_is_refused() {
+        let refused: &[&[&[(u32, u64)]]] = &[
+            &[&[(1, 16 * page()), (2, 3)], &[(1, 18 * page()), (2, 1)]],
+            &[&[(1, 16 * page()), (2, 1)], &[(1, 15 * page()), (2, 1)]],
+            &[&[(1, 16 * page() + 1), (2, 1)]],
+            &[&[(1, 0), (2, 0), (5, 1 << 60)]],
+            &[&[(1, !(page() - 1)), (2, 1)]],
+            &[&[(1, END), (2, 1)]],
+            &[&[(1, page()), (2, 1), (4, 2)]],
+            &[&[(1, page()), (2, 1), (4, 5)]],
+            &[&[(1, page()), (2, 1), (3, 1)]],
+            &[&[(1, page())]],
+            &[&[(2, 1)]],
+            &[&[(1, page()), (2, 1), (4, 4), (4, 6)]],
+        ];
+        for entries in refused {
+            let parsed = Pagemap::parse(&pagemap(entries));
+            assert!(parsed.is_err(), "{entries:?}: {parsed:?}");
+        }
+        let whole = pagemap(&[&[(1, page()), (2, 1)]]);
+        for cut in 0..whole.len() {
+            // What ends between two messages is whole, and does not fit its pages file.
+            let parsed = Pagemap::parse(&whole[..cut]);
+            assert!(parsed.is_err() || parsed.unwrap().size() == 0, "{cut}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_flag_is_told() {
+        let parsed = Pagemap::parse(&pagemap(&[&[(1, page()), (2, 1), (4, 14)]])).unwrap();
+        assert!(parsed.unknown_flags);
+    }
+}
