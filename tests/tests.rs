@@ -33,6 +33,8 @@ mod external_command;
 mod extract;
 /// Images of the original program are read, and ours look like them.
 mod fixtures;
+/// `serve --lazy-pages`: CRIU gets what cannot wait, and nothing of a pagemap that is none.
+mod lazy;
 /// Ordinary users and exhausted limits: slower or a clear error.
 mod limits;
 /// `list`: what is in a whole image, and nothing of a broken one.

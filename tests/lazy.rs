@@ -1,0 +1,120 @@
+//! What `serve --lazy-pages` makes of an image before CRIU restores it. What becomes of the
+//! application is in real_criu_lazy.rs.
+
+use std::os::unix::net::UnixStream;
+
+use crate::common::criu::frame;
+use crate::common::dump::number;
+use crate::common::image;
+use crate::common::runs;
+use crate::common::shards::Feeder;
+use crate::common::streamer::Streamer;
+
+const PAGE: u64 = 4096;
+const PRESENT: u64 = 4;
+const LAZY: u64 = 6;
+
+/// An entry: the first page, how many, and the flags.
+type Entry = (u64, u64, u64);
+
+fn pagemap(entries: &[Entry]) -> Vec<u8> {
+    let mut bytes = [0x5456_4319_u32, 0x5608_4025]
+        .map(u32::to_le_bytes)
+        .concat();
+    bytes.extend(frame(&number(1, 1)));
+    for &(page, pages, flags) in entries {
+        let fields = [
+            number(1, page.wrapping_mul(PAGE)),
+            number(2, 0),
+            number(4, flags),
+            number(5, pages),
+        ];
+        bytes.extend(frame(&fields.concat()));
+    }
+    bytes
+}
+
+/// Pages that differ.
+fn pages(count: u64) -> Vec<u8> {
+    (0..count * PAGE / 8)
+        .flat_map(|word| (word * 0x9e37_79b9).to_le_bytes())
+        .collect()
+}
+
+/// A restore of a process that has that pagemap and these pages, which arrive in odd pieces.
+fn serve(entries: &[Entry], pages: &[u8]) -> (Streamer, Feeder) {
+    let pagemap = pagemap(entries);
+    let files = [
+        ("pagemap-7.img", &pagemap[..]),
+        ("pages-1.img", pages),
+        ("inventory.img", image::INVENTORY),
+    ];
+    runs::feed(
+        Streamer::serve().args(["--lazy-pages"]),
+        &image::encode(files, 2, 70_001),
+    )
+}
+
+#[test]
+fn pagemaps_that_no_criu_writes_are_refused_before_criu_may_connect() {
+    for (entries, said) in [
+        (&[(16, 3, LAZY), (18, 1, LAZY)][..], "overlaps"),
+        (&[(16, 1, LAZY), (15, 1, PRESENT)], "belongs in front"),
+        (&[(16, 1 << 60, LAZY)], "beyond the address space"),
+        (&[(u64::MAX / PAGE, 4, LAZY)], "beyond the address space"),
+        (&[(16, 4, 2)], "dumped with --lazy-pages"),
+        (&[(16, 4, 5)], "parent image"),
+    ] {
+        let (mut streamer, _feeder) = serve(entries, &pages(4));
+        let exit = streamer.expect_failure(&["pagemap-7.img", said]);
+        assert!(
+            !exit.progress.iter().any(|line| line == "socket-init"),
+            "{entries:?}"
+        );
+    }
+}
+
+#[test]
+fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
+    let pages = pages(600);
+    let (eager, lazy) = ((1, 3, PRESENT), (16, 590, LAZY));
+    // The pages of the processes that it restores, in the order of the file.
+    let part =
+        |first: u64, count: u64| &pages[(first * PAGE) as usize..((first + count) * PAGE) as usize];
+    for (entries, served, is_ordinary) in [
+        (
+            &[eager, lazy, (700, 7, PRESENT)][..],
+            [part(0, 3), part(593, 7)].concat(),
+            false,
+        ),
+        (&[(16, 600, LAZY)], Vec::new(), false),
+        // A flag of a later CRIU, and pages that take less than a page each.
+        (&[eager, (16, 597, LAZY | 8)], pages.clone(), true),
+        (&[eager, (16, 900, LAZY)], pages.clone(), true),
+    ] {
+        let (mut streamer, _feeder) = serve(entries, &pages);
+        let criu = streamer.criu();
+        criu.expect_file("inventory.img", image::INVENTORY);
+        // Its own socket, in our working directory, since the first request.
+        let daemon = UnixStream::connect("lazy-pages.socket").expect("the lazy-pages socket");
+        let entries: Vec<Entry> = entries
+            .iter()
+            .map(|&(page, count, flags)| {
+                (page, count, if is_ordinary { flags & !2 } else { flags })
+            })
+            .collect();
+        criu.expect_file("pagemap-7.img", &pagemap(&entries));
+        criu.expect_file("pages-1.img", &served);
+        assert_eq!(streamer.stderr().contains("before it goes on"), is_ordinary);
+        // It fails before all is restored.
+        drop(daemon);
+        streamer.expect_failure(&["before all was restored"]);
+    }
+    // A CRIU that was started without the option does not come there.
+    let (mut streamer, _feeder) = serve(&[lazy, (700, 10, PRESENT)], &pages);
+    let criu = streamer.criu();
+    criu.expect_file("inventory.img", image::INVENTORY);
+    assert!(criu.try_open_file("pagemap-7.img", None).is_err());
+    streamer.expect_failure(&["without its own --lazy-pages"]);
+    assert!(!std::path::Path::new("lazy-pages.socket").exists());
+}
