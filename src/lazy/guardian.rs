@@ -24,10 +24,9 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
-use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, setsid};
-use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::userfaultfd;
 use crate::os::pipe::uninterrupted;
@@ -96,8 +95,7 @@ impl AsFd for Guardian {
 /// There must be no userfaultfd any more.
 impl Drop for Guardian {
     fn drop(&mut self) {
-        // It is our child until it is waited for.
-        let _ = kill(self.pid, Signal::SIGKILL);
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
         let _ = uninterrupted(|| waitpid(self.pid, None));
     }
 }
@@ -184,7 +182,7 @@ impl Record {
             for &descriptor in &processes {
                 // SAFETY: it was left open for this.
                 let process = unsafe { BorrowedFd::borrow_raw(descriptor) };
-                let _ = pidfd_send_signal(process, rustix::process::Signal::KILL);
+                let _ = pidfd_send_signal(process, Signal::KILL);
             }
             if !layouts.is_empty() {
                 kill_forked(&layouts);
@@ -254,7 +252,7 @@ fn kill_forked(layouts: &[Layout]) {
                 .iter()
                 .any(|layout| layout.memory == found.memory && layout.start <= found.start)
         {
-            let _ = pidfd_send_signal(&process, rustix::process::Signal::KILL);
+            let _ = pidfd_send_signal(&process, Signal::KILL);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The calls of a userfaultfd (`ioctl_userfaultfd(2)`): CRIU has made it, and registered the memory.
+//! The calls of a userfaultfd (`ioctl_userfaultfd(2)`), which CRIU has made, and registered memory
+//! with.
 
 #![allow(unsafe_code)]
 
@@ -131,8 +132,8 @@ pub(super) fn wake(uffd: BorrowedFd, address: u64, len: u64) {
     let _ = unsafe { calls::wake(uffd.as_raw_fd(), &raw mut addresses) };
 }
 
-/// Whether the memory behind a userfaultfd is gone, and nothing can run in it any more; true for any
-/// other descriptor.
+/// Whether the memory behind a userfaultfd is gone, and nothing can run in it any more; true for
+/// any other descriptor.
 pub(super) fn is_gone(uffd: BorrowedFd) -> bool {
     let mut protect = ProtectRequest {
         start: 1 << 16,
