@@ -2,7 +2,7 @@
 //! random moment, hundreds of times, and each time the exit status must tell the truth and no wreck
 //! may look like an image.
 //!
-//! The shards are pipes, sockets, files or shell commands, each in a campaign of its own.
+//! The shards are pipes, sockets, files or shell commands.
 //!
 //! `CAMPAIGN_ROUNDS` sets how many rounds of each kind; a failing round prints its seed, and
 //! `CAMPAIGN_FIRST_SEED=<seed> CAMPAIGN_ROUNDS=1` runs it alone. Moments are counted in bytes and
@@ -10,7 +10,6 @@
 //! the kernel does between two processes is left to chance.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -33,42 +32,61 @@ use crate::common::{PAGE, setting};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-/// What is counted, and printed at the end.
-#[derive(Default)]
-struct Tally {
-    rounds: usize,
-    accepted: usize,
-    faults: BTreeMap<&'static str, usize>,
-}
-
-impl Tally {
-    fn count(&mut self, fault: &'static str, accepted: bool) {
-        self.rounds += 1;
-        self.accepted += usize::from(accepted);
-        *self.faults.entry(fault).or_default() += 1;
-    }
-}
-
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} rounds, {} images accepted, 0 of them wrongly; faults:",
-            self.rounds, self.accepted
-        )?;
-        self.faults
-            .iter()
-            .try_for_each(|(fault, count)| write!(f, " {fault} {count}"))
-    }
-}
-
-/// Runs all rounds of one kind, and says what was done.
-fn campaign(kind: &str, round: impl Fn(&mut Random, &mut Tally)) {
-    let mut tally = Tally::default();
+/// Runs all rounds of one kind, each of which tells its fault and whether the streamer succeeded,
+/// and says what was done.
+fn campaign(kind: &str, faults: &[Fault], round: impl Fn(&mut Random, Fault) -> bool) {
+    let mut tally = BTreeMap::<String, [usize; 2]>::new();
     let first = setting("CAMPAIGN_FIRST_SEED", 0);
     let seeds = first..first + setting("CAMPAIGN_ROUNDS", 150);
-    for_each_seed(seeds, |seed| round(&mut Random::new(seed), &mut tally));
-    crate::common::report(format_args!("{kind}: {tally}"));
+    for_each_seed(seeds, |seed| {
+        let mut random = Random::new(seed);
+        let fault = *random.pick(faults);
+        let succeeded = usize::from(round(&mut random, fault));
+        let [rounds, successes] = tally.entry(format!("{fault:?}")).or_default();
+        (*rounds, *successes) = (*rounds + 1, *successes + succeeded);
+    });
+    crate::common::report(format_args!("{kind}: [rounds, successes] of {tally:?}"));
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    CriuDies,
+    NoInventory,
+    /// That of a shard, or of an external file.
+    ReaderLeaves,
+    FeederDies,
+    ProgressReaderLeaves,
+    Terminated,
+    Killed,
+}
+
+impl Fault {
+    fn signal(self) -> Option<Signal> {
+        match self {
+            Self::Terminated => Some(Signal::SIGTERM),
+            Self::Killed => Some(Signal::SIGKILL),
+            _ => None,
+        }
+    }
+
+    fn of_progress(self, launch: Launch) -> Launch {
+        match self {
+            Self::ProgressReaderLeaves => launch.progress_reader_gone(),
+            _ => launch,
+        }
+    }
+
+    /// Without a fault of a party that counts there is a success; a party that dies is an error.
+    #[track_caller]
+    fn is_told(self, exit: &Exit) {
+        let code = exit.status.code();
+        match self {
+            Self::None | Self::ProgressReaderLeaves => assert_eq!(code, Some(0), "{}", exit.stderr),
+            Self::FeederDies | Self::NoInventory => assert_eq!(code, Some(1), "{}", exit.stderr),
+            _ => {}
+        }
+    }
 }
 
 const INVENTORY_SIZE: usize = 60;
@@ -118,54 +136,12 @@ fn assert_ended_by_itself(exit: &Exit) {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CaptureFault {
-    None,
-    CriuDies,
-    NoInventory,
-    ShardReaderLeaves,
-    ProgressReaderLeaves,
-    Terminated,
-    Killed,
-}
-
-impl CaptureFault {
-    const ALL: [Self; 7] = [
-        Self::None,
-        Self::CriuDies,
-        Self::NoInventory,
-        Self::ShardReaderLeaves,
-        Self::ProgressReaderLeaves,
-        Self::Terminated,
-        Self::Killed,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::CriuDies => "CRIU-dies",
-            Self::NoInventory => "no-inventory",
-            Self::ShardReaderLeaves => "shard-reader-leaves",
-            Self::ProgressReaderLeaves => "progress-reader-leaves",
-            Self::Terminated => "SIGTERM",
-            Self::Killed => "SIGKILL",
-        }
-    }
-}
-
 /// CRIU writes everything, and does something when `moment` bytes are written. If that says so, or
 /// when the streamer is gone, it ends then and there.
-fn dump(criu: &Criu, files: &Files, moment: usize, at_moment: impl FnOnce() -> Then) {
-    let mut at_moment = Some(at_moment);
+fn dump(criu: &Criu, files: &Files, moment: usize, dies_at_moment: impl FnOnce() -> bool) {
+    let mut at_moment = Some(dies_at_moment);
     let mut written = 0;
-    let mut dies = |written| {
-        let act = if written >= moment {
-            at_moment.take()
-        } else {
-            None
-        };
-        act.is_some_and(|act| act() == Then::Dies)
-    };
+    let mut dies = |written| written >= moment && at_moment.take().is_some_and(|act| act());
     for (name, content) in runs::inventory_last(files) {
         if dies(written) {
             return;
@@ -180,12 +156,6 @@ fn dump(criu: &Criu, files: &Files, moment: usize, at_moment: impl FnOnce() -> T
             written += piece.len();
         }
     }
-}
-
-#[derive(PartialEq, Eq)]
-enum Then {
-    GoesOn,
-    Dies,
 }
 
 /// Reads a shard to its end, or leaves after some bytes. A socket whose writer was killed may end
@@ -208,7 +178,13 @@ enum Kind {
 }
 
 impl Kind {
-    const SOCKETS: [Self; 2] = [Self::UnixSockets, Self::TcpSockets];
+    const ALL: [Self; 5] = [
+        Self::Pipes,
+        Self::UnixSockets,
+        Self::TcpSockets,
+        Self::Files,
+        Self::Commands,
+    ];
 
     /// The end that data comes out of, and the one that it goes into.
     fn pair(self) -> (OwnedFd, OwnedFd) {
@@ -237,9 +213,30 @@ fn paths(dir: &Path, count: usize) -> Vec<PathBuf> {
     (1..=count).map(|i| dir.join(format!("s{i}"))).collect()
 }
 
-fn with_commands(launch: Launch, count: usize, command: &str) -> Launch {
-    let count = count.to_string();
-    launch.args(["--num-shards", &count, "--shard-cmd", command])
+/// A command for each shard; that of one fails, in one of these ways or after a part.
+fn with_commands(
+    launch: Launch,
+    count: usize,
+    command: &str,
+    fails: Option<(usize, String, String)>,
+    random: &mut Random,
+) -> Launch {
+    let mut command = command.to_owned();
+    if let Some((who, part, leaves_a_failure_behind)) = fails {
+        let ways = [
+            format!("{part}; exit 3"),
+            format!("{part}; exit 0"),
+            format!("{command}; exit 3"),
+            format!("{command}; kill -KILL $$"),
+            leaves_a_failure_behind,
+        ];
+        let fails = random.pick(&ways);
+        command = format!(
+            "if test {{}} = {}; then {fails}; else {command}; fi",
+            who + 1
+        );
+    }
+    launch.args(["--num-shards", &count.to_string(), "--shard-cmd", &command])
 }
 
 /// What takes the shards of a capture.
@@ -287,21 +284,18 @@ impl Readers {
                 (launch, Self::Files(paths))
             }
             Kind::Commands => {
-                let (dir, takes) = (dir.display(), format!("cat >'{}'/s{{}}", dir.display()));
-                let command = leaver.map(|(who, bytes)| {
-                    let who = who + 1;
-                    let ways = [
-                        format!("head -c {bytes} >'{dir}'/s{who}; exit 3"),
-                        format!("head -c {bytes} >'{dir}'/s{who}; exit 0"),
-                        format!("cat >'{dir}'/s{who}; exit 3"),
-                        format!("tee '{dir}'/s{who} > >(cat >/dev/null; exit 3)"),
-                        format!("cat >'{dir}'/s{who}; kill -KILL $$"),
-                    ];
-                    let fails = random.pick(&ways);
-                    format!("if test {{}} = {who}; then {fails}; else {takes}; fi")
+                let shard = format!("'{}'/s{{}}", dir.display());
+                let fails = leaver.map(|(who, bytes)| {
+                    let part = format!("head -c {bytes} >{shard}");
+                    (
+                        who,
+                        part,
+                        format!("tee {shard} > >(cat >/dev/null; exit 3)"),
+                    )
                 });
-                let command = command.unwrap_or(takes);
-                (with_commands(launch, count, &command), Self::Files(paths))
+                let takes = format!("cat >{shard}");
+                let launch = with_commands(launch, count, &takes, fails, random);
+                (launch, Self::Files(paths))
             }
         }
     }
@@ -310,80 +304,56 @@ impl Readers {
     fn finish(self) -> Vec<Vec<u8>> {
         match self {
             Self::Threads(threads) => threads.into_iter().map(|t| t.join().unwrap()).collect(),
-            Self::Files(paths) => paths
-                .iter()
-                .map(|path| fs::read(path).unwrap_or_default())
-                .collect(),
+            Self::Files(paths) => {
+                let read = |path: &PathBuf| fs::read(path).unwrap_or_default();
+                paths.iter().map(read).collect()
+            }
         }
     }
 }
 
 #[test]
 fn captures() {
-    captures_to("capture", &[Kind::Pipes]);
-}
-
-#[test]
-fn captures_to_sockets() {
-    captures_to("capture to sockets", &Kind::SOCKETS);
-}
-
-#[test]
-fn captures_to_files() {
-    captures_to("capture to files", &[Kind::Files]);
-}
-
-#[test]
-fn captures_to_commands() {
-    captures_to("capture to commands", &[Kind::Commands]);
-}
-
-fn captures_to(what: &str, kinds: &[Kind]) {
-    campaign(what, |random, tally| {
+    let faults = [
+        Fault::None,
+        Fault::CriuDies,
+        Fault::NoInventory,
+        Fault::ReaderLeaves,
+        Fault::ProgressReaderLeaves,
+        Fault::Terminated,
+        Fault::Killed,
+    ];
+    campaign("capture", &faults, |random, fault| {
         let mut files = random_files(random);
         let total: usize = files.values().map(Vec::len).sum();
-        let fault = *random.pick(&CaptureFault::ALL);
         // Before the inventory at the latest: what comes after is a complete dump.
         let moment = random.below(total - INVENTORY_SIZE + 1);
         let shard_count = 1 + random.below(4);
-        let leaver = random.below(shard_count);
-        if fault == CaptureFault::NoInventory {
+        let leaver = (random.below(shard_count), moment / shard_count);
+        let leaver = (fault == Fault::ReaderLeaves).then_some(leaver);
+        if fault == Fault::NoInventory {
             files.remove("inventory.img");
         }
 
-        let kind = *random.pick(kinds);
+        let kind = *random.pick(&Kind::ALL);
         let dir = TempDir::with_prefix("images-").unwrap();
         let shards_dir = TempDir::with_prefix("shards-").unwrap();
-        let leaver =
-            (fault == CaptureFault::ShardReaderLeaves).then_some((leaver, moment / shard_count));
-        let launch = Streamer::capture().images_dir(dir.path());
-        let launch = match fault {
-            CaptureFault::ProgressReaderLeaves => launch.progress_reader_gone(),
-            _ => launch,
-        };
+        let launch = fault.of_progress(Streamer::capture().images_dir(dir.path()));
         let (launch, readers) =
             Readers::start(kind, shard_count, shards_dir.path(), leaver, launch, random);
         let mut streamer = launch.start();
-
-        let criu = connect(&streamer, Role::Capture);
-        if let Some(criu) = criu {
-            dump(&criu, &files, moment, || match fault {
-                CaptureFault::CriuDies => Then::Dies,
-                CaptureFault::Terminated => {
-                    streamer.signal(Signal::SIGTERM);
-                    Then::GoesOn
+        if let Some(criu) = connect(&streamer, Role::Capture) {
+            dump(&criu, &files, moment, || {
+                if let Some(signal) = fault.signal() {
+                    streamer.signal(signal);
                 }
-                CaptureFault::Killed => {
-                    streamer.signal(Signal::SIGKILL);
-                    Then::GoesOn
-                }
-                _ => Then::GoesOn,
+                fault == Fault::CriuDies
             });
         }
         let exit = streamer.wait();
         let decoded = image::decode(&readers.finish());
 
-        if fault != CaptureFault::Killed {
+        if fault != Fault::Killed {
             assert_ended_by_itself(&exit);
             assert_nothing_new(dir.path(), &Files::new());
         }
@@ -391,59 +361,28 @@ fn captures_to(what: &str, kinds: &[Kind]) {
         if let Ok(decoded) = &decoded {
             assert!(*decoded == files, "{fault:?}: a broken image looks whole");
         }
-        if succeeded && (fault != CaptureFault::ShardReaderLeaves || kind.tells_of_readers()) {
+        if succeeded && (fault != Fault::ReaderLeaves || kind.tells_of_readers()) {
+            let found = decoded.as_ref().err();
             assert!(
-                decoded.is_ok(),
-                "{fault:?}, {kind:?}: success without an image: {decoded:?}"
+                found.is_none(),
+                "{fault:?}, {kind:?}: success, and {found:?}"
             );
         }
-        match fault {
-            CaptureFault::None | CaptureFault::ProgressReaderLeaves => {
-                assert!(succeeded, "{}", exit.stderr)
-            }
-            CaptureFault::CriuDies | CaptureFault::NoInventory => {
-                assert_eq!(exit.status.code(), Some(1), "{fault:?}")
-            }
-            _ => {}
-        }
-        tally.count(fault.name(), succeeded);
+        assert!(fault != Fault::CriuDies || exit.status.code() == Some(1));
+        fault.is_told(&exit);
+        succeeded
     });
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RestoreFault {
-    None,
-    FeederDies,
-    ExternalReaderLeaves,
-    ProgressReaderLeaves,
-    Terminated,
-    Killed,
-    CriuDies,
-}
-
-impl RestoreFault {
-    const ALL: [Self; 7] = [
-        Self::None,
-        Self::FeederDies,
-        Self::ExternalReaderLeaves,
-        Self::ProgressReaderLeaves,
-        Self::Terminated,
-        Self::Killed,
-        Self::CriuDies,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::FeederDies => "feeder-dies",
-            Self::ExternalReaderLeaves => "ext-reader-leaves",
-            Self::ProgressReaderLeaves => "progress-reader-leaves",
-            Self::Terminated => "SIGTERM",
-            Self::Killed => "SIGKILL",
-            Self::CriuDies => "CRIU-dies",
-        }
-    }
-}
+const RESTORE_FAULTS: [Fault; 7] = [
+    Fault::None,
+    Fault::FeederDies,
+    Fault::ReaderLeaves,
+    Fault::ProgressReaderLeaves,
+    Fault::Terminated,
+    Fault::Killed,
+    Fault::CriuDies,
+];
 
 /// A restore that is being fed, with an external file, and its fault at some moment of the feeding.
 struct Restore {
@@ -462,47 +401,44 @@ enum ExternalReader {
 const TAR: &str = "fs.tar";
 
 impl Restore {
-    fn start(
-        launch: Launch,
-        kind: Kind,
-        fault: RestoreFault,
-        shards: Vec<Vec<u8>>,
-        random: &mut Random,
-    ) -> Self {
+    fn start(launch: Launch, fault: Fault, shards: Vec<Vec<u8>>, random: &mut Random) -> Self {
+        let kind = *random.pick(&Kind::ALL);
         let dir = TempDir::with_prefix("shards-").unwrap();
-        let reader_leaves = fault == RestoreFault::ExternalReaderLeaves;
+        let reader_leaves = fault == Fault::ReaderLeaves;
         let (launch, external) = if kind == Kind::Files && !reader_leaves {
             let path = dir.path().join(TAR);
             let file = File::create(&path).unwrap();
-            (
-                launch.ext_file(TAR, file.into()),
-                ExternalReader::File(path),
-            )
+            let launch = launch.ext_file(TAR, file.into());
+            (launch, ExternalReader::File(path))
         } else {
             let (reader, writer) = kind.pair();
             let leave_after = reader_leaves.then(|| random.below(1000));
             let thread = thread::spawn(move || read_shard(reader, leave_after));
             (launch.ext_file(TAR, writer), ExternalReader::Thread(thread))
         };
-        let launch = match fault {
-            RestoreFault::ProgressReaderLeaves => launch.progress_reader_gone(),
-            _ => launch,
-        };
+        let launch = fault.of_progress(launch);
         let culprit = random.below(shards.len());
         let moment = random.below(shards[culprit].len());
-        let signal = match fault {
-            RestoreFault::Terminated => Some(Signal::SIGTERM),
-            RestoreFault::Killed => Some(Signal::SIGKILL),
-            _ => None,
-        };
+        let dies = fault == Fault::FeederDies;
         if matches!(kind, Kind::Files | Kind::Commands) {
-            let fails = (fault == RestoreFault::FeederDies).then_some((culprit, moment));
-            let launch = match kind {
-                Kind::Files => from_files(launch, dir.path(), &shards, fails),
-                _ => from_commands(launch, dir.path(), &shards, fails, random),
+            let paths = paths(dir.path(), shards.len());
+            for (path, bytes) in paths.iter().zip(&shards) {
+                fs::write(path, bytes).unwrap();
+            }
+            let launch = if kind == Kind::Files {
+                if dies {
+                    fs::write(&paths[culprit], &shards[culprit][..moment]).unwrap();
+                }
+                launch.shards(paths.iter().map(|path| File::open(path).unwrap().into()))
+            } else {
+                let shard = format!("'{}'/s{{}}", dir.path().display());
+                let part = format!("head -c {moment} {shard}");
+                let fails = (culprit, part, format!("cat {shard} > >(cat; exit 3)"));
+                let brings = format!("cat {shard}");
+                with_commands(launch, shards.len(), &brings, dies.then_some(fails), random)
             };
             let streamer = launch.start();
-            if let Some(signal) = signal {
+            if let Some(signal) = fault.signal() {
                 thread::sleep(Duration::from_micros(random.below(20_000) as u64));
                 streamer.signal(signal);
             }
@@ -524,13 +460,11 @@ impl Restore {
                 let (before, after) = bytes.split_at(if i == culprit { moment } else { 0 });
                 // A streamer that gave up breaks the pipe.
                 let _gone = shard.write_all(before);
-                if i == culprit {
-                    if fault == RestoreFault::FeederDies {
-                        return;
-                    }
-                    if let Some(signal) = signal {
-                        let _ended = crate::common::child::send_signal(&pidfd, signal);
-                    }
+                if i == culprit && dies {
+                    return;
+                }
+                if let (Some(signal), true) = (fault.signal(), i == culprit) {
+                    let _ended = crate::common::child::send_signal(&pidfd, signal);
                 }
                 let _gone = shard.write_all(after);
             }));
@@ -557,80 +491,23 @@ impl Restore {
     }
 }
 
-/// `cut` is the shard that ends too early, and after how many bytes.
-fn from_files(
-    launch: Launch,
-    dir: &Path,
-    shards: &[Vec<u8>],
-    cut: Option<(usize, usize)>,
-) -> Launch {
-    let mut files = Vec::new();
-    for (i, (path, bytes)) in paths(dir, shards.len()).iter().zip(shards).enumerate() {
-        let len = match cut {
-            Some((culprit, moment)) if culprit == i => moment,
-            _ => bytes.len(),
-        };
-        fs::write(path, &bytes[..len]).unwrap();
-        files.push(File::open(path).unwrap().into());
-    }
-    launch.shards(files)
-}
-
-/// `fails` is the shard whose command fails, and after how many bytes if it does so in the middle.
-fn from_commands(
-    launch: Launch,
-    dir: &Path,
-    shards: &[Vec<u8>],
-    fails: Option<(usize, usize)>,
-    random: &mut Random,
-) -> Launch {
-    for (path, bytes) in paths(dir, shards.len()).iter().zip(shards) {
-        fs::write(path, bytes).unwrap();
-    }
-    let dir = dir.display();
-    let brings = format!("cat '{dir}'/s{{}}");
-    let command = fails.map(|(culprit, moment)| {
-        let culprit = culprit + 1;
-        let ways = [
-            format!("head -c {moment} '{dir}'/s{culprit}; exit 3"),
-            format!("head -c {moment} '{dir}'/s{culprit}; exit 0"),
-            format!("cat '{dir}'/s{culprit}; exit 3"),
-            format!("cat '{dir}'/s{culprit} > >(cat; exit 3)"),
-            format!("cat '{dir}'/s{culprit}; kill -KILL $$"),
-        ];
-        let fails = random.pick(&ways);
-        format!("if test {{}} = {culprit}; then {fails}; else {brings}; fi")
-    });
-    with_commands(launch, shards.len(), &command.unwrap_or(brings))
+/// The shards of an image of these files and of an external one, whose contents come along.
+fn image_with_tar(files: &Files, random: &mut Random) -> (Vec<Vec<u8>>, Vec<u8>) {
+    let tar_size = random.below(200_000);
+    let tar = random.bytes(tar_size);
+    let mut with_tar = files.clone();
+    with_tar.insert(TAR.into(), tar.clone());
+    let chunk = *random.pick(&[30_000, 120_000]);
+    (
+        image::encode_files(&with_tar, 1 + random.below(3), chunk),
+        tar,
+    )
 }
 
 #[test]
 fn extracts() {
-    extracts_from("extract", &[Kind::Pipes]);
-}
-
-#[test]
-fn extracts_from_sockets() {
-    extracts_from("extract from sockets", &Kind::SOCKETS);
-}
-
-#[test]
-fn extracts_from_files() {
-    extracts_from("extract from files", &[Kind::Files]);
-}
-
-#[test]
-fn extracts_from_commands() {
-    extracts_from("extract from commands", &[Kind::Commands]);
-}
-
-fn extracts_from(what: &str, kinds: &[Kind]) {
-    campaign(what, |random, tally| {
-        let kind = *random.pick(kinds);
+    campaign("extract", &RESTORE_FAULTS[..6], |random, fault| {
         let files = random_files(random);
-        let tar_size = random.below(200_000);
-        let tar = random.bytes(tar_size);
-        let fault = *random.pick(&RestoreFault::ALL[..6]);
         let dir = TempDir::with_prefix("images-").unwrap();
         // An earlier image with the same names and others, or nothing.
         let mut before = Files::new();
@@ -647,20 +524,12 @@ fn extracts_from(what: &str, kinds: &[Kind]) {
         let mut after = before.clone();
         after.extend(files.clone());
 
-        let mut with_tar = files;
-        with_tar.insert(TAR.into(), tar.clone());
-        let shards = image::encode_files(&with_tar, 1 + random.below(3), 30_000);
-        let (exit, got_tar) = Restore::start(
-            Streamer::extract().images_dir(dir.path()),
-            kind,
-            fault,
-            shards,
-            random,
-        )
-        .finish();
+        let (shards, tar) = image_with_tar(&files, random);
+        let launch = Streamer::extract().images_dir(dir.path());
+        let (exit, got_tar) = Restore::start(launch, fault, shards, random).finish();
         let succeeded = exit.status.success();
 
-        if fault == RestoreFault::Killed {
+        if fault == Fault::Killed {
             // SIGKILL leaves things behind, but what looks like an image must be one: the old one
             // or the new one.
             let found = regular_files(dir.path());
@@ -678,20 +547,14 @@ fn extracts_from(what: &str, kinds: &[Kind]) {
             assert_ended_by_itself(&exit);
             assert_nothing_new(dir.path(), if succeeded { &after } else { &before });
         }
-        if succeeded && fault != RestoreFault::ExternalReaderLeaves {
+        if succeeded && fault != Fault::ReaderLeaves {
             assert!(
                 got_tar == tar,
                 "{fault:?}: success, and another external file"
             );
         }
-        match fault {
-            RestoreFault::None | RestoreFault::ProgressReaderLeaves => {
-                assert!(succeeded, "{}", exit.stderr)
-            }
-            RestoreFault::FeederDies => assert_eq!(exit.status.code(), Some(1)),
-            _ => {}
-        }
-        tally.count(fault.name(), succeeded);
+        fault.is_told(&exit);
+        succeeded
     });
 }
 
@@ -710,74 +573,35 @@ fn regular_files(dir: &Path) -> Files {
 
 #[test]
 fn serves() {
-    serves_from("serve", &[Kind::Pipes]);
-}
-
-#[test]
-fn serves_from_sockets() {
-    serves_from("serve from sockets", &Kind::SOCKETS);
-}
-
-#[test]
-fn serves_from_files() {
-    serves_from("serve from files", &[Kind::Files]);
-}
-
-#[test]
-fn serves_from_commands() {
-    serves_from("serve from commands", &[Kind::Commands]);
-}
-
-fn serves_from(what: &str, kinds: &[Kind]) {
-    campaign(what, |random, tally| {
-        let kind = *random.pick(kinds);
+    campaign("serve", &RESTORE_FAULTS, |random, fault| {
         let files = random_files(random);
-        let tar_size = random.below(200_000);
-        let tar = random.bytes(tar_size);
-        let fault = *random.pick(&RestoreFault::ALL);
-        let criu_dies_after =
-            (fault == RestoreFault::CriuDies).then(|| 1 + random.below(files.len()));
+        let dies_after = 1 + random.below(files.len());
+        let dies_after = (fault == Fault::CriuDies).then_some(dies_after);
         let dir = TempDir::with_prefix("images-").unwrap();
-        let mut with_tar = files.clone();
-        with_tar.insert(TAR.into(), tar.clone());
-        let chunk = *random.pick(&[30_000, 120_000]);
-        let shards = image::encode_files(&with_tar, 1 + random.below(3), chunk);
-        let keeping = *random.pick(&Keeping::ALL);
-        let restore = Restore::start(
-            keeping.serve().images_dir(dir.path()),
-            kind,
-            fault,
-            shards,
-            random,
-        );
+        let (shards, tar) = image_with_tar(&files, random);
+        let launch = random.pick(&Keeping::ALL).serve().images_dir(dir.path());
+        let restore = Restore::start(launch, fault, shards, random);
 
         let criu = connect(&restore.streamer, Role::Serve);
-        let complete = criu.is_some_and(|criu| read_all(&criu, &files, criu_dies_after));
+        let complete = criu.is_some_and(|criu| read_all(&criu, &files, dies_after));
         let (exit, got_tar) = restore.finish();
         let succeeded = exit.status.success();
 
-        if fault != RestoreFault::Killed {
+        if fault != Fault::Killed {
             assert_ended_by_itself(&exit);
             assert_nothing_new(dir.path(), &Files::new());
         }
-        if complete && fault != RestoreFault::ExternalReaderLeaves {
+        if complete && fault != Fault::ReaderLeaves {
             assert!(
                 got_tar == tar,
                 "{fault:?}: served, with another external file"
             );
         }
-        match fault {
-            RestoreFault::None | RestoreFault::ProgressReaderLeaves => {
-                assert!(succeeded && complete, "{}", exit.stderr);
-            }
-            RestoreFault::FeederDies => assert!(
-                exit.status.code() == Some(1) && !complete,
-                "{}",
-                exit.stderr
-            ),
-            _ => {}
-        }
-        tally.count(fault.name(), succeeded);
+        fault.is_told(&exit);
+        let unharmed = matches!(fault, Fault::None | Fault::ProgressReaderLeaves);
+        assert!(complete || !unharmed, "{}", exit.stderr);
+        assert!(!complete || fault != Fault::FeederDies, "{}", exit.stderr);
+        succeeded
     });
 }
 
