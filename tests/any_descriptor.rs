@@ -70,25 +70,6 @@ fn an_image_goes_to_regular_files_and_comes_back_from_them() {
     }
 }
 
-#[test]
-fn standard_output_and_input_are_redirected_to_a_file() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("app.img");
-    let files = sample_files(2);
-    let mut streamer = Streamer::capture()
-        .stdout(File::create(&path).unwrap())
-        .start();
-    runs::send(&streamer, &files);
-    streamer.expect_success();
-    let mut streamer = Streamer::serve().stdin(File::open(&path).unwrap()).start();
-    runs::assert_served(&mut streamer, &files);
-    let mut streamer = Streamer::extract()
-        .stdin(File::open(&path).unwrap())
-        .start();
-    streamer.expect_success();
-    assert_same_files(&read_dir(streamer.images_dir()), &files);
-}
-
 /// What the file holds stays, and the image comes behind it. Files opened this way cannot be
 /// spliced to.
 #[test]
@@ -176,47 +157,6 @@ fn a_socket_that_stays_open_does_not_hold_up_the_end() {
     assert_eq!(kept.read(&mut [0]).unwrap(), 0, "the streamer is gone");
 }
 
-#[test]
-fn a_fifo_works_like_any_pipe() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("fifo");
-    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let files = sample_files(7);
-    let fifo = path.clone();
-    let reader = thread::spawn(move || fs::read(fifo).unwrap());
-    let end = File::options().write(true).open(&path).unwrap();
-    let exit = capture_to(vec![end.into()], &files);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let shard = reader.join().unwrap();
-    assert_same_files(
-        &image::decode(std::slice::from_ref(&shard)).unwrap(),
-        &files,
-    );
-}
-
-#[test]
-fn a_capture_to_dev_null_measures_the_image() {
-    let files = sample_files(8);
-    let null = File::options().write(true).open("/dev/null").unwrap();
-    let exit = capture_to(vec![null.into()], &files);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let stats = exit.progress.last().unwrap();
-    let data: usize = files.values().map(Vec::len).sum();
-    let size: usize = stats
-        .strip_prefix("{\"shards\":[{\"size\":")
-        .and_then(|rest| rest.split(',').next()?.parse().ok())
-        .unwrap_or_else(|| panic!("no size in {stats}"));
-    assert!(size > data, "{size} bytes for {data} bytes of files");
-}
-
-#[test]
-fn an_empty_device_is_no_image() {
-    let null = File::open("/dev/null").unwrap();
-    let (dir, exit) = extract_from(vec![null.into()]);
-    exit.expect_failure(&["shard fd", "missing"]);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-}
-
 /// Not "its reader is gone", which is all that a pipe would tell.
 #[test]
 fn a_full_disk_fails_the_capture_and_is_named() {
@@ -234,11 +174,9 @@ fn a_limit_reached_by_the_last_bytes_fails_the_capture_too() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("shard");
     let files = Files::from([("inventory.img".to_owned(), vec![7; 50_000])]);
-    let size = {
-        let exit = capture_to(vec![File::create(&path).unwrap().into()], &files);
-        assert!(exit.status.success(), "{}", exit.stderr);
-        fs::metadata(&path).unwrap().len()
-    };
+    let exit = capture_to(vec![File::create(&path).unwrap().into()], &files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    let size = fs::metadata(&path).unwrap().len();
     for (short, options) in [
         (1, File::options().write(true)),
         (1, File::options().append(true)),
@@ -256,30 +194,18 @@ fn a_limit_reached_by_the_last_bytes_fails_the_capture_too() {
     }
 }
 
-/// A descriptor that gives a page of data and then EIO: our own memory, from the end of the main
-/// thread's stack, behind which nothing can be read.
-fn failing() -> File {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let stack = maps.lines().find(|line| line.ends_with("[stack]"));
-    let end = stack.and_then(|line| line.split(['-', ' ']).nth(1));
-    let end = u64::from_str_radix(end.expect("a stack"), 16).unwrap();
-    let mut memory = File::open("/proc/self/mem").unwrap();
-    memory.seek(SeekFrom::Start(end - PAGE as u64)).unwrap();
-    memory
-}
-
 #[test]
 fn an_input_that_cannot_be_read_is_not_taken_for_its_end() {
-    let unreadable = File::open("/proc/self/mem").unwrap();
-    let fd = unreadable.as_raw_fd();
-    let (dir, exit) = extract_from(vec![unreadable.into()]);
-    exit.expect_failure(&[&format!("shard fd {fd}"), "Input/output error"]);
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-}
-
-#[test]
-fn an_external_file_that_cannot_be_read_to_its_end_fails_the_capture() {
-    let launch = Streamer::capture().ext_file("fs.tar", failing().into());
+    let open = |path| OwnedFd::from(File::open(path).unwrap());
+    for (path, reason) in [
+        ("/proc/self/mem", "Input/output error"),
+        ("/dev/null", "missing"),
+    ] {
+        let (dir, exit) = extract_from(vec![open(path)]);
+        exit.expect_failure(&["shard fd ", reason]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+    let launch = Streamer::capture().ext_file("fs.tar", open("/proc/self/mem"));
     let (mut streamer, collector) = runs::collect(launch, 1);
     runs::send(&streamer, &sample_files(10));
     streamer.expect_failure(&["fs.tar", "Input/output error"]);
@@ -327,20 +253,6 @@ fn an_external_file_that_does_not_fit_fails_the_restore() {
 }
 
 #[test]
-fn a_terminal_is_refused_with_the_reason() {
-    for launch in [Streamer::capture, Streamer::extract, Streamer::serve] {
-        let terminal = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/ptmx")
-            .unwrap();
-        let fd = terminal.as_raw_fd();
-        let exit = launch().shards([terminal.into()]).run();
-        exit.expect_failure(&[&format!("shard fd {fd}"), "terminal", "redirect"]);
-    }
-}
-
-#[test]
 fn what_cannot_carry_an_image_in_that_direction_is_refused() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("file");
@@ -348,6 +260,10 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
     let read_only = || OwnedFd::from(File::open(&path).unwrap());
     let datagrams = || OwnedFd::from(UnixDatagram::pair().unwrap().0);
     let directory = || OwnedFd::from(File::open(dir.path()).unwrap());
+    let terminal = || {
+        let mut options = File::options();
+        OwnedFd::from(options.read(true).write(true).open("/dev/ptmx").unwrap())
+    };
     write_only();
     let refused = [
         (Streamer::capture(), read_only(), "writing"),
@@ -357,6 +273,12 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
         (Streamer::serve(), datagrams(), "stream"),
         (Streamer::capture(), directory(), "directory"),
         (Streamer::extract(), directory(), "directory"),
+        (
+            Streamer::capture(),
+            terminal(),
+            "is a terminal, and an image is no text: redirect it",
+        ),
+        (Streamer::serve(), terminal(), "is a terminal"),
     ];
     for (launch, end, reason) in refused {
         let fd = end.as_raw_fd();
@@ -364,61 +286,6 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
         exit.expect_failure(&["--shard-fds", &format!("shard fd {fd}"), reason]);
         assert_eq!(exit.progress, [""; 0]);
     }
-}
-
-/// Whatever the size of the image.
-#[test]
-fn files_and_sockets_take_next_to_no_memory() {
-    let dir = TempDir::new().unwrap();
-    let mut ends: Vec<OwnedFd> = paths(dir.path(), 3)
-        .iter()
-        .map(|path| File::create(path).unwrap().into())
-        .collect();
-    let appended = File::options()
-        .append(true)
-        .create(true)
-        .open(dir.path().join("appended"))
-        .unwrap();
-    ends.push(appended.into());
-    let mut streamer = Streamer::capture().shards(ends).start();
-    let criu = streamer.criu();
-    let mut pages = criu.create_file("pages-1.img");
-    for _ in 0..64 {
-        pages.write_all(&vec![7; 1 << 20]).unwrap();
-    }
-    let anonymous = streamer.memory_kib("RssAnon");
-    assert!(anonymous < 1024, "{anonymous} KiB");
-    drop(pages);
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-}
-
-/// A file's pump is a thread; a pipe has none.
-#[test]
-fn pipes_are_used_as_they_are() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture(), 4);
-    let criu = streamer.criu();
-    assert_eq!(streamer.threads(), 1);
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    collector.finish();
-}
-
-#[test]
-fn a_signal_ends_a_capture_whose_descriptor_takes_nothing_more() {
-    let (ours, _unread) = unix_pair();
-    let mut streamer = Streamer::capture().shards([ours]).start();
-    let criu = streamer.criu();
-    let sender = thread::spawn(move || {
-        let mut file = criu.create_file("pages-1.img");
-        let _broken_at_the_end = file.write_all(&vec![0; 32 << 20]);
-    });
-    streamer.wait_for_line("checkpoint-start");
-    streamer.signal(Signal::SIGTERM);
-    assert_eq!(streamer.wait().status.code(), Some(128 + 15));
-    sender.join().unwrap();
 }
 
 /// The same when CRIU is done and only the descriptor is behind.
@@ -435,15 +302,6 @@ fn a_signal_ends_the_wait_for_the_last_bytes() {
     assert_eq!(streamer.wait().status.code(), Some(128 + 15));
 }
 
-#[test]
-fn a_socket_whose_reader_leaves_fails_the_capture() {
-    let (ours, theirs) = unix_pair();
-    drop(theirs);
-    let fd = ours.as_raw_fd();
-    let exit = capture_to(vec![ours], &sample_files(12));
-    exit.expect_failure(&[&format!("shard fd {fd}"), "Broken pipe"]);
-}
-
 /// A connection whose queue takes far more than its peer's kernel does.
 fn tcp_with_a_long_queue() -> (OwnedFd, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -454,7 +312,8 @@ fn tcp_with_a_long_queue() -> (OwnedFd, OwnedFd) {
     (client.into(), listener.accept().unwrap().0.into())
 }
 
-/// The streamer has written everything, and its peer has said something and read nothing yet.
+/// The streamer has written everything, and its peer has said something and read nothing yet. It
+/// need not close its socket.
 fn start_capture_that_is_queued(
     pair: fn() -> (OwnedFd, OwnedFd),
     files: &Files,
@@ -476,13 +335,10 @@ fn assert_waits(streamer: &Streamer) {
 }
 
 fn small_enough_for_a_queue() -> Files {
-    Files::from([
-        (
-            "pages-1.img".to_owned(),
-            crate::common::random::bytes(14, 100_000),
-        ),
-        ("inventory.img".to_owned(), vec![2; 50]),
-    ])
+    let pages = crate::common::random::bytes(14, 100_000);
+    [("pages-1.img", pages), ("inventory.img", vec![2; 50])]
+        .map(|(name, content)| (name.to_owned(), content))
+        .into()
 }
 
 #[test]
@@ -490,24 +346,10 @@ fn a_success_means_that_a_sockets_peer_has_everything() {
     let files = small_enough_for_a_queue();
     for pair in [unix_pair as fn() -> _, tcp_with_a_long_queue] {
         let (mut streamer, theirs) = start_capture_that_is_queued(pair, &files);
+        let _kept = theirs.try_clone().unwrap();
         let shards = Collector::start(vec![theirs]).finish();
         streamer.expect_success();
         assert_same_files(&image::decode(&shards).unwrap(), &files);
-    }
-}
-
-/// A peer that goes on speaking, and never ends its own stream, has everything all the same.
-#[test]
-fn a_peer_need_not_close_its_socket() {
-    let files = small_enough_for_a_queue();
-    for pair in [unix_pair as fn() -> _, tcp_pair] {
-        let (ours, theirs) = pair();
-        let kept = theirs.try_clone().unwrap();
-        let collector = Collector::start(vec![theirs]);
-        let exit = capture_to(vec![ours], &files);
-        assert!(exit.status.success(), "{}", exit.stderr);
-        assert_same_files(&image::decode(&collector.finish()).unwrap(), &files);
-        drop(kept);
     }
 }
 
@@ -643,22 +485,4 @@ fn run_on_a_full_disk(target: &str, subcommand: &str, files: &Files) -> Option<(
     let status = child.reap().unwrap();
     let said = fs::read_to_string(said).unwrap();
     (status.code() != Some(77)).then_some((status.success(), said))
-}
-
-#[test]
-fn a_mix_of_all_kinds_makes_one_image() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("file");
-    let (pipe_reader, pipe_writer) = pipe();
-    let (socket, other) = unix_pair();
-    let collector = Collector::start(vec![pipe_reader, other]);
-    let files = sample_files(13);
-    let exit = capture_to(
-        vec![pipe_writer, File::create(&path).unwrap().into(), socket],
-        &files,
-    );
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let mut shards = collector.finish();
-    shards.insert(1, fs::read(&path).unwrap());
-    assert_same_files(&image::decode(&shards).unwrap(), &files);
 }

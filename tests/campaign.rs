@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::child::Limit;
+use crate::common::child::{Limit, send_signal};
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::keeping::Keeping;
@@ -57,19 +57,13 @@ enum Fault {
     ReaderLeaves,
     FeederDies,
     ProgressReaderLeaves,
+    /// The streamer, CRIU, or a reader or feeder, for a while.
+    StandsStill,
     Terminated,
     Killed,
 }
 
 impl Fault {
-    fn signal(self) -> Option<Signal> {
-        match self {
-            Self::Terminated => Some(Signal::SIGTERM),
-            Self::Killed => Some(Signal::SIGKILL),
-            _ => None,
-        }
-    }
-
     fn of_progress(self, launch: Launch) -> Launch {
         match self {
             Self::ProgressReaderLeaves => launch.progress_reader_gone(),
@@ -82,7 +76,9 @@ impl Fault {
     fn is_told(self, exit: &Exit) {
         let code = exit.status.code();
         match self {
-            Self::None | Self::ProgressReaderLeaves => assert_eq!(code, Some(0), "{}", exit.stderr),
+            Self::None | Self::ProgressReaderLeaves | Self::StandsStill => {
+                assert_eq!(code, Some(0), "{}", exit.stderr)
+            }
             Self::FeederDies | Self::NoInventory => assert_eq!(code, Some(1), "{}", exit.stderr),
             _ => {}
         }
@@ -158,13 +154,39 @@ fn dump(criu: &Criu, files: &Files, moment: usize, dies_at_moment: impl FnOnce()
     }
 }
 
-/// Reads a shard to its end, or leaves after some bytes. A socket whose writer was killed may end
-/// with an error.
-fn read_shard(shard: OwnedFd, leave_after: Option<usize>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let limit = leave_after.map_or(u64::MAX, |bytes| bytes as u64);
-    let _end_or_reset = File::from(shard).take(limit).read_to_end(&mut bytes);
+/// Reads a shard to its end; after some bytes it leaves, or stands still for a while. A socket
+/// whose writer was killed may end with an error.
+fn read_shard(shard: OwnedFd, moment: Option<usize>, fault: Fault) -> Vec<u8> {
+    let (mut shard, mut bytes) = (File::from(shard), Vec::new());
+    if let Some(moment) = moment {
+        let _end_or_reset = (&mut shard).take(moment as u64).read_to_end(&mut bytes);
+        if fault == Fault::ReaderLeaves {
+            return bytes;
+        }
+        stand_still();
+    }
+    let _end_or_reset = shard.read_to_end(&mut bytes);
     bytes
+}
+
+fn stand_still() {
+    thread::sleep(Duration::from_millis(30));
+}
+
+/// The streamer gets the signal, if the fault has one, or stands still for a while.
+fn disturb(streamer: &OwnedFd, fault: Fault) {
+    let signals: &[Signal] = match fault {
+        Fault::Terminated => &[Signal::SIGTERM],
+        Fault::Killed => &[Signal::SIGKILL],
+        Fault::StandsStill => &[Signal::SIGSTOP, Signal::SIGCONT],
+        _ => &[],
+    };
+    for signal in signals {
+        let _may_have_ended = send_signal(streamer, *signal);
+        if *signal == Signal::SIGSTOP {
+            stand_still();
+        }
+    }
 }
 
 /// What the shards are.
@@ -247,16 +269,18 @@ enum Readers {
 }
 
 impl Readers {
-    /// `leaver` is the shard whose reader leaves, and after how many bytes.
+    /// `leaver` is the shard whose reader leaves or stands still, and after how many bytes.
     fn start(
         kind: Kind,
         count: usize,
         dir: &Path,
         leaver: Option<(usize, usize)>,
+        fault: Fault,
         launch: Launch,
         random: &mut Random,
     ) -> (Launch, Self) {
         let paths = paths(dir, count);
+        let fails = leaver.filter(|_| fault == Fault::ReaderLeaves);
         match kind {
             Kind::Pipes | Kind::UnixSockets | Kind::TcpSockets => {
                 let (readers, writers): (Vec<_>, Vec<_>) = (0..count).map(|_| kind.pair()).unzip();
@@ -269,7 +293,7 @@ impl Readers {
                         if greets {
                             let _gone = reader.write_all(b"220 ready");
                         }
-                        read_shard(reader.into(), leave_after)
+                        read_shard(reader.into(), leave_after, fault)
                     }));
                 }
                 (launch.shards(writers), Self::Threads(threads))
@@ -277,7 +301,7 @@ impl Readers {
             Kind::Files => {
                 let files = paths.iter().map(|path| File::create(path).unwrap().into());
                 let launch = launch.shards(files);
-                let launch = match leaver {
+                let launch = match fails {
                     Some((_, bytes)) => launch.limit(Limit::FileSize(bytes as u64)),
                     None => launch,
                 };
@@ -285,7 +309,7 @@ impl Readers {
             }
             Kind::Commands => {
                 let shard = format!("'{}'/s{{}}", dir.display());
-                let fails = leaver.map(|(who, bytes)| {
+                let fails = fails.map(|(who, bytes)| {
                     let part = format!("head -c {bytes} >{shard}");
                     (
                         who,
@@ -320,6 +344,7 @@ fn captures() {
         Fault::NoInventory,
         Fault::ReaderLeaves,
         Fault::ProgressReaderLeaves,
+        Fault::StandsStill,
         Fault::Terminated,
         Fault::Killed,
     ];
@@ -330,7 +355,9 @@ fn captures() {
         let moment = random.below(total - INVENTORY_SIZE + 1);
         let shard_count = 1 + random.below(4);
         let leaver = (random.below(shard_count), moment / shard_count);
-        let leaver = (fault == Fault::ReaderLeaves).then_some(leaver);
+        let reader_stands_still = fault == Fault::StandsStill && random.one_in(3);
+        let has_leaver = fault == Fault::ReaderLeaves || reader_stands_still;
+        let leaver = has_leaver.then_some(leaver);
         if fault == Fault::NoInventory {
             files.remove("inventory.img");
         }
@@ -339,13 +366,21 @@ fn captures() {
         let dir = TempDir::with_prefix("images-").unwrap();
         let shards_dir = TempDir::with_prefix("shards-").unwrap();
         let launch = fault.of_progress(Streamer::capture().images_dir(dir.path()));
-        let (launch, readers) =
-            Readers::start(kind, shard_count, shards_dir.path(), leaver, launch, random);
+        let (launch, readers) = Readers::start(
+            kind,
+            shard_count,
+            shards_dir.path(),
+            leaver,
+            fault,
+            launch,
+            random,
+        );
         let mut streamer = launch.start();
         if let Some(criu) = connect(&streamer, Role::Capture) {
             dump(&criu, &files, moment, || {
-                if let Some(signal) = fault.signal() {
-                    streamer.signal(signal);
+                match fault {
+                    Fault::StandsStill if random.one_in(2) => stand_still(),
+                    _ => disturb(&streamer.pidfd(), fault),
                 }
                 fault == Fault::CriuDies
             });
@@ -374,11 +409,12 @@ fn captures() {
     });
 }
 
-const RESTORE_FAULTS: [Fault; 7] = [
+const RESTORE_FAULTS: [Fault; 8] = [
     Fault::None,
     Fault::FeederDies,
     Fault::ReaderLeaves,
     Fault::ProgressReaderLeaves,
+    Fault::StandsStill,
     Fault::Terminated,
     Fault::Killed,
     Fault::CriuDies,
@@ -412,8 +448,9 @@ impl Restore {
             (launch, ExternalReader::File(path))
         } else {
             let (reader, writer) = kind.pair();
-            let leave_after = reader_leaves.then(|| random.below(1000));
-            let thread = thread::spawn(move || read_shard(reader, leave_after));
+            let acts = reader_leaves || (fault == Fault::StandsStill && random.one_in(3));
+            let moment = acts.then(|| random.below(1000));
+            let thread = thread::spawn(move || read_shard(reader, moment, fault));
             (launch.ext_file(TAR, writer), ExternalReader::Thread(thread))
         };
         let launch = fault.of_progress(launch);
@@ -438,9 +475,12 @@ impl Restore {
                 with_commands(launch, shards.len(), &brings, dies.then_some(fails), random)
             };
             let streamer = launch.start();
-            if let Some(signal) = fault.signal() {
+            if matches!(
+                fault,
+                Fault::Terminated | Fault::Killed | Fault::StandsStill
+            ) {
                 thread::sleep(Duration::from_micros(random.below(20_000) as u64));
-                streamer.signal(signal);
+                disturb(&streamer.pidfd(), fault);
             }
             return Self {
                 streamer,
@@ -450,6 +490,7 @@ impl Restore {
             };
         }
 
+        let feeder_stands_still = fault == Fault::StandsStill && random.one_in(2);
         let (readers, writers): (Vec<_>, Vec<_>) = shards.iter().map(|_| kind.pair()).unzip();
         let streamer = launch.shards(readers).start();
         let mut feeding = Vec::new();
@@ -463,8 +504,10 @@ impl Restore {
                 if i == culprit && dies {
                     return;
                 }
-                if let (Some(signal), true) = (fault.signal(), i == culprit) {
-                    let _ended = crate::common::child::send_signal(&pidfd, signal);
+                if i == culprit && feeder_stands_still {
+                    stand_still();
+                } else if i == culprit {
+                    disturb(&pidfd, fault);
                 }
                 let _gone = shard.write_all(after);
             }));
@@ -506,7 +549,7 @@ fn image_with_tar(files: &Files, random: &mut Random) -> (Vec<Vec<u8>>, Vec<u8>)
 
 #[test]
 fn extracts() {
-    campaign("extract", &RESTORE_FAULTS[..6], |random, fault| {
+    campaign("extract", &RESTORE_FAULTS[..7], |random, fault| {
         let files = random_files(random);
         let dir = TempDir::with_prefix("images-").unwrap();
         // An earlier image with the same names and others, or nothing.
@@ -583,7 +626,7 @@ fn serves() {
         let restore = Restore::start(launch, fault, shards, random);
 
         let criu = connect(&restore.streamer, Role::Serve);
-        let complete = criu.is_some_and(|criu| read_all(&criu, &files, dies_after));
+        let complete = criu.is_some_and(|criu| read_all(&criu, &files, dies_after, fault));
         let (exit, got_tar) = restore.finish();
         let succeeded = exit.status.success();
 
@@ -598,7 +641,8 @@ fn serves() {
             );
         }
         fault.is_told(&exit);
-        let unharmed = matches!(fault, Fault::None | Fault::ProgressReaderLeaves);
+        let unharmed =
+            [Fault::None, Fault::ProgressReaderLeaves, Fault::StandsStill].contains(&fault);
         assert!(complete || !unharmed, "{}", exit.stderr);
         assert!(!complete || fault != Fault::FeederDies, "{}", exit.stderr);
         succeeded
@@ -617,7 +661,7 @@ fn connect(streamer: &Streamer, role: Role) -> Option<Criu> {
 }
 
 /// Whether every file came to its end. What came of each is right in any case.
-fn read_all(criu: &Criu, files: &Files, die_after: Option<usize>) -> bool {
+fn read_all(criu: &Criu, files: &Files, die_after: Option<usize>, fault: Fault) -> bool {
     for (i, (name, expected)) in files.iter().enumerate() {
         if die_after == Some(i) {
             return false;
@@ -625,6 +669,9 @@ fn read_all(criu: &Criu, files: &Files, die_after: Option<usize>) -> bool {
         let Ok(file) = criu.try_open_file(name, None) else {
             return false;
         };
+        if fault == Fault::StandsStill && i == 0 {
+            stand_still();
+        }
         let mut content = Vec::new();
         file.unwrap_or_else(|| panic!("{name} is missing"))
             .read_to_end(&mut content)

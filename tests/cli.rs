@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 
 use crate::common::image;
 use crate::common::runs;
-use crate::common::shards::{self, pipe};
+use crate::common::shards::pipe;
 use crate::common::streamer::{Launch, Streamer, binary};
 use tempfile::TempDir;
 
@@ -49,18 +49,7 @@ fn help_and_version_need_nothing_else() {
     let help = run(&["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
-    let options = [
-        "--images-dir",
-        "--shard-fds",
-        "--ext-file-fds",
-        "--progress-fd",
-        "--tcp-listen-remap",
-    ];
-    for word in options
-        .iter()
-        .chain(&["-D", "-s", "-e", "-p"])
-        .chain(&NAMES)
-    {
+    for word in ["-D, --images-dir", "-s, --shard-fds", "--tcp-listen-remap"] {
         assert!(help.contains(word), "{word} is not explained:\n{help}");
     }
     for subcommand in NAMES {
@@ -71,12 +60,8 @@ fn help_and_version_need_nothing_else() {
         );
     }
     let version = run(&["--version"]);
-    assert!(version.status.success());
-    assert!(
-        String::from_utf8(version.stdout)
-            .unwrap()
-            .contains(env!("CARGO_PKG_VERSION"))
-    );
+    let version = String::from_utf8(version.stdout).unwrap();
+    assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
 }
 
 #[test]
@@ -117,46 +102,6 @@ fn without_arguments_the_usage_is_told_in_a_few_lines() {
 }
 
 #[test]
-fn options_stand_before_or_after_the_subcommand() {
-    let image = image::inventory();
-    for before in [true, false] {
-        let dir = TempDir::new().unwrap();
-        let file = dir.path().join("image");
-        fs::write(&file, &image[0]).unwrap();
-        let mut cat = Command::new("cat")
-            .arg(&file)
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let images_dir = dir.path().join("images");
-        fs::create_dir(&images_dir).unwrap();
-        let options = [
-            "--images-dir",
-            images_dir.to_str().unwrap(),
-            "--shard-fds",
-            "0",
-        ];
-        let mut args = options.to_vec();
-        args.insert(if before { options.len() } else { 0 }, "extract");
-        let output = Command::new(binary())
-            .args(&args)
-            .stdin(cat.stdout.take().unwrap())
-            .output()
-            .unwrap();
-        cat.wait().unwrap();
-        assert!(
-            output.status.success(),
-            "{args:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        assert_eq!(
-            fs::read(images_dir.join("inventory.img")).unwrap(),
-            b"inventory"
-        );
-    }
-}
-
-#[test]
 fn a_descriptor_that_is_not_open_is_named() {
     for subcommand in SUBCOMMANDS {
         assert_refused(subcommand().args(["--shard-fds", "987"]), &["987", "shard"]);
@@ -174,35 +119,41 @@ fn a_descriptor_that_is_not_open_is_named() {
 }
 
 #[test]
+fn options_stand_before_or_after_the_subcommand() {
+    let image = image::inventory();
+    let behind = |launch: Launch, dir: &Path| launch.args_behind([Path::new("--images-dir"), dir]);
+    for launch in [|launch: Launch, dir: &Path| launch.images_dir(dir), behind] {
+        let dir = TempDir::new().unwrap();
+        let (mut streamer, _feeder) = runs::feed(launch(Streamer::extract(), dir.path()), &image);
+        streamer.expect_success();
+        assert!(dir.path().join("inventory.img").exists());
+    }
+}
+
+#[test]
 fn a_descriptor_serves_one_purpose() {
     for subcommand in SUBCOMMANDS {
-        let refuse = |progress_on_stderr: bool, args: &dyn Fn(String) -> Vec<String>| {
+        let uses: [&[&str]; 4] = [
+            &["--shard-fds=FD,FD"],
+            &["--shard-fds=FD", "--ext-file-fds=fs.tar:FD"],
+            &["--ext-file-fds=fs.tar:FD", "--ext-file-fds=fs.zip:FD"],
+            &["--shard-fds=FD", "--progress-fd=FD"],
+        ];
+        for uses in uses {
             let end = free_pipe(subcommand);
             let fd = end.as_raw_fd().to_string();
-            let launch = subcommand().inherit(end).args(args(fd.clone()));
-            assert_refused(
-                if progress_on_stderr {
-                    launch.progress_on_stderr()
-                } else {
-                    launch
-                },
-                &[&fd],
-            );
-        };
-        refuse(false, &|fd| {
-            vec!["--shard-fds".into(), format!("{fd},{fd}")]
-        });
-        refuse(false, &|fd| {
-            vec![
-                "--shard-fds".into(),
-                fd.clone(),
-                "--ext-file-fds".into(),
-                format!("fs.tar:{fd}"),
-            ]
-        });
-        refuse(true, &|fd| {
-            vec!["--shard-fds".into(), fd.clone(), "--progress-fd".into(), fd]
-        });
+            let launch = subcommand().inherit(end);
+            let launch = launch.args(uses.iter().map(|option| option.replace("FD", &fd)));
+            let launch = match uses.last() {
+                Some(&"--progress-fd=FD") => launch.progress_on_stderr(),
+                _ => launch,
+            };
+            assert_refused(launch, &[&fd]);
+        }
+        let launch = with_shard(subcommand())
+            .ext_file("fs.tar", free_pipe(subcommand))
+            .ext_file("fs.tar", free_pipe(subcommand));
+        assert_refused(launch, &["fs.tar"]);
     }
 }
 
@@ -345,16 +296,6 @@ fn a_socket_carries_a_shard_one_way_and_progress_lines_the_other() {
 }
 
 #[test]
-fn an_external_file_has_one_descriptor() {
-    for subcommand in SUBCOMMANDS {
-        let launch = with_shard(subcommand())
-            .ext_file("fs.tar", free_pipe(subcommand))
-            .ext_file("fs.tar", free_pipe(subcommand));
-        assert_refused(launch, &["fs.tar"]);
-    }
-}
-
-#[test]
 fn lists_are_numbers_and_commas() {
     for list in [
         "",
@@ -396,23 +337,6 @@ fn an_external_files_name_is_one_that_a_file_can_have() {
             assert_refused(launch, &["ext-file"]);
         }
     }
-}
-
-#[test]
-fn an_external_file_with_the_longest_name_is_accepted() {
-    let name = "x".repeat(255);
-    let (reader, writer) = pipe();
-    let image = image::encode(
-        [
-            (name.as_str(), &b"tar"[..]),
-            ("inventory.img", b"inventory"),
-        ],
-        1,
-        100,
-    );
-    let (mut streamer, _feeder) = runs::feed(Streamer::extract().ext_file(&name, writer), &image);
-    streamer.expect_success();
-    assert_eq!(shards::Collector::start(vec![reader]).finish(), [b"tar"]);
 }
 
 #[test]
@@ -461,34 +385,6 @@ fn an_images_dir_too_long_for_a_socket_is_refused() {
 }
 
 #[test]
-fn the_longest_images_dir_that_criu_can_use_is_accepted() {
-    const SUN_PATH: usize = 108;
-    let dir = TempDir::new().unwrap();
-    // The path ends with a NUL in CRIU's copy.
-    let room = SUN_PATH - 1 - "/streamer-capture.sock".len();
-    let long = dir.path().join("d".repeat(room - path_len(dir.path()) - 1));
-    assert_eq!(path_len(&long), room);
-    fs::create_dir(&long).unwrap();
-    let (mut streamer, collector) = runs::collect(Streamer::capture().images_dir(&long), 1);
-    let criu = streamer.criu();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    collector.finish();
-
-    let one_more = dir.path().join("d".repeat(room - path_len(dir.path())));
-    fs::create_dir(&one_more).unwrap();
-    with_shard(Streamer::capture())
-        .images_dir(&one_more)
-        .run()
-        .expect_failure(&["images-dir"]);
-}
-
-fn path_len(path: &Path) -> usize {
-    path.as_os_str().len()
-}
-
-#[test]
 fn an_images_dir_that_is_not_there_is_made_for_the_user_alone() {
     let dir = TempDir::new().unwrap();
     let new = dir.path().join("new/images");
@@ -504,22 +400,20 @@ fn an_images_dir_that_is_not_there_is_made_for_the_user_alone() {
 
 /// A shard that is all right, so that something else is refused.
 fn with_shard(launch: Launch) -> Launch {
-    let ends = pipe();
-    let end = if launch.writes_shards() {
-        ends.1
-    } else {
-        ends.0
+    let (reader, writer) = pipe();
+    let end = match launch.writes_shards() {
+        true => writer,
+        false => reader,
     };
     launch.shards([end])
 }
 
 /// The streamer's end of a pipe that is not used, as the run ends before.
 fn free_pipe(subcommand: fn() -> Launch) -> OwnedFd {
-    let ends = pipe();
-    if subcommand().writes_shards() {
-        ends.1
-    } else {
-        ends.0
+    let (reader, writer) = pipe();
+    match subcommand().writes_shards() {
+        true => writer,
+        false => reader,
     }
 }
 

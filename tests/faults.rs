@@ -8,9 +8,9 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::child::{self, Limit};
+use crate::common::child;
 use crate::common::criu::{self, Role, read_reply, send_fds};
-use crate::common::image::{self, Files};
+use crate::common::image;
 use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
@@ -31,17 +31,6 @@ fn assert_no_image(collector: Collector) {
         image::decode(&shards).is_err(),
         "a broken image looks whole"
     );
-}
-
-#[test]
-fn an_empty_inventory_is_that_of_a_criu_that_was_killed() {
-    let (mut streamer, collector) = capture();
-    let criu = streamer.criu();
-    criu.write_file("pstree.img", b"tree");
-    drop(criu.create_file("inventory.img"));
-    drop(criu);
-    streamer.expect_failure(&["inventory.img", "incomplete"]);
-    assert_no_image(collector);
 }
 
 #[test]
@@ -77,20 +66,6 @@ fn no_client_adds_to_the_image_once_criu_is_gone() {
     streamer.expect_success();
     let files = image::decode(&collector.finish()).unwrap();
     assert_eq!(files.len(), 2, "{:?}", files.keys());
-}
-
-#[test]
-fn a_stranger_who_leaves_does_not_end_the_wait_for_a_criu_that_is_at_work() {
-    let (mut streamer, collector) = capture();
-    let criu = streamer.criu();
-    let socket = Role::Capture.socket(streamer.images_dir());
-    drop(UnixStream::connect(socket).unwrap());
-    // With no other client connected, the wait would be over then.
-    runs::outlast_grace();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    assert!(image::decode(&collector.finish()).is_ok());
 }
 
 #[test]
@@ -160,41 +135,6 @@ fn a_socket_that_took_the_place_of_ours_stays() {
     streamer.expect_success();
     assert!(socket.exists(), "the socket of another program is removed");
     collector.finish();
-}
-
-/// CRIU is faster than a shard that stands still: 300 files wait for 64 descriptors.
-#[test]
-fn files_wait_for_their_turn_when_descriptors_run_short() {
-    let files = runs::small_files(300, 5000, 7);
-    let (readers, writers) = shards::pipes(1, Some(PAGE));
-    let mut streamer = Streamer::capture()
-        .limit(Limit::OpenFiles(64))
-        .shards(writers)
-        .start();
-    let criu = streamer.criu();
-    let dump = {
-        let files = files.clone();
-        thread::spawn(move || {
-            for (name, content) in runs::inventory_last(&files) {
-                criu.write_file(name, content);
-            }
-        })
-    };
-    // Until as many are open as there may be.
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while streamer.open_fds() < 30 && !dump.is_finished() {
-        assert!(
-            Instant::now() < deadline,
-            "only {} are open",
-            streamer.open_fds()
-        );
-        thread::yield_now();
-    }
-    let collector = Collector::start(readers);
-    dump.join().unwrap();
-    streamer.expect_success();
-    let found = image::decode(&collector.finish()).unwrap();
-    runs::assert_same_files(&found, &files);
 }
 
 const EARLIER: &[u8] = b"of an earlier image";
@@ -293,185 +233,4 @@ fn after_a_killed_extract_the_next_one_works_and_leaves_nothing_else() {
 /// `FAULT_ROUNDS` sets how many there are of each kind.
 fn rounds() -> u64 {
     setting("FAULT_ROUNDS", 50)
-}
-
-/// The party that stands still for a while.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Party {
-    Streamer,
-    Shard,
-    Criu,
-    External,
-}
-
-const PARTIES: [Party; 4] = [Party::Streamer, Party::Shard, Party::Criu, Party::External];
-
-fn stand_still() {
-    thread::sleep(Duration::from_millis(30));
-}
-
-fn stop_for_a_while(streamer: &Streamer) {
-    let pidfd = streamer.pidfd();
-    thread::spawn(move || {
-        // It may have ended by then.
-        let _ended = child::send_signal(&pidfd, Signal::SIGSTOP);
-        stand_still();
-        let _ended = child::send_signal(&pidfd, Signal::SIGCONT);
-    });
-}
-
-/// Writes pieces, and stands still before one of them.
-fn write_with_pause(mut file: File, content: &[u8], pause: Option<usize>) {
-    let at = pause.unwrap_or(usize::MAX).min(content.len());
-    file.write_all(&content[..at]).unwrap();
-    if pause.is_some() {
-        stand_still();
-    }
-    file.write_all(&content[at..]).unwrap();
-}
-
-fn read_with_pause(mut file: File, pause: Option<usize>) -> Vec<u8> {
-    let mut content = Vec::new();
-    if let Some(at) = pause {
-        (&mut file)
-            .take(at as u64)
-            .read_to_end(&mut content)
-            .unwrap();
-        stand_still();
-    }
-    file.read_to_end(&mut content).unwrap();
-    content
-}
-
-fn files_for_stalls(random: &mut Random) -> (Files, Vec<u8>) {
-    let mut files = runs::small_files(10, 5000, random.next());
-    let size = 100 * PAGE + random.below(500 * PAGE);
-    files.insert("pages-1.img".into(), random.bytes(size));
-    let tar_size = random.below(100 * PAGE);
-    (files, random.bytes(tar_size))
-}
-
-#[test]
-fn a_capture_takes_no_harm_when_a_party_stands_still() {
-    for seed in 0..rounds() {
-        let mut random = Random::new(seed);
-        let (mut files, tar) = files_for_stalls(&mut random);
-        let party = *random.pick(&PARTIES);
-        let moment = random.below(files["pages-1.img"].len());
-        let (readers, writers) = shards::pipes(1 + random.below(4), None);
-        let (tar_reader, tar_writer) = pipe();
-        let mut streamer = Streamer::capture()
-            .shards(writers)
-            .ext_file("fs.tar", tar_reader)
-            .start();
-        let pauses = |mut random: Random, only: bool| {
-            move |index: usize| (only && index == 0).then(|| random.below(100_000))
-        };
-        let mut shard_pause = pauses(Random::new(seed + 1), party == Party::Shard);
-        let reading: Vec<_> = readers
-            .into_iter()
-            .enumerate()
-            .map(|(index, reader)| {
-                let pause = shard_pause(index);
-                thread::spawn(move || read_with_pause(File::from(reader), pause))
-            })
-            .collect();
-        let tar_pause = (party == Party::External).then(|| random.below(tar.len() + 1));
-        let writing = {
-            let tar = tar.clone();
-            thread::spawn(move || write_with_pause(File::from(tar_writer), &tar, tar_pause))
-        };
-        let criu = streamer.criu();
-        for (name, content) in runs::inventory_last(&files) {
-            let is_large = name == "pages-1.img";
-            if is_large && party == Party::Streamer {
-                stop_for_a_while(&streamer);
-            }
-            let pause = (is_large && party == Party::Criu).then_some(moment);
-            write_with_pause(criu.create_file(name), content, pause);
-        }
-        drop(criu);
-        writing.join().unwrap();
-        streamer.expect_success();
-        let shards: Vec<_> = reading.into_iter().map(|t| t.join().unwrap()).collect();
-        files.insert("fs.tar".into(), tar);
-        let found =
-            image::decode(&shards).unwrap_or_else(|e| panic!("seed {seed}, {party:?}: {e}"));
-        runs::assert_same_files(&found, &files);
-    }
-    crate::common::report(format_args!(
-        "stalled captures: {} rounds, all images whole",
-        rounds()
-    ));
-}
-
-#[test]
-fn a_restore_takes_no_harm_when_a_party_stands_still() {
-    for seed in 0..rounds() {
-        let mut random = Random::new(seed);
-        let (files, tar) = files_for_stalls(&mut random);
-        let party = *random.pick(&PARTIES);
-        let mut all = files.clone();
-        all.insert("fs.tar".into(), tar.clone());
-        let chunk = *random.pick(&[20_000, 120_000]);
-        let image = image::encode_files(&all, 1 + random.below(4), chunk);
-        let (readers, writers) = shards::pipes(image.len(), None);
-        let (tar_reader, tar_writer) = pipe();
-        let to_disk = random.one_in(2);
-        let launch = if to_disk {
-            Streamer::extract()
-        } else {
-            random.pick(&Keeping::ALL).serve()
-        };
-        let mut streamer = launch
-            .shards(readers)
-            .ext_file("fs.tar", tar_writer)
-            .start();
-        let tar_pause = (party == Party::External).then(|| random.below(tar.len() + 1));
-        let reading = thread::spawn(move || read_with_pause(File::from(tar_reader), tar_pause));
-        if party == Party::Streamer {
-            stop_for_a_while(&streamer);
-        }
-        let stalled = random.below(image.len());
-        let feeding: Vec<_> = writers
-            .into_iter()
-            .zip(image)
-            .enumerate()
-            .map(|(index, (writer, bytes))| {
-                let pause =
-                    (party == Party::Shard && index == stalled).then(|| random.below(bytes.len()));
-                thread::spawn(move || write_with_pause(File::from(writer), &bytes, pause))
-            })
-            .collect();
-        let found = if to_disk {
-            streamer.expect_success();
-            runs::read_dir(streamer.images_dir())
-        } else {
-            let criu = streamer.criu();
-            let pause = (party == Party::Criu).then(|| random.below(files["pages-1.img"].len()));
-            let read = files.keys().map(|name| {
-                let pause = pause.filter(|_| name == "pages-1.img");
-                (
-                    name.clone(),
-                    read_with_pause(criu.open_file(name).unwrap(), pause),
-                )
-            });
-            let found = read.collect();
-            drop(criu);
-            streamer.expect_success();
-            found
-        };
-        feeding
-            .into_iter()
-            .for_each(|thread| thread.join().unwrap());
-        runs::assert_same_files(&found, &files);
-        assert!(
-            reading.join().unwrap() == tar,
-            "seed {seed}, {party:?}: another fs.tar"
-        );
-    }
-    crate::common::report(format_args!(
-        "stalled restores: {} rounds, all images whole",
-        rounds()
-    ));
 }

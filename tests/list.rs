@@ -49,31 +49,19 @@ fn many_files() -> Files {
 #[test]
 fn every_file_is_listed_with_its_size_and_sorted_by_name() {
     let files = files();
-    for (count, chunk) in [(1, 1 << 20), (3, 70_000), (5, 999)] {
+    let copying = Streamer::list().limit(Limit::Refused(libc::SYS_splice));
+    for (launch, count, chunk) in [
+        (Streamer::list(), 1, 1 << 20),
+        (copying, 3, 70_000),
+        (Streamer::list(), 5, 999),
+    ] {
         let shards = image::encode_files(&files, count, chunk);
-        let (exit, listed) = list(Streamer::list(), &shards);
+        let (exit, listed) = list(launch, &shards);
         assert!(exit.status.success(), "{}", exit.stderr);
         assert_eq!(listed, lines(&files), "{count} shards");
         let stats = &exit.progress[..];
         assert!(stats.len() == 1 && stats[0].contains("shards"), "{stats:?}");
     }
-}
-
-#[test]
-fn what_a_capture_wrote_is_listed() {
-    let files = runs::sample_files(2);
-    let (exit, listed) = list(Streamer::list(), &runs::capture(&files, 3, None));
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_eq!(listed, lines(&files));
-}
-
-#[test]
-fn sizes_are_the_same_where_data_can_only_be_copied() {
-    let files = files();
-    let launch = Streamer::list().limit(Limit::Refused(libc::SYS_splice));
-    let (exit, listed) = list(launch, &image::encode_files(&files, 2, 70_000));
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_eq!(listed, lines(&files));
 }
 
 #[test]
@@ -116,35 +104,6 @@ fn without_a_standard_output_the_exit_status_is_the_answer() {
             assert_eq!(run.status.success(), whole, "{script}: {run:?}");
         }
     }
-}
-
-#[test]
-fn an_index_is_one_more_shard() {
-    let dir = TempDir::new().unwrap();
-    let shell = |arguments: &str| {
-        let script = format!(
-            "'{}' --index --shard-cmd 'cat app-{{}}' {arguments}",
-            binary().display()
-        );
-        let output = Command::new("bash")
-            .args(["-c", &script])
-            .current_dir(dir.path())
-            .output()
-            .unwrap();
-        (
-            output.status.success(),
-            String::from_utf8(output.stdout).unwrap(),
-        )
-    };
-    let files = runs::sample_files(3);
-    let command = format!("cat >{}/app-{{}}", dir.path().display());
-    let mut streamer = Streamer::capture()
-        .args(["--num-shards", "2", "--index", "--shard-cmd", &command])
-        .start();
-    runs::send(&streamer, &files);
-    streamer.expect_success();
-    assert_eq!(shell("--num-shards 2 list"), (true, lines(&files)));
-    assert_eq!(shell("--num-shards 1 list"), (false, String::new()));
 }
 
 #[test]
@@ -256,10 +215,10 @@ fn a_reader_may_take_its_time_until_a_signal_ends_it() {
         let (reader, writer) = pipe();
         let (streamer, _feeder) = runs::feed(Streamer::list().stdout(writer), &shards);
         streamer.wait_for_stats();
-        assert!(streamer.outlasts(Duration::from_millis(1500)));
         (streamer, reader)
     };
     let (mut streamer, reader) = start();
+    assert!(streamer.outlasts(Duration::from_millis(1500)));
     let listed = Collector::start(vec![reader]).finish().remove(0);
     assert!(listed == lines(&files).into_bytes());
     streamer.expect_success();

@@ -106,24 +106,6 @@ fn pages_of_a_capture_that_runs_are_copied() {
     runs::assert_served(&mut serve, &files);
 }
 
-#[test]
-fn capture_connected_straight_to_extract() {
-    for shard_count in [1, 5] {
-        let files = runs::sample_files(shard_count as u64);
-        let (readers, writers) = shards::pipes(shard_count, None);
-        let mut capture = Streamer::capture().shards(writers).start();
-        let mut extract = Streamer::extract().shards(readers).start();
-        let dumping = capture.criu();
-        for (name, content) in runs::inventory_last(&files) {
-            dumping.write_file(name, content);
-        }
-        drop(dumping);
-        capture.expect_success();
-        extract.expect_success();
-        assert_same_files(&runs::read_dir(extract.images_dir()), &files);
-    }
-}
-
 /// Whatever is to wait for its turn meanwhile.
 #[test]
 fn one_shard_may_come_after_the_other() {
@@ -145,19 +127,6 @@ fn one_shard_may_come_after_the_other() {
         writers.next().unwrap().write_all(&first.bytes).unwrap();
         streamer.expect_success();
     }
-}
-
-#[test]
-fn thousands_of_small_files() {
-    let files = runs::small_files(5000, 3000, 1);
-    let shards = runs::capture(&files, 4, None);
-    let (mut streamer, feeder) = runs::feed(Streamer::serve(), &shards);
-    runs::assert_served(&mut streamer, &files);
-    feeder.finish().into_iter().for_each(Result::unwrap);
-
-    let (dir, exit) = runs::extract(&shards);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_same_files(&runs::read_dir(dir.path()), &files);
 }
 
 /// CRIU writes a page at a time into several files at once; the other side reads them all at once

@@ -423,17 +423,6 @@ impl Streamer {
         self.exit.is_none() && !self.child.wait_for_end(time)
     }
 
-    /// The CPU time that it has taken, in seconds.
-    pub fn cpu_seconds(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))
-            .expect("read the process's times");
-        let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
-        let times = fields.split(' ').skip(11).take(2);
-        let ticks: u64 = times.map(|field| field.parse::<u64>().unwrap()).sum();
-        // The kernel counts in hundredths, whatever its own clock.
-        ticks as f64 / 100.0
-    }
-
     pub fn is_running(&self) -> bool {
         self.exit.is_none() && !self.child.wait_for_end(Duration::ZERO)
     }
