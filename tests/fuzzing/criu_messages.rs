@@ -21,17 +21,7 @@ use nix::unistd::pipe2;
 use prost::Message as _;
 
 /// One message over the socket: bytes, and how many descriptors.
-pub type Step<'a> = (&'a [u8], u8);
-
-/// An input for these messages.
-pub fn input(serve: bool, steps: &[Step]) -> Vec<u8> {
-    let mut input = vec![u8::from(serve)];
-    for (bytes, descriptors) in steps {
-        input.extend([*descriptors, bytes.len() as u8]);
-        input.extend_from_slice(bytes);
-    }
-    input
-}
+type Step<'a> = (&'a [u8], u8);
 
 fn steps(mut input: &[u8]) -> Vec<Step<'_>> {
     let mut steps = Vec::new();

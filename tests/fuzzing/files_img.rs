@@ -8,11 +8,6 @@
 
 use criu_image_streamer::fuzzing::files_img;
 
-/// An input for this `files.img`.
-pub fn input(old: u16, new: u16, files_img: &[u8]) -> Vec<u8> {
-    [&old.to_le_bytes()[..], &new.to_le_bytes()[..], files_img].concat()
-}
-
 pub fn run(input: &[u8]) {
     let Some((old, rest)) = input.split_first_chunk() else {
         return;

@@ -26,19 +26,6 @@ const PIPE_SIZE: i32 = 256 << 10;
 
 const DISK: u8 = 0x80;
 
-/// An input for these shards.
-pub fn input(shards: &[Vec<u8>], on_disk: bool) -> Vec<u8> {
-    let flags = (shards.len() as u8 - 1) | if on_disk { DISK } else { 0 };
-    let lengths = shards[..shards.len() - 1]
-        .iter()
-        .flat_map(|shard| (shard.len() as u32).to_le_bytes());
-    [flags]
-        .into_iter()
-        .chain(lengths)
-        .chain(shards.concat())
-        .collect()
-}
-
 fn shards(input: &[u8]) -> Option<(Vec<&[u8]>, bool)> {
     let (&flags, mut rest) = input.split_first()?;
     let mut lengths = Vec::new();
