@@ -2,7 +2,6 @@
 //! command has; otherwise the error says which failed and how, and the others are ended.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -103,40 +102,66 @@ fn an_image_goes_out_and_comes_back_through_commands() {
     }
 }
 
+/// Early, or after it has seen the end of its input: the streamer itself has nothing more to do
+/// then.
 #[test]
-fn there_is_one_shard_unless_told_otherwise() {
+fn a_command_that_fails_fails_the_capture() {
+    for (command, words) in [
+        (
+            "test {} != 3 || exit 5; cat >/dev/null",
+            ["command 3", "test 3 != 3", "exit status 5"],
+        ),
+        (
+            "cat >/dev/null; test {} != 2 || exit 7",
+            ["command 2", "cat", "exit status 7"],
+        ),
+        (
+            "cat >/dev/null; kill -KILL $$",
+            ["shard command", "signal 9", "SIGKILL"],
+        ),
+        ("kill -40 $$", ["shard command", "kill", "signal 40"]),
+    ] {
+        let exit = capture(4, command, &large_files());
+        exit.expect_failure(&words);
+        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
+    }
+}
+
+/// At once, while the others still bring data; at its end; whatever arrived of the image. Only what
+/// breaks off without a word is a shard that was cut off.
+#[test]
+fn a_download_that_fails_is_not_served_and_not_extracted() {
     let dir = TempDir::new().unwrap();
-    let command = format!("cat >'{}'/{{}}-of-{{}}", dir.path().display());
-    let mut streamer = Streamer::capture().args(["--shard-cmd", &command]).start();
-    runs::send(&streamer, &small_files());
-    streamer.expect_success();
-    let shard = fs::read(dir.path().join("1-of-1")).unwrap();
-    assert_same_files(&image::decode(&[shard]).unwrap(), &small_files());
-}
-
-#[test]
-fn a_command_that_fails_early_fails_the_capture() {
-    let exit = capture(4, "test {} != 3 || exit 5; cat >/dev/null", &large_files());
-    exit.expect_failure(&["shard command 3", "test 3 != 3 || exit 5", "exit status 5"]);
-    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
-}
-
-/// After it has seen the end of its input: the streamer itself has nothing more to do then.
-#[test]
-fn a_command_that_fails_late_fails_the_capture() {
-    let exit = capture(
-        4,
-        "cat >/dev/null; test {} != 2 || exit 7",
-        &sample_files(1),
-    );
-    exit.expect_failure(&["shard command 2", "exit status 7"]);
-    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
-}
-
-#[test]
-fn a_command_that_is_killed_fails_the_capture() {
-    let exit = capture(2, "cat >/dev/null; kill -KILL $$", &small_files());
-    exit.expect_failure(&["shard command", "signal 9", "SIGKILL"]);
+    write_shards(dir.path(), &sample_files(2), 3);
+    let path = dir.path().display();
+    let marker = format!("1000.{}4", std::process::id());
+    for (command, words) in [
+        (
+            format!("test {{}} != 2 || exit 13; sleep {marker}"),
+            ["command 2", "exit status 13"],
+        ),
+        (
+            format!("cat '{path}'/s{{}}; sleep 0.3; test {{}} != 2 || exit 11"),
+            ["command 2", "exit status 11"],
+        ),
+        (
+            format!("test {{}} = 3 || exec cat '{path}'/s{{}}; head -c 5000 '{path}'/s3; exit 12"),
+            ["command 3", "exit status 12"],
+        ),
+        (
+            format!("head -c 5000 '{path}'/s{{}}"),
+            ["shard command", ""],
+        ),
+    ] {
+        for launch in [Streamer::serve, Streamer::extract] {
+            let images = TempDir::new().unwrap();
+            let exit = with(launch().images_dir(images.path()), 3, &command).run();
+            exit.expect_failure(&words);
+            assert_eq!(exit.progress, [""; 0], "neither statistics nor socket-init");
+            assert_eq!(fs::read_dir(images.path()).unwrap().count(), 0);
+        }
+    }
+    wait_until_nothing_runs(&marker);
 }
 
 /// Any part of a pipeline counts, not only its last.
@@ -172,35 +197,18 @@ fn a_command_that_succeeds_without_reading_everything_fails_the_capture() {
     }
 }
 
-/// It may go on for as long as it likes when it has read its shard, and is waited for.
+/// The whole pipeline, and one that does not want to.
 #[test]
-fn statistics_come_when_every_command_has_ended() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().display();
-    let gate = dir.path().join("gate");
-    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let command = format!("cat >/dev/null; cd '{path}'; echo {{}} >read-{{}}; read -r _ <gate");
-    let mut streamer = with(Streamer::capture(), 1, &command).start();
-    runs::send(&streamer, &small_files());
-    wait_for_file(&dir.path().join("read-1"));
-    assert!(streamer.is_running());
-    assert_eq!(
-        streamer.progress_lines(),
-        ["socket-init", "checkpoint-start"]
-    );
-    fs::write(&gate, "go\n").unwrap();
-    let exit = streamer.expect_success();
-    assert!(exit.progress.last().unwrap().starts_with('{'));
-}
-
-#[test]
-fn when_one_command_fails_whole_pipelines_of_the_others_are_ended() {
+fn when_one_command_fails_the_others_are_ended() {
     // An argument that no other process has.
     let marker = format!("1000.{}1", std::process::id());
-    let command = format!("test {{}} != 2 || exit 6; cat | (sleep {marker}; cat >/dev/null)");
-    let exit = capture(3, &command, &large_files());
-    exit.expect_failure(&["shard command 2", "exit status 6"]);
-    wait_until_nothing_runs(&marker);
+    for other in ["", "trap '' TERM;"] {
+        let command =
+            format!("test {{}} != 2 || exit 6; {other} cat | (sleep {marker}; cat >/dev/null)");
+        let exit = capture(3, &command, &large_files());
+        exit.expect_failure(&["shard command 2", "exit status 6"]);
+        wait_until_nothing_runs(&marker);
+    }
 }
 
 /// It is told to end first, and can clean up.
@@ -214,19 +222,7 @@ fn a_command_that_is_ended_can_clean_up() {
     );
     let exit = capture(2, &command, &large_files());
     exit.expect_failure(&["shard command 2", "exit status 4"]);
-    assert_eq!(
-        fs::read_to_string(dir.path().join("cleaned")).unwrap(),
-        "cleaned\n"
-    );
-}
-
-#[test]
-fn a_command_that_will_not_end_is_killed() {
-    let marker = format!("1000.{}2", std::process::id());
-    let command = format!("test {{}} != 2 || exit 4; trap '' TERM; sleep {marker}; sleep {marker}");
-    let exit = capture(2, &command, &large_files());
-    exit.expect_failure(&["shard command 2", "exit status 4"]);
-    wait_until_nothing_runs(&marker);
+    assert!(dir.path().join("cleaned").exists());
 }
 
 /// An upload completes what it has got when its input ends: it must not see an end that is none.
@@ -261,62 +257,6 @@ fn a_signal_ends_the_commands_too() {
         assert_eq!(streamer.wait().status.code(), Some(128 + 15));
         wait_until_nothing_runs(&marker);
     }
-}
-
-/// Whatever arrived of the image, a download that failed cannot be trusted.
-#[test]
-fn a_download_that_fails_after_its_last_byte_is_not_served_and_not_extracted() {
-    let dir = TempDir::new().unwrap();
-    write_shards(dir.path(), &sample_files(2), 3);
-    let command = format!(
-        "cat '{}'/s{{}}; sleep 0.3; test {{}} != 2 || exit 11",
-        dir.path().display()
-    );
-    for launch in [Streamer::serve, Streamer::extract] {
-        let images = TempDir::new().unwrap();
-        let exit = with(launch().images_dir(images.path()), 3, &command).run();
-        exit.expect_failure(&["shard command 2", "exit status 11"]);
-        assert_eq!(exit.progress, [""; 0], "neither statistics nor socket-init");
-        assert_eq!(fs::read_dir(images.path()).unwrap().count(), 0);
-    }
-}
-
-/// The reason is the command's, not that the shard was cut off.
-#[test]
-fn a_download_that_breaks_off_says_why() {
-    let dir = TempDir::new().unwrap();
-    write_shards(dir.path(), &sample_files(3), 3);
-    let path = dir.path().display();
-    let command =
-        format!("if test {{}} = 3; then head -c 5000 '{path}'/s3; exit 12; fi; cat '{path}'/s{{}}");
-    for launch in [Streamer::serve, Streamer::extract] {
-        let exit = with(launch(), 3, &command).run();
-        exit.expect_failure(&["shard command 3", "exit status 12"]);
-        assert_eq!(exit.progress, [""; 0]);
-    }
-}
-
-#[test]
-fn a_download_that_breaks_off_and_succeeds_is_a_shard_that_was_cut_off() {
-    let dir = TempDir::new().unwrap();
-    write_shards(dir.path(), &sample_files(4), 2);
-    let path = dir.path().display();
-    let command = format!("head -c 5000 '{path}'/s{{}}");
-    for launch in [Streamer::serve, Streamer::extract] {
-        let exit = with(launch(), 2, &command).run();
-        exit.expect_failure(&["shard command"]);
-        assert_eq!(exit.progress, [""; 0]);
-    }
-}
-
-/// While the others still bring data, and without waiting for them.
-#[test]
-fn a_download_that_fails_ends_the_others_at_once() {
-    let marker = format!("1000.{}4", std::process::id());
-    let command = format!("test {{}} != 2 || exit 13; sleep {marker}");
-    let exit = with(Streamer::serve(), 2, &command).run();
-    exit.expect_failure(&["shard command 2", "exit status 13"]);
-    wait_until_nothing_runs(&marker);
 }
 
 /// The streamer blocks the signals that it waits for, ignores SIGPIPE, and has many descriptors
@@ -541,12 +481,6 @@ fn commands_start_where_close_range_is_refused() {
 }
 
 #[test]
-fn a_command_that_a_real_time_signal_ends_is_told_by_its_number() {
-    let exit = with(Streamer::extract(), 1, "kill -40 $$").run();
-    exit.expect_failure(&["shard command 1", "signal 40"]);
-}
-
-#[test]
 fn commands_are_not_started_for_bad_usage() {
     let dir = TempDir::new().unwrap();
     let touch = format!("touch '{}'/started", dir.path().display());
@@ -599,15 +533,4 @@ fn a_command_that_wants_a_password_from_the_terminal_is_told_off() {
         said.contains("shard command 1") && said.contains("terminal"),
         "{said}"
     );
-}
-
-/// CRIU sees broken pipes when a command has failed, so that it lets the application go on.
-#[test]
-fn criu_is_told_when_a_command_fails() {
-    let mut streamer = with(Streamer::capture(), 2, "head -c 100000 >/dev/null; exit 3").start();
-    let criu = streamer.criu();
-    let mut file = criu.create_file("pages-1.img");
-    let error = file.write_all(&random::bytes(5, 32 << 20)).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
-    streamer.expect_failure(&["shard command", "exit status 3"]);
 }
