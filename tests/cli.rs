@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 
 use crate::common::image;
 use crate::common::runs;
-use crate::common::shards::pipe;
+use crate::common::shards::{Feeder, pipe};
 use crate::common::streamer::{Launch, Streamer, binary};
 use tempfile::TempDir;
 
@@ -121,12 +121,14 @@ fn a_descriptor_that_is_not_open_is_named() {
 #[test]
 fn options_stand_before_or_after_the_subcommand() {
     let image = image::inventory();
-    let behind = |launch: Launch, dir: &Path| launch.args_behind([Path::new("--images-dir"), dir]);
-    for launch in [|launch: Launch, dir: &Path| launch.images_dir(dir), behind] {
-        let dir = TempDir::new().unwrap();
-        let (mut streamer, _feeder) = runs::feed(launch(Streamer::extract(), dir.path()), &image);
-        streamer.expect_success();
-        assert!(dir.path().join("inventory.img").exists());
+    let places: [fn(Launch, [String; 1]) -> Launch; 2] = [Launch::args, Launch::args_behind];
+    for launch in places {
+        let (reader, writer) = pipe();
+        let option = format!("--shard-fds={}", reader.as_raw_fd());
+        let _feeder = Feeder::start(vec![writer], &image);
+        launch(Streamer::extract().inherit(reader), [option])
+            .start()
+            .expect_success();
     }
 }
 

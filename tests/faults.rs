@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -120,21 +120,6 @@ fn a_standard_error_without_a_reader_changes_nothing() {
     assert_eq!(streamer.wait().status.code(), Some(1));
     assert!(!socket.exists(), "the socket stays behind");
     assert_no_image(collector);
-}
-
-#[test]
-fn a_socket_that_took_the_place_of_ours_stays() {
-    let (mut streamer, collector) = capture();
-    streamer.wait_for_line("socket-init");
-    let socket = Role::Capture.socket(streamer.images_dir());
-    let criu = streamer.criu();
-    fs::remove_file(&socket).unwrap();
-    let _other = UnixListener::bind(&socket).unwrap();
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    assert!(socket.exists(), "the socket of another program is removed");
-    collector.finish();
 }
 
 const EARLIER: &[u8] = b"of an earlier image";
