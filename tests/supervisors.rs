@@ -63,8 +63,8 @@ fn the_reason_is_told_before_the_parties_see_the_end() {
     }
 }
 
-/// The terminal that it was started from may be closed. Standard error may be what Python's
-/// subprocess.DEVNULL is: open for reading and writing, like what stands in for a closed descriptor.
+/// The terminal that it was started from may be closed. Standard error may be open for reading and
+/// writing, as Python's subprocess.DEVNULL is, and what stands in for a closed descriptor.
 #[test]
 fn a_streamer_without_a_terminal_survives_a_hangup() {
     let images = TempDir::new().unwrap();
