@@ -39,7 +39,7 @@ fn be_exact() {
     let _ = nix::sys::prctl::set_timerslack(SLACK);
 }
 
-/// What came of one round of a loop.
+/// The outcome of one round of a loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Activity {
     /// This number of bytes was found in pipes that hold as many as `room`.
@@ -63,7 +63,7 @@ impl Pace {
         Self { next: NAP }
     }
 
-    /// Naps as long as the pipes that are busy take, and tells how long to wait for events then.
+    /// Naps as long as the busy pipes take, and returns how long to wait for events then.
     pub(crate) fn after(&mut self, activity: Activity) -> Wait {
         match activity {
             Activity::Filled { found, room } => self.nap_until_filled(found, room),

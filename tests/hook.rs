@@ -556,8 +556,7 @@ fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
 #[test]
 fn a_buffer_of_which_criu_has_nothing_is_told_to_have_no_use() {
     let caller = Caller::new(&["dump"]);
-    let options = "--buffer 1M\n--shard-cmd cat >image";
-    caller.write("streamer-capture.options", options);
+    caller.options("capture", "--buffer 1M\n--shard-cmd cat >image");
     let output = caller.hook("pre-stream");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");

@@ -46,7 +46,7 @@ use crate::os::pipe::slot;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// What the balancer needs to know of a shard.
+/// The balancer's view of a shard.
 pub(super) trait Slots {
     /// Slots in all.
     fn slots(&self) -> usize;
@@ -54,7 +54,7 @@ pub(super) trait Slots {
     fn free_slots(&self) -> usize;
     /// Bytes that it has got so far.
     fn given(&self) -> u64;
-    /// Looks again at how many slots are free.
+    /// Counts the free slots again.
     fn inspect(&mut self) -> io::Result<()>;
 }
 
@@ -65,7 +65,7 @@ pub(super) struct Placement {
     pub(super) slots: usize,
 }
 
-/// Where a chunk may go.
+/// The shard for a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Choice {
     To(Placement),
@@ -78,29 +78,6 @@ pub(super) enum Choice {
     },
     /// To none: they are too full.
     Full,
-}
-
-impl Choice {
-    /// The same among all shards, where the first `skipped` were not offered.
-    pub(super) fn shifted(self, skipped: usize) -> Self {
-        let shift = |placement: Placement| Placement {
-            shard: placement.shard + skipped,
-            ..placement
-        };
-        match self {
-            Choice::To(placement) => Choice::To(shift(placement)),
-            Choice::Ahead {
-                placement,
-                is_waiting,
-                is_far,
-            } => Choice::Ahead {
-                placement: shift(placement),
-                is_waiting,
-                is_far,
-            },
-            Choice::Full => Choice::Full,
-        }
-    }
 }
 
 /// Finds a shard for `wanted` slots, or for a part of them that is worth a chunk.
@@ -199,7 +176,7 @@ pub(super) struct Patience {
     held_since: Option<Instant>,
 }
 
-/// What shards wait for while a chunk is held back.
+/// The reason why an empty shard waits while a chunk is held back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     /// None is empty.

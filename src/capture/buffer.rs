@@ -47,7 +47,7 @@ struct Piece {
 pub(super) struct Buffer {
     arena: Arena,
     prefault: Option<Prefault>,
-    /// What is left of the last block that was populated.
+    /// The rest of the last block that was populated.
     block: Option<Block>,
     size: usize,
     /// The last file that was to be copied found no room.

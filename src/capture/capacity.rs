@@ -67,7 +67,7 @@ pub(super) fn grow_source(pipe: &ReadEnd, slots: usize) -> io::Result<usize> {
     }
 }
 
-/// Tells of the setting that keeps a shard's pipe small.
+/// Warns of the setting that keeps a shard's pipe small.
 pub(super) fn warn_of_small_pipe(shard: &Shard, slots: usize) {
     let capacity = slots * slot();
     if capacity >= GOOD {

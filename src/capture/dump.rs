@@ -3,7 +3,7 @@
 //! The image is complete when every file was read to its end, and what CRIU has delivered is a
 //! whole dump (see [`super::dump_check`]).
 //!
-//! **Who is looked at.** A source that has something to do is busy, and has a turn in each round.
+//! **Turns.** A source that has something to do is busy, and has a turn in each round.
 //! One that found no room waits. CRIU can have thousands of small files open, and behind a stalled
 //! shard all of them wait: so in each round only the first few are tried again, and those that find
 //! no room go to the end of the queue. A large file thus holds up no small one, for which there may
@@ -25,16 +25,8 @@ use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd};
 
-/// Where a source waits for its next turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Queue {
-    /// Nowhere: an event will wake it.
-    None,
-    /// Among those that have a turn in the next round.
-    Busy,
-    /// Among those that found no room.
-    Waiting,
-}
+/// Sources that are tried again in a round, of those that found no room.
+const WAITING_PER_ROUND: usize = 16;
 
 /// Bytes thrown away at a time.
 const DISCARD: usize = 1 << 20;
@@ -93,7 +85,7 @@ pub(super) struct Dump {
 }
 
 impl Dump {
-    /// An external file of this name will come.
+    /// Announces an external file of this name.
     pub(super) fn expect_external(&mut self, name: ImageName) {
         self.external_names.push(name);
     }
@@ -142,39 +134,33 @@ impl Dump {
         self.sources.is_empty()
     }
 
-    /// Something has changed about a source's pipe.
+    /// Gives a source a turn, as something has changed about its pipe.
     pub(super) fn wake(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id)
-            && source.queue == Queue::None
+            && !source.is_queued
             && source.is_open()
         {
-            source.queue = Queue::Busy;
+            source.is_queued = true;
             self.busy.push(id);
         }
     }
 
-    /// What is in a source's pipe is the last of it.
+    /// Notes that a source's pipe holds the last of it.
     pub(super) fn writer_gone(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id) {
             source.has_ended = true;
         }
     }
 
-    pub(super) fn take_busy(&mut self) -> Vec<u64> {
-        std::mem::take(&mut self.busy)
+    /// The sources of the next round: those that have something to do, and those that have waited
+    /// longest.
+    pub(super) fn take_round(&mut self) -> Vec<u64> {
+        let waiting = self.waiting.len().min(WAITING_PER_ROUND);
+        let longest = self.waiting.drain(..waiting);
+        longest.chain(std::mem::take(&mut self.busy)).collect()
     }
 
-    /// How many sources wait for room.
-    pub(super) fn waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
-    /// The source that has waited longest.
-    pub(super) fn take_waiting(&mut self) -> Option<u64> {
-        self.waiting.pop_front()
-    }
-
-    /// A source of which the image still counts.
+    /// A source that counts: none that another one has replaced.
     pub(super) fn source_mut(&mut self, id: u64) -> Option<&mut Source> {
         self.sources
             .get_mut(&id)
@@ -187,12 +173,12 @@ impl Dump {
     }
 
     /// Queues a source after its turn.
-    pub(super) fn put_back(&mut self, mut source: Source, queue: Queue) {
-        source.queue = queue;
-        match queue {
-            Queue::None => {}
-            Queue::Waiting => self.waiting.push_back(source.id),
-            Queue::Busy => self.busy.push(source.id),
+    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) {
+        source.is_queued = true;
+        match activity {
+            Activity::Idle | Activity::Complete => source.is_queued = false,
+            Activity::NoRoom => self.waiting.push_back(source.id),
+            Activity::Busy => self.busy.push(source.id),
         }
         self.sources.insert(source.id, source);
     }
@@ -217,7 +203,7 @@ impl Dump {
         }
     }
 
-    /// Whether the CRIU that sends the files was asked for cpuinfo.img alone.
+    /// Notes whether the CRIU that sends the files was asked for cpuinfo.img alone.
     pub(super) fn expect_cpuinfo(&mut self, is_alone: bool) {
         self.dump_check.is_of_cpuinfo = is_alone;
     }
@@ -237,7 +223,7 @@ impl Dump {
         Ok(())
     }
 
-    /// Throws away what the writer of a replaced file still sends.
+    /// Throws away the rest of a replaced file.
     pub(super) fn drain(&mut self, source: &Source) -> Result<Activity> {
         let null = match &mut self.null {
             Some(null) => null,

@@ -1,4 +1,4 @@
-//! Whether the files that CRIU has delivered are a whole dump.
+//! Decides whether the files that CRIU has delivered are a whole dump.
 //!
 //! CRIU's end of the connection does not tell whether the dump succeeded, and inventory.img does
 //! not come last (docs/protocol.md, section 1). Where we run CRIU, or its hook runs us, its exit

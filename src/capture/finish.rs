@@ -1,4 +1,4 @@
-//! The end of a capture: the end marker, and readers that take what is left.
+//! The end of a capture: the end marker, and readers that take the rest.
 //!
 //! The capture ends when the readers have taken everything out of the pipes, however long that
 //! takes. What is still in a pipe refers to the application's own pages: once our end is reported,
@@ -14,7 +14,7 @@ use crate::pace::Pace;
 use crate::report::progress::Stats;
 
 impl CaptureLoop<'_> {
-    /// Writes all that is left of a complete image, and its end marker, and waits for the readers.
+    /// Writes the rest of a complete image and its end marker, and waits for the readers.
     ///
     /// # Errors
     /// When a reader leaves before it has everything, and when a signal came.
@@ -48,7 +48,7 @@ impl CaptureLoop<'_> {
         self.check_readers(|shard| shard.is_drained().unwrap_or(false))
     }
 
-    /// Fails when a shard's reader has left that `may_leave` does not let go, and when a signal
+    /// Fails when the reader of a shard has left for which `may_leave` is false, and when a signal
     /// came.
     fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
         let mut events = Vec::new();
@@ -71,7 +71,7 @@ impl CaptureLoop<'_> {
         Ok(())
     }
 
-    /// Whether the readers have taken everything.
+    /// True when the readers have taken everything.
     fn is_drained(&self) -> Result<bool> {
         for shard in self.image_writer.shards() {
             if !shard

@@ -44,14 +44,14 @@ pub(super) enum Activity {
     Complete,
 }
 
-/// Whether the last of the shards is an index.
+/// Says if the last of the shards is an index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HasIndex {
     Yes,
     No,
 }
 
-/// Which shards something may go to.
+/// The shards that a chunk may go to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Among {
     /// Data of a large file: any but the index.
@@ -139,8 +139,8 @@ impl ImageWriter {
         Ok(Activity::Busy)
     }
 
-    /// Lends memory of the buffer's to a shard. What that has no room for after all goes into its
-    /// queue, and so does what is to be copied.
+    /// Lends memory of the buffer's to a shard. Copied chunks go into its queue, and so does a rest
+    /// for which there is no room after all.
     fn lend(&mut self, extent: &Extent, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
         let lent = match chunk.route {
@@ -150,7 +150,7 @@ impl ImageWriter {
         shard.copy_memory(&extent.bytes()[lent..])
     }
 
-    /// Moves all of a chunk. What the shard has no room for after all goes into its queue.
+    /// Moves all of a chunk. A rest for which there is no room after all goes into the queue.
     fn move_chunk(&mut self, source: &mut Source, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
         let staged = self.staging.read_end();
@@ -198,11 +198,12 @@ impl ImageWriter {
 
     fn place(&mut self, among: Among, wanted: usize) -> Result<Option<Placement>> {
         let shards = &mut self.shards;
+        let mut skipped = 0;
         let choice = match (self.index, among) {
             (None, _) => balancer::choose(shards, wanted),
             (Some(index), Among::Rest) => {
-                let choice = balancer::choose(&mut shards[index..], wanted);
-                choice.map(|choice| choice.shifted(index))
+                skipped = index;
+                balancer::choose(&mut shards[index..], wanted)
             }
             (Some(index), Among::Spread) => {
                 // The name of the file, and later its end, go to the index.
@@ -212,7 +213,7 @@ impl ImageWriter {
                 }
             }
         };
-        Ok(match choice.context("looking for a shard with room")? {
+        let placement = match choice.context("looking for a shard with room")? {
             Choice::To(placement) => {
                 self.patience.catch_up();
                 Some(placement)
@@ -229,7 +230,11 @@ impl ImageWriter {
                 self.patience.rest();
                 None
             }
-        })
+        };
+        Ok(placement.map(|placement| Placement {
+            shard: placement.shard + skipped,
+            ..placement
+        }))
     }
 
     /// Makes a file the current one, after the end of the one that it replaces.
@@ -291,7 +296,7 @@ impl ImageWriter {
         }
     }
 
-    /// What passed through each shard.
+    /// The bytes that passed through each shard.
     pub(super) fn stats(&self) -> Stats {
         let shards = self.shards.iter();
         Stats {

@@ -50,7 +50,7 @@ use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
 use buffer::Buffer;
-use dump::{Dump, Queue};
+use dump::Dump;
 pub(crate) use image_writer::HasIndex;
 use image_writer::{Activity, ImageWriter};
 use shard::{Flushed, Shard};
@@ -64,16 +64,6 @@ const CALLS_PER_TURN: usize = 16;
 /// Chunks that one source gives before others have their turn: enough to empty its pipe, although
 /// it is filled meanwhile.
 const CHUNKS_PER_TURN: usize = 4;
-
-/// Sources that find no room before the others that wait for it are left for the next round.
-const REFUSALS_PER_ROUND: usize = 16;
-
-/// Descriptors kept free of files: for epoll, the staging pipe, clients, and for what one look at a
-/// client can bring.
-const OTHER_DESCRIPTORS: usize = 32;
-
-/// A command's pipe, and the copy of it that is kept.
-const DESCRIPTORS_OF_A_COMMAND: usize = 2;
 
 /// Files that may be open in any case: CRIU keeps some forty open, and may need the next before it
 /// writes to any of them.
@@ -92,7 +82,7 @@ pub(crate) enum ExternalSource {
     Command(ShellCommand),
 }
 
-/// What to capture from, and where to.
+/// The sources of a capture, and where it goes.
 pub(crate) struct Capture<'a> {
     /// Where CRIU writes what it does not stream.
     pub(crate) images_dir: &'a Path,
@@ -141,23 +131,12 @@ struct CaptureLoop<'a> {
 }
 
 impl Capture<'_> {
-    /// Captures one image, and tells what passed through each shard. The socket, where it is
+    /// Captures one image, and returns how much passed through each shard. The socket, where it is
     /// returned, keeps other streamers away until all is over.
     ///
     /// # Errors
     /// Whenever the image did not become complete.
     pub(crate) fn run(self, supervisor: &Supervisor) -> Result<(Stats, Option<Listener>), Failure> {
-        let to_start = self
-            .external_files
-            .iter()
-            .filter(|(_, source)| match source {
-                ExternalSource::Pipe(_) => false,
-                ExternalSource::Command(_) => true,
-            });
-        let taken = open_descriptors()
-            .unwrap_or_else(|| self.shards.len() + self.external_files.len())
-            + to_start.count() * DESCRIPTORS_OF_A_COMMAND
-            + OTHER_DESCRIPTORS;
         let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
         capacity::even_out(&pipes).context("giving the shards the same capacity")?;
         let mut shards = Vec::new();
@@ -175,7 +154,7 @@ impl Capture<'_> {
             caller: self.caller,
             called: None,
             image_writer: ImageWriter::new(shards, self.has_index)?,
-            most_open: descriptor_limit().saturating_sub(taken).max(LEAST_OPEN),
+            most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
             file_commands: Vec::new(),
             progress: self.progress,
@@ -211,26 +190,21 @@ impl Capture<'_> {
     }
 }
 
-/// How many descriptors this process may have.
-fn descriptor_limit() -> usize {
-    getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize)
+/// Descriptors for CRIU's files: a quarter of those that are left is for commands and clients.
+fn descriptors_left() -> usize {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(usize::MAX, |(soft, _)| soft as usize);
+    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    limit.saturating_sub(open) / 4 * 3
 }
 
-/// How many descriptors are open: pumps and commands have some of their own. `None` without /proc.
-fn open_descriptors() -> Option<usize> {
-    Some(std::fs::read_dir("/proc/self/fd").ok()?.count())
-}
-
-impl<'a> CaptureLoop<'a> {
+impl CaptureLoop<'_> {
     fn watch(&self) -> io::Result<()> {
         let poller = self.supervisor.poller();
         if let Some(listener) = &self.listener {
             poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
         }
-        for (index, shard) in self.image_writer.shards().iter().enumerate() {
-            poller.add(shard, Watched::Shard, index as u64, Interest::Gone)?;
-        }
-        Ok(())
+        let mut shards = (0..).zip(self.image_writer.shards());
+        shards.try_for_each(|(id, shard)| poller.add(shard, Watched::Shard, id, Interest::Gone))
     }
 
     /// Runs until CRIU sends no more and every file has been read to its end.
@@ -259,8 +233,8 @@ impl<'a> CaptureLoop<'a> {
         }
     }
 
-    /// Acts on events, and on what has not come. Busy: files were added; no room: they have to wait
-    /// until others have ended.
+    /// Acts on events, and fails if CRIU cannot come any more. Busy: files were added; no room:
+    /// they have to wait until others have ended.
     fn hear_criu(&mut self, events: &[Event]) -> Result<Activity> {
         if events.is_empty()
             && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
@@ -275,7 +249,7 @@ impl<'a> CaptureLoop<'a> {
         Ok(activity)
     }
 
-    /// Moves what there is to move, and tells how the busiest fared.
+    /// Moves all data that can be moved, and returns how the busiest source fared.
     fn move_data(&mut self) -> Result<Activity> {
         let moved = self.round()?.max(self.feed_shards()?);
         if moved < Activity::Busy && self.image_writer.flush()? == Flushed::Partly {
@@ -299,7 +273,7 @@ impl<'a> CaptureLoop<'a> {
             && self.supervisor.file_commands_have_succeeded())
     }
 
-    /// How long to wait for events, after a nap where data flows.
+    /// Naps where data flows, and returns how long to wait for events then.
     fn next_wait(&self, heard: Activity, moved: Activity, pace: &mut Pace) -> Result<Wait> {
         match heard.max(moved) {
             Activity::Idle => {}
@@ -337,7 +311,7 @@ impl<'a> CaptureLoop<'a> {
         Ok(wait)
     }
 
-    /// Whether only commands of external files have not ended yet.
+    /// True while only commands of external files have not ended yet.
     fn waits_for_commands(&self) -> bool {
         self.clients.all_gone() && !self.supervisor.file_commands_have_succeeded()
     }
@@ -464,8 +438,8 @@ impl<'a> CaptureLoop<'a> {
         Ok(())
     }
 
-    /// Fails if a command of an external file will never be started, now that CRIU is gone: what
-    /// was asked for would not be in the image.
+    /// Fails if a command of an external file will never be started, now that CRIU is gone: the
+    /// file would be missing in the image.
     fn check_file_commands(&self) -> Result<()> {
         match self.file_commands.first() {
             None => Ok(()),
@@ -488,8 +462,8 @@ impl<'a> CaptureLoop<'a> {
             .with_context(|| format!("preparing to wait for {}", source.name))
     }
 
-    /// Tells, once, that nothing of the application is needed any more. By then all that CRIU had
-    /// to deliver has come.
+    /// Reports, once, that nothing of the application is needed any more, as all of CRIU's files
+    /// have come.
     fn tell_when_copied(&mut self) -> Result<()> {
         let has_all = self.buffer.is_some()
             && self.dump.open_files() == 0
@@ -511,24 +485,10 @@ impl<'a> CaptureLoop<'a> {
         Ok(())
     }
 
-    /// Gives every busy source one turn, and those that wait for room as long as there is some.
-    /// Tells how the busiest fared.
+    /// Gives a turn to each source that has something to do, and returns how the busiest fared.
     fn round(&mut self) -> Result<Activity> {
-        let busy = self.dump.take_busy();
         let mut busiest = Activity::Idle;
-        let mut refusals = 0;
-        for _ in 0..self.dump.waiting() {
-            let Some(id) = self.dump.take_waiting() else {
-                break;
-            };
-            let activity = self.turn(id)?;
-            busiest = busiest.max(activity);
-            refusals += usize::from(activity == Activity::NoRoom);
-            if refusals == REFUSALS_PER_ROUND {
-                break;
-            }
-        }
-        for id in busy {
+        for id in self.dump.take_round() {
             busiest = busiest.max(self.turn(id)?);
         }
         Ok(busiest)
@@ -546,19 +506,14 @@ impl<'a> CaptureLoop<'a> {
         } else {
             self.advance(&mut source)?
         };
-        match activity {
-            Activity::Idle => self.dump.put_back(source, Queue::None),
-            Activity::NoRoom => self.dump.put_back(source, Queue::Waiting),
-            Activity::Busy => self.dump.put_back(source, Queue::Busy),
-            Activity::Complete => {
-                self.dump.record(&mut source);
-                if self.buffer.is_some() && !source.is_replaced {
-                    self.dump.put_back(source, Queue::None);
-                } else {
-                    self.complete(&source);
-                }
+        if activity == Activity::Complete {
+            self.dump.record(&mut source);
+            if self.buffer.is_none() || source.is_replaced {
+                self.complete(&source);
+                return Ok(activity);
             }
         }
+        self.dump.put_back(source, activity);
         Ok(activity)
     }
 

@@ -1,4 +1,4 @@
-//! Memory for the buffer that has its pages before anything is copied to it.
+//! Prefaults the buffer's memory on another thread.
 //!
 //! The kernel gives new memory its pages one by one, and clears them, while the source's pipe is
 //! locked, so that CRIU waits as well. A real CRIU that hands over 1 GiB had the application frozen

@@ -1,4 +1,4 @@
-//! The writing side of a shard: a queue of what is to be written, data spliced behind it, and how
+//! The writing side of a shard: a queue of markers and copied data, data spliced behind it, and how
 //! full the pipe is.
 //!
 //! We are the only writer of a shard, so we know in what portions its pipe was filled, and how many
@@ -29,7 +29,7 @@ use crate::report::progress::ShardStats;
 /// Bytes in the queue beyond which it is written before more is copied to it.
 const LONG_QUEUE: usize = 32 << 10;
 
-/// Something that was put into the pipe, and the most slots that it took there.
+/// One write to the pipe, and the most slots that it took there.
 #[derive(Debug)]
 struct WriteRecord {
     bytes: usize,
@@ -45,7 +45,7 @@ impl WriteRecord {
     }
 }
 
-/// What `left` bytes are that a pipe holds.
+/// The newest bytes of a pipe, as far as it still holds them.
 #[derive(Debug, PartialEq, Eq)]
 struct Content {
     /// How many writes, the newest, they are of.
@@ -87,7 +87,7 @@ pub(super) struct Shard {
     pipe: WriteEnd,
     label: String,
     slots: usize,
-    /// What may still be in the pipe, the oldest first.
+    /// Writes that may still be in the pipe, the oldest first.
     written: VecDeque<WriteRecord>,
     /// Slots that were free after the last inspection, less what was written since.
     free: usize,
@@ -149,8 +149,8 @@ impl Shard {
         Ok(Flushed::All)
     }
 
-    /// Moves `len` bytes, which take this number of slots at most, behind all that is queued. Tells
-    /// how many bytes moved: all, if the slots were free, and the pipe has that many bytes.
+    /// Moves `len` bytes, which take this number of slots at most, behind all that is queued.
+    /// Returns how many bytes moved: all, if the slots were free, and the pipe has that many bytes.
     ///
     /// # Errors
     /// When the shard's reader is gone.
@@ -165,13 +165,13 @@ impl Shard {
         {
             bytes += more;
         }
-        // What does not fit may have taken all slots.
+        // A rest that does not fit may have taken all slots.
         self.record(bytes, if bytes == len { slots } else { self.slots });
         Ok(bytes)
     }
 
     /// Puts references to memory behind all that is queued, which take this number of slots at
-    /// most. Tells how many bytes these are: all, if the slots were free.
+    /// most. Returns how many bytes these are: all, if the slots were free.
     ///
     /// # Errors
     /// When the shard's reader is gone.
@@ -185,7 +185,7 @@ impl Shard {
             Moved::Bytes(bytes) => bytes,
             Moved::WouldBlock | Moved::End => 0,
         };
-        // What does not fit may have taken all slots.
+        // A rest that does not fit may have taken all slots.
         self.record(bytes, if bytes == len { slots } else { self.slots });
         Ok(bytes)
     }
@@ -223,12 +223,12 @@ impl Shard {
         Ok(&self.queue[start..])
     }
 
-    /// Whether the reader has taken everything.
+    /// True when the reader has taken everything.
     pub(super) fn is_drained(&self) -> io::Result<bool> {
         Ok(self.queue.is_empty() && pipe::available(&self.pipe)? == 0)
     }
 
-    /// What passed through, counted from the transfer's start.
+    /// The bytes that passed through, and the time since the transfer's start.
     pub(super) fn stats(&self, start: Option<Instant>) -> ShardStats {
         self.meter.stats(start)
     }

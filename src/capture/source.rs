@@ -17,13 +17,12 @@ use std::io;
 
 use super::capacity;
 use super::chunk::{Chunk, Route};
-use super::dump::Queue;
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
 
-/// What the index has of the data of a file at most, in bytes, but for the chunk that passes this
+/// The most that the index has of the data of a file, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
 const LARGEST_IN_INDEX: usize = 1 << 20;
 
@@ -37,19 +36,19 @@ pub(super) const LARGEST_COPIED: usize = 16 << 10;
 /// The largest chunk of a file whose framing is followed, in bytes.
 const LARGEST_READ: usize = 64 << 10;
 
-/// Whose file it is.
+/// The owner of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Owner {
     Criu,
     External,
 }
 
-/// What to do with a source now.
+/// The next step with a source.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Ready {
     /// Give this chunk to a shard.
     Chunk(Chunk),
-    /// It is empty; an event will tell when it is not.
+    /// It is empty; an event will come when it is not.
     Empty,
     /// Leave it to fill until after the next nap.
     Filling,
@@ -57,7 +56,7 @@ pub(super) enum Ready {
     Ended,
 }
 
-/// What a source's pipe shows.
+/// The state of a source's pipe.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Look {
     /// It has this number of bytes.
@@ -83,7 +82,8 @@ pub(super) struct Source {
     pub(super) is_replaced: bool,
     /// It replaces one that the image names, whose end must be marked first.
     pub(super) restarts: bool,
-    pub(super) queue: Queue,
+    /// It has a turn in a later round.
+    pub(super) is_queued: bool,
     /// The pipe's capacity.
     slots: usize,
     is_grown: bool,
@@ -112,7 +112,7 @@ impl Source {
             is_named: false,
             is_replaced: false,
             restarts: false,
-            queue: Queue::None,
+            is_queued: false,
             slots,
             is_grown: false,
             last_seen: 0,
@@ -141,7 +141,7 @@ impl Source {
             .expect("it is closed when nothing more comes")
     }
 
-    /// Whether more may come through its pipe.
+    /// True if more may come through its pipe.
     pub(super) fn is_open(&self) -> bool {
         self.pipe.is_some()
     }
@@ -151,7 +151,7 @@ impl Source {
         self.pipe = None;
     }
 
-    /// Decides what to give to a shard. `staging` is the number of slots of the staging pipe.
+    /// Decides which chunk to give to a shard. `staging` is the staging pipe's number of slots.
     pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
         let seen = self.last_seen;
         Ok(match self.look()? {
@@ -219,7 +219,7 @@ impl Source {
         self.whole_pages = true;
     }
 
-    /// Whether the data of this file goes to all shards, where the rest of the image has an index
+    /// True if the data of this file goes to all shards, where the rest of the image has an index
     /// of its own: pages always, other files once they have brought much.
     pub(super) fn is_spread(&self) -> bool {
         files::is_pages(self.name.as_str()) || self.given > LARGEST_IN_INDEX
@@ -257,8 +257,8 @@ impl Source {
     }
 }
 
-/// Whether a pipe of this many slots that holds `available` bytes is taken for one of whole pages:
-/// it was so far, or shows it now, and nothing speaks against it.
+/// True if a pipe of this many slots that holds `available` bytes counts as one of whole pages: it
+/// did so far, or shows it now, and nothing speaks against it.
 fn are_whole_pages(so_far: bool, available: usize, slots: usize, slot: usize) -> bool {
     (so_far || available == slots * slot) && available.is_multiple_of(slot)
 }

@@ -29,12 +29,12 @@ impl Staging {
         self.slots
     }
 
-    /// Where it is emptied.
+    /// The end at which it is emptied.
     pub(super) fn read_end(&self) -> &ReadEnd {
         &self.read
     }
 
-    /// Takes up to `len` bytes out of a source, as far as they fit, and tells how many these are.
+    /// Takes up to `len` bytes out of a source, as far as they fit, and returns how many these are.
     ///
     /// # Errors
     /// When the source has nothing any more.
