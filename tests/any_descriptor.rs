@@ -18,7 +18,7 @@ use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
 use crate::common::shards::{Collector, Feeder, pipe};
 use crate::common::streamer::{Exit, Launch, Streamer, binary};
-use crate::common::{HANG_TIMEOUT, PAGE};
+use crate::common::{HANG_TIMEOUT, PAGE, skip};
 use nix::fcntl::{SpliceFFlags, vmsplice};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -84,6 +84,91 @@ fn a_file_opened_for_appending_is_appended_to() {
     let written = fs::read(&path).unwrap();
     assert_eq!(&written[..6], b"before");
     assert_same_files(&image::decode(&[written[6..].to_vec()]).unwrap(), &files);
+}
+
+#[test]
+fn nothing_is_left_of_what_a_file_held_behind_the_image() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("shard");
+    fs::write(&path, vec![7; 20 << 20]).unwrap();
+    let files = sample_files(3);
+    let end = File::options().write(true).open(&path).unwrap();
+    let exit = capture_to(vec![end.into()], &files);
+    assert!(exit.status.success(), "{}", exit.stderr);
+    assert_same_files(&image::decode(&[fs::read(&path).unwrap()]).unwrap(), &files);
+}
+
+/// The kernel's page cache is the file's, and not the image's.
+#[test]
+fn a_file_that_is_written_over_while_criu_waits_changes_nothing() {
+    let files = sample_files(5);
+    let shard = &image::encode_files(&files, 1, 1 << 20)[0];
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(shard).unwrap();
+    file.rewind().unwrap();
+    let reader = file.try_clone().unwrap();
+    let mut streamer = Streamer::serve().shards([reader.into()]).start();
+    streamer.wait_for_line("socket-init");
+    file.rewind().unwrap();
+    file.write_all(&vec![7; shard.len()]).unwrap();
+    runs::assert_served(&mut streamer, &files);
+}
+
+/// A loop device, for as long as it lives.
+struct BlockDevice(String);
+
+impl BlockDevice {
+    fn new(file: &Path) -> Option<Self> {
+        let file = file.to_str().unwrap();
+        let mut losetup = Command::new("losetup");
+        let made = losetup.args(["--find", "--show", file]).output().ok();
+        let made = made.filter(|made| made.status.success())?;
+        Some(Self(String::from_utf8(made.stdout).unwrap().trim().into()))
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").args(["--detach", &self.0]).status();
+        assert!(detached.unwrap().success());
+    }
+}
+
+/// A device has no end where the image has one: behind it is what an earlier image has left, each
+/// of whose markers may well stand where the next one of this image would.
+#[test]
+fn an_image_comes_back_from_block_devices_that_are_longer_than_it_is() {
+    let dir = TempDir::new().unwrap();
+    let devices: Vec<_> = paths(dir.path(), 2)
+        .iter()
+        .map_while(|path| {
+            File::create(path).unwrap().set_len(64 << 20).unwrap();
+            BlockDevice::new(path)
+        })
+        .collect();
+    if devices.len() < 2 {
+        return skip("needs root and loop devices");
+    }
+    let paths: Vec<_> = devices
+        .iter()
+        .map(|device| device.0.clone().into())
+        .collect();
+    for seed in [1, 2] {
+        let mut files = sample_files(seed);
+        if seed == 1 {
+            files.insert("pages-9.img".into(), vec![7; 5 << 20]);
+        }
+        let writers = paths.iter().map(|path| {
+            let opened = File::options().write(true).open(path);
+            opened.unwrap().into()
+        });
+        let exit = capture_to(writers.collect(), &files);
+        assert!(exit.status.success(), "{}", exit.stderr);
+        let (extracted, exit) = extract_from(open(&paths));
+        assert!(exit.status.success(), "{}", exit.stderr);
+        assert_same_files(&read_dir(extracted.path()), &files);
+        runs::assert_served(&mut Streamer::serve().shards(open(&paths)).start(), &files);
+    }
 }
 
 /// A file is read from where its descriptor stands.

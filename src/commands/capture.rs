@@ -7,7 +7,7 @@ use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
-use crate::supervision::{Failure, ShellCommand};
+use crate::supervision::{Content, Failure, ShellCommand};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
@@ -18,9 +18,11 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         .into_iter()
         .map(|(name, end)| {
             let source = match end {
-                FileEnd::Descriptor(fd) => {
-                    ExternalSource::Pipe(supervisor.source(fd, name.as_str())?)
-                }
+                FileEnd::Descriptor(fd) => ExternalSource::Pipe(supervisor.source(
+                    fd,
+                    name.as_str(),
+                    Content::ExternalFile,
+                )?),
                 FileEnd::Command(command) => ExternalSource::Command(command),
             };
             Ok((name, source))
@@ -28,7 +30,9 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         .collect::<Result<_>>()?;
     let shards = match plan.shards {
         Shards::Descriptors(fds) => {
-            let pipe = |(fd, label): (_, String)| Ok((supervisor.sink(fd, &label)?, label));
+            let pipe = |(fd, label): (_, String)| {
+                Ok((supervisor.sink(fd, &label, Content::Shard)?, label))
+            };
             fds.into_iter().map(pipe).collect::<Result<_>>()?
         }
         Shards::Commands(commands) => {

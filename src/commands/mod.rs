@@ -27,7 +27,9 @@ use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
 use crate::store::disk::DirOrigin;
-use crate::supervision::{Failure, Interrupted, Supervisor, criu_failure_behind, signal_behind};
+use crate::supervision::{
+    Content, Failure, Interrupted, Supervisor, criu_failure_behind, signal_behind,
+};
 
 pub(crate) use hook::run as run_hook;
 
@@ -44,6 +46,8 @@ struct Session {
     bar: Option<ProgressBar>,
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
+    /// What becomes of the shards of a restore.
+    shard_content: Content,
 }
 
 /// Carries out a plan.
@@ -63,6 +67,10 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
     let session = Session {
         supervisor,
+        shard_content: match plan.action {
+            Action::Serve => Content::KeptShard,
+            Action::Capture | Action::Extract | Action::List => Content::Shard,
+        },
         bar: plan.progress_bar.then(start_bar),
         counters,
         lazy,
@@ -113,7 +121,10 @@ impl Session {
             .into_iter()
             .map(|(name, end)| {
                 let pipe = match end {
-                    FileEnd::Descriptor(fd) => self.supervisor.sink(fd, name.as_str())?,
+                    FileEnd::Descriptor(fd) => {
+                        self.supervisor
+                            .sink(fd, name.as_str(), Content::ExternalFile)?
+                    }
                     FileEnd::Command(command) => self.supervisor.start_reader(command)?,
                 };
                 Ok((name, pipe))
@@ -122,7 +133,12 @@ impl Session {
         let shards = match shards {
             Shards::Descriptors(fds) => fds
                 .into_iter()
-                .map(|(fd, label)| Ok((self.supervisor.source(fd, &label)?, label)))
+                .map(|(fd, label)| {
+                    Ok((
+                        self.supervisor.source(fd, &label, self.shard_content)?,
+                        label,
+                    ))
+                })
                 .collect::<Result<_>>()?,
             Shards::Commands(commands) => commands
                 .into_iter()
