@@ -25,12 +25,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, open, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, syncfs, unlinkat};
+use rustix::fs::FlockOperation;
 
 use super::{Ahead, Piece, Store};
 use crate::criu::files::{self, INVENTORY};
@@ -45,8 +46,6 @@ const PRIVATE: &str = ".criu-image-streamer.";
 /// Files flushed at a time. Each flush empties the disk's cache, for which the kernel joins those
 /// that wait: 50,000 files took 1.6 s, and one after another 137 s (ext4, 2026-11-29).
 const FLUSHERS: usize = 8;
-
-const FILE: OFlag = OFlag::O_NOFOLLOW.union(OFlag::O_CLOEXEC);
 
 /// Where an images directory comes from, which decides who may read the files in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,14 +134,12 @@ impl DiskStore {
         }
         result
     }
-}
 
-impl DiskStore {
     /// Fails if a file did not reach the disk. `syncfs` has written them all, but does not say that
     /// it failed on overlayfs, nor before Linux 5.8.
     fn flush_each(&self) -> Result<()> {
         let flush_file = |&(name, number): &(&ImageName, &u64)| {
-            let (path, flags) = (number.to_string(), FILE | OFlag::O_RDONLY);
+            let (path, flags) = (number.to_string(), OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC);
             openat(&self.private, path.as_str(), flags, Mode::empty())
                 .and_then(flush)
                 .with_context(|| format!("flushing {name} to disk"))
@@ -165,20 +162,14 @@ impl Drop for DiskStore {
         if self.keep_private {
             // Under another name, as the next streamer would remove it.
             let kept = format!("not-put-back.{}", std::process::id());
-            let _ = renameat(
-                &self.images,
-                self.private_name.as_str(),
-                &self.images,
-                kept.as_str(),
-            );
+            let (images, name) = (&self.images, self.private_name.as_str());
+            let _ = renameat(images, name, images, kept.as_str());
             report::warn(format_args!(
                 "what could not be put back is in {kept} in the images directory"
             ));
         } else if let Err(error) = self.images.remove(&self.private_name) {
-            report::warn(format_args!(
-                "removing {}: {error}; remove it yourself",
-                self.private_name
-            ));
+            let name = &self.private_name;
+            report::warn(format_args!("removing {name}: {error}; remove it yourself"));
         }
     }
 }
@@ -189,10 +180,10 @@ const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_CLOEXEC);
 
 /// The images directory, locked against other streamers that extract into it.
-enum Images {
-    Locked(Flock<OwnedFd>),
+struct Images {
+    directory: OwnedFd,
     /// Some network file systems have no locks.
-    Unlocked(OwnedFd),
+    is_locked: bool,
 }
 
 impl Images {
@@ -200,19 +191,22 @@ impl Images {
         let follow = DIRECTORY.difference(OFlag::O_NOFOLLOW);
         let directory = open(path, follow, Mode::empty())
             .with_context(|| format!("opening the directory {}", path.display()))?;
-        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => Ok(Self::Locked(locked)),
-            Err((_, Errno::EWOULDBLOCK)) => bail!(
-                "another streamer extracts into {}: wait for its end or choose another --images-dir",
-                path.display()
-            ),
-            Err((directory, _)) => Ok(Self::Unlocked(directory)),
-        }
+        let lock = rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive);
+        ensure!(
+            lock != Err(rustix::io::Errno::WOULDBLOCK),
+            "another streamer extracts into {}: wait for its end or choose another --images-dir",
+            path.display()
+        );
+        let is_locked = lock.is_ok();
+        Ok(Self {
+            directory,
+            is_locked,
+        })
     }
 
     /// Removes private directories whose streamers are gone: all of them, as we have the lock.
     fn remove_stale(&self) {
-        if matches!(self, Self::Unlocked(_)) {
+        if !self.is_locked {
             return;
         }
         let ours = nix::unistd::geteuid().as_raw();
@@ -239,9 +233,8 @@ impl Images {
         match file_type(&stat) {
             SFlag::S_IFLNK => files::is_criu_name(name.as_str()),
             SFlag::S_IFREG => {
-                files::is_criu_name(name.as_str())
-                    || (files::is_image_file(name.as_str())
-                        && files::is_criu_file(name.as_str(), &self.start_of(name)))
+                files::is_image_file(name.as_str())
+                    && files::is_criu_file(name.as_str(), &self.start_of(name))
             }
             _ => false,
         }
@@ -271,10 +264,7 @@ impl Images {
 
 impl AsFd for Images {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Locked(directory) => directory.as_fd(),
-            Self::Unlocked(directory) => directory.as_fd(),
-        }
+        self.directory.as_fd()
     }
 }
 
@@ -315,30 +305,30 @@ impl Commit<'_> {
     fn run(&mut self) -> Result<()> {
         let store = self.store;
         let flush = || flush(&store.images).context("flushing the images directory to disk");
-        let (inventory, others): (Vec<_>, Vec<_>) = store
-            .complete
-            .iter()
-            .partition(|(name, _)| name.as_str() == INVENTORY);
-        let mut leftovers = self.leftovers().context("looking for an earlier image")?;
-        // An earlier inventory goes first, with or without a new one.
-        leftovers.sort_by_key(|name| name.as_str() != INVENTORY);
-        for &(name, &number) in &inventory {
-            self.set_aside(name, number)?;
-            flush()?;
-        }
-        for (name, number) in leftovers.iter().zip(store.next_number..) {
-            self.set_aside(name, number)?;
-            if name.as_str() == INVENTORY {
+        let is_inventory = |name: &ImageName| name.as_str() == INVENTORY;
+        let leftovers = self.leftovers().context("looking for an earlier image")?;
+        let leftovers = leftovers.into_iter().zip(store.next_number..);
+        let new = store.complete.iter();
+        let new = new.map(|(name, &number)| (name.clone(), number, true));
+        let files = leftovers
+            .map(|(name, number)| (name, number, false))
+            .chain(new);
+        let mut files: Vec<_> = files.collect();
+        // An inventory is the first to go, and the last to come.
+        files.sort_by_key(|(name, ..)| !is_inventory(name));
+        for (name, number, _) in &files {
+            self.set_aside(name, *number)?;
+            if is_inventory(name) {
                 flush()?;
             }
         }
-        for (name, &number) in others {
-            let index = self.set_aside(name, number)?;
-            self.place(index)?;
-        }
-        if !inventory.is_empty() {
-            flush()?;
-            self.place(0)?;
+        for (index, (name, _, is_new)) in files.iter().enumerate().rev() {
+            if is_inventory(name) {
+                flush()?;
+            }
+            if *is_new {
+                self.place(index)?;
+            }
         }
         flush()
     }
@@ -346,13 +336,9 @@ impl Commit<'_> {
     /// CRIU's files of an earlier image that the new one does not have. External files alone are no
     /// image, and leave an earlier one as it is.
     fn leftovers(&self) -> nix::Result<Vec<ImageName>> {
-        let DiskStore {
-            images, complete, ..
-        } = self.store;
-        if !complete
-            .keys()
-            .any(|name| files::is_image_file(name.as_str()))
-        {
+        let (images, complete) = (&self.store.images, &self.store.complete);
+        let mut new = complete.keys();
+        if !new.any(|name| files::is_image_file(name.as_str())) {
             return Ok(Vec::new());
         }
         let names = names(images.as_fd(), ".")?.into_iter();
@@ -363,7 +349,7 @@ impl Commit<'_> {
     }
 
     /// Takes what has this name out of the way, if there is something.
-    fn set_aside(&mut self, name: &ImageName, number: u64) -> Result<usize> {
+    fn set_aside(&mut self, name: &ImageName, number: u64) -> Result<()> {
         let images = &self.store.images;
         let replaced = match fstatat(images, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => false,
@@ -375,13 +361,9 @@ impl Commit<'_> {
                     file_type(&stat) != SFlag::S_IFDIR,
                     "--images-dir: a directory named {name} is in the way of the file: move it"
                 );
-                renameat(
-                    images,
-                    name.as_str(),
-                    &self.store.private,
-                    aside(number).as_str(),
-                )
-                .with_context(|| format!("setting the earlier {name} aside"))?;
+                let (private, aside) = (&self.store.private, aside(number));
+                renameat(images, name.as_str(), private, aside.as_str())
+                    .with_context(|| format!("setting the earlier {name} aside"))?;
                 true
             }
         };
@@ -391,19 +373,14 @@ impl Commit<'_> {
             replaced,
             placed: false,
         });
-        Ok(self.done.len() - 1)
+        Ok(())
     }
 
     fn place(&mut self, index: usize) -> Result<()> {
-        let step = &mut self.done[index];
-        let from = step.number.to_string();
-        renameat(
-            &self.store.private,
-            from.as_str(),
-            &self.store.images,
-            step.name.as_str(),
-        )
-        .with_context(|| format!("moving {} into place", step.name))?;
+        let (store, step) = (self.store, &mut self.done[index]);
+        let (number, name) = (step.number.to_string(), step.name.as_str());
+        renameat(&store.private, number.as_str(), &store.images, name)
+            .with_context(|| format!("moving {} into place", step.name))?;
         step.placed = true;
         Ok(())
     }
@@ -411,9 +388,7 @@ impl Commit<'_> {
     /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to
     /// go, is the last to come back, and only then.
     fn undo(&mut self) -> bool {
-        let DiskStore {
-            images, private, ..
-        } = self.store;
+        let (images, private) = (&self.store.images, &self.store.private);
         let mut all = true;
         for step in self.done.iter().rev() {
             if step.name.as_str() == INVENTORY && !all {
@@ -429,10 +404,7 @@ impl Commit<'_> {
             }
             if let Err(error) = result {
                 all = false;
-                report::warn(format_args!(
-                    "putting {} back as it was: {error}",
-                    step.name
-                ));
+                report::warn(format_args!("putting {name} back as it was: {error}"));
             }
         }
         all
@@ -454,17 +426,11 @@ impl Store for DiskStore {
         self.next_number += 1;
         let flags =
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(
-            &self.private,
-            number.to_string().as_str(),
-            flags,
-            self.origin.file_mode(),
-        )
-        .with_context(|| format!("creating {name} in --images-dir"))?;
-        Ok(StagedFile {
-            file: File::from(fd),
-            number,
-        })
+        let (path, mode) = (number.to_string(), self.origin.file_mode());
+        let fd = openat(&self.private, path.as_str(), flags, mode)
+            .with_context(|| format!("creating {name} in --images-dir"))?;
+        let file = File::from(fd);
+        Ok(StagedFile { file, number })
     }
 
     fn target<'a>(&'a self, file: &'a StagedFile) -> Option<&'a File> {
@@ -482,12 +448,9 @@ impl Store for DiskStore {
     fn finish(&mut self, name: ImageName, file: StagedFile) -> Result<()> {
         nix::unistd::close(file.file).with_context(|| format!("closing {name}"))?;
         if let Some(earlier) = self.complete.insert(name, file.number) {
-            nix::unistd::unlinkat(
-                &self.private,
-                earlier.to_string().as_str(),
-                nix::unistd::UnlinkatFlags::NoRemoveDir,
-            )
-            .context("removing the first of two files of one name")?;
+            let (name, flags) = (earlier.to_string(), UnlinkatFlags::NoRemoveDir);
+            unlinkat(&self.private, name.as_str(), flags)
+                .context("removing the first of two files of one name")?;
         }
         Ok(())
     }
