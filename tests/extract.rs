@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -14,7 +13,7 @@ use crate::common::PAGE;
 use crate::common::child;
 use crate::common::image::{self, Files};
 use crate::common::random;
-use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
+use crate::common::runs::{self, assert_same_files};
 use crate::common::shards::{Collector, pipe, pipes};
 use crate::common::skip;
 use crate::common::streamer::{Streamer, binary};
@@ -206,16 +205,6 @@ fn an_image_without_inventory_is_refused_and_leaves_an_earlier_one_as_it_was() {
     }
 }
 
-/// `criu cpuinfo dump` sends nothing else.
-#[test]
-fn the_processors_features_alone_are_an_image() {
-    let image = image::encode([("cpuinfo.img", &b"cpu"[..])], 1, 10);
-    let (dir, exit) = runs::extract(&image);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let expected = Files::from([("cpuinfo.img".into(), b"cpu".to_vec())]);
-    assert_same_files(&runs::read_dir(dir.path()), &expected);
-}
-
 #[test]
 fn statistics_are_all_the_progress_there_is() {
     let shards = tiny_image(3);
@@ -236,115 +225,6 @@ fn statistics_are_all_the_progress_there_is() {
             .iter()
             .map(|shard| Some(shard.len() as u64))
             .collect::<Vec<_>>()
-    );
-}
-
-#[test]
-fn other_files_in_the_directory_are_left_alone() {
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("stats-dump"), "statistics").unwrap();
-    fs::write(dir.path().join("dump.log"), "log").unwrap();
-    let _socket = UnixListener::bind(dir.path().join("streamer-serve.sock")).unwrap();
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::extract().images_dir(dir.path()), &tiny_image(1));
-    streamer.expect_success();
-    assert_eq!(
-        fs::read(dir.path().join("stats-dump")).unwrap(),
-        b"statistics"
-    );
-    assert_eq!(fs::read(dir.path().join("dump.log")).unwrap(), b"log");
-    assert!(dir.path().join("streamer-serve.sock").exists());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3 + 3);
-}
-
-#[test]
-fn an_earlier_image_is_replaced_file_by_file() {
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("a.img"), "of an earlier image, and longer").unwrap();
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::extract().images_dir(dir.path()), &tiny_image(1));
-    streamer.expect_success();
-    assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"first");
-}
-
-#[test]
-fn of_a_file_that_was_sent_twice_the_last_one_is_written() {
-    let shard = image::Shard::new()
-        .filename(0, "a.img")
-        .data(1, b"the first version, the longer one")
-        .file_eof(2)
-        .filename(3, "a.img")
-        .data(4, b"the last")
-        .file_eof(5)
-        .inventory_and_end(6);
-    let (dir, exit) = runs::extract(&[shard.bytes]);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"the last");
-}
-
-#[test]
-fn files_may_take_turns() {
-    let shard = image::Shard::new()
-        .filename(0, "a.img")
-        .data(1, b"one ")
-        .filename(2, "b.img")
-        .data(3, b"eins ")
-        .filename(4, "a.img")
-        .data(5, b"two")
-        .file_eof(6)
-        .filename(7, "b.img")
-        .data(8, b"zwei")
-        .file_eof(9)
-        .inventory_and_end(10);
-    let (dir, exit) = runs::extract(&[shard.bytes]);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let expected = Files::from([
-        ("a.img".into(), b"one two".to_vec()),
-        ("b.img".into(), b"eins zwei".to_vec()),
-        ("inventory.img".into(), image::INVENTORY.to_vec()),
-    ]);
-    assert_same_files(&runs::read_dir(dir.path()), &expected);
-}
-
-/// A newer streamer may say more than this one understands.
-#[test]
-fn unknown_fields_of_a_marker_are_skipped() {
-    let with_unknown_fields = [
-        &[2 << 3 | 2, 5][..],
-        b"a.img",
-        &[0xc8, 0x0c, 42],
-        &[0xd2, 0x0c, 3, 1, 2, 3],
-    ]
-    .concat();
-    let shard = image::Shard::new()
-        .marker(0, &with_unknown_fields)
-        .data(1, b"first")
-        .file_eof(2)
-        .inventory_and_end(3);
-    let (dir, exit) = runs::extract(&[shard.bytes]);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"first");
-}
-
-#[test]
-fn external_files_go_to_their_descriptors_and_not_to_disk() {
-    let content = random::bytes(1, PAGES);
-    let image = image::encode(
-        [("fs.tar", &content[..]), ("inventory.img", b"inventory")],
-        2,
-        50_000,
-    );
-    let (reader, writer) = pipe();
-    let tar = Collector::start(vec![reader]);
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::extract().ext_file("fs.tar", writer), &image);
-    streamer.expect_success();
-    assert_same_bytes("fs.tar", &tar.finish()[0], &content);
-    assert_eq!(
-        runs::read_dir(streamer.images_dir())
-            .into_keys()
-            .collect::<Vec<_>>(),
-        ["inventory.img"]
     );
 }
 
@@ -437,20 +317,6 @@ fn a_missing_shard_is_an_error_and_leaves_nothing() {
         shards.insert(missing, Vec::new());
         assert_refused(&shards, &["shard"], &format!("shard {missing} empty"));
     }
-}
-
-#[test]
-fn a_failed_extract_leaves_an_earlier_image_as_it_was() {
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("a.img"), "of an earlier image").unwrap();
-    fs::write(dir.path().join("inventory.img"), "of an earlier image").unwrap();
-    let before = runs::read_dir(dir.path());
-    let mut image = tiny_image(1);
-    let last = image[0].len() - 1;
-    image[0].truncate(last);
-    let (mut streamer, _feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &image);
-    streamer.expect_failure(&["shard"]);
-    assert_same_files(&runs::read_dir(dir.path()), &before);
 }
 
 /// What `syncfs` does not tell: the files' disk, a loop device, is on a tmpfs that is full for a

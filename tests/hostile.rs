@@ -1,19 +1,21 @@
 //! Whatever stands on a shard: an error that says where, or a right image. Never a panic, a hang, a
 //! file elsewhere or a broken image that looks whole.
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::thread;
 use std::time::Duration;
 
+use crate::common::PAGE;
 use crate::common::child;
+use crate::common::criu::{Criu, Role, frame};
 use crate::common::image::{self, Files, Shard};
+use crate::common::indexed;
 use crate::common::keeping::Keeping;
-use crate::common::random::{Random, for_each_seed};
+use crate::common::random::{self, Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards;
-use crate::common::streamer::{Exit, Launch, Streamer};
+use crate::common::streamer::{Launch, Streamer};
 use crate::common::{report, setting};
 
 /// All that receive an image, wherever they keep it.
@@ -164,126 +166,100 @@ fn names_with_control_characters_do_not_reach_the_terminal() {
     );
 }
 
-#[test]
-fn frames_that_are_no_markers() {
-    assert_defect(
+type Defect = (&'static str, fn(Shard) -> Shard, &'static str);
+
+/// Behind three markers of a file that is whole: frames that are none, and markers that make no
+/// sense there. The last column is in the error.
+const DEFECTS: &[Defect] = &[
+    (
         "10 KiB and a byte",
         |shard| shard.raw(&10_241_u32.to_le_bytes()).raw(&[0; 10_241]),
-        &["10241"],
-    );
-    assert_defect(
-        "4 GiB",
-        |shard| shard.raw(&[0xff; 4]).raw(&[0; 1000]),
-        &["4294967295"],
-    );
-    assert_defect(
-        "4 GiB and nothing behind it",
-        |shard| shard.raw(&[0xff; 4]),
-        &["4294967295"],
-    );
-    assert_defect(
+        "10241",
+    ),
+    ("4 GiB", |shard| shard.raw(&[0xff; 4]), "4294967295"),
+    (
         "no protobuf",
-        |shard| shard.raw(&crate::common::criu::frame(&[0xff; 30])),
-        &[],
-    );
-    assert_defect(
-        "an empty marker",
-        |shard| shard.raw(&crate::common::criu::frame(&[])),
-        &[],
-    );
-    assert_defect(
+        |shard| shard.raw(&frame(&[0xff; 30])),
+        "marker",
+    ),
+    ("an empty marker", |shard| shard.raw(&frame(&[])), "marker"),
+    (
         "a marker that says nothing",
         |shard| shard.marker(3, &[]),
-        &[],
-    );
-    assert_defect(
-        "a file_eof that is not true",
-        |shard| shard.marker(3, &[4 << 3, 0]).image_eof(4),
-        &["file_eof"],
-    );
-    assert_defect(
-        "an image_eof that is not true",
+        "marker",
+    ),
+    (
+        "a file's end that is none",
+        |shard| shard.marker(3, &[4 << 3, 0]),
+        "file_eof",
+    ),
+    (
+        "an image's end that is none",
         |shard| shard.marker(3, &[5 << 3, 0]),
-        &["image_eof"],
-    );
-}
-
-#[test]
-fn data_and_ends_of_no_file() {
-    let nothing_before = Shard::new().data(0, b"data").image_eof(1);
-    assert_refused("data before any name", &[nothing_before.bytes], &[]);
-    assert_defect(
+        "image_eof",
+    ),
+    (
         "data after a file's end",
         |shard| shard.data(3, b"data").image_eof(4),
-        &[],
-    );
-    assert_defect(
+        "name",
+    ),
+    (
         "a file's end twice",
         |shard| shard.file_eof(3).image_eof(4),
-        &[],
-    );
-}
-
-#[test]
-fn ends_that_are_not_the_end() {
-    assert_defect(
+        "ends before",
+    ),
+    (
         "a marker after the end",
-        |shard| shard.image_eof(3).filename(4, "b.img").file_eof(5),
-        &["end"],
-    );
-    assert_defect(
+        |shard| shard.image_eof(3).filename(4, "b.img"),
+        "end",
+    ),
+    (
         "the end twice",
         |shard| shard.image_eof(3).image_eof(4),
-        &["end"],
-    );
-    assert_defect(
+        "end",
+    ),
+    (
         "bytes after the end",
         |shard| shard.image_eof(3).raw(&[0; 100]),
-        &["end"],
-    );
-    assert_defect(
-        "the end in the middle of a file",
+        "end",
+    ),
+    (
+        "the end within a file",
         |shard| shard.filename(3, "b.img").image_eof(4),
-        &["b.img"],
-    );
+        "b.img",
+    ),
+    ("a small gap", |shard| shard.image_eof(4), "3"),
+    ("a large gap", |shard| shard.image_eof(1 << 32), "3"),
+    ("the largest gap", |shard| shard.image_eof(u64::MAX), "3"),
+    ("the first number again", |shard| shard.image_eof(0), "0"),
+    ("the last number again", |shard| shard.image_eof(2), "2"),
+];
+
+#[test]
+fn what_makes_no_sense_is_refused_where_it_stands() {
+    for &(what, defect, word) in DEFECTS {
+        assert_defect(what, defect, &[word]);
+    }
+    let nothing_before = Shard::new().data(0, b"data").image_eof(1);
+    assert_refused("data before any name", &[nothing_before.bytes], &[]);
+    let twice = |seq| Shard::new().filename(seq, "a.img").bytes;
     let (one, other) = (
         Shard::new().filename(0, "a.img").image_eof(2),
         Shard::new().file_eof(1).file_eof(3),
     );
-    assert_refused(
-        "a marker after the end in another shard",
-        &[one.bytes, other.bytes],
-        &["shard", "end"],
-    );
-}
-
-#[test]
-fn numbers_with_gaps_and_repeats_and_no_room_for_more() {
-    for seq in [4, 5, 1 << 32, 1 << 63, u64::MAX] {
-        assert_defect(
-            &format!("a gap before {seq}"),
-            |shard| shard.image_eof(seq),
-            &["3"],
-        );
+    for (what, shards) in [
+        (
+            "a marker after the end in another shard",
+            [one.bytes, other.bytes],
+        ),
+        ("the same number in two shards", [twice(0), twice(0)]),
+        (
+            "only ever larger numbers",
+            [twice(u64::MAX), twice(u64::MAX - 1)],
+        ),
+    ] {
+        assert_refused(what, &shards, &["shard"]);
     }
-    for seq in [0, 1, 2] {
-        assert_defect(
-            &format!("{seq} again"),
-            |shard| shard.image_eof(seq),
-            &[&seq.to_string()],
-        );
-    }
-    let twice = |seq| Shard::new().filename(seq, "a.img").bytes;
-    assert_refused(
-        "the same number in two shards",
-        &[twice(0), twice(0)],
-        &["shard"],
-    );
-    assert_refused(
-        "only ever larger numbers",
-        &[twice(u64::MAX), twice(u64::MAX - 1)],
-        &["shard"],
-    );
 }
 
 #[test]
@@ -378,6 +354,110 @@ fn shards_of_two_images_make_no_image() {
     }
 }
 
+/// An application that is dumped again and again: its memory has the same size, and hardly differs.
+fn dump(number: u64, small: bool) -> Files {
+    let mut files = crate::common::dump::whole();
+    let pages = match small {
+        true => 2 * PAGE,
+        false => 700_000,
+    };
+    let mut content = random::bytes(1, pages);
+    content[..8].copy_from_slice(&number.to_le_bytes());
+    files.insert("pages-1.img".into(), content);
+    files
+}
+
+/// Shards of several images: captured one after another by this program, with an index and without,
+/// and by the first streamer; and each mixture whole or with a shard that is cut. `MIXTURE_SEEDS`
+/// sets how many.
+#[test]
+fn mixtures_of_several_images_are_refused() {
+    let seeds = setting("MIXTURE_SEEDS", 100);
+    let families = [(false, false), (false, true), (true, false), (true, true)];
+    let families = families.map(|(has_index, small)| {
+        let capture = |number| {
+            let files = dump(number, small);
+            let shards = match has_index {
+                true => indexed::capture(&files, 2).all(),
+                false => runs::capture(&files, 3, None),
+            };
+            (files, shards)
+        };
+        let ours = (0..4).map(capture);
+        let without_name = image::encode_files(&dump(9, small), 3, 100_000);
+        let first_streamers = (dump(9, small), without_name);
+        (has_index, ours.chain([first_streamers]).collect::<Vec<_>>())
+    });
+    let (mut accepted, mut refused) = (0, 0);
+    for_each_seed(0..seeds, |seed| {
+        let mut random = Random::new(seed);
+        let (has_index, images) = random.pick(&families);
+        let of: Vec<_> = (0..3).map(|_| random.below(images.len())).collect();
+        let of = match random.one_in(4) {
+            true => vec![of[0]; 3],
+            false => of,
+        };
+        let pick = |(shard, &image): (usize, &usize)| images[image].1[shard].clone();
+        let mut shards: Vec<_> = of.iter().enumerate().map(pick).collect();
+        let cut = random.below(3);
+        if random.one_in(3) {
+            let left = random.below(shards[cut].len() + 1);
+            shards[cut].truncate(left);
+        }
+        // What stands on the shards that are not empty is of one image, and all of it.
+        let whole = images.iter().find(|(_, image)| {
+            let mut pairs = image.iter().zip(&shards);
+            pairs.all(|(theirs, shard)| theirs == shard)
+        });
+        // An image of the first streamer has no index.
+        let is_first_streamers = of == [4; 3];
+        let served = match random.below(3) {
+            0 => {
+                let (mut streamer, _feeder) = runs::feed(Streamer::extract(), &shards);
+                let exit = streamer.wait();
+                let found = runs::read_dir(streamer.images_dir());
+                exit.status.success().then_some(found)
+            }
+            1 if *has_index && !is_first_streamers => {
+                let (streamer, ends) = indexed::serve(2, Streamer::serve()).into_parts();
+                serve_mixture((streamer, shards::Feeder::start(ends, &shards)))
+            }
+            _ => serve_mixture(runs::feed(random.pick(&Keeping::ALL).serve(), &shards)),
+        };
+        match (served, whole) {
+            (Some(found), Some((files, _))) => {
+                assert!(found == *files, "seed {seed}: another image");
+                accepted += 1;
+            }
+            (Some(_), None) => panic!("seed {seed}: {of:?} makes an image"),
+            (None, Some(_)) => panic!("seed {seed}: {of:?} is refused"),
+            (None, None) => refused += 1,
+        }
+    });
+    report(format_args!(
+        "{seeds} mixtures of shards: {refused} refused, {accepted} accepted and whole, 0 wrongly"
+    ));
+}
+
+/// The files that CRIU gets, if it gets all.
+fn serve_mixture((mut streamer, feeder): (Streamer, shards::Feeder)) -> Option<Files> {
+    let mut found = Files::new();
+    if streamer.listens() {
+        let criu = Criu::try_connect(streamer.images_dir(), Role::Serve).ok();
+        for name in dump(0, true).keys() {
+            let mut content = Vec::new();
+            let file = criu.as_ref().map(|criu| criu.try_open_file(name, None));
+            if let Some(Ok(Some(mut file))) = file {
+                let _ = file.read_to_end(&mut content);
+            }
+            found.insert(name.clone(), content);
+        }
+    }
+    let exit = streamer.wait();
+    feeder.finish();
+    exit.status.success().then_some(found)
+}
+
 /// What a stream can make the streamer keep, while more of it may come.
 #[track_caller]
 fn assert_little_memory(mib: u64, shard: &Shard, words: &[&str]) {
@@ -435,142 +515,4 @@ fn an_empty_stream_is_no_image() {
         &[vec![], vec![], vec![]],
         &["shard"],
     );
-}
-
-/// A good image with something changed: bits, cuts, pieces put elsewhere. Only what the reference
-/// decoder takes may be taken, and then it must be the same image. `HOSTILE_SEEDS` sets how many.
-#[test]
-fn damaged_images_are_refused_or_read_as_they_stand() {
-    let seeds = setting("HOSTILE_SEEDS", 1000);
-    let (mut accepted, mut refused) = (0, 0);
-    for_each_seed(0..seeds, |seed| {
-        let mut random = Random::new(seed);
-        let mut shards = start_of_damage(&mut random);
-        for _ in 0..1 + random.below(3) {
-            damage(&mut shards, &mut random);
-        }
-        let exit = if random.one_in(2) {
-            let (dir, exit) = runs::extract(&shards);
-            assert_truth(seed, &shards, &exit, |files| {
-                runs::read_dir(dir.path()) == *files
-            });
-            if !exit.status.success() {
-                let left = fs::read_dir(dir.path()).unwrap().count();
-                assert_eq!(left, 0, "seed {seed}: files of a refused image");
-            }
-            exit
-        } else {
-            serve_damaged(seed, &shards, *random.pick(&Keeping::ALL))
-        };
-        if exit.status.success() {
-            accepted += 1
-        } else {
-            refused += 1
-        }
-    });
-    report(format_args!(
-        "{seeds} damaged images: {refused} refused, {accepted} accepted and right"
-    ));
-    assert!(
-        accepted > 0 && refused > 0,
-        "the damage must be neither too little nor too much to tell"
-    );
-}
-
-/// Serves an image that may be refused, and asks for all its files if it is not.
-fn serve_damaged(seed: u64, shards: &[Vec<u8>], keeping: Keeping) -> Exit {
-    let (mut streamer, _feeder) = runs::feed(keeping.serve(), shards);
-    if streamer.listens() {
-        let criu = streamer.criu();
-        let files = image::decode(shards)
-            .unwrap_or_else(|why| panic!("seed {seed}, {keeping:?}: accepted, although: {why}"));
-        for (name, content) in &files {
-            criu.expect_file(name, content);
-        }
-        drop(criu);
-        return streamer.expect_success();
-    }
-    let exit = streamer.wait();
-    assert_eq!(exit.progress, [""; 0], "seed {seed}, {keeping:?}");
-    assert_truth(seed, shards, &exit, |_| false);
-    exit
-}
-
-/// Accepted is only what the reference decoder takes, and then `is_there` says that it is the same.
-fn assert_truth(seed: u64, shards: &[Vec<u8>], exit: &Exit, is_there: impl Fn(&Files) -> bool) {
-    assert!(
-        !exit.stderr.contains("panicked"),
-        "seed {seed}: {}",
-        exit.stderr
-    );
-    match (exit.status.code(), image::decode(shards)) {
-        (Some(0), Ok(files)) => {
-            assert!(is_there(&files), "seed {seed}: another image");
-            assert!(files.contains_key("inventory.img"), "seed {seed}");
-        }
-        (Some(0), Err(why)) => panic!("seed {seed}: accepted, although: {why}"),
-        (Some(1), _) => drop(exit.error()),
-        (_, _) => panic!("seed {seed}: {}\n{}", exit.status, exit.stderr),
-    }
-}
-
-/// An image of our own, with few bytes that are not markers, or with chunks large enough to be held
-/// in pipes, or else the original streamer's.
-fn start_of_damage(random: &mut Random) -> Vec<Vec<u8>> {
-    match random.below(4) {
-        0 => {
-            let files = [
-                ("a.img", &b"some bytes"[..]),
-                ("b.img", b""),
-                ("a.img", b"again"),
-                ("inventory.img", b"inventory"),
-            ];
-            return image::encode(files, 1 + random.below(3), 4);
-        }
-        1 => {
-            let (first, second) = (random.bytes(500_000), random.bytes(150_000));
-            let files = [
-                ("pages-1.img", &first[..]),
-                ("pages-2.img", &second[..]),
-                ("inventory.img", b"inventory"),
-            ];
-            return image::encode(files, 1 + random.below(3), 100_000);
-        }
-        _ => {}
-    }
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    match random.one_in(2) {
-        true => vec![fs::read(dir.join("one-shard/s0.bin")).unwrap()],
-        false => (0..3)
-            .map(|i| fs::read(dir.join(format!("three-shards/s{i}.bin"))).unwrap())
-            .collect(),
-    }
-}
-
-fn damage(shards: &mut [Vec<u8>], random: &mut Random) {
-    let which = random.below(shards.len());
-    let len = shards[which].len();
-    if len == 0 {
-        return;
-    }
-    let (from, to) = (random.below(len), random.below(len));
-    let (from, to) = (from.min(to), from.max(to));
-    match random.below(9) {
-        0..3 => shards[which][from] ^= 1 << random.below(8),
-        3 => shards[which][from] = *random.pick(&[0, 1, 0x7f, 0x80, 0xff]),
-        4 => shards[which].truncate(from),
-        5 => drop(shards[which].drain(from..to.min(from + 100))),
-        6 => {
-            let piece = shards[which][from..to.min(from + 100)].to_vec();
-            shards[which].splice(to..to, piece);
-        }
-        7 => {
-            let bytes = random.bytes(1 + from % 40);
-            shards[which].splice(from..from, bytes);
-        }
-        _ => {
-            let other = random.below(shards.len());
-            shards.swap(which, other);
-        }
-    }
 }

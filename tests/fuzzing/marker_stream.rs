@@ -141,7 +141,7 @@ fn compare(found: &anyhow::Result<Files>, expected: &Option<Files>) {
 
 /// The whole image format: collect all markers, sort them, replay them.
 fn reference(shards: &[&[u8]]) -> Option<Files> {
-    let mut markers = BTreeMap::new();
+    let (mut markers, mut origins) = (BTreeMap::new(), Vec::new());
     for shard in shards {
         let mut rest = *shard;
         let mut last = None;
@@ -155,11 +155,17 @@ fn reference(shards: &[&[u8]]) -> Option<Files> {
                 Some(Body::FileData(size)) => take(&mut rest, size as usize)?,
                 _ => &[],
             };
+            if last.is_none() {
+                origins.push(marker.origin);
+            }
             if last.replace(marker.seq) >= Some(marker.seq) || markers.contains_key(&marker.seq) {
                 return None;
             }
             markers.insert(marker.seq, (marker.body?, data));
         }
+    }
+    if origins.windows(2).any(|pair| pair[0] != pair[1]) {
+        return None;
     }
     let contiguous = markers.keys().copied().eq(0..markers.len() as u64);
     let mut markers = markers.into_values();
@@ -170,7 +176,7 @@ fn reference(shards: &[&[u8]]) -> Option<Files> {
     for (body, data) in markers {
         match body {
             Body::Filename(name) => {
-                let forbidden = BTreeSet::from(["", ".", ".."]);
+                let forbidden = BTreeSet::from(["", ".", "..", "parent", "dump.log"]);
                 if forbidden.contains(&*name) || name.contains(['/', '\0']) || name.len() > 255 {
                     return None;
                 }
