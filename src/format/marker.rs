@@ -21,7 +21,7 @@ pub const LENGTH: usize = 4;
 /// The largest frame that can be a marker, in bytes (docs/protocol.md, section 2).
 pub const LARGEST_FRAME: usize = 10 << 10;
 
-/// One marker: its place in the image, and what it says.
+/// One marker: its place in the image, and its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Marker {
     pub seq: u64,
@@ -32,7 +32,7 @@ pub struct Marker {
     pub origin: Option<CapturingProcess>,
 }
 
-/// What a marker says.
+/// The content of a marker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     /// The following markers are about this file.

@@ -1,8 +1,8 @@
 //! The names of image files.
 //!
 //! A name from a stream is hostile until it has been parsed: only a single path component becomes
-//! an [`ImageName`], so that joining one to a directory never leads out of it. What stands in an
-//! images directory beside an image, and is trusted there, is no part of one.
+//! an [`ImageName`], so that joining one to a directory never leads out of it. Names of files that
+//! are trusted beside an image are no part of one.
 
 use std::fmt;
 

@@ -3,8 +3,9 @@
 //! A directory that looks like an image is taken for one, so the files are first written to a
 //! private directory beside their destination, under numbers: no name from the stream is used in
 //! there. When the image is complete they are flushed to disk and moved into place, `inventory.img`
-//! last, without which CRIU restores nothing. What they replace is set aside and comes back if a
-//! move fails. If anything goes wrong before, the private directory goes, and nothing has changed.
+//! last, without which CRIU restores nothing. Files that they replace are set aside, and come back
+//! if a move fails. If anything goes wrong before, the private directory goes, and nothing has
+//! changed.
 //!
 //! CRIU opens optional files by name, and would take those that an earlier image has left for the
 //! new image's. So they are set aside in the same way: afterwards the directory holds the new
@@ -47,7 +48,7 @@ const PRIVATE: &str = ".criu-image-streamer.";
 /// that wait: 50,000 files took 1.6 s, and one after another 137 s (ext4, 2026-11-29).
 const FLUSHERS: usize = 8;
 
-/// Where an images directory comes from, which decides who may read the files in it.
+/// The history of an images directory, which decides the mode of the files in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DirOrigin {
     /// It was made for this image: its files are for their owner alone.
@@ -224,7 +225,7 @@ impl Images {
         }
     }
 
-    /// Whether CRIU, when it restores, may open the file of this name: a regular file, or a link,
+    /// True if CRIU may open the file of this name when it restores: a regular file, or a link,
     /// which it follows.
     fn is_criu_file(&self, name: &ImageName) -> bool {
         let Ok(stat) = fstatat(self, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) else {
@@ -268,7 +269,7 @@ impl AsFd for Images {
     }
 }
 
-/// What is in a directory.
+/// The names in a directory.
 fn names(at: BorrowedFd, directory: &str) -> nix::Result<Vec<CString>> {
     let mut directory = Dir::openat(at, directory, DIRECTORY, Mode::empty())?;
     let entries = directory
@@ -348,7 +349,7 @@ impl Commit<'_> {
         Ok(leftovers.collect())
     }
 
-    /// Takes what has this name out of the way, if there is something.
+    /// Moves an earlier file of this name out of the way.
     fn set_aside(&mut self, name: &ImageName, number: u64) -> Result<()> {
         let images = &self.store.images;
         let replaced = match fstatat(images, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
@@ -385,8 +386,8 @@ impl Commit<'_> {
         Ok(())
     }
 
-    /// Puts everything back, and tells whether nothing is missing; `inventory.img`, the first to
-    /// go, is the last to come back, and only then.
+    /// Puts everything back, `inventory.img` last, and only if nothing is missing. Returns false
+    /// if something is.
     fn undo(&mut self) -> bool {
         let (images, private) = (&self.store.images, &self.store.private);
         let mut all = true;
@@ -411,7 +412,7 @@ impl Commit<'_> {
     }
 }
 
-/// What a replaced file is called while it is set aside for the file of this number.
+/// The name of a replaced file while it is set aside for the file of this number.
 fn aside(number: u64) -> String {
     format!("{number}.replaced")
 }

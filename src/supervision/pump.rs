@@ -12,16 +12,16 @@
 //! pump alone between a pipe of 1 MiB and a reader of 64 KiB, medians of 5 to 10 runs of 2 GB on a
 //! busy machine). Buffers of 32 to 128 KiB made no difference there.
 //!
-//! **What is kept is copied.** Spliced from a file, a pipe refers to the file's pages in the page
-//! cache, and whoever writes over the file changes an image that waits for CRIU. So what `serve`
-//! keeps is copied: 1 GiB costs 0.5 CPU s more. A pipe that somebody else fills is taken as it is: it
-//! cannot be known whether its pages are its own, as those of a `write`, or a file's, as with `pv`,
-//! and to copy all would take the streamer from 0.17 to 0.74 CPU s/GiB or more (2026-11-29, one
-//! shard, busy machine).
+//! **A kept shard is copied.** Spliced from a file, a pipe refers to the file's pages in the page
+//! cache, and an image that waits for CRIU changes when the file is written over. So the shards
+//! that `serve` keeps are copied. A pipe that another program fills is taken as it is: nothing
+//! tells pages of the pipe's own, as those of a `write`, from those of a file, as with `pv`, and to
+//! copy all would take the streamer from 0.17 to 0.74 CPU s/GiB or more (2026-11-29, one shard,
+//! busy machine).
 //!
-//! **Where a shard ends.** A regular file is cut off where an image begins, so that nothing follows
-//! it, and no earlier image goes on where one breaks off. A block device has no end: a frame that is
-//! no marker follows the shard there, and whoever reads it looks for that, or for the image's end.
+//! **The end of a shard.** A regular file is cut off where an image begins, so that nothing follows
+//! it, and no earlier image goes on where one breaks off. A block device has no end: a frame that
+//! is no marker follows the shard there, and its reader looks for that, or for the image's end.
 //!
 //! **Written is not safe.** A socket still has to deliver what was written, and closing it with
 //! something unread throws that away; a disk's error shows when its cache is flushed. So a pump
