@@ -764,6 +764,71 @@ echo '--shard-cmd cat >image' >/etc/criu-image-streamer/streamer-capture.options
     assert!(Role::Capture.socket(caller.images_dir.path()).exists());
 }
 
+/// A container has another name, directory and id when it is restored.
+#[test]
+fn the_name_of_an_image_travels_in_an_engines_archive() {
+    let store = TempDir::new().unwrap();
+    let stored = |name: &str| store.path().join(name).display().to_string();
+    let dump = Caller::of_engine(&["runc", "checkpoint", "app"]);
+    let upload = format!("--shard-cmd cat >{}", stored("$CRIU_IMAGE_NAME"));
+    dump.options("capture", &upload);
+    dump.succeeds("pre-stream");
+    let criu = dump.connect();
+    send(&criu, &dump::whole());
+    dump.succeeds("post-dump");
+    let name = String::from_utf8(dump.read("streamer-capture.name")).unwrap();
+    assert!(fs::exists(stored(name.trim())).unwrap(), "{name}");
+    // Engines take a directory without it for no checkpoint.
+    let inventory = &dump::whole()["inventory.img"];
+    assert_eq!(&dump.read("inventory.img"), inventory);
+
+    let restore = Caller::of_engine(&["runc", "restore", "other"]);
+    restore.write("streamer-capture.name", &name);
+    let download = format!("--shard-cmd cat {}", stored("$CRIU_IMAGE_NAME"));
+    restore.options("serve", &download);
+    restore.succeeds("pre-stream");
+    let criu = Criu::connect(restore.images_dir.path(), Role::Serve);
+    criu.expect_file("inventory.img", inventory);
+
+    // The archive may come from anyone.
+    let hostile = Caller::of_engine(&["runc", "restore", "other"]);
+    hostile.options("serve", "--shard-cmd touch started");
+    for name in ["../a", "a\nb", "$(id)"] {
+        hostile.write("streamer-capture.name", name);
+        hostile.fails("pre-stream", &["streamer-capture.name"]);
+    }
+    assert!(!hostile.images_dir.path().join("started").exists());
+}
+
+#[test]
+fn a_name_may_be_given_and_only_an_engine_finds_an_inventory() {
+    let caller = Caller::new(&["dump"]);
+    let options = "--image-name app-1\n--shard-cmd cat >$CRIU_IMAGE_NAME";
+    caller.options("capture", options);
+    caller.succeeds("pre-stream");
+    let criu = caller.connect();
+    send(&criu, &dump::whole());
+    caller.succeeds("post-dump");
+    assert_eq!(caller.read("streamer-capture.name"), b"app-1\n");
+    image::decode(&[caller.read("app-1")]).unwrap();
+    assert!(!caller.images_dir.path().join("inventory.img").exists());
+}
+
+/// It packs the images directory as soon as it goes on.
+#[test]
+fn an_engine_does_not_go_on_before_an_image_in_its_directory_is_whole() {
+    let engine = Caller::of_engine(&["runc", "checkpoint", "--leave-running", "app"]);
+    let command = "--shard-cmd lz4 >$CRTOOLS_IMAGE_DIR/app.lz4";
+    engine.options(
+        "capture",
+        &format!("--buffer 50%\n--go-on-when-copied\n{command}"),
+    );
+    engine.fails("pre-stream", &["--go-on-when-copied", "an engine packs"]);
+    // Its user finds the reason nowhere else.
+    let log = String::from_utf8(engine.read("streamer-capture.log")).unwrap();
+    assert!(log.contains("an engine packs"), "{log}");
+}
+
 /// CRIU with file capabilities: its descriptors are closed to its own user.
 #[test]
 fn the_images_directory_is_found_where_crius_descriptors_are_out_of_reach() {

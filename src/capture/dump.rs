@@ -223,6 +223,11 @@ impl Dump {
         Ok(())
     }
 
+    /// The contents of inventory.img, once the dump is whole.
+    pub(super) fn inventory(&self) -> Option<&[u8]> {
+        self.is_whole.then(|| self.dump_check.inventory())
+    }
+
     /// Throws away the rest of a replaced file.
     pub(super) fn drain(&mut self, source: &Source) -> Result<Activity> {
         let null = match &mut self.null {

@@ -28,6 +28,7 @@ pub(super) struct DumpCheck {
     defects: BTreeMap<String, Defect>,
     /// The inventory is not of the CRIU that is known.
     is_foreign: bool,
+    inventory: Vec<u8>,
     /// CRIU was asked for cpuinfo.img alone.
     pub(super) is_of_cpuinfo: bool,
 }
@@ -42,9 +43,15 @@ impl DumpCheck {
                 .extend(framing.defect().map(|defect| (name.to_owned(), defect)));
             if name == INVENTORY {
                 self.is_foreign = framing.is_foreign();
+                self.inventory = framing.kept().to_vec();
             }
         }
         self.names.insert(name.to_owned());
+    }
+
+    /// The contents of inventory.img.
+    pub(super) fn inventory(&self) -> &[u8] {
+        &self.inventory
     }
 
     /// Fails unless the files are a whole image.

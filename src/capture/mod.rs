@@ -96,6 +96,8 @@ pub(crate) struct Capture<'a> {
     pub(crate) goes_on_when_copied: bool,
     /// The CRIU whose hook has started us, and calls at `post-dump`.
     pub(crate) caller: Option<String>,
+    /// A copy of inventory.img is left in the images directory.
+    pub(crate) leaves_inventory: bool,
     pub(crate) external_files: Vec<(ImageName, ExternalSource)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
@@ -117,6 +119,8 @@ struct CaptureLoop<'a> {
     /// The CRIU whose hook has started us, and when it has called.
     caller: Option<String>,
     called: Option<Instant>,
+    /// A copy of inventory.img is to be left when the dump is whole.
+    leaves_inventory: bool,
     image_writer: ImageWriter,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
@@ -153,6 +157,7 @@ impl Capture<'_> {
             goes_on_when_copied: self.goes_on_when_copied,
             caller: self.caller,
             called: None,
+            leaves_inventory: self.leaves_inventory,
             image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
@@ -267,6 +272,12 @@ impl CaptureLoop<'_> {
         self.clients.close_idle();
         self.dump.check()?;
         self.check_file_commands()?;
+        if self.leaves_inventory
+            && let Some(inventory) = self.dump.inventory()
+        {
+            self.stray_files.leave_inventory(inventory)?;
+            self.leaves_inventory = false;
+        }
         self.tell_when_copied()?;
         Ok(self.dump.is_complete()
             && self.supervisor.criu_has_succeeded()

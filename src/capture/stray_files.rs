@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirEntry, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -23,6 +23,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 
 use crate::criu::files::{COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
 use crate::report;
+use crate::report::outcome;
 
 /// The beginning of the names of the AMD GPU plugin's files. They have no magic, and older versions
 /// of the plugin never stream them.
@@ -103,6 +104,26 @@ impl StrayFiles {
                 name.display()
             );
         }
+        Ok(())
+    }
+
+    /// Leaves a copy of inventory.img, without which container engines see no checkpoint in the
+    /// directory. It does not count as a file that has appeared.
+    ///
+    /// # Errors
+    /// Those of writing it, and when an image file has appeared before.
+    pub(super) fn leave_inventory(&mut self, inventory: &[u8]) -> Result<()> {
+        self.check()?;
+        let directory = self.directory.as_ref().context("opening --images-dir")?;
+        let leave = || -> Result<()> {
+            let mut file = File::from(outcome::create(directory, INVENTORY)?);
+            Ok(file.write_all(inventory)?)
+        };
+        leave().with_context(|| format!("leaving {INVENTORY} in --images-dir"))?;
+        let files = image_files(directory).context("listing --images-dir")?;
+        self.before = files
+            .map(|(entry, identity)| (entry.file_name(), identity))
+            .collect();
         Ok(())
     }
 

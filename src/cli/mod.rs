@@ -2,6 +2,7 @@
 
 mod descriptor;
 mod help;
+mod image_name;
 mod options;
 mod plan;
 
@@ -20,6 +21,7 @@ use crate::listen_ports::Remap;
 use crate::os::memory;
 use crate::supervision::ShellCommand;
 use descriptor::FdNumber;
+pub(crate) use image_name::StoredAs;
 pub(crate) use plan::{Action, FileEnd, Plan, Shards};
 
 /// What was typed.
@@ -89,6 +91,11 @@ pub struct Args {
     /// streamer-capture.outcome
     #[structopt(long, global = true)]
     go_on_when_copied: bool,
+
+    /// Name of the image, $CRIU_IMAGE_NAME for the commands. Under CRIU's hook a capture makes one,
+    /// and leaves it in the images directory for the restore
+    #[structopt(long, value_name = "name", global = true)]
+    pub(crate) image_name: Option<StoredAs>,
 
     /// External files: added to the image from these descriptors on capture, written to them on
     /// restore

@@ -49,6 +49,16 @@ impl Args {
         Ok(args)
     }
 
+    /// True if CRIU may go on before the image is written, and a command writes it to the images
+    /// directory, as far as its text tells.
+    pub(crate) fn goes_on_into(&self, images_dir: &Path) -> bool {
+        let files = self.ext_file_cmd.iter().map(|file| &file.command);
+        let images_dir = images_dir.to_string_lossy();
+        let names_it =
+            |text: &String| text.contains("CRTOOLS_IMAGE_DIR") || text.contains(&*images_dir);
+        self.go_on_when_copied && self.shard_cmd.iter().chain(files).any(names_it)
+    }
+
     fn parse(text: &str, subcommand: &str) -> Result<Self> {
         let mut all = Vec::new();
         for (line, number) in text.lines().map(str::trim).zip(1..) {

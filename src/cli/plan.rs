@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checked, Checks, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand};
+use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand, StoredAs};
 use crate::criu::SocketPath;
 use crate::criu::hook_caller::{self, Caller};
 use crate::format::ImageName;
@@ -97,6 +97,8 @@ pub(crate) struct Plan {
     pub(crate) criu: Option<CriuCommand>,
     /// The CRIU that waits in its hook for this streamer, if one does.
     pub(crate) caller: Option<Caller>,
+    /// capture: a copy of inventory.img is left in the images directory.
+    pub(crate) leaves_inventory: bool,
 }
 
 impl Plan {
@@ -112,7 +114,8 @@ impl Plan {
         let descriptors = claimed.external_files.into_iter();
         let descriptors = descriptors.map(|(name, fd)| (name, FileEnd::Descriptor(fd)));
         let file_commands = args.ext_file_cmd.into_iter().map(ExternalFileCommand::end);
-        Ok(Self {
+        let image_name = args.image_name.map(|StoredAs(name)| name);
+        let mut plan = Self {
             action,
             images_dir: args.images_dir.unwrap_or_default(),
             shards: match commands {
@@ -132,7 +135,27 @@ impl Plan {
             progress_bar: args.progress_bar,
             criu,
             caller: None,
-        })
+            leaves_inventory: false,
+        };
+        for command in plan.commands() {
+            command.image_name.clone_from(&image_name);
+        }
+        Ok(plan)
+    }
+
+    fn commands(&mut self) -> impl Iterator<Item = &mut ShellCommand> {
+        let of_shards = match &mut self.shards {
+            Shards::Commands(commands) => &mut commands[..],
+            Shards::Descriptors(_) => &mut [],
+        };
+        let of_files = self
+            .external_files
+            .iter_mut()
+            .filter_map(|(_, end)| match end {
+                FileEnd::Command(command) => Some(command),
+                FileEnd::Descriptor(_) => None,
+            });
+        of_shards.iter_mut().chain(of_files)
     }
 
     /// How CRIU gets to the socket.

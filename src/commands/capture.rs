@@ -55,6 +55,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         buffer,
         goes_on_when_copied: plan.goes_on_when_copied,
         caller: plan.caller.as_ref().map(Caller::identity),
+        leaves_inventory: plan.leaves_inventory,
         external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),

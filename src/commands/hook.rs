@@ -41,7 +41,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use crate::cli::{Args, Plan};
+use crate::cli::{Args, Plan, StoredAs};
 use crate::criu::hook_caller::{self, Caller};
 use crate::criu::{Listener, Role, SocketPath};
 use crate::os::process;
@@ -78,27 +78,25 @@ pub(crate) fn run() -> Result<(), Failure> {
 /// Starts the streamer that CRIU wants, and returns when CRIU can connect.
 fn start() -> Result<()> {
     let caller = Caller::find()?;
-    // It would not ask how the streamer ended.
-    ensure!(
-        !caller.takes_no_dump(),
-        "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
-    );
     let images_dir = caller.images_dir().to_owned();
     let directory = open_directory(&images_dir)?;
     let options_dir = options_dir();
-    let role = role_of(&caller, &options_dir)?;
-    let mut plan = read_plan(&options_dir, role, &images_dir)?;
+    let role = role_of(&caller, &options_dir);
+    // One that is still at work has its log and its outcome here.
+    let of_role = *role.as_ref().unwrap_or(&Role::Capture);
+    Listener::check(&images_dir, of_role, SocketPath::CriusOwn)?;
+    let [log, outcome] = [LOG, OUTCOME].map(|suffix| of_role.file_name(suffix));
+    let path_of = |name: &str| images_dir.join(name).display().to_string();
+    outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;
+    let log = outcome::create(&directory, &log).with_context(|| path_of(&log))?;
+    // An engine shows nothing of what CRIU's scripts say, and CRIU has no log yet.
+    let plan = role.and_then(|role| prepare(&caller, &directory, &options_dir, role));
+    let mut plan = plan.inspect_err(|error| report::error_to(&log, error))?;
     if plan.buffer.is_some() && !plan.goes_on_when_copied {
         report::warn(
             "hook: --buffer has no use without --go-on-when-copied: CRIU waits until the image is written, and the copy only takes memory and time",
         );
     }
-    // One that is still at work has its log and its outcome here.
-    Listener::check(&images_dir, role, SocketPath::CriusOwn)?;
-    let [log, outcome] = [LOG, OUTCOME].map(|suffix| role.file_name(suffix));
-    let path_of = |name: &str| images_dir.join(name).display().to_string();
-    outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;
-    let log = outcome::create(&directory, &log).with_context(|| path_of(&log))?;
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
     let hook = Hook::new(reports.into(), plan.goes_on_when_copied);
     plan.progress = Progress::new(log.try_clone()?).and_hook(hook.clone());
@@ -166,7 +164,35 @@ fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
     }
 }
 
-fn read_plan(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Plan> {
+/// What the options say, and the name of the image.
+fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role) -> Result<Plan> {
+    // It would not ask how the streamer ended.
+    ensure!(
+        !caller.takes_no_dump(),
+        "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
+    );
+    let images_dir = caller.images_dir();
+    let mut args = read_options(options_dir, role, images_dir)?;
+    match role {
+        Role::Capture => {
+            ensure!(
+                !caller.is_driven() || !args.goes_on_into(images_dir),
+                "--go-on-when-copied: an engine packs the images directory as soon as it goes on, and what is still on its way there would be missing: let the commands take the image elsewhere"
+            );
+            let name = args.image_name.map_or_else(StoredAs::random, Ok)?;
+            name.leave(directory)?;
+            args.image_name = Some(name);
+        }
+        Role::Serve if args.image_name.is_none() => args.image_name = StoredAs::left(directory)?,
+        Role::Serve => {}
+    }
+    let options = options_dir.join(role.file_name(OPTIONS));
+    let mut plan = Plan::new(args).with_context(|| options.display().to_string())?;
+    plan.leaves_inventory = caller.is_driven();
+    Ok(plan)
+}
+
+fn read_options(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Args> {
     let subcommand = match role {
         Role::Capture => "capture",
         Role::Serve => "serve",
@@ -187,8 +213,7 @@ fn read_plan(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Plan> 
             options.display()
         );
     }
-    let args = Args::from_file(options_dir, &name, subcommand, images_dir)?;
-    Plan::new(args).with_context(|| options.display().to_string())
+    Args::from_file(options_dir, &name, subcommand, images_dir)
 }
 
 fn open_directory(path: &Path) -> Result<OwnedFd> {

@@ -15,6 +15,9 @@ use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
 /// Bytes of a message's length.
 const LENGTH: usize = size_of::<u32>();
 
+/// Bytes after which no more of a file is kept.
+const MAX_KEPT: usize = 1 << 20;
+
 /// The reason why a file cannot be whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Defect {
@@ -52,6 +55,8 @@ pub(crate) struct Framing {
     missing: usize,
     /// The bytes of a magic or length that have come.
     field: Vec<u8>,
+    /// All of a small file that is wanted later.
+    kept: Option<Vec<u8>>,
     is_empty: bool,
     is_foreign: bool,
 }
@@ -74,6 +79,7 @@ impl Framing {
             next: Next::Magic,
             missing: bytes,
             field: Vec::new(),
+            kept: (name == INVENTORY).then(Vec::new),
             is_empty: true,
             is_foreign: false,
         })
@@ -81,6 +87,11 @@ impl Framing {
 
     /// Takes the next bytes of the file.
     pub(crate) fn read(&mut self, mut bytes: &[u8]) {
+        if let Some(kept) = &mut self.kept
+            && kept.len() < MAX_KEPT
+        {
+            kept.extend_from_slice(bytes);
+        }
         while !bytes.is_empty() && self.next != Next::Anything {
             self.is_empty = false;
             let (taken, rest) = bytes.split_at(bytes.len().min(self.missing));
@@ -112,6 +123,11 @@ impl Framing {
     /// True if the rest of the file is of no interest.
     pub(crate) fn is_over(&self) -> bool {
         self.next == Next::Anything
+    }
+
+    /// What was kept of inventory.img: all of it, but for one of a size that no CRIU writes.
+    pub(crate) fn kept(&self) -> &[u8] {
+        self.kept.as_deref().unwrap_or_default()
     }
 
     /// True if the file does not begin as CRIU's do.

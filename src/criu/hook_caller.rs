@@ -133,6 +133,11 @@ impl Caller {
         lets_live(&self.command_line())
     }
 
+    /// True if a program drives it over RPC, as container engines do.
+    pub(crate) fn is_driven(&self) -> bool {
+        actions_in(&command_line_of(self.pid)).is_empty()
+    }
+
     /// Its command line, or its parent's where its own says nothing: under RPC.
     fn command_line(&self) -> Vec<u8> {
         let own = command_line_of(self.pid);

@@ -7,4 +7,4 @@ pub(crate) mod notice;
 pub(crate) mod outcome;
 pub(crate) mod progress;
 
-pub(crate) use notice::{error, usage, warn, write_patiently};
+pub(crate) use notice::{error, error_to, usage, warn, write_patiently};

@@ -32,10 +32,12 @@ pub(crate) fn usage(text: impl Display) {
 
 /// Says why the program failed.
 pub(crate) fn error(error: &anyhow::Error) {
-    let _ = write_text(
-        io::stderr(),
-        &format!("criu-image-streamer Error: {error:#}\n"),
-    );
+    error_to(io::stderr(), error);
+}
+
+/// Says the same to a descriptor.
+pub(crate) fn error_to(fd: impl AsFd, error: &anyhow::Error) {
+    let _ = write_text(fd, &format!("criu-image-streamer Error: {error:#}\n"));
 }
 
 /// Writes text to a descriptor that may block, and fails (`ETIMEDOUT`) when the reader takes

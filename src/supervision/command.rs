@@ -61,6 +61,8 @@ pub(crate) struct ShellCommand {
     purpose: Purpose,
     /// What the shell is given.
     text: String,
+    /// The shell has it as `$CRIU_IMAGE_NAME`.
+    pub(crate) image_name: Option<String>,
 }
 
 impl ShellCommand {
@@ -72,6 +74,7 @@ impl ShellCommand {
         all.map(|number| Self {
             text: text.replace("{}", &number),
             purpose: Purpose::Shard(number),
+            image_name: None,
         })
         .collect()
     }
@@ -81,6 +84,7 @@ impl ShellCommand {
         Self {
             purpose: Purpose::ExternalFile(name),
             text,
+            image_name: None,
         }
     }
 
@@ -174,7 +178,7 @@ impl Commands {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = start_shell(&command.text, stdin, stdout, inherited)
+        let group = start_shell(&command, stdin, stdout, inherited)
             .with_context(|| format!("starting {}", command.with_text()))?;
         self.running.push(Running {
             command,
@@ -359,7 +363,13 @@ impl Drop for Commands {
 }
 
 /// Starts a shell in a process group of its own, whose number is returned.
-fn start_shell(text: &str, stdin: Stdio, stdout: Stdio, inherited: Inherited) -> Result<Pid> {
+fn start_shell(
+    command: &ShellCommand,
+    stdin: Stdio,
+    stdout: Stdio,
+    inherited: Inherited,
+) -> Result<Pid> {
+    let text = &command.text;
     program::adopt_orphans(true).context("preparing to wait for it")?;
     let has_bash = has_bash();
     let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
@@ -367,6 +377,12 @@ fn start_shell(text: &str, stdin: Stdio, stdout: Stdio, inherited: Inherited) ->
         shell.args(["-o", "pipefail"]);
     }
     shell.args(["-c", text]);
+    shell.envs(
+        command
+            .image_name
+            .iter()
+            .map(|name| ("CRIU_IMAGE_NAME", name)),
+    );
     shell.stdin(stdin).stdout(stdout).process_group(0);
     program::start(shell, program::RESET, inherited).context("starting a shell")
 }

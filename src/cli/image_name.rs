@@ -1,0 +1,150 @@
+//! The name under which a store keeps an image: `$CRIU_IMAGE_NAME` for the commands.
+//!
+//! Containers have other names, directories and ids when they are restored, so nothing else tells a
+//! restore what to fetch. A capture through CRIU's hook leaves the name in the images directory,
+//! which a container engine packs into its archive, and a restore reads it from there. The archive
+//! may come from anyone, and the name stands in commands: it is nothing but letters, digits, `.`,
+//! `_` and `-`.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use crate::report::outcome;
+
+/// The file with the name in the images directory.
+const FILE: &str = "streamer-capture.name";
+
+/// The longest name, in bytes.
+const MAX_NAME: usize = 128;
+
+/// A name that has been checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoredAs(pub(crate) String);
+
+impl FromStr for StoredAs {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let is_good = (1..=MAX_NAME).contains(&name.len())
+            && !name.starts_with(['.', '-'])
+            && name.bytes().all(is_plain);
+        is_good.then(|| Self(name.to_owned())).ok_or_else(|| {
+            format!(
+                "a name of an image has up to {MAX_NAME} letters, digits, `.`, `_` and `-`, and begins with none of `.` and `-`"
+            )
+        })
+    }
+}
+
+impl StoredAs {
+    /// A name that no other image has.
+    ///
+    /// # Errors
+    /// Without /proc.
+    pub(crate) fn random() -> Result<Self> {
+        let name = std::fs::read_to_string("/proc/sys/kernel/random/uuid")
+            .context("making a name for the image")?;
+        Ok(Self(name.trim().to_owned()))
+    }
+
+    /// Leaves the name in the images directory.
+    ///
+    /// # Errors
+    /// Those of writing it.
+    pub(crate) fn leave(&self, directory: impl AsFd) -> Result<()> {
+        let mut file = File::from(outcome::create(directory, FILE).context(FILE)?);
+        writeln!(file, "{}", self.0).context(FILE)
+    }
+
+    /// The name that a capture left in the images directory, if one did.
+    ///
+    /// # Errors
+    /// When what is there is no file with a name.
+    pub(crate) fn left(directory: impl AsFd) -> Result<Option<Self>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = match openat(directory, FILE, flags, Mode::empty()) {
+            Err(Errno::ENOENT) => return Ok(None),
+            file => File::from(file.context(FILE)?),
+        };
+        let is_file = file.metadata().context(FILE)?.is_file();
+        ensure!(is_file, "{FILE}: it is no regular file");
+        let mut name = Vec::new();
+        file.take(MAX_NAME as u64 + 2)
+            .read_to_end(&mut name)
+            .context(FILE)?;
+        let name = String::from_utf8_lossy(&name);
+        let name = name.strip_suffix('\n').unwrap_or(&name);
+        let name = name.parse().map_err(anyhow::Error::msg).context(FILE)?;
+        Ok(Some(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn left(place: &Path) -> Result<Option<StoredAs>> {
+        StoredAs::left(File::open(place).unwrap())
+    }
+
+    #[test]
+    fn a_restore_finds_the_name_that_a_capture_left() {
+        let place = tempfile::TempDir::new().unwrap();
+        let directory = File::open(place.path()).unwrap();
+        assert_eq!(left(place.path()).unwrap(), None);
+        for name in [StoredAs::random().unwrap(), StoredAs("app_1.2".into())] {
+            assert_eq!(name.0.parse(), Ok(name.clone()));
+            name.leave(&directory).unwrap();
+            assert_eq!(left(place.path()).unwrap(), Some(name));
+        }
+    }
+
+    /// The archive may come from anyone.
+    #[test]
+    fn a_hostile_name_is_refused() {
+        let place = tempfile::TempDir::new().unwrap();
+        let file = place.path().join(FILE);
+        let huge = "a".repeat(10 << 20);
+        let long = "a".repeat(MAX_NAME + 1);
+        for name in [
+            "",
+            "\n",
+            "..",
+            ".a",
+            "-a",
+            "a/b",
+            "/etc/shadow",
+            "a\nb",
+            "a\n\n",
+            "a b",
+            "a;id",
+            "$(id)",
+            "a\0",
+            "\u{e9}",
+            "*",
+            &long,
+            &huge,
+        ] {
+            std::fs::write(&file, name).unwrap();
+            assert!(left(place.path()).is_err(), "{:?}", name.get(..10));
+        }
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &file).unwrap();
+        assert!(left(place.path()).is_err(), "a link");
+        std::fs::remove_file(&file).unwrap();
+        nix::unistd::mkfifo(&file, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        assert!(left(place.path()).is_err(), "a FIFO");
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        assert!(left(place.path()).is_err(), "a directory");
+    }
+}
