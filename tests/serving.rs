@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::child;
 use crate::common::criu::{Criu, Role};
+use crate::common::dump;
 use crate::common::image::{self, Files, Shard};
 use crate::common::keeping::Keeping;
 use crate::common::random::{self, Random, for_each_seed};
@@ -197,6 +198,24 @@ fn may_hold_in_pipes() -> bool {
     const SYS_ADMIN: u64 = 1 << 21;
     const SYS_RESOURCE: u64 = 1 << 24;
     effective & (SYS_ADMIN | SYS_RESOURCE) != 0
+}
+
+/// Descriptors are for the files that CRIU has open.
+#[test]
+fn chunks_of_a_file_share_the_pipes_that_hold_them() {
+    if !may_hold_in_pipes() {
+        return;
+    }
+    let files = Files::from([("pages-1.img".into(), vec![7; 37 << 20])]);
+    let files = files.into_iter().chain(dump::whole()).collect();
+    for chunk in [64 << 10, 252 << 10] {
+        let shards = image::encode_files(&files, 2, chunk);
+        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &shards);
+        streamer.wait_for_line("socket-init");
+        let open = streamer.open_fds();
+        assert!(open < 60, "{open} descriptors");
+        runs::assert_served(&mut streamer, &files);
+    }
 }
 
 #[test]

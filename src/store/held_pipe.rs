@@ -5,10 +5,10 @@
 //! copied, and we touch no memory for the first time: 0.05 CPU s/GB, and 0.03 for serving, where
 //! reading into huge pages takes 0.35 (restore/4-shards-64KiB-blocks, 2026-11-26).
 //!
-//! A pipe holds one chunk, or several small ones of one file that follow each other, so that each
-//! file can be taken out in its order whatever other files do. The price is a descriptor for each.
-//! Where the user's pipes are limited, or descriptors are few, there is no holding, and what comes
-//! after the limit goes to memory.
+//! A pipe holds one chunk, and then those of the same file that follow it, up to what its reader's
+//! pipe takes at a time: so each file can be taken out in its order whatever other files do. The
+//! price is a descriptor for each. Where the user's pipes are limited, or descriptors are few,
+//! there is no holding, and what comes after the limit goes to memory.
 
 use std::fs::File;
 use std::io;
@@ -18,18 +18,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use crate::os::pipe::{self, BothEnds, Moved, Source, slot};
+use crate::os::pipe::{self, BothEnds, LARGEST, Moved, Source, slot};
 
 /// A chunk that is worth a pipe, in bytes. Making one takes as long as copying about this much.
 pub(crate) const WORTH_HOLDING: usize = 32 << 10;
 
-/// Bytes that one pipe holds at most: `/proc/sys/fs/pipe-max-size` by default, and what a pipe of
-/// that size hands over at a time.
-const LARGEST: usize = 1 << 20;
-
-/// Descriptors left for everything else: for the files that CRIU has open at the same time, above
-/// all.
+/// Descriptors left for everything else, at least: for the files that CRIU has open at the same
+/// time, above all.
 const OTHER_DESCRIPTORS: usize = 512;
+
+/// How many pipes there may be under a limit of descriptors. A restore of many processes opens many
+/// files at a time, and needs a quarter of a large limit.
+fn most_pipes(descriptors: usize) -> usize {
+    descriptors.saturating_sub(OTHER_DESCRIPTORS.max(descriptors / 4))
+}
 
 /// Makes the pipes, as far as limits allow.
 #[derive(Debug)]
@@ -44,11 +46,8 @@ impl PipePool {
     /// `None` where nothing can be held.
     pub(crate) fn new() -> Option<Self> {
         let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-        let most = usize::try_from(descriptors).unwrap_or(usize::MAX);
-        let most = most
-            .checked_sub(OTHER_DESCRIPTORS)
-            .filter(|&most| most > 0)?;
-        pipe::are_unlimited().then(|| Self {
+        let most = most_pipes(usize::try_from(descriptors).unwrap_or(usize::MAX));
+        (most > 0 && pipe::are_unlimited()).then(|| Self {
             most,
             open: Arc::default(),
         })
@@ -150,19 +149,20 @@ impl HeldPipe {
         Ok(filled)
     }
 
-    /// Gives the pipe this number of slots, if it has fewer and that is allowed.
-    pub(crate) fn grow(&mut self, slots: usize) -> io::Result<()> {
-        if self.capacity as usize >= slots * slot() {
+    /// Takes over all that another one holds, or as much as the largest pipe has room for.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for open pipes.
+    pub(crate) fn append(&mut self, other: &mut Self) -> io::Result<()> {
+        if self.len() + slot() > LARGEST {
             return Ok(());
         }
-        self.capacity = (pipe::grow(&self.pipe, slots * slot())? * slot()) as u32;
+        let wanted = (self.len() + other.len() + slot()).min(LARGEST);
+        if wanted > self.capacity as usize {
+            self.capacity = (pipe::grow(&self.pipe, wanted)? * slot()) as u32;
+        }
+        while other.len() > 0 && self.absorb(other, usize::MAX)? != Filled::Full {}
         Ok(())
-    }
-
-    /// Whether there may be room for what another one holds, and it is worth moving: for each pipe
-    /// less there is a descriptor more.
-    pub(crate) fn may_absorb(&self, other: &Self) -> bool {
-        other.len() < LARGEST / 2 && self.len + other.len < self.capacity
     }
 
     /// Moves what the target takes, up to `most` bytes.
@@ -255,10 +255,30 @@ mod tests {
         );
         let mut second = holder(2).hold(50_000).unwrap();
         while let Filled::Moved(Moved::Bytes(_)) = second.fill(&from, 30_000).unwrap() {}
-        assert!(first.may_absorb(&second));
-        first.absorb(&mut second, usize::MAX).unwrap();
+        first.append(&mut second).unwrap();
         assert_eq!((first.len(), second.len()), (50_000, 0));
         assert!(contents(&mut first) == bytes);
+    }
+
+    #[test]
+    fn chunks_that_follow_each_other_share_a_pipe_as_large_as_its_readers() {
+        let mut holder = holder(1 << 10);
+        let mut all = holder.hold(WORTH_HOLDING).unwrap();
+        let full = LARGEST.min(pipe::max_size());
+        for chunk in (1..).take_while(|chunk| chunk * 252 * 1024 <= full) {
+            let mut next = holder.hold(252 * 1024).unwrap();
+            next.take(&filled(&vec![chunk as u8; 252 * 1024]), usize::MAX)
+                .unwrap();
+            all.append(&mut next).unwrap();
+            assert_eq!((all.len(), next.len()), (chunk * 252 * 1024, 0));
+        }
+    }
+
+    #[test]
+    fn a_quarter_of_the_descriptors_is_left_for_files_that_criu_has_open() {
+        assert_eq!(most_pipes(300), 0);
+        assert_eq!(most_pipes(1024), 512);
+        assert_eq!(most_pipes(1 << 20), 3 << 18);
     }
 
     #[test]

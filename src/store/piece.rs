@@ -5,7 +5,6 @@ use std::io;
 
 use super::held_pipe::HeldPipe;
 use super::{Arena, Extent};
-use crate::os::pipe::slot;
 
 /// Some of a file's data. It owns itself: dropped, it is given back to the kernel.
 #[derive(Debug)]
@@ -71,15 +70,13 @@ impl Piece {
 pub struct FileData(VecDeque<Piece>);
 
 impl FileData {
-    /// Adds a piece. What a pipe holds is moved into that of the last piece where there is room.
+    /// Adds a piece. What a pipe holds is moved into that of the last piece as far as there is room.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
     pub(crate) fn push(&mut self, mut piece: Piece) -> io::Result<()> {
-        if let (Piece::Pipe(next), Some(Piece::Pipe(last))) = (&mut piece, self.0.back_mut())
-            && last.may_absorb(next)
-        {
-            last.absorb(next, usize::MAX)?;
+        if let (Piece::Pipe(next), Some(Piece::Pipe(last))) = (&mut piece, self.0.back_mut()) {
+            last.append(next)?;
             if next.len() == 0 {
                 return Ok(());
             }
@@ -109,21 +106,18 @@ impl FileData {
         })
     }
 
-    /// The pipe at the front, if one is there. What the pipes behind it hold is moved into it, up
-    /// to `slots` slots in all.
+    /// The pipe at the front, if one is there, with as much as its reader's pipe may take at a time.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn front_pipe(&mut self, slots: usize) -> io::Result<Option<&mut HeldPipe>> {
-        while let [Some(Piece::Pipe(front)), Some(Piece::Pipe(next))] = first_two(&mut self.0)
-            && front.len() < slots * slot()
+    pub(crate) fn front_pipe(&mut self) -> io::Result<Option<&mut HeldPipe>> {
+        let mut pieces = self.0.iter_mut();
+        if let (Some(Piece::Pipe(front)), Some(Piece::Pipe(next))) = (pieces.next(), pieces.next())
         {
-            front.grow(slots)?;
-            front.absorb(next, usize::MAX)?;
-            if next.len() > 0 {
-                break;
+            front.append(next)?;
+            if next.len() == 0 {
+                self.0.remove(1);
             }
-            self.0.remove(1);
         }
         Ok(match self.0.front_mut() {
             Some(Piece::Pipe(held)) => Some(held),
@@ -131,15 +125,9 @@ impl FileData {
         })
     }
 
-    /// Drops the pipe at the front if it was emptied, unless those behind it are to be moved into
-    /// it.
-    pub(crate) fn drop_emptied_pipe(&mut self) {
-        if let [Some(Piece::Pipe(front)), next] = first_two(&mut self.0)
-            && front.len() == 0
-            && !matches!(next, Some(Piece::Pipe(_)))
-        {
-            self.0.pop_front();
-        }
+    /// Drops the pipe at the front.
+    pub(crate) fn drop_front_pipe(&mut self) {
+        self.0.pop_front();
     }
 
     /// Drops the first `bytes`, which lie in memory.
@@ -182,9 +170,4 @@ impl FileData {
         }
         Ok(copied)
     }
-}
-
-fn first_two(pieces: &mut VecDeque<Piece>) -> [Option<&mut Piece>; 2] {
-    let mut pieces = pieces.iter_mut();
-    [pieces.next(), pieces.next()]
 }

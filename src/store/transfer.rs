@@ -57,12 +57,13 @@ impl Remaining {
     /// Those of `splice` and `vmsplice`.
     fn send(&mut self, to: &WriteEnd, slots: usize) -> io::Result<Sent> {
         if let Remaining::Once(data) = self
-            && let Some(held) = data.front_pipe(slots)?
+            && let Some(held) = data.front_pipe()?
         {
             let offered = held.len();
-            let moved = held.send(to, usize::MAX)?;
-            data.drop_emptied_pipe();
-            let bytes = bytes_of(moved);
+            let bytes = bytes_of(held.send(to, usize::MAX)?);
+            if bytes == offered {
+                data.drop_front_pipe();
+            }
             let slots = bytes.div_ceil(slot());
             return Ok(Sent {
                 offered,
@@ -537,7 +538,7 @@ mod tests {
             return;
         }
         let (read, write) = pipe::new().unwrap();
-        let (data, expected) = in_pipes(&[500_000; 4]);
+        let (data, expected) = in_pipes(&[500_000; 20]);
         let mut transfer = transfer(write, Remaining::Once(data));
         let mut sent = 0;
         while transfer.left() > 0 {
