@@ -27,7 +27,7 @@ use super::chunk::{Chunk, Route};
 use super::image_writer::Activity;
 use super::prefault::Prefault;
 use super::source::{LARGEST_COPIED, Look, Source};
-use crate::os::memory;
+use crate::os::memory::{self, Pages};
 use crate::os::pipe::{self, LARGEST, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
@@ -62,7 +62,7 @@ impl Buffer {
         let available = memory::available().unwrap_or(u64::MAX);
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
-        let arena = Arena::new();
+        let arena = Arena::of(Pages::Huge);
         let mut buffer = Self {
             prefault: Prefault::start(&arena, size),
             arena,

@@ -44,7 +44,6 @@ impl Prefault {
                     return;
                 };
                 block.populate();
-                arena.was_populated(&mut block);
                 if finished.send(block).is_err() {
                     return;
                 }

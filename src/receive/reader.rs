@@ -6,9 +6,8 @@
 //! ours first ([`ShardReader::empty`]).
 //!
 //! Where nothing can be held, what a pipe has is read in one call, markers and data together,
-//! straight to where the data stays: into the rest of a huge page, or into memory for exactly as
-//! many bytes as there are. The data of a chunk is then a part of that memory, found in place. One
-//! large read for a full pipe costs half the CPU of reading marker, data, marker, data, because
+//! straight to where the data stays. The data of a chunk is then a part of that memory, found in
+//! place. One large read for a full pipe costs half the CPU of reading marker, data, marker, data, because
 //! each read but the last meets the pipe's writer, woken by the one before, at the pipe's mutex.
 
 use std::collections::VecDeque;
@@ -351,10 +350,7 @@ impl ShardReader {
         let emptied = match &mut self.emptied {
             Some(emptied) => emptied,
             none => match holder.hold(self.capacity) {
-                Some(mut held) => {
-                    held.grow(self.capacity / pipe::slot())?;
-                    none.insert(held)
-                }
+                Some(held) => none.insert(held),
                 None => return Ok(false),
             },
         };
@@ -435,89 +431,31 @@ impl ShardReader {
         Ok(Holding::Nothing)
     }
 
-    /// Reads what the pipe holds, up to `most` bytes. Called when what was read before is not
-    /// enough to go on.
-    ///
-    /// A few bytes, or what is left of a huge page begun, are read without asking first how much
-    /// there is, because the question takes the pipe's mutex too, and has to wait for a writer that
-    /// is in the middle of a block as long as the read itself. For the same reason a read ends with
-    /// the huge page if that took a good part of what a pipe holds: full pipes of 1 MiB then fill
-    /// huge pages of 2 MiB in two reads each.
+    /// Reads what the pipe holds, up to `most` bytes, in one call. Called when what was read before
+    /// is not enough to go on.
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
     pub(super) fn read(&mut self, arena: &mut Arena, most: usize) -> Result<Found> {
-        let unasked = match arena.left_of_huge_page() {
-            _ if most <= AHEAD => most,
-            left => left.min(most),
-        };
-        if unasked >= AHEAD.min(most) {
-            match self.read_block(arena, unasked)? {
-                0 => {
-                    self.check_for_end()?;
-                    return Ok(Found::Nothing);
-                }
-                taken if taken < unasked || unasked == most || unasked >= self.capacity / 2 => {}
-                _ => drop(self.read_available(arena, most - unasked)?),
-            }
-            return Ok(Found::Something);
-        }
-        let found = self.read_available(arena, most)?;
-        if found == Found::Nothing {
-            self.check_for_end()?;
-        }
-        Ok(found)
-    }
-
-    fn read_available(&mut self, arena: &mut Arena, most: usize) -> Result<Found> {
-        let available = match self.emptied() {
-            Some(emptied) => Ok(emptied.len()),
-            None => pipe::available(&self.pipe),
-        };
-        let available = available.with_context(|| format!("reading {}", self.label))?;
-        let mut left = available.min(most);
-        if left == 0 {
-            return Ok(Found::Nothing);
-        }
-        while left > 0 {
-            let taken = self.read_block(arena, left)?;
-            if taken == 0 {
-                bail!(self.error("another process reads from it too"))
-            }
-            left -= taken;
-        }
-        Ok(Found::Something)
-    }
-
-    /// One read, of up to `most` bytes; 0 if the pipe is empty.
-    fn read_block(&mut self, arena: &mut Arena, most: usize) -> Result<usize> {
-        let reserved = if self.hung_up {
-            arena.reserve_last(most)
-        } else {
-            arena.reserve(most)
-        };
-        let mut block = reserved
+        let most = most.min(self.capacity);
+        let mut block = arena
+            .reserve(most)
             .with_context(|| format!("keeping {most} bytes in memory beside {}", arena.live()))?;
         let moved = match self.emptied() {
             Some(emptied) => emptied.read(block.unfilled()).map(Moved::Bytes),
             None => pipe::read(&self.pipe, block.unfilled()),
         };
         let moved = moved.with_context(|| format!("reading {}", self.label))?;
-        let taken = match moved {
-            Moved::Bytes(bytes) => bytes,
-            Moved::WouldBlock => 0,
-            Moved::End => {
-                self.hung_up = true;
-                0
-            }
-        };
-        block.filled(taken);
-        let extent = arena.seal(block);
-        if taken > 0 {
-            self.ahead.push_back(extent);
-            self.meter.add(taken);
+        if let Moved::Bytes(bytes) = moved {
+            block.filled(bytes);
+            self.ahead.push_back(arena.seal(block));
+            self.meter.add(bytes);
+            return Ok(Found::Something);
         }
-        Ok(taken)
+        arena.seal(block);
+        self.hung_up |= moved == Moved::End;
+        self.check_for_end()?;
+        Ok(Found::Nothing)
     }
 
     /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None`
