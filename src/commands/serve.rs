@@ -148,7 +148,10 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             check_whole(self.receiver.catalog().names(), self.external)?;
             serve::warn_of_losses(self.receiver.catalog());
         }
-        if !self.is_proven && self.receiver.is_whole()? {
+        // Before CRIU has come, external files are a part of what is received.
+        let may_prove = self.server.is_some()
+            || !self.receiver.is_sending() && self.supervisor.have_pumps_written()?;
+        if !self.is_proven && may_prove && self.receiver.is_whole()? {
             self.supervisor.check()?;
             // A command may have written more before it ended.
             if self.supervisor.commands_have_succeeded() && self.receiver.is_whole()? {
@@ -178,14 +181,11 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         if !self.is_known || !self.supervisor.file_commands_have_succeeded() {
             return Ok(false);
         }
-        if self.is_proven {
-            return Ok(!self.receiver.is_sending() && self.supervisor.have_pumps_written()?);
-        }
         // An image that has not proved whole must not run, and with lazy pages CRIU waits for few.
         let is_prepared = !self.plan.lazy_pages
             && (self.plan.remaps.is_empty()
                 || self.receiver.catalog().is_whole(listen_ports::FILE));
-        Ok(is_prepared && self.receiver.keeps_back())
+        Ok(self.is_proven || is_prepared && self.receiver.keeps_back())
     }
 
     fn let_criu_connect(&mut self) -> Result<()> {

@@ -7,8 +7,9 @@
 //!
 //! Where nothing can be held, what a pipe has is read in one call, markers and data together,
 //! straight to where the data stays. The data of a chunk is then a part of that memory, found in
-//! place. One large read for a full pipe costs half the CPU of reading marker, data, marker, data, because
-//! each read but the last meets the pipe's writer, woken by the one before, at the pipe's mutex.
+//! place. One large read for a full pipe costs half the CPU of reading marker, data, marker, data,
+//! because each read but the last meets the pipe's writer, woken by the one before, at the pipe's
+//! mutex.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -70,7 +70,7 @@ impl Piece {
 pub struct FileData(VecDeque<Piece>);
 
 impl FileData {
-    /// Adds a piece. What a pipe holds is moved into that of the last piece as far as there is room.
+    /// Adds a piece. What a pipe holds is moved into that of the last piece while there is room.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
@@ -106,7 +106,7 @@ impl FileData {
         })
     }
 
-    /// The pipe at the front, if one is there, with as much as its reader's pipe may take at a time.
+    /// The pipe at the front, if one is there, with as much as its reader may take at a time.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
