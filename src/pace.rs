@@ -17,7 +17,7 @@ pub const NAP: Duration = Duration::from_micros(10);
 
 /// How much later than asked for a nap may end, in nanoseconds. The kernel's default, 50 µs, is
 /// five times the nap itself.
-const SLACK: u64 = 1000;
+const SLACK: libc::c_ulong = 1000;
 
 /// The longest nap, for when nothing moves because all shards are full or empty.
 pub const LONGEST_NAP: Duration = Duration::from_millis(5);

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{IoSlice, Read, Seek, SeekFrom, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,10 +17,10 @@ use crate::common::child::{Child, Limit, queued, wait_for_end};
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
-use crate::common::shards::{Collector, Feeder, pipe};
+use crate::common::shards::{Collector, Feeder, pipe, pipes};
 use crate::common::streamer::{Exit, Launch, Streamer, binary};
-use crate::common::{HANG_TIMEOUT, PAGE, skip};
-use nix::fcntl::{SpliceFFlags, vmsplice};
+use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip, skip};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, vmsplice};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use tempfile::TempDir;
@@ -570,4 +571,26 @@ fn run_on_a_full_disk(target: &str, subcommand: &str, files: &Files) -> Option<(
     let status = child.reap().unwrap();
     let said = fs::read_to_string(said).unwrap();
     (status.code() != Some(77)).then_some((status.success(), said))
+}
+
+/// Where it cannot be opened anew, the program shares it with the shell that goes on behind it.
+#[test]
+fn another_users_pipe_blocks_again_at_the_end() {
+    const USER: u32 = 4321;
+    if !root_or_skip() {
+        return;
+    }
+    let (readers, writers) = pipes(1, None);
+    let shared = writers[0].try_clone().unwrap();
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let capture = Streamer::capture().images_dir(dir.path());
+    let capture = capture.shards(writers).user(USER);
+    let (mut streamer, collector) = (capture.start(), Collector::start(readers));
+    runs::send(&streamer, &sample_files(1));
+    streamer.expect_success();
+    let flags = OFlag::from_bits_retain(fcntl(&shared, FcntlArg::F_GETFL).unwrap());
+    assert!(!flags.contains(OFlag::O_NONBLOCK));
+    drop(shared);
+    collector.finish();
 }

@@ -307,7 +307,7 @@ impl ImageWriter {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
+    use std::os::fd::AsFd;
 
     use super::*;
     use crate::capture::source::{Owner, Ready};
@@ -319,9 +319,9 @@ mod tests {
     fn image_writer() -> (ImageWriter, ReadEnd, WriteEnd) {
         let (read, write) = pipe::new().unwrap();
         pipe::grow(&write, pipe::LARGEST).unwrap();
-        let write = OwnedFd::from(write.nonblocking().unwrap());
-        let other = WriteEnd::new(write.try_clone().unwrap()).unwrap();
-        let write = WriteEnd::new(write).unwrap();
+        let write = write.nonblocking().unwrap();
+        let other = write.as_fd().try_clone_to_owned().unwrap();
+        let other = WriteEnd::new(other).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
         let image_writer = ImageWriter::new(vec![shard], HasIndex::No).unwrap();
         (image_writer, read.nonblocking().unwrap(), other)

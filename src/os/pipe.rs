@@ -50,11 +50,32 @@ pub fn slot() -> usize {
 
 /// The end of a pipe that data comes out of.
 #[derive(Debug)]
-pub struct ReadEnd(OwnedFd);
+pub struct ReadEnd(End);
 
 /// The end of a pipe that data goes into.
 #[derive(Debug)]
-pub struct WriteEnd(OwnedFd);
+pub struct WriteEnd(End);
+
+#[derive(Debug)]
+struct End {
+    fd: OwnedFd,
+    /// What the flags of a file description were that others have too.
+    set_back: Option<OFlag>,
+}
+
+impl End {
+    fn new(fd: OwnedFd) -> Self {
+        Self { fd, set_back: None }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if let Some(flags) = self.set_back {
+            let _ = fcntl(&self.fd, FcntlArg::F_SETFL(flags));
+        }
+    }
+}
 
 /// What one attempt to move data led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +104,7 @@ impl ReadEnd {
     pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
         let wrong_end = "the write end of a pipe, where its read end is needed";
         let slots = check_end(fd.as_fd(), OFlag::O_WRONLY, wrong_end)?;
-        Ok((Self(fd), slots))
+        Ok((Self(End::new(fd)), slots))
     }
 }
 
@@ -103,31 +124,19 @@ impl WriteEnd {
     pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
         let wrong_end = "the read end of a pipe, where its write end is needed";
         let slots = check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
-        Ok((Self(fd), slots))
-    }
-}
-
-impl From<ReadEnd> for OwnedFd {
-    fn from(end: ReadEnd) -> Self {
-        end.0
-    }
-}
-
-impl From<WriteEnd> for OwnedFd {
-    fn from(end: WriteEnd) -> Self {
-        end.0
+        Ok((Self(End::new(fd)), slots))
     }
 }
 
 impl AsFd for ReadEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.0.fd.as_fd()
     }
 }
 
 impl AsFd for WriteEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.0.fd.as_fd()
     }
 }
 
@@ -173,7 +182,7 @@ impl Source for BothEnds {}
 /// When no more descriptors can be had.
 pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
-    Ok((ReadEnd(read), WriteEnd(write)))
+    Ok((ReadEnd(End::new(read)), WriteEnd(End::new(write))))
 }
 
 /// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way
@@ -338,21 +347,22 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
 ///
 /// The flag belongs to the open file description, which the shell or a supervisor may share;
 /// opening the pipe anew through /proc gives a description of our own. Where that is not possible
-/// (no /proc, a pipe of another user), the shared one is changed.
+/// (no /proc, a pipe of another user), the shared one is changed, and set back at the end.
 ///
 /// # Errors
 /// When neither way works.
-fn make_nonblocking(end: OwnedFd, access: OFlag) -> io::Result<OwnedFd> {
-    let path = format!("/proc/self/fd/{}", end.as_fd().as_raw_fd());
+fn make_nonblocking(mut end: End, access: OFlag) -> io::Result<End> {
+    let path = format!("/proc/self/fd/{}", end.fd.as_raw_fd());
     match open(
         path.as_str(),
         access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
         Mode::empty(),
     ) {
-        Ok(own) => Ok(own),
+        Ok(own) => Ok(End::new(own)),
         Err(_) => {
-            let flags = OFlag::from_bits_retain(fcntl(&end, FcntlArg::F_GETFL)?);
-            fcntl(&end, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+            let flags = OFlag::from_bits_retain(fcntl(&end.fd, FcntlArg::F_GETFL)?);
+            fcntl(&end.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+            end.set_back = Some(flags);
             Ok(end)
         }
     }
@@ -667,7 +677,7 @@ mod tests {
     #[test]
     fn making_one_end_nonblocking_leaves_other_holders_alone() {
         let (read, _write) = new().unwrap();
-        let other = read.0.try_clone().unwrap();
+        let other = read.0.fd.try_clone().unwrap();
         let _ours = read.nonblocking().unwrap();
         let flags = OFlag::from_bits_retain(fcntl(&other, FcntlArg::F_GETFL).unwrap());
         assert!(!flags.contains(OFlag::O_NONBLOCK));

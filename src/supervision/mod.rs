@@ -32,6 +32,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind};
@@ -168,16 +170,16 @@ impl Supervisor {
 
     /// Starts a command that reads from the pipe that is returned.
     pub(crate) fn start_reader(&self, command: ShellCommand) -> Result<WriteEnd> {
-        let (theirs, ours) = pipe::new()?;
-        self.start(command, Direction::Out, theirs.into(), &ours)?;
-        Ok(ours)
+        let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
+        self.start(command, Direction::Out, theirs, &ours)?;
+        WriteEnd::new(ours)
     }
 
     /// Starts a command that writes to the pipe that is returned.
     pub(crate) fn start_writer(&self, command: ShellCommand) -> Result<ReadEnd> {
-        let (ours, theirs) = pipe::new()?;
-        self.start(command, Direction::In, theirs.into(), &ours)?;
-        Ok(ours)
+        let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
+        self.start(command, Direction::In, theirs, &ours)?;
+        ReadEnd::new(ours)
     }
 
     fn start(

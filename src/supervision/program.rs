@@ -40,7 +40,7 @@ pub(super) struct Inherited {
     /// The soft and the hard limit on descriptors.
     descriptor_limit: Option<(rlim_t, rlim_t)>,
     /// How late the kernel may end a sleep, in nanoseconds.
-    timer_slack: Option<u64>,
+    timer_slack: Option<libc::c_ulong>,
 }
 
 impl Inherited {
@@ -48,7 +48,7 @@ impl Inherited {
     pub(super) fn now() -> Self {
         Self {
             descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE).ok(),
-            timer_slack: get_timerslack().ok().map(|nanos| nanos as u64),
+            timer_slack: get_timerslack().ok().map(|nanos| nanos as libc::c_ulong),
         }
     }
 }
