@@ -7,7 +7,7 @@ use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
-use crate::supervision::{Content, Failure, ShellCommand};
+use crate::supervision::{Failure, Pumped, ShellCommand};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
@@ -21,7 +21,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
                 FileEnd::Descriptor(fd) => ExternalSource::Pipe(supervisor.source(
                     fd,
                     name.as_str(),
-                    Content::ExternalFile,
+                    Pumped::ExternalFile,
                 )?),
                 FileEnd::Command(command) => ExternalSource::Command(command),
             };
@@ -30,9 +30,8 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         .collect::<Result<_>>()?;
     let shards = match plan.shards {
         Shards::Descriptors(fds) => {
-            let pipe = |(fd, label): (_, String)| {
-                Ok((supervisor.sink(fd, &label, Content::Shard)?, label))
-            };
+            let pipe =
+                |(fd, label): (_, String)| Ok((supervisor.sink(fd, &label, Pumped::Shard)?, label));
             fds.into_iter().map(pipe).collect::<Result<_>>()?
         }
         Shards::Commands(commands) => {

@@ -28,7 +28,7 @@ use crate::report::progress::{Progress, Stats};
 use crate::store::Store;
 use crate::store::disk::DirOrigin;
 use crate::supervision::{
-    Content, Failure, Interrupted, Supervisor, criu_failure_behind, signal_behind,
+    Failure, Interrupted, Pumped, Supervisor, criu_failure_behind, signal_behind,
 };
 
 pub(crate) use hook::run as run_hook;
@@ -47,7 +47,7 @@ struct Session {
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
     /// What becomes of the shards of a restore.
-    shard_content: Content,
+    shard_kind: Pumped,
 }
 
 /// Carries out a plan.
@@ -67,9 +67,9 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
     let session = Session {
         supervisor,
-        shard_content: match plan.action {
-            Action::Serve => Content::KeptShard,
-            Action::Capture | Action::Extract | Action::List => Content::Shard,
+        shard_kind: match plan.action {
+            Action::Serve => Pumped::KeptShard,
+            Action::Capture | Action::Extract | Action::List => Pumped::Shard,
         },
         bar: plan.progress_bar.then(start_bar),
         counters,
@@ -123,7 +123,7 @@ impl Session {
                 let pipe = match end {
                     FileEnd::Descriptor(fd) => {
                         self.supervisor
-                            .sink(fd, name.as_str(), Content::ExternalFile)?
+                            .sink(fd, name.as_str(), Pumped::ExternalFile)?
                     }
                     FileEnd::Command(command) => self.supervisor.start_reader(command)?,
                 };
@@ -134,10 +134,7 @@ impl Session {
             Shards::Descriptors(fds) => fds
                 .into_iter()
                 .map(|(fd, label)| {
-                    Ok((
-                        self.supervisor.source(fd, &label, self.shard_content)?,
-                        label,
-                    ))
+                    Ok((self.supervisor.source(fd, &label, self.shard_kind)?, label))
                 })
                 .collect::<Result<_>>()?,
             Shards::Commands(commands) => commands

@@ -46,7 +46,7 @@ pub(crate) use command::ShellCommand;
 use criu_command::RunningCriu;
 pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
 use program::Inherited;
-pub(crate) use pump::Content;
+pub(crate) use pump::Pumped;
 use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
@@ -146,11 +146,11 @@ impl Supervisor {
     }
 
     /// A pipe whose data goes to `fd`, which errors call `label`.
-    pub(crate) fn sink(&mut self, fd: OwnedFd, label: &str, content: Content) -> Result<WriteEnd> {
+    pub(crate) fn sink(&mut self, fd: OwnedFd, label: &str, pumped: Pumped) -> Result<WriteEnd> {
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
-        let (pipe, writing) = pump::write_to(fd, label, content, Arc::clone(&self.failure))
+        let (pipe, writing) = pump::write_to(fd, label, pumped, Arc::clone(&self.failure))
             .with_context(|| format!("preparing {label}"))?;
         let writing = writing.nonblocking()?;
         self.poller
@@ -160,11 +160,11 @@ impl Supervisor {
     }
 
     /// A pipe that is filled from `fd`, which errors call `label`.
-    pub(crate) fn source(&self, fd: OwnedFd, label: &str, content: Content) -> Result<ReadEnd> {
+    pub(crate) fn source(&self, fd: OwnedFd, label: &str, pumped: Pumped) -> Result<ReadEnd> {
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
-        pump::read_from(fd, label, content, Arc::clone(&self.failure))
+        pump::read_from(fd, label, pumped, Arc::clone(&self.failure))
             .with_context(|| format!("preparing {label}"))
     }
 

@@ -65,7 +65,7 @@ const NO_MARKER: [u8; marker::LENGTH] = [0; marker::LENGTH];
 
 /// What a pump moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Content {
+pub(crate) enum Pumped {
     ExternalFile,
     Shard,
     /// A shard that stays in its pipe's pages until CRIU reads it.
@@ -91,7 +91,7 @@ impl Reason {
 pub(super) fn read_from(
     from: OwnedFd,
     label: &str,
-    content: Content,
+    pumped: Pumped,
     failure: Arc<OnceLock<Reason>>,
 ) -> Result<ReadEnd> {
     let (read, write) = wide_pipe()?;
@@ -99,11 +99,9 @@ pub(super) fn read_from(
     let doing = format!("reading {label}");
     start(move || {
         let wait_for = (&from, PollFlags::POLLIN);
-        let read = match (content, FdKind::of(&from)) {
-            (Content::Shard | Content::KeptShard, FdKind::BlockDevice) => {
-                read_device(&from, &write)
-            }
-            (Content::KeptShard, _) => transfer(&from, &write, &stage, PumpMode::Copy, wait_for),
+        let read = match (pumped, FdKind::of(&from)) {
+            (Pumped::Shard | Pumped::KeptShard, FdKind::BlockDevice) => read_device(&from, &write),
+            (Pumped::KeptShard, _) => transfer(&from, &write, &stage, PumpMode::Copy, wait_for),
             _ => transfer(&from, &write, &stage, PumpMode::Splice, wait_for),
         };
         match read {
@@ -121,7 +119,7 @@ pub(super) fn read_from(
 pub(super) fn write_to(
     to: OwnedFd,
     label: &str,
-    content: Content,
+    pumped: Pumped,
     failure: Arc<OnceLock<Reason>>,
 ) -> Result<(WriteEnd, ReadEnd)> {
     let (read, write) = wide_pipe()?;
@@ -129,7 +127,7 @@ pub(super) fn write_to(
     let stage = pipe::new()?;
     let label = label.to_owned();
     start(move || {
-        if let Err(reason) = write_all(&read, to, &stage, content, &label) {
+        if let Err(reason) = write_all(&read, to, &stage, pumped, &label) {
             drop(failure.set(reason));
         }
         drop(read);
@@ -143,7 +141,7 @@ fn write_all(
     from: &ReadEnd,
     to: OwnedFd,
     stage: &Stage,
-    content: Content,
+    pumped: Pumped,
     label: &str,
 ) -> Result<(), Reason> {
     let because = |doing: &str| {
@@ -160,7 +158,7 @@ fn write_all(
     }
     let wait_for = (&to, PollFlags::POLLOUT);
     transfer(from, &to, stage, mode, wait_for).map_err(because("writing to"))?;
-    if kind == FdKind::BlockDevice && content == Content::Shard {
+    if kind == FdKind::BlockDevice && pumped == Pumped::Shard {
         // A device that is full to the last byte needs none.
         let _ = nix::unistd::write(&to, &NO_MARKER);
     }
