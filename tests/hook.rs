@@ -827,6 +827,10 @@ fn an_engine_does_not_go_on_before_an_image_in_its_directory_is_whole() {
     // Its user finds the reason nowhere else.
     let log = String::from_utf8(engine.read("streamer-capture.log")).unwrap();
     assert!(log.contains("an engine packs"), "{log}");
+    // A released CRIU runs the script, and aborts.
+    engine.options("capture", "--shard-cmd cat >image");
+    engine.succeeds("pre-stream");
+    engine.dies_and_streamer_says("streamer-capture", "over RPC");
 }
 
 /// CRIU with file capabilities: its descriptors are closed to its own user.

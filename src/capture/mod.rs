@@ -179,6 +179,9 @@ impl Capture<'_> {
         let captured = capture.receive_files().and_then(|()| capture.finish());
         let captured = captured.map_err(|error| match capture.clients.have_left() {
             true => supervisor.explain_by_criu(error),
+            false if self.leaves_inventory && !capture.clients.have_come() => error.context(
+                "no CRIU has connected: one that an engine drives over RPC can stream only with pull requests 2536 and 3145, which no release has (see docs/kubernetes.md)",
+            ),
             false => error,
         });
         let CaptureLoop {

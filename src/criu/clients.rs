@@ -150,6 +150,11 @@ impl<R> Clients<R> {
         self.clients.is_empty()
     }
 
+    /// A client has connected.
+    pub(crate) fn have_come(&self) -> bool {
+        self.next_id > 0
+    }
+
     /// Clients have asked for files, and all of these are gone.
     pub fn all_gone(&self) -> bool {
         self.spoken > 0 && self.speaking == 0
