@@ -208,23 +208,6 @@ fn on_restore_the_command_has_ended_before_criu_can_connect() {
     }
 }
 
-#[test]
-fn criu_is_started_when_the_files_are_there() {
-    for (launch, options) in ways_back().into_iter().skip(1) {
-        let place = Place::captured(options);
-        let command = "cat >unpacked; sleep 0.3; echo done >done";
-        let criu = format!(
-            "test -e '{}'; exit $((3 + $?))",
-            place.path("done").display()
-        );
-        let exit = place
-            .with(launch, command, options)
-            .criu_command(&criu)
-            .run();
-        assert_eq!(exit.status.code(), Some(3), "{}", exit.stderr);
-    }
-}
-
 /// What it has not read is lost, whatever it says.
 #[test]
 fn a_command_that_does_not_read_its_file_fails_the_restore() {

@@ -217,5 +217,5 @@ fn after_a_killed_extract_the_next_one_works_and_leaves_nothing_else() {
 
 /// `FAULT_ROUNDS` sets how many there are of each kind.
 fn rounds() -> u64 {
-    setting("FAULT_ROUNDS", 50)
+    setting("FAULT_ROUNDS", 20)
 }

@@ -62,17 +62,6 @@ fn data_shards_carry_the_data_of_large_files_and_nothing_else() {
 }
 
 #[test]
-fn an_image_with_an_index_is_read_like_any_other() {
-    let files = files();
-    let image = capture(&files, 2);
-    let (dir, exit) = runs::extract(&image.all());
-    assert!(exit.status.success(), "{}", exit.stderr);
-    runs::assert_same_files(&runs::read_dir(dir.path()), &files);
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image.all());
-    runs::assert_served(&mut streamer, &files);
-}
-
-#[test]
 fn criu_reads_pages_while_they_arrive_and_the_last_of_them_when_all_is_here() {
     for launch in [Streamer::serve as fn() -> Launch, || {
         Streamer::serve().limit(Limit::OpenFiles(256))
@@ -172,49 +161,6 @@ fn assert_never_restored(image: &Indexed, files: &Files, what: &str) {
         "{what}"
     );
     feeder.finish();
-}
-
-#[test]
-fn a_damaged_image_never_gives_criu_the_last_of_the_pages() {
-    let files = files();
-    let image = capture(&files, 2);
-    let other = capture(&files, 2);
-    let rounds = crate::common::setting("INDEX_SEEDS", 20);
-    crate::common::random::for_each_seed(0..rounds, |seed| {
-        let mut random = Random::new(seed);
-        let mut damaged = image.clone();
-        let which = random.below(2);
-        let what = match random.below(6) {
-            0 | 1 => {
-                let cut = random.below(damaged.shards[which].len());
-                damaged.shards[which].truncate(cut);
-                format!("shard {which} is cut at {cut}")
-            }
-            2 => {
-                damaged.shards[which].clear();
-                format!("shard {which} is missing")
-            }
-            3 => {
-                let cut = random.below(damaged.index.len());
-                damaged.index.truncate(cut);
-                format!("the index is cut at {cut}")
-            }
-            4 => {
-                damaged.shards[which].extend(image.shards[which].iter().take(100));
-                format!("something follows on shard {which}")
-            }
-            _ => {
-                damaged.shards.swap(0, 1);
-                damaged.shards[which] = other.shards[which].clone();
-                format!("shard {which} is of another image")
-            }
-        };
-        let same = damaged.all() == image.all();
-        // Two images of the same files may be cut into chunks in the same way.
-        if !same && image::decode(&damaged.all()).is_err() {
-            assert_never_restored(&damaged, &files, &format!("seed {seed}: {what}"));
-        }
-    });
 }
 
 /// Two dumps of one application: the index of one fits the shards of the other.

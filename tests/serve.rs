@@ -262,29 +262,6 @@ fn memory_is_given_back(launch: Launch) {
     streamer.expect_success();
 }
 
-#[test]
-fn an_image_without_inventory_is_never_served() {
-    let broken: [&[(&str, &[u8])]; 3] = [
-        &[("core-1.img", b"core"), ("pages-1.img", b"pages")],
-        &[
-            ("fs.tar", b"tar"),
-            ("cpuinfo.img", b"cpu"),
-            ("core-1.img", b"core"),
-        ],
-        &[],
-    ];
-    for files in broken {
-        let image = image::encode(files.iter().copied(), 2, 10);
-        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-        let words: &[&str] = match files {
-            [] => &["no file"],
-            _ => &["inventory.img"],
-        };
-        let exit = streamer.expect_failure(words);
-        assert_eq!(exit.progress, [""; 0]);
-    }
-}
-
 /// CRIU reads them by the size of the file, which a pipe does not have.
 #[test]
 fn firewall_rules_that_criu_does_not_restore_from_a_stream_are_told() {

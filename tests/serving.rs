@@ -127,7 +127,7 @@ fn read_at_random(seed: u64) {
 #[test]
 fn readers_that_open_read_and_leave_at_random_get_right_bytes_and_an_end() {
     let first = setting("SERVING_FIRST_SEED", 0);
-    let end = first + setting("SERVING_SEEDS", 500);
+    let end = first + setting("SERVING_SEEDS", 100);
     let middle = first.midpoint(end);
     thread::scope(|scope| {
         scope.spawn(|| for_each_seed(first..middle, read_at_random));
@@ -256,7 +256,7 @@ fn read_by_processes(files: &Files, mut streamer: Streamer) {
 }
 
 #[test]
-fn ten_thousand_requests_leave_the_streamer_as_it_was() {
+fn thousands_of_requests_leave_the_streamer_as_it_was() {
     let mut random = Random::new(1);
     let files: Files = (0..20)
         .map(|i| (format!("file-{i}.img"), random.bytes(i * 1000)))
@@ -278,7 +278,7 @@ fn ten_thousand_requests_leave_the_streamer_as_it_was() {
     ask(&mut random, 100);
     let (fds, threads) = (settled(&streamer, |s| s.open_fds()), streamer.threads());
     let memory = streamer.memory_kib("VmRSS");
-    ask(&mut random, 10_000);
+    ask(&mut random, 2_000);
     assert_eq!(settled(&streamer, |s| s.open_fds()), fds);
     assert_eq!(streamer.threads(), threads);
     let grown = streamer.memory_kib("VmRSS").saturating_sub(memory);
@@ -300,27 +300,6 @@ fn settled(streamer: &Streamer, look: impl Fn(&Streamer) -> usize) -> usize {
         thread::sleep(Duration::from_millis(5));
     }
     least
-}
-
-#[test]
-fn thousands_of_files_are_open_at_once() {
-    let files: Files = (0..2000)
-        .map(|i| (format!("file-{i}.img"), random::bytes(i, 5000)))
-        .collect();
-    let (mut streamer, _feeder) =
-        runs::feed(Streamer::serve(), &image::encode_files(&files, 1, 10_000));
-    let criu = streamer.criu();
-    let open: Vec<_> = files
-        .keys()
-        .map(|name| (name, criu.open_file(name).expect(name)))
-        .collect();
-    for (name, mut file) in open.into_iter().rev() {
-        let mut content = Vec::new();
-        file.read_to_end(&mut content).unwrap();
-        assert_same_bytes(name, &content, &files[name]);
-    }
-    drop(criu);
-    streamer.expect_success();
 }
 
 /// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no
@@ -367,20 +346,4 @@ fn every_other_file_up_to_a_bound_may_be_asked_for_again() {
         drop(criu);
         streamer.expect_success();
     }
-}
-
-#[test]
-fn connections_after_the_first_are_served_and_the_last_one_ends_it() {
-    let image = image::inventory();
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-    let restore = streamer.criu();
-    restore.read_file("inventory.img").unwrap();
-    let lazy_pages = Criu::connect(streamer.images_dir(), Role::Serve);
-    lazy_pages.expect_file("inventory.img", b"inventory");
-    drop(restore);
-    for _ in 0..100 {
-        lazy_pages.expect_file("inventory.img", b"inventory");
-    }
-    drop(lazy_pages);
-    streamer.expect_success();
 }
