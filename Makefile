@@ -61,10 +61,14 @@ test:
 	tests/s3/set-up
 	$(CARGO) test --locked
 
+# Static binaries and 32 bit, where the compiler has their libraries: `rustup target add …`.
+OTHER_TARGETS = $(filter-out $(shell rustc -vV | sed -n 's/^host: //p'),$(shell rustup target list --installed 2>/dev/null))
+
 check:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	! LC_ALL=C.UTF-8 grep -rnP --include='*.rs' '^(?=\s*//).{101}' src tests examples fuzz/fuzz_targets build.rs || { echo 'make check: wrap these comments at 100 columns' >&2; exit 1; }
+	set -e; for target in $(OTHER_TARGETS); do $(CARGO) check --locked --quiet --target $$target; done
 
 fuzz:
 	$(CARGO) fuzz --version || $(CARGO) install --locked cargo-fuzz
