@@ -158,7 +158,7 @@ fn an_image_that_is_not_whole_is_an_error_and_is_not_listed() {
         }
     }
     not_listed(&image[..1], &["shard"], "a shard is missing");
-    let mut longer = image.clone();
+    let mut longer = image::inventory();
     longer[0].push(0);
     not_listed(&longer, &["follows the end"], "too long");
     let failed = image::encode([("core-1.img", &[1; 9][..])], 1, 100);
