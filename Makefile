@@ -55,11 +55,12 @@ documents: build
 demo:
 	examples/demo
 
+# The tests wait for processes more than half of the time, so that twice as many run as there are processors.
 test:
 	tests/criu/install-packages
 	tests/criu/find-criu
 	tests/s3/set-up
-	$(CARGO) test --locked
+	$(CARGO) test --locked -- --test-threads=$$(($$(nproc) * 2))
 
 # Static binaries and 32 bit, where the compiler has their libraries: `rustup target add …`.
 OTHER_TARGETS = $(filter-out $(shell rustc -vV | sed -n 's/^host: //p'),$(shell rustup target list --installed 2>/dev/null))
