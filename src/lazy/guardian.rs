@@ -6,9 +6,9 @@
 //! userfaultfd of the table is done with, the guardian kills the application, and ends, with the
 //! table, when the kernel says that its memory is gone. When the guardian ends, we do the same.
 //!
-//! It has a session of its own, and takes no signal but SIGKILL: what ends our process group does
-//! not end it. Nothing holds what ends both at once: a whole cgroup that is killed without the
-//! application.
+//! It has a session and a name of its own, and takes no signal but SIGKILL: what ends our process
+//! group, or all of our name, does not end it. Nothing holds what ends both at once: a whole cgroup
+//! that is killed without the application.
 
 #![allow(unsafe_code)]
 
@@ -51,10 +51,8 @@ impl Guardian {
     /// # Errors
     /// Those of `clone`, and where there are no pidfds (before Linux 5.3).
     pub(super) fn start() -> Result<Self> {
-        let record = Record(File::from(memfd_create(
-            c"restored",
-            MFdFlags::MFD_CLOEXEC,
-        )?));
+        let record = memfd_create(c"restored", MFdFlags::MFD_CLOEXEC)?;
+        let record = Record(File::from(record));
         let streamer = process(std::process::id() as i32).context("opening this process")?;
         let flags = (libc::CLONE_FILES | libc::SIGCHLD) as libc::c_ulong;
         let none: libc::c_ulong = 0;
@@ -62,7 +60,7 @@ impl Guardian {
         // held by one that the new process lacks.
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
         if pid == 0 {
-            wait_for(&streamer, &record);
+            guard(&streamer, &record);
             // SAFETY: nothing runs at this end; all that the process has is the streamer's.
             unsafe { libc::_exit(0) }
         }
@@ -79,9 +77,10 @@ impl Guardian {
         &self.record
     }
 
-    /// Kills the application, all of it, and waits until the kernel says that it is gone.
-    pub(super) fn kill_application(&self) {
-        self.record.kill_all();
+    /// Ends the guardian: there is nothing to guard any more.
+    pub(super) fn end(&self) {
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        let _ = uninterrupted(|| waitpid(self.pid, None));
     }
 }
 
@@ -92,34 +91,21 @@ impl AsFd for Guardian {
     }
 }
 
-/// There must be no userfaultfd any more.
-impl Drop for Guardian {
-    fn drop(&mut self) {
-        let _ = pidfd_send_signal(&self.process, Signal::KILL);
-        let _ = uninterrupted(|| waitpid(self.pid, None));
-    }
-}
-
 /// What the guardian does.
-fn wait_for(streamer: &OwnedFd, record: &Record) {
+fn guard(streamer: &OwnedFd, record: &Record) {
     // Any of this may be refused: then more things end both at once.
     let _ = setsid();
-    take_another_name();
-    let mut fds = [PollFd::new(streamer.as_fd(), PollFlags::POLLIN)];
-    let _ = uninterrupted(|| poll(&mut fds, PollTimeout::NONE));
-    record.kill_all();
-}
-
-/// Takes this process out of the sight of those that end ours by its name (`pkill -f`).
-fn take_another_name() {
     let _ = prctl::set_name(c"memory-guardian");
-    if let Some(arguments) = fields_of(std::process::id(), 48..=48)
-        && let Ok(start) = arguments.parse::<libc::c_ulong>()
-    {
-        let (end, none) = (libc::PR_SET_MM_ARG_END as libc::c_ulong, 0 as libc::c_ulong);
+    let arguments = fields_of(std::process::id(), 48..=48).and_then(|field| field.parse().ok());
+    if let Some(start) = arguments {
+        let (start, none): (libc::c_ulong, libc::c_ulong) = (start, 0);
+        let end = libc::PR_SET_MM_ARG_END as libc::c_ulong;
         // SAFETY: no memory is touched; the command line that /proc shows ends where it starts.
         unsafe { libc::prctl(libc::PR_SET_MM, end, start, none, none) };
     }
+    let mut fds = [PollFd::new(streamer.as_fd(), PollFlags::POLLIN)];
+    let _ = uninterrupted(|| poll(&mut fds, PollTimeout::NONE));
+    record.kill_all();
 }
 
 /// A descriptor of a process.
@@ -129,7 +115,7 @@ pub(super) fn process(pid: i32) -> Result<OwnedFd> {
 }
 
 /// The restored processes, in a file that the guardian shares: a line for each, with the number of
-/// its descriptor, or with the layout of its memory.
+/// its descriptor, and later one with the layout of its memory.
 #[derive(Debug)]
 pub(super) struct Record(File);
 
@@ -138,56 +124,34 @@ impl Record {
     pub(super) fn add(&self, process: OwnedFd) -> Result<()> {
         let descriptor = process.as_raw_fd();
         std::mem::forget(process);
-        self.line(&format!("process {descriptor}"))
+        self.add_line(&format!("{descriptor}"))
     }
 
     /// Adds what the process and all that it forks have in common.
     pub(super) fn add_layout(&self, layout: &Layout) -> Result<()> {
-        self.line(&format!("layout {} {}", layout.start, layout.memory))
+        self.add_line(&format!("{} {}", layout.start, layout.memory))
     }
 
-    fn line(&self, line: &str) -> Result<()> {
-        let mut file = &self.0;
-        let written = file.write_all(format!("{line}\n").as_bytes());
+    fn add_line(&self, line: &str) -> Result<()> {
+        let written = (&self.0).write_all(format!("{line}\n").as_bytes());
         written.context("noting a restored process for the guardian")
-    }
-
-    fn read(&self) -> String {
-        let len = self.0.metadata().map_or(0, |file| file.len() as usize);
-        let mut bytes = vec![0; len];
-        let _ = self.0.read_exact_at(&mut bytes, 0);
-        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Kills all processes that are recorded, and what they have forked, until the memory behind
     /// each open userfaultfd is gone.
-    fn kill_all(&self) {
-        let record = self.read();
-        let mut layouts = Vec::new();
-        let mut processes = Vec::new();
-        for line in record.lines() {
-            if let Some(descriptor) = line.strip_prefix("process ") {
-                processes.extend(descriptor.parse::<RawFd>());
-            } else if let Some((start, memory)) = line
-                .strip_prefix("layout ")
-                .and_then(|line| line.split_once(' '))
-            {
-                layouts.extend(start.parse().map(|start| Layout {
-                    start,
-                    memory: memory.to_owned(),
-                }));
-            }
-        }
+    pub(super) fn kill_all(&self) {
+        let len = self.0.metadata().map_or(0, |file| file.len() as usize);
+        let mut bytes = vec![0; len];
+        let _ = self.0.read_exact_at(&mut bytes, 0);
+        let record = String::from_utf8_lossy(&bytes);
         loop {
-            for &descriptor in &processes {
+            for descriptor in record.lines().filter_map(|line| line.parse().ok()) {
                 // SAFETY: it was left open for this.
                 let process = unsafe { BorrowedFd::borrow_raw(descriptor) };
                 let _ = pidfd_send_signal(process, Signal::KILL);
             }
-            if !layouts.is_empty() {
-                kill_forked(&layouts);
-            }
-            if userfaultfds().into_iter().all(|descriptor| {
+            kill_forked(&record);
+            if userfaultfds().all(|descriptor| {
                 // SAFETY: one that was closed since is some other file, or none, and asking is
                 // harmless.
                 userfaultfd::is_gone(unsafe { BorrowedFd::borrow_raw(descriptor) })
@@ -200,24 +164,21 @@ impl Record {
 }
 
 /// The userfaultfds in the table.
-fn userfaultfds() -> Vec<RawFd> {
+fn userfaultfds() -> impl Iterator<Item = RawFd> {
     let open = fs::read_dir("/proc/self/fd")
         .into_iter()
         .flatten()
         .flatten();
-    let is_userfaultfd = |file: &fs::DirEntry| {
-        fs::read_link(file.path())
-            .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
-    };
-    let numbers = open
-        .filter(is_userfaultfd)
-        .filter_map(|file| file.file_name().to_str()?.parse().ok());
-    numbers.collect()
+    open.filter_map(|file| {
+        let target = fs::read_link(file.path()).ok()?;
+        let number = file.file_name().to_str()?.parse().ok()?;
+        (target.as_os_str() == "anon_inode:[userfaultfd]").then_some(number)
+    })
 }
 
 /// How the memory of a process is laid out: the same in all that it forks, and by chance in no
 /// other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Layout {
     /// When the process was started.
     start: u64,
@@ -229,8 +190,7 @@ impl Layout {
     /// `None` when the process is gone.
     pub(super) fn of(pid: u32) -> Option<Self> {
         let namespace = fs::read_link(format!("/proc/{pid}/ns/pid")).ok()?;
-        let program = fields_of(pid, 26..=28)?;
-        let data = fields_of(pid, 45..=51)?;
+        let (program, data) = (fields_of(pid, 26..=28)?, fields_of(pid, 45..=51)?);
         Some(Self {
             start: start_of(pid)?,
             memory: format!("{} {program} {data}", namespace.display()),
@@ -239,18 +199,19 @@ impl Layout {
 }
 
 /// Kills what the processes of these layouts have forked.
-fn kill_forked(layouts: &[Layout]) {
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let pid = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
-        if let Some(pid) = pid
-            && let Ok(process) = process(pid)
+fn kill_forked(record: &str) {
+    let layouts: Vec<(u64, &str)> = record
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(start, memory)| Some((start.parse().ok()?, memory)))
+        .collect();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
+        if let Ok(process) = process(pid)
             && let Some(found) = Layout::of(pid as u32)
             && layouts
                 .iter()
-                .any(|layout| layout.memory == found.memory && layout.start <= found.start)
+                .any(|&(start, memory)| memory == found.memory && start <= found.start)
         {
             let _ = pidfd_send_signal(&process, Signal::KILL);
         }

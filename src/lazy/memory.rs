@@ -28,20 +28,13 @@ const CHUNK: u64 = 256 << 10;
 /// Until the kernel is asked again that wanted an event to be read first.
 const EVENT_PAUSE: Duration = Duration::from_micros(20);
 
-/// Whose memory it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Restored,
-    /// A child: memory that its parent keeps to itself (`MADV_DONTFORK`) it has not.
-    Forked,
-}
-
 /// The memory of a process.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// The process's number, or that of the one it has come from by forking, as the image has it.
     pub(super) pid: i32,
-    kind: Kind,
+    /// Memory that its parent keeps to itself (`MADV_DONTFORK`) it has not.
+    is_forked: bool,
     /// Where its pages are.
     pub(super) pages: Arc<PagesFile>,
     state: RwLock<State>,
@@ -58,53 +51,24 @@ struct State {
     vacated: Vec<Range<u64>>,
 }
 
-/// What the process needs.
-#[derive(Debug, Default)]
-pub(super) struct Needs {
-    /// The pages of these addresses.
-    pub(super) faults: Vec<u64>,
-    /// Children that it has forked.
-    pub(super) forked: Vec<Arc<Memory>>,
-}
-
-/// What is to be done about a fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
-    /// This place of the pages file is missing.
-    Fill(u64),
-    Done,
-}
-
 impl Memory {
-    pub(super) fn restored(pid: i32, uffd: OwnedFd, pages: Arc<PagesFile>) -> Arc<Self> {
-        Self::new(
-            pid,
-            Kind::Restored,
-            uffd,
-            pages.missing(),
-            Vec::new(),
-            pages,
-        )
+    /// The memory of a process that CRIU restores.
+    pub(super) fn restored(pid: i32, uffd: OwnedFd, pages: &Arc<PagesFile>) -> Arc<Self> {
+        let state = State {
+            uffd: Some(uffd),
+            missing: pages.missing(),
+            unforked: Vec::new(),
+            vacated: Vec::new(),
+        };
+        Self::new(pid, false, pages, state)
     }
 
-    fn new(
-        pid: i32,
-        kind: Kind,
-        uffd: OwnedFd,
-        missing: Missing,
-        unforked: Vec<Range<u64>>,
-        pages: Arc<PagesFile>,
-    ) -> Arc<Self> {
+    fn new(pid: i32, is_forked: bool, pages: &Arc<PagesFile>, state: State) -> Arc<Self> {
         let memory = Arc::new(Self {
             pid,
-            kind,
-            pages: Arc::clone(&pages),
-            state: RwLock::new(State {
-                uffd: Some(uffd),
-                missing,
-                unforked,
-                vacated: Vec::new(),
-            }),
+            is_forked,
+            pages: Arc::clone(pages),
+            state: RwLock::new(state),
         });
         pages.add(Arc::clone(&memory));
         memory
@@ -161,7 +125,7 @@ impl Memory {
                     continue;
                 }
                 // It has no such memory, and can lose none of it.
-                Err(Errno::ENOENT) if self.kind == Kind::Forked => page,
+                Err(Errno::ENOENT) if self.is_forked => page,
                 Err(error) => {
                     self.handle(error).with_context(|| {
                         format!("filling the memory of process {} at {part:x?}", self.pid)
@@ -175,24 +139,24 @@ impl Memory {
         }
     }
 
-    /// Looks what a fault needs. Where nothing of the image is missing, the page is zero.
-    pub(super) fn answer(&self, address: u64) -> Result<Answer> {
+    /// The place that a fault needs. Where nothing of the image is missing, the page is zero.
+    pub(super) fn answer(&self, address: u64) -> Result<Option<u64>> {
         let page = page_size() as u64;
         let address = address / page * page;
         loop {
             let state = self.read();
             let Some(uffd) = &state.uffd else {
-                return Ok(Answer::Done);
+                return Ok(None);
             };
             if let Some(offset) = state.missing.offset_of(address) {
-                return Ok(Answer::Fill(offset));
+                return Ok(Some(offset));
             }
-            match userfaultfd::zero(uffd.as_fd(), address, page) {
-                Ok(()) => return Ok(Answer::Done),
+            match userfaultfd::zero(uffd.as_fd(), address) {
+                Ok(()) => return Ok(None),
                 // It is there, or the address is gone: the thread finds out.
                 Err(Errno::EEXIST | Errno::ENOENT) => {
-                    userfaultfd::wake(uffd.as_fd(), address, page);
-                    return Ok(Answer::Done);
+                    userfaultfd::wake(uffd.as_fd(), address);
+                    return Ok(None);
                 }
                 Err(error) => {
                     drop(state);
@@ -220,25 +184,26 @@ impl Memory {
         Ok(())
     }
 
-    /// Reads what the process has done, and what it waits for.
-    pub(super) fn read_events(&self) -> Result<Needs> {
-        let mut needs = Needs::default();
+    /// Reads what the process has done, and returns the addresses of the pages that it waits for,
+    /// and the children that it has forked.
+    pub(super) fn read_events(&self) -> Result<(Vec<u64>, Vec<Arc<Memory>>)> {
+        let (mut faults, mut forked) = (Vec::new(), Vec::new());
         let mut state = self.write();
         let Some(uffd) = &state.uffd else {
-            return Ok(needs);
+            return Ok((faults, forked));
         };
         let events = userfaultfd::read(uffd.as_fd())
             .with_context(|| format!("reading what process {} does", self.pid))?;
         for event in events {
             match event {
-                Event::Fault(address) => needs.faults.push(address),
-                Event::Fork(uffd) => needs.forked.push(state.fork(self, uffd)),
+                Event::Fault(address) => faults.push(address),
+                Event::Fork(uffd) => forked.push(state.fork(self, uffd)),
                 Event::Remove(addresses) => drop(state.missing.take(&addresses)),
                 Event::Unmap(addresses) => state.unmap(&addresses),
                 Event::Remap { from, to, len } => state.remap(from, to, len)?,
             }
         }
-        Ok(needs)
+        Ok((faults, forked))
     }
 }
 
@@ -249,9 +214,13 @@ impl State {
         for addresses in &self.unforked {
             missing.take(addresses);
         }
-        let unforked = self.unforked.clone();
-        let pages = Arc::clone(&parent.pages);
-        Memory::new(parent.pid, Kind::Forked, uffd, missing, unforked, pages)
+        let state = State {
+            uffd: Some(uffd),
+            missing,
+            unforked: self.unforked.clone(),
+            vacated: self.vacated.clone(),
+        };
+        Memory::new(parent.pid, true, &parent.pages, state)
     }
 
     /// Of memory that has moved, the kernel says later that it is unmapped. Another thread may have

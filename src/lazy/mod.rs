@@ -6,8 +6,8 @@
 //!
 //! ```text
 //! lay_out   the image, whole and proved, in two: what CRIU reads, and what is filled in
-//! answer    CRIU has connected: its lazy-pages.socket is there from then on
-//! ear       the thread that hears CRIU, and each restored process through its userfaultfd
+//! socket    CRIU's lazy-pages.socket, from its first request on
+//! events    the thread that hears CRIU, and each restored process through its userfaultfd
 //! fillers   the threads that fill
 //! guardian  the process that kills the application if we end before all is in place
 //! ```
@@ -15,9 +15,9 @@
 //! **No application runs on with pages that it has lost.** Whatever fails, the application is
 //! killed, and only then is a userfaultfd closed. See [`guardian`] and [`memory`].
 
+mod events;
 mod fillers;
 mod guardian;
-mod listen;
 mod memory;
 mod missing;
 mod pagemap;
@@ -28,25 +28,23 @@ mod userfaultfd;
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, OnceLock};
+use std::thread;
 
-use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use anyhow::{Context, Error, Result, bail, ensure};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::format::ImageName;
-use crate::os::pipe::uninterrupted;
 use crate::report;
 use crate::report::meter::Counter;
 use crate::store::Arena;
 use crate::store::catalog::Catalog;
+use events::Events;
 use fillers::Work;
 use guardian::Guardian;
-use listen::Ear;
 use pagemap::Pagemap;
 use pages::PagesFile;
-use socket::{Connection, Socket};
+use socket::Socket;
 
 /// More threads than this fill no faster.
 const MOST_FILLERS: usize = 8;
@@ -54,45 +52,28 @@ const MOST_FILLERS: usize = 8;
 /// The image's memory, by the number of the process.
 type Files = BTreeMap<i32, Arc<PagesFile>>;
 
-/// How far it is.
-#[derive(Debug)]
-enum Outcome {
-    Filling,
-    InPlace,
-    Failed(Option<Error>),
+/// The memory of the application that is restored. Dropped before all of it is in place, it kills
+/// the application.
+pub(crate) struct LazyMemory {
+    guardian: Arc<Guardian>,
+    files: Files,
+    filled: Counter,
+    /// From CRIU's first request to its first pagemap.
+    socket: Option<Socket>,
+    /// From then on.
+    shared: Option<Arc<Shared>>,
+    changed: Arc<EventFd>,
 }
 
 /// What the threads share.
 struct Shared {
-    guardian: Guardian,
-    socket: Socket,
+    guardian: Arc<Guardian>,
     files: Files,
     work: Work,
-    outcome: Mutex<Outcome>,
+    /// All is in place, or why not.
+    outcome: OnceLock<Result<(), String>>,
     /// Becomes readable when the outcome is known.
     changed: Arc<EventFd>,
-    /// Becomes readable when the threads are to end.
-    end: EventFd,
-    is_connected: Mutex<bool>,
-}
-
-/// The memory of the application that is being restored.
-pub(crate) struct LazyMemory {
-    /// Until CRIU has connected.
-    prepared: Option<Prepared>,
-    running: Option<Running>,
-    changed: Arc<EventFd>,
-}
-
-struct Prepared {
-    guardian: Guardian,
-    files: Files,
-    filled: Counter,
-}
-
-struct Running {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 impl LazyMemory {
@@ -104,12 +85,11 @@ impl LazyMemory {
         let guardian = Guardian::start()?;
         let changed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Self {
-            prepared: Some(Prepared {
-                guardian,
-                files: Files::new(),
-                filled: filled.clone(),
-            }),
-            running: None,
+            guardian: Arc::new(guardian),
+            files: Files::new(),
+            filled: filled.clone(),
+            socket: None,
+            shared: None,
             changed: Arc::new(changed),
         })
     }
@@ -119,8 +99,15 @@ impl LazyMemory {
     /// # Errors
     /// When CRIU would not have written such pagemaps.
     pub(crate) fn lay_out(&mut self, catalog: &mut Catalog) -> Result<()> {
-        if let Some(prepared) = &mut self.prepared {
-            prepared.files = lay_out(catalog)?;
+        let (mut seen, mut arena) = (HashSet::new(), Arena::new());
+        let names: Vec<_> = catalog.names().cloned().collect();
+        for name in names {
+            if let Some(pid) = process_of(name.as_str())
+                && let Some(file) = divide(catalog, &name, &mut seen, &mut arena)
+                    .with_context(|| format!("--lazy-pages: {name}"))?
+            {
+                self.files.insert(pid, Arc::new(file));
+            }
         }
         Ok(())
     }
@@ -129,18 +116,42 @@ impl LazyMemory {
     ///
     /// # Errors
     /// When it was not told to restore lazily.
-    pub(crate) fn before_file(&mut self, criu: u32, name: &str) -> Result<()> {
-        if let Some(prepared) = self.prepared.take() {
-            // It is in its working directory when it asks for the first file.
-            let running = Running::start(prepared, criu, Arc::clone(&self.changed));
-            self.running = Some(running.context("--lazy-pages")?);
+    pub(crate) fn before_file(&mut self, criu: i32, name: &str) -> Result<()> {
+        if self.shared.is_some() {
+            return Ok(());
         }
-        if let Some(running) = &self.running
-            && process_of(name).is_some()
+        // It is in its working directory when it asks for its first file, and has connected to its
+        // daemon when it asks for a pagemap.
+        if self.socket.is_none() {
+            self.socket = Some(Socket::bind(criu)?);
+        }
+        if process_of(name).is_some()
+            && let Some(socket) = self.socket.take()
         {
-            running.shared.check_connected()?;
+            self.start(criu, &socket)?;
         }
         Ok(())
+    }
+
+    fn start(&mut self, criu: i32, socket: &Socket) -> Result<()> {
+        let connection = socket.accept()?;
+        let criu = guardian::process(criu).context("watching CRIU")?;
+        let files = std::mem::take(&mut self.files);
+        let shared = Arc::new(Shared {
+            guardian: Arc::clone(&self.guardian),
+            work: Work::new(files.values(), self.filled.clone()),
+            files,
+            outcome: OnceLock::new(),
+            changed: Arc::clone(&self.changed),
+        });
+        self.shared = Some(Arc::clone(&shared));
+        let (faults, to_answer) = crossbeam_channel::unbounded();
+        spawn("events", &shared, |shared| {
+            Events::hear(shared, criu, connection, faults)
+        })?;
+        spawn("faults", &shared, move |shared| {
+            shared.work.answer(&to_answer, || shared.all_filled())
+        })
     }
 
     /// Whether all memory is in place, and nothing depends on us any more.
@@ -148,18 +159,16 @@ impl LazyMemory {
     /// # Errors
     /// When that failed. The application is dead then.
     pub(crate) fn is_in_place(&self) -> Result<bool> {
-        let Some(running) = &self.running else {
-            return Ok(false);
-        };
         // What it has told is looked at below.
         let _ = self.changed.read();
-        match &mut *running.shared.outcome() {
-            Outcome::Filling => Ok(false),
-            Outcome::InPlace => Ok(true),
-            Outcome::Failed(error) => Err(error
-                .take()
-                .unwrap_or_else(|| anyhow!("filling the application's memory"))),
+        match self.outcome() {
+            Some(Err(why)) => bail!("{why}"),
+            outcome => Ok(outcome.is_some()),
         }
+    }
+
+    fn outcome(&self) -> Option<&Result<(), String>> {
+        self.shared.as_ref().and_then(|shared| shared.outcome.get())
     }
 }
 
@@ -170,129 +179,69 @@ impl AsFd for LazyMemory {
     }
 }
 
-impl Running {
-    fn start(prepared: Prepared, criu: u32, changed: Arc<EventFd>) -> Result<Self> {
-        let Prepared {
-            guardian,
-            files,
-            filled,
-        } = prepared;
-        let process = guardian::process(criu as i32).context("watching CRIU")?;
-        let shared = Arc::new(Shared {
-            guardian,
-            socket: Socket::bind(criu)?,
-            work: Work::new(files.values(), filled),
-            files,
-            outcome: Mutex::new(Outcome::Filling),
-            changed,
-            end: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-            is_connected: Mutex::new(false),
-        });
-        let fillers = thread::available_parallelism().map_or(1, NonZero::get);
-        let mut running = Self {
-            shared,
-            threads: Vec::new(),
-        };
-        running.spawn("ear", |shared| Ear::new(shared, process)?.hear())?;
-        running.spawn("faults", |shared| {
-            shared.work.answer_faults(|| shared.all_filled())
-        })?;
-        for _ in 0..fillers.min(MOST_FILLERS) {
-            running.spawn("filler", |shared| {
-                shared.work.fill_in_order(|| shared.all_filled())
-            })?;
-        }
-        Ok(running)
-    }
-
-    fn spawn(
-        &mut self,
-        name: &str,
-        work: impl FnOnce(&Shared) -> Result<()> + Send + 'static,
-    ) -> Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let run = move || {
-            if let Err(error) = work(&shared) {
-                shared.fail(error);
-            }
-        };
-        let thread = thread::Builder::new().name(name.into()).spawn(run);
-        self.threads.push(thread.context("starting a thread")?);
-        Ok(())
-    }
-}
-
-/// Before all is in place this kills the application.
-impl Drop for Running {
+impl Drop for LazyMemory {
     fn drop(&mut self) {
-        if !matches!(*self.shared.outcome(), Outcome::InPlace) {
-            self.shared.guardian.kill_application();
+        if !matches!(self.outcome(), Some(Ok(()))) {
+            self.guardian.record().kill_all();
         }
-        self.shared.work.end();
-        // It counts up from 0 once.
-        let _ = self.shared.end.write(1);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
+        // The threads have nothing to do any more, or fail, which changes nothing.
+        if let Some(shared) = &self.shared {
+            let _ = shared
+                .outcome
+                .set(Err("nobody waits for it any more".into()));
         }
+        self.guardian.end();
     }
 }
 
 impl Shared {
-    fn outcome(&self) -> MutexGuard<'_, Outcome> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn conclude(&self, outcome: Outcome) {
-        *self.outcome() = outcome;
-        let _ = self.changed.write(1);
-    }
-
     /// Everything was filled in.
     fn all_filled(&self) {
         // One that forks until its descriptor is closed has children that lack nothing.
         match self.files.values().try_for_each(|file| file.close()) {
-            Ok(()) => self.conclude(Outcome::InPlace),
+            Ok(()) => self.conclude(Ok(())),
             Err(error) => self.fail(error),
         }
     }
 
-    /// Kills the application.
-    fn fail(&self, error: Error) {
-        self.guardian.kill_application();
-        self.work.end();
-        let error = error.context("filling the application's memory: it was killed");
-        if matches!(*self.outcome(), Outcome::Filling) {
-            self.conclude(Outcome::Failed(Some(error)));
+    fn conclude(&self, outcome: Result<(), String>) {
+        if self.outcome.set(outcome).is_ok() {
+            let _ = self.changed.write(1);
         }
     }
 
-    /// CRIU's connection, once there is one.
-    fn accept(&self) -> Result<Option<Connection>> {
-        let mut is_connected = self
-            .is_connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let connection = self.socket.accept()?;
-        *is_connected |= connection.is_some();
-        Ok(connection)
+    /// Kills the application, unless it has all of its memory.
+    fn fail(&self, error: Error) {
+        if self.outcome.get().is_none() {
+            self.guardian.record().kill_all();
+            self.conclude(Err(format!(
+                "filling the application's memory: {error:#}; it was killed"
+            )));
+        }
     }
+}
 
-    /// # Errors
-    /// When CRIU, which restores processes, has not come for its lazy-pages daemon.
-    fn check_connected(&self) -> Result<()> {
-        let is_connected = self
-            .is_connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        let mut waits = || uninterrupted(|| poll(&mut fds, PollTimeout::ZERO));
-        ensure!(
-            *is_connected || waits()? > 0,
-            "--lazy-pages: `criu restore` runs without its own --lazy-pages, and would not get the \
-             application's memory: give both the option, or neither"
-        );
-        Ok(())
-    }
+/// How many threads fill.
+fn fillers() -> usize {
+    thread::available_parallelism()
+        .map_or(1, NonZero::get)
+        .min(MOST_FILLERS)
+}
+
+/// Starts a thread, whose failure is the application's end.
+fn spawn(
+    name: &str,
+    shared: &Arc<Shared>,
+    work: impl FnOnce(Arc<Shared>) -> Result<()> + Send + 'static,
+) -> Result<()> {
+    let shared = Arc::clone(shared);
+    let run = move || {
+        if let Err(error) = work(Arc::clone(&shared)) {
+            shared.fail(error);
+        }
+    };
+    let thread = thread::Builder::new().name(name.into()).spawn(run);
+    thread.map(drop).context("starting a thread")
 }
 
 /// The process of a pagemap; `None` for any other file.
@@ -301,43 +250,38 @@ fn process_of(name: &str) -> Option<i32> {
     number.parse().ok()
 }
 
-/// Divides the pages files of all processes in the catalog.
-fn lay_out(catalog: &mut Catalog) -> Result<Files> {
-    let mut files = Files::new();
-    let mut seen = HashSet::new();
-    let mut arena = Arena::new();
-    let names: Vec<_> = catalog.names().cloned().collect();
-    for (name, pid) in names
-        .iter()
-        .filter_map(|name| Some((name, process_of(name.as_str())?)))
-    {
-        let mut bytes = catalog.read(name)?.context("reading a pagemap")?;
-        let pagemap =
-            Pagemap::parse(&bytes).with_context(|| format!("--lazy-pages: {name} is damaged"))?;
-        let pages = ImageName::new(&format!("pages-{}.img", pagemap.pages))?;
-        if !seen.insert(pages.clone()) {
-            bail!("--lazy-pages: {name} has the same {pages} as another pagemap");
-        }
-        let size = catalog.size(&pages).unwrap_or(0);
-        if pagemap.unknown_flags || pagemap.size() != size {
-            let why = match pagemap.unknown_flags {
-                true => "has a flag that is unknown",
-                false => "does not fit its pages file",
-            };
-            report::warn(format_args!(
-                "--lazy-pages: {name} {why}: CRIU reads all pages of this process before it goes on"
-            ));
-            pagemap.make_ordinary(&mut bytes);
-            catalog.write(name.clone(), &bytes)?;
-            continue;
-        }
-        let Some(contents) = catalog.remove(&pages) else {
-            continue;
+/// Divides the pages file of a process; `None` if CRIU is to read all of it.
+fn divide(
+    catalog: &mut Catalog,
+    name: &ImageName,
+    seen: &mut HashSet<ImageName>,
+    arena: &mut Arena,
+) -> Result<Option<PagesFile>> {
+    let mut bytes = catalog.read(name)?.context("it is not here")?;
+    let pagemap = Pagemap::parse(&bytes).context("it is damaged")?;
+    let pages = ImageName::new(&format!("pages-{}.img", pagemap.pages))?;
+    ensure!(
+        seen.insert(pages.clone()),
+        "another pagemap has the same {pages}"
+    );
+    let fits = catalog.size(&pages).unwrap_or(0) == pagemap.size();
+    if pagemap.unknown_flags || !fits {
+        let why = match fits {
+            true => "has a flag that is unknown",
+            false => "does not fit its pages file",
         };
-        let (file, eager) = PagesFile::divide(pagemap.stretches, contents, &mut arena)
-            .with_context(|| format!("--lazy-pages: dividing {pages}"))?;
-        catalog.insert(pages, eager);
-        files.insert(pid, Arc::new(file));
+        report::warn(format_args!(
+            "--lazy-pages: {name} {why}: CRIU reads all pages of this process before it goes on"
+        ));
+        pagemap.make_ordinary(&mut bytes);
+        catalog.write(name.clone(), &bytes)?;
+        return Ok(None);
     }
-    Ok(files)
+    let Some(contents) = catalog.remove(&pages) else {
+        return Ok(None);
+    };
+    let (file, eager) = PagesFile::divide(pagemap.stretches, contents, arena)
+        .with_context(|| format!("dividing {pages}"))?;
+    catalog.insert(pages, eager);
+    Ok(Some(file))
 }

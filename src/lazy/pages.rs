@@ -27,24 +27,17 @@ const SMALLEST_UNIT: usize = 256 << 10;
 #[derive(Debug, Default)]
 pub(super) struct PagesFile {
     stretches: Vec<Stretch>,
-    units: Vec<Unit>,
+    /// Each with its place in the file; `None` when somebody fills it, or has.
+    units: Vec<(u64, Mutex<Option<Unit>>)>,
     memories: Mutex<Vec<Arc<Memory>>>,
 }
 
+/// Data that is filled in at a time.
 #[derive(Debug)]
-struct Unit {
+pub(super) struct Unit {
     offset: u64,
-    len: usize,
-    /// `None` when somebody fills it, or has.
-    data: Mutex<Option<Vec<Piece>>>,
-}
-
-/// Data that was taken out of the file to be filled in.
-#[derive(Debug)]
-pub(super) struct Taken {
-    offset: u64,
+    pub(super) len: usize,
     data: Vec<Piece>,
-    len: usize,
 }
 
 /// Never left in disorder: a panic ends the program.
@@ -59,24 +52,30 @@ impl PagesFile {
         contents: FileData,
         arena: &mut Arena,
     ) -> io::Result<(Self, FileData)> {
-        let mut source = Source {
-            pieces: contents.into_pieces().collect::<Vec<_>>().into_iter(),
-            front: None,
-            arena,
+        let mut pieces: Vec<_> = contents.into_pieces().collect();
+        pieces.reverse();
+        // Up to `most` bytes, at least one: as they lie there.
+        let mut take = |most: usize| {
+            let mut piece = pieces.pop().ok_or(io::ErrorKind::UnexpectedEof)?;
+            if piece.len() <= most {
+                return Ok(piece);
+            }
+            let front = piece.split_front(most, arena)?;
+            pieces.push(piece);
+            Ok::<_, io::Error>(front)
         };
-        let mut eager = FileData::default();
-        let mut units = Vec::new();
-        let mut offset = 0;
+        let (mut units, mut eager, mut offset) = (Vec::new(), FileData::default(), 0);
         for run in stretches.chunk_by(|one, next| one.is_lazy == next.is_lazy) {
             let end = offset + run.iter().map(|stretch| stretch.len).sum::<u64>();
             while offset < end {
                 let left = usize::try_from(end - offset).unwrap_or(usize::MAX);
                 if run[0].is_lazy {
-                    let unit = source.unit(offset, left)?;
-                    offset += unit.len as u64;
-                    units.push(unit);
+                    let (len, data) = unit(left, &mut take)?;
+                    let unit = Unit { offset, len, data };
+                    units.push((offset, Mutex::new(Some(unit))));
+                    offset += len as u64;
                 } else {
-                    let piece = source.take(left)?;
+                    let piece = take(left)?;
                     offset += piece.len() as u64;
                     eager.push(piece)?;
                 }
@@ -94,15 +93,20 @@ impl PagesFile {
     pub(super) fn missing(&self) -> Missing {
         let mut missing = Missing::default();
         let mut offset = 0;
-        for stretch in &self.stretches {
-            if stretch.is_lazy {
+        for &Stretch {
+            address,
+            len,
+            is_lazy,
+        } in &self.stretches
+        {
+            if is_lazy {
                 missing.insert(Part {
-                    address: stretch.address,
+                    address,
                     offset,
-                    len: stretch.len,
+                    len,
                 });
             }
-            offset += stretch.len;
+            offset += len;
         }
         missing
     }
@@ -115,44 +119,45 @@ impl PagesFile {
         locked(&self.memories).push(memory);
     }
 
-    pub(super) fn memories(&self) -> Vec<Arc<Memory>> {
+    fn memories(&self) -> Vec<Arc<Memory>> {
         locked(&self.memories).clone()
     }
 
     /// Takes a unit, unless somebody else has.
-    pub(super) fn take(&self, unit: usize) -> Option<Taken> {
-        let Unit { offset, len, data } = &self.units[unit];
-        locked(data).take().map(|data| Taken {
-            offset: *offset,
-            len: *len,
-            data,
-        })
+    pub(super) fn take(&self, number: usize) -> Option<Unit> {
+        locked(&self.units[number].1).take()
     }
 
     /// Takes the unit of a place.
-    pub(super) fn take_at(&self, offset: u64) -> Option<Taken> {
-        let behind = self.units.partition_point(|unit| unit.offset <= offset);
+    pub(super) fn take_at(&self, offset: u64) -> Option<Unit> {
+        let behind = self.units.partition_point(|(begin, _)| *begin <= offset);
         self.take(behind.checked_sub(1)?)
     }
 
-    /// Fills a unit in wherever it is missing, and frees it. Returns its bytes.
-    pub(super) fn fill(&self, taken: Taken, buffer: &mut Vec<u8>) -> Result<usize> {
-        let Taken { offset, data, len } = taken;
-        let kept;
-        let bytes = match data.as_slice() {
-            [Piece::Memory(extent)] => extent.bytes(),
-            _ => {
-                kept = data;
-                buffer.resize(buffer.len().max(len), 0);
-                read(kept, &mut buffer[..len]).context("taking pages out of our own memory")?;
-                &buffer[..len]
+    /// Fills a unit in wherever it is missing, and frees it.
+    pub(super) fn fill(&self, unit: Unit, buffer: &mut Vec<u8>) -> Result<()> {
+        let Unit { offset, len, data } = unit;
+        let read;
+        let bytes = if let [Piece::Memory(extent)] = data.as_slice() {
+            extent.bytes()
+        } else {
+            buffer.resize(buffer.len().max(len), 0);
+            read = &mut buffer[..len];
+            let mut rest = &mut *read;
+            for piece in data {
+                let (front, behind) = rest.split_at_mut(piece.len());
+                piece
+                    .read(front)
+                    .context("taking pages out of our memory")?;
+                rest = behind;
             }
+            read
         };
         let mut filled = 0;
         loop {
             let memories = self.memories();
             if memories.len() == filled {
-                return Ok(len);
+                return Ok(());
             }
             for memory in &memories[filled..] {
                 memory.fill(offset, bytes)?;
@@ -164,63 +169,31 @@ impl PagesFile {
     /// # Errors
     /// When a memory lacks something although all is filled in.
     pub(super) fn close(&self) -> Result<()> {
-        for memory in self.memories() {
+        self.memories().iter().try_for_each(|memory| {
+            let pid = memory.pid;
             ensure!(
                 memory.close_if_filled(),
-                "process {} lacks pages that the image does not have",
-                memory.pid
+                "process {pid} lacks pages that the image does not have"
             );
-        }
-        Ok(())
-    }
-}
-
-fn read(data: Vec<Piece>, mut buffer: &mut [u8]) -> io::Result<()> {
-    for piece in data {
-        let (front, behind) = buffer.split_at_mut(piece.len());
-        piece.read(front)?;
-        buffer = behind;
-    }
-    Ok(())
-}
-
-/// The pieces of a file, front to back.
-struct Source<'a> {
-    pieces: std::vec::IntoIter<Piece>,
-    front: Option<Piece>,
-    arena: &'a mut Arena,
-}
-
-impl Source<'_> {
-    /// Up to `most` bytes, at least one: as they lie there.
-    fn take(&mut self, most: usize) -> io::Result<Piece> {
-        let next = self.front.take().or_else(|| self.pieces.next());
-        let mut piece = next.ok_or(io::ErrorKind::UnexpectedEof)?;
-        if piece.len() <= most {
-            return Ok(piece);
-        }
-        let front = piece.split_front(most, self.arena)?;
-        self.front = Some(piece);
-        Ok(front)
-    }
-
-    /// The next pages, up to `most` bytes of them.
-    fn unit(&mut self, offset: u64, most: usize) -> io::Result<Unit> {
-        let (mut data, mut len) = (Vec::new(), 0_usize);
-        loop {
-            let rest = len.next_multiple_of(page_size()) - len;
-            if rest == 0 && len >= SMALLEST_UNIT.min(most) {
-                break;
-            }
-            let wanted = if rest > 0 { rest } else { LARGEST_UNIT };
-            let piece = self.take(wanted.min(most - len))?;
-            len += piece.len();
-            data.push(piece);
-        }
-        Ok(Unit {
-            offset,
-            len,
-            data: Mutex::new(Some(data)),
+            Ok(())
         })
+    }
+}
+
+/// The next pages, up to `most` bytes of them.
+fn unit(
+    most: usize,
+    mut take: impl FnMut(usize) -> io::Result<Piece>,
+) -> io::Result<(usize, Vec<Piece>)> {
+    let (mut len, mut data) = (0_usize, Vec::new());
+    loop {
+        let rest = len.next_multiple_of(page_size()) - len;
+        if rest == 0 && len >= SMALLEST_UNIT.min(most) {
+            return Ok((len, data));
+        }
+        let wanted = if rest > 0 { rest } else { LARGEST_UNIT };
+        let piece = take(wanted.min(most - len))?;
+        len += piece.len();
+        data.push(piece);
     }
 }

@@ -10,47 +10,16 @@ use nix::errno::Errno;
 
 use crate::os::memory::page_size;
 
-/// `struct uffdio_range`.
-#[repr(C)]
-pub struct Addresses {
-    start: u64,
-    len: u64,
-}
-
-/// `struct uffdio_copy`.
-#[repr(C)]
-pub struct CopyRequest {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copied: i64,
-}
-
-/// `struct uffdio_writeprotect`.
-#[repr(C)]
-pub struct ProtectRequest {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
-
-/// `struct uffdio_zeropage`.
-#[repr(C)]
-pub struct ZeroRequest {
-    start: u64,
-    len: u64,
-    mode: u64,
-    zeroed: i64,
-}
-
+/// With the fields of their structures, which are all of 64 bits.
 mod calls {
-    use super::{Addresses, CopyRequest, ProtectRequest, ZeroRequest};
-
-    nix::ioctl_read!(wake, 0xAA, 0x02, Addresses);
-    nix::ioctl_readwrite!(copy, 0xAA, 0x03, CopyRequest);
-    nix::ioctl_readwrite!(zero_page, 0xAA, 0x04, ZeroRequest);
-    nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, ProtectRequest);
+    // `uffdio_range`: start, length.
+    nix::ioctl_read!(wake, 0xAA, 0x02, [u64; 2]);
+    // `uffdio_copy`: destination, source, length, mode, and the bytes copied or an error.
+    nix::ioctl_readwrite!(copy, 0xAA, 0x03, [u64; 5]);
+    // `uffdio_zeropage`: start, length, mode, and the bytes zeroed or an error.
+    nix::ioctl_readwrite!(zero_page, 0xAA, 0x04, [u64; 4]);
+    // `uffdio_writeprotect`: start, length, mode.
+    nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, [u64; 3]);
 }
 
 /// Bytes of `struct uffd_msg`.
@@ -90,19 +59,13 @@ pub(super) fn owned(descriptor: RawFd) -> OwnedFd {
 /// `EEXIST`: the first page is there already. `EAGAIN`: an event has to be read first. `ENOENT`: no
 /// such memory is registered there. `ESRCH`: the process has ended.
 pub(super) fn copy(uffd: BorrowedFd, address: u64, bytes: &[u8]) -> nix::Result<u64> {
-    let mut copy = CopyRequest {
-        dst: address,
-        src: bytes.as_ptr().addr() as u64,
-        len: bytes.len() as u64,
-        mode: 0,
-        copied: 0,
-    };
-    // SAFETY: the kernel only reads the bytes, and writes to the result's field. The memory that
-    // changes is that of another process.
-    let result = unsafe { calls::copy(uffd.as_raw_fd(), &raw mut copy) };
-    match result {
-        Err(Errno::EAGAIN) if copy.copied > 0 => Ok(copy.copied as u64),
-        result => result.map(|_| bytes.len() as u64),
+    let (from, len) = (bytes.as_ptr().addr() as u64, bytes.len() as u64);
+    let mut request = [address, from, len, 0, 0];
+    // SAFETY: the kernel only reads the bytes, and writes to the request. The memory that changes
+    // is that of another process.
+    match unsafe { calls::copy(uffd.as_raw_fd(), &raw mut request) } {
+        Err(Errno::EAGAIN) if request[4].cast_signed() > 0 => Ok(request[4]),
+        result => result.map(|_| len),
     }
 }
 
@@ -110,23 +73,15 @@ pub(super) fn copy(uffd: BorrowedFd, address: u64, bytes: &[u8]) -> nix::Result<
 ///
 /// # Errors
 /// Those of [`copy`].
-pub(super) fn zero(uffd: BorrowedFd, address: u64, len: u64) -> nix::Result<()> {
-    let mut zero = ZeroRequest {
-        start: address,
-        len,
-        mode: 0,
-        zeroed: 0,
-    };
-    // SAFETY: the kernel writes to the result's field; the memory is that of another process.
-    unsafe { calls::zero_page(uffd.as_raw_fd(), &raw mut zero) }.map(drop)
+pub(super) fn zero(uffd: BorrowedFd, address: u64) -> nix::Result<()> {
+    let mut request = [address, page_size() as u64, 0, 0];
+    // SAFETY: the kernel writes to the request; the memory is that of another process.
+    unsafe { calls::zero_page(uffd.as_raw_fd(), &raw mut request) }.map(drop)
 }
 
 /// Has the threads that wait for a page look again.
-pub(super) fn wake(uffd: BorrowedFd, address: u64, len: u64) {
-    let mut addresses = Addresses {
-        start: address,
-        len,
-    };
+pub(super) fn wake(uffd: BorrowedFd, address: u64) {
+    let mut addresses = [address, page_size() as u64];
     // A process that has ended has no threads to wake.
     // SAFETY: the kernel only reads the range.
     let _ = unsafe { calls::wake(uffd.as_raw_fd(), &raw mut addresses) };
@@ -135,14 +90,10 @@ pub(super) fn wake(uffd: BorrowedFd, address: u64, len: u64) {
 /// Whether the memory behind a userfaultfd is gone, and nothing can run in it any more; true for
 /// any other descriptor.
 pub(super) fn is_gone(uffd: BorrowedFd) -> bool {
-    let mut protect = ProtectRequest {
-        start: 1 << 16,
-        len: page_size() as u64,
-        mode: 0,
-    };
     // A question that changes nothing: CRIU registers no memory for write protection (`ENOENT`).
+    let mut request = [1 << 16, page_size() as u64, 0];
     // SAFETY: the kernel only reads the request.
-    let result = unsafe { calls::write_protect(uffd.as_raw_fd(), &raw mut protect) };
+    let result = unsafe { calls::write_protect(uffd.as_raw_fd(), &raw mut request) };
     matches!(result, Err(Errno::ESRCH | Errno::ENOTTY | Errno::EBADF))
 }
 

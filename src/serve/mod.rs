@@ -292,12 +292,12 @@ impl<'a> Server<'a> {
 /// Prepares for the memory that the CRIU of this connection leaves to be filled in, if it does.
 fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -> Result<()> {
     let peer = getsockopt(connection, PeerCredentials).context("asking who asks")?;
-    let criu = peer.pid() as u32;
+    let criu = peer.pid();
     match lazy {
         Some(lazy) => lazy.before_file(criu, file),
         // Only its command line tells, if at all; later it looks for its daemon, and fails.
         None if file == files::INVENTORY => {
-            let command_line = command_line_of(criu);
+            let command_line = command_line_of(criu as u32);
             let is_lazy = |argument: &[u8]| argument.starts_with(b"--lazy");
             ensure!(
                 !arguments_in(&command_line).any(is_lazy),
