@@ -62,8 +62,8 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Listens in the working directory of a CRIU, in the place of a socket that is there, as CRIU's
-    /// own daemon does.
+    /// Listens in the working directory of a CRIU, in the place of a socket that is there, as
+    /// CRIU's own daemon does.
     pub(super) fn bind(criu: i32) -> Result<Self> {
         let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
         let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
@@ -133,8 +133,8 @@ impl Connection {
         }
     }
 
-    /// Fills the buffer with what comes, and returns the sender's PID as we see it, and a descriptor
-    /// that came along; `None` at the end.
+    /// Fills the buffer with what comes, and returns the sender's PID as we see it, and a
+    /// descriptor that came along; `None` at the end.
     fn take(&self, buffer: &mut [u8]) -> Result<Option<(Option<i32>, Option<OwnedFd>)>> {
         let wanted = buffer.len();
         let mut parts = [IoSliceMut::new(buffer)];
