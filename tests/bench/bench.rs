@@ -1,7 +1,7 @@
-//! `make bench`: what the streamer costs, with a real CRIU.
+//! `make bench`: the streamer's costs, with a real CRIU.
 //!
 //! A small application is dumped by a real CRIU, and restored from the image that this made, in a
-//! machine of namespaces as in the tests. Whatever is compared runs in turns, because figures of a
+//! machine of namespaces as in the tests. All programs that are compared run in turns, because figures of a
 //! machine only mean something beside others of the same minute: this build, `BASELINE=` (another
 //! build of the streamer) and `ORIGINAL=` (the original program). Everything is in memory, so that
 //! no disk is measured.
@@ -41,7 +41,7 @@ use structopt::StructOpt;
 /// are.
 #[derive(StructOpt)]
 struct Options {
-    /// Run only the scenarios whose name contains one of these
+    /// Run only the scenarios with one of these in their names
     #[structopt(long, value_name = "pattern", number_of_values = 1)]
     only: Vec<String>,
 
@@ -57,7 +57,7 @@ struct Options {
     #[structopt(long, value_name = "divisor", default_value = "1")]
     shrink: u64,
 
-    /// Keep the figures in this file, beside those that it has of other scenarios
+    /// Keep the figures in this file, beside the figures of other scenarios in it
     #[structopt(long, value_name = "file")]
     json: Option<PathBuf>,
 
@@ -69,7 +69,7 @@ struct Options {
     #[structopt(long, value_name = "program", default_value = env!("CARGO_BIN_EXE_criu-image-streamer"))]
     streamer: PathBuf,
 
-    /// What `cargo bench` says to every benchmark
+    /// The option that `cargo bench` gives to every benchmark
     #[structopt(long, hidden = true)]
     bench: bool,
 
@@ -106,7 +106,7 @@ impl Options {
     }
 }
 
-/// What the scenarios are measured with.
+/// The means of all measurements.
 struct Bench {
     options: Options,
     programs: Vec<Program>,

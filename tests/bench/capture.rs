@@ -183,7 +183,7 @@ awk 'END { print "cpu_s", $1 + $2 }' times
 cat shards/bytes-* 2>/dev/null | awk '{ sum += $1 } END { if (NR) print "stored", sum }' || true
 "#;
 
-/// What the streamer says at the end.
+/// The streamer's statistics.
 #[derive(Deserialize)]
 struct Statistics {
     shards: Vec<ShardStatistics>,

@@ -12,7 +12,7 @@ use std::{
 /// Bytes written at a time, as a decompressor does.
 const BLOCK: usize = 64 << 10;
 
-/// What comes at once after the receiver has stood still: the contents of the buffers on the way.
+/// Bytes that come at once after the receiver has stood still: those in the buffers on the way.
 const BUFFERED: f64 = (1 << 20) as f64;
 
 /// Copies standard input to standard output, and says on standard error how many bytes it was.

@@ -1,4 +1,4 @@
-//! The machine that is measured, and what the benchmark must leave behind: nothing.
+//! The machine that is measured, and its state, which the benchmark must leave as it was.
 
 use anyhow::{Context, Result};
 use nix::sys::utsname::uname;
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What must stand above every table of figures.
+/// The facts that must stand above every table of figures.
 #[derive(Serialize, Deserialize)]
 pub struct Machine {
     date: String,
@@ -65,8 +65,8 @@ impl Machine {
 ///
 /// A virtual machine gives free memory back to its host, and pays the host's page faults when it
 /// touches it again: up to 2.5 CPU s/GB, which hides all that programs do better or worse. The
-/// kernel looks for memory to give back every two seconds while there is some. So this holds what a
-/// run will need until it is left in peace, and lets go of it just before the run.
+/// kernel looks for memory to give back every two seconds while there is some. So this holds the
+/// memory that a run will need until the kernel has looked, and frees it just before the run.
 pub struct Reserve {
     bytes: usize,
     held: Option<(Vec<u8>, Instant)>,

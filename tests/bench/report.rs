@@ -121,7 +121,7 @@ const TABLES: &[Table] = &[
         prefix: "restore/",
         title: "Restore: from the first byte to the running application",
         columns: &[
-            median("CRIU may come, s", "listens_s", 2),
+            median("CRIU can connect, s", "listens_s", 2),
             median("running, s", "running_s", 2),
             median("all in place, s", "in_place_s", 2),
             median("CRIU, s", "criu_s", 2),
@@ -287,7 +287,7 @@ impl Report {
     }
 }
 
-/// What the project promises of a figure.
+/// The project's promise about a figure.
 struct Bound {
     what: String,
     measured: f64,

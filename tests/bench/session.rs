@@ -46,10 +46,10 @@ impl Program {
     }
 }
 
-/// What comes before each script. The streamer is started with `$START`, so that it has no right to
+/// The head of each script. The streamer is started with `$START`, so that it has no right to
 /// exceed the limits of pipes, as the root of many containers has none.
 ///
-/// `$BESIDE` loops take processor time. `$PIPE_SIZE` is the largest size of pipes meanwhile.
+/// `$BESIDE` loops take processor time. `$PIPE_SIZE` is the largest size of pipes until it ends.
 const HEAD: &str = r#"
 export CRIU_CONFIG_FILE=/dev/null
 TIMEFORMAT='%3U %3S'
@@ -69,7 +69,7 @@ pub fn boot(bench: &Bench) -> Result<Machine> {
     Machine::try_new_in(bench.work_dir.path()).map_err(|why| anyhow!("no CRIU: {why}"))
 }
 
-/// Starts an application that hardly does anything; `bytes` is what all its processes have.
+/// Starts an application that is nearly idle, with `bytes` of memory over all its processes.
 pub fn start(machine: &Machine, bytes: u64, processes: u64) -> Application<'_> {
     let mib = (bytes >> 20) / processes;
     let tree = match processes {

@@ -1,4 +1,4 @@
-//! A picture of what takes how long, drawn from the benchmark's figures: a restore, and a freeze.
+//! A picture of a restore's and a freeze's timelines, drawn from the benchmark's figures.
 
 use crate::frozen::{BUFFERED, DIRECTORY, PLAIN, TO_LINK};
 use crate::report::Report;
@@ -17,7 +17,7 @@ struct Bar {
 struct Lane {
     name: &'static str,
     bars: Vec<Bar>,
-    /// What is reached at the end of the bar with this number.
+    /// The words for the end of the bar with this number.
     mark: (usize, String),
 }
 
