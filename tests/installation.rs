@@ -274,6 +274,7 @@ fn the_debian_package_holds_the_same() {
         "share/doc/criu-image-streamer/README.md",
         "share/doc/criu-image-streamer/docs/benchmarks.md",
         "share/doc/criu-image-streamer/docs/failures.md",
+        "share/doc/criu-image-streamer/docs/kubernetes.md",
         "share/doc/criu-image-streamer/docs/protocol.md",
         "share/doc/criu-image-streamer/docs/recipes.md",
         "share/doc/criu-image-streamer/docs/reference.md",
