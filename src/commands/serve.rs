@@ -158,6 +158,10 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
                 self.supervisor.release_orphans()?;
                 self.receiver.release()?;
                 self.is_proven = true;
+                // The statistics say that nothing is left that could fail before CRIU comes.
+                if self.server.is_none() {
+                    remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
+                }
                 let stats = self.receiver.stats();
                 self.plan.progress.stats(&stats);
                 if !self.plan.lazy_pages {
@@ -189,7 +193,9 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
     }
 
     fn let_criu_connect(&mut self) -> Result<()> {
-        remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
+        if !self.is_proven {
+            remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
+        }
         if let Some(lazy) = &mut self.lazy {
             lazy.lay_out(self.receiver.catalog())?;
         }
