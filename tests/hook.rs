@@ -847,7 +847,9 @@ fn the_images_directory_is_found_where_crius_descriptors_are_out_of_reach() {
         std::os::unix::fs::chown(path, Some(65_534), Some(65_534)).unwrap();
     }
     let streamer = caller.images_dir.path().join("criu-image-streamer");
-    fs::copy(binary(), &streamer).unwrap();
+    // Not by this process: what another test forks meanwhile would keep it open for writing.
+    let copied = Command::new("cp").arg(binary()).arg(&streamer).status();
+    assert!(copied.unwrap().success());
     let hook = caller.command("pre-stream");
     let mut command = Command::new(streamer);
     command.uid(65_534).gid(65_534).current_dir("/");

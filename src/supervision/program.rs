@@ -19,6 +19,7 @@ use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 use nix::sys::signal::{SigHandler, SigSet, signal};
 use nix::unistd::Pid;
 
+use super::signals::is_ignored;
 use crate::os::pipe::uninterrupted;
 
 /// What a program does with signals at first.
@@ -83,9 +84,14 @@ pub(super) fn succeeds(command: &mut Command) -> bool {
 }
 
 /// Has the kernel keep how programs end: this process may have been started to ignore SIGCHLD.
+///
+/// Nothing is set where it is not ignored: setting the default action discards a SIGCHLD that is
+/// waiting to be read, and with it the end of a command that was started before.
 fn keep_ends() -> io::Result<()> {
-    // SAFETY: the default is no function, so that none of ours can run at the wrong time.
-    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    if is_ignored(Signal::SIGCHLD) {
+        // SAFETY: the default is no function, so that none of ours can run at the wrong time.
+        unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    }
     Ok(())
 }
 

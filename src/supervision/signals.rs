@@ -100,7 +100,7 @@ impl AsFd for Signals {
 }
 
 /// Whether the program was started to ignore a signal, as `nohup` does.
-fn is_ignored(signal: Signal) -> bool {
+pub(super) fn is_ignored(signal: Signal) -> bool {
     // SAFETY: without a new action the call changes nothing. It writes the present action to
     // `action`, a plain C structure for which zeroes are valid.
     let action = unsafe {
