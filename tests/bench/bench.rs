@@ -3,8 +3,8 @@
 //! A small application is dumped by a real CRIU, and restored from the image that this made, in a
 //! machine of namespaces as in the tests. All programs that are compared run in turns, because
 //! figures of a machine only mean something beside others of the same minute: this build,
-//! `BASELINE=` (another build of the streamer) and `ORIGINAL=` (the original program). Everything is
-//! in memory, so that no disk is measured.
+//! `BASELINE=` (another build of the streamer) and `ORIGINAL=` (the original program). Everything
+//! is in memory, so that no disk is measured.
 
 #[allow(
     dead_code,
