@@ -156,10 +156,7 @@ impl BothEnds {
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let both = open(path.as_str(), flags, Mode::empty())?;
         drop((read, write));
-        // Refused where the user's pipes hold too much: the pipe stays as it is.
-        let wanted = bytes.next_power_of_two() as libc::c_int;
-        let _ = fcntl(&both, FcntlArg::F_SETPIPE_SZ(wanted));
-        let capacity = slots(&both)? * slot();
+        let capacity = grow(&both, bytes)? * slot();
         Ok((Self(both), capacity))
     }
 }
@@ -572,6 +569,14 @@ pub fn write(to: &WriteEnd, bytes: &[u8]) -> io::Result<Moved> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_for_more_than_is_allowed_holds_as_much_as_is_allowed() {
+        let (pipe, capacity) = BothEnds::new(LARGEST).unwrap();
+        let (read, _write) = new().unwrap();
+        assert_eq!(capacity, grow(&read, LARGEST).unwrap() * slot());
+        assert_eq!(capacity, slots(&pipe).unwrap() * slot());
+    }
 
     #[test]
     fn an_end_is_refused_where_the_other_is_needed() {
