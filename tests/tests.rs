@@ -59,6 +59,8 @@ mod serving;
 mod shard_cmd;
 /// The socket lets CRIU in, and no stranger does harm there.
 mod socket;
+/// What a transfer waited for, told at its end.
+mod statistics;
 
 /// Faults at random moments, hundreds of times.
 mod campaign;

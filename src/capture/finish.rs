@@ -12,6 +12,7 @@ use super::shard::{Flushed, Shard};
 use crate::os::poller::{Wait, Watched};
 use crate::pace::Pace;
 use crate::report::progress::Stats;
+use crate::report::times::{Phase, Waiting};
 
 impl CaptureLoop<'_> {
     /// Writes the rest of a complete image and its end marker, and waits for the readers.
@@ -22,6 +23,10 @@ impl CaptureLoop<'_> {
         // An external file that could not be read looks like one that has ended.
         self.supervisor.check()?;
         let mut pace = Pace::new();
+        // CRIU's hook waits for the end, and the application with it.
+        if self.caller.is_none() && self.copied.get() == 0 {
+            self.clock.enter(Phase::Written);
+        }
         loop {
             // Before there is an end marker to be seen, no reader has seen it all.
             self.check_readers(|_| false)?;
@@ -39,10 +44,13 @@ impl CaptureLoop<'_> {
         while !self.is_drained()? {
             self.wait_for_readers(&mut pace)?;
         }
-        Ok(self.image_writer.stats())
+        Ok(self.image_writer.stats(self.clock.times()))
     }
 
     fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
+        let shards = self.image_writer.shards().iter();
+        let is_behind = |shard: &Shard| !shard.is_drained().unwrap_or(true);
+        self.clock.wait(Waiting::ForShards, shards.map(is_behind));
         pace.nap_longer();
         // A reader may leave when it has seen the end marker; not while something is left for it.
         self.check_readers(|shard| shard.is_drained().unwrap_or(false))

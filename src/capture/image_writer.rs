@@ -23,6 +23,7 @@ use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
 use crate::report;
 use crate::report::progress::Stats;
+use crate::report::times::Times;
 use crate::store::Extent;
 
 /// The slots that the markers of a chunk take.
@@ -296,11 +297,12 @@ impl ImageWriter {
         }
     }
 
-    /// The bytes that passed through each shard.
-    pub(super) fn stats(&self) -> Stats {
+    /// The bytes that passed through each shard, and what was waited for.
+    pub(super) fn stats(&self, times: Times) -> Stats {
         let shards = self.shards.iter();
         Stats {
             shards: shards.map(|shard| shard.stats(self.start)).collect(),
+            times,
         }
     }
 }

@@ -48,6 +48,7 @@ use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
+use crate::report::times::{Clock, Phase, Waiting};
 use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
@@ -132,6 +133,7 @@ struct CaptureLoop<'a> {
     files: Counter,
     /// 1: all is in the buffer or in the image, and that was told.
     copied: Counter,
+    clock: Clock,
 }
 
 impl Capture<'_> {
@@ -147,6 +149,7 @@ impl Capture<'_> {
         for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
             shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
         }
+        let clock = Clock::new(shards.len());
         let mut capture = CaptureLoop {
             supervisor,
             listener: Some(self.listener),
@@ -165,6 +168,7 @@ impl Capture<'_> {
             progress: self.progress,
             files: self.counters.files,
             copied: self.counters.copied,
+            clock,
         };
         capture.watch().context("preparing to wait for events")?;
         for (name, source) in self.external_files {
@@ -237,8 +241,20 @@ impl CaptureLoop<'_> {
             if self.is_received()? {
                 return self.stray_files.check();
             }
+            self.keep_time(heard.max(moved));
             wait = self.next_wait(heard, moved, &mut pace)?;
         }
+    }
+
+    /// Until the next round, it counts as this that the time goes by.
+    fn keep_time(&mut self, activity: Activity) {
+        let waiting = match activity {
+            Activity::Busy | Activity::Complete => Waiting::No,
+            Activity::NoRoom => Waiting::ForShards,
+            Activity::Idle => Waiting::ForCriu,
+        };
+        let shards = self.image_writer.shards().iter();
+        self.clock.wait(waiting, shards.map(Shard::is_full));
     }
 
     /// Acts on events, and fails if CRIU cannot come any more. Busy: files were added; no room:
@@ -393,6 +409,7 @@ impl CaptureLoop<'_> {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
                 self.progress.reached(Milestone::CheckpointStart);
+                self.clock.enter(Phase::Frozen);
                 self.start_file_commands()?;
             }
             self.open(source)?;
@@ -496,6 +513,9 @@ impl CaptureLoop<'_> {
             self.supervisor.let_caller_end();
         }
         self.progress.reached(Milestone::MemoryCopied);
+        if self.goes_on_when_copied || self.caller.is_none() {
+            self.clock.enter(Phase::Written);
+        }
         Ok(())
     }
 

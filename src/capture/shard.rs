@@ -120,6 +120,11 @@ impl Shard {
         Ok(shard)
     }
 
+    /// True if it has no room for a chunk of the usual size.
+    pub(super) fn is_full(&self) -> bool {
+        self.free * 2 < self.slots
+    }
+
     pub(super) fn label(&self) -> &str {
         &self.label
     }

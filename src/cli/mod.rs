@@ -123,6 +123,11 @@ pub struct Args {
     #[structopt(long, global = true)]
     progress_bar: bool,
 
+    /// Write to this file at the end, as JSON, what passed through each shard, and for how long the
+    /// shards, CRIU and the image waited for each other
+    #[structopt(long, value_name = "file", parse(from_os_str), global = true)]
+    statistics: Option<PathBuf>,
+
     /// serve only: change the TCP ports that the application listens on
     #[structopt(
         long,

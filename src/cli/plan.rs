@@ -93,6 +93,7 @@ pub(crate) struct Plan {
     pub(crate) listing: Option<OwnedFd>,
     pub(crate) progress: Progress,
     pub(crate) progress_bar: bool,
+    pub(crate) statistics: Option<PathBuf>,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<CriuCommand>,
     /// The CRIU that waits in its hook for this streamer, if one does.
@@ -133,6 +134,7 @@ impl Plan {
                 .progress
                 .map_or_else(Progress::silent, Progress::new),
             progress_bar: args.progress_bar,
+            statistics: args.statistics,
             criu,
             caller: None,
             leaves_inventory: false,

@@ -25,6 +25,7 @@ use crate::report;
 use crate::report::bar::ProgressBar;
 use crate::report::meter::Counters;
 use crate::report::progress::{Progress, Stats};
+use crate::report::statistics::StatisticsFile;
 use crate::store::Store;
 use crate::store::disk::DirOrigin;
 use crate::supervision::{
@@ -43,7 +44,10 @@ type FilePipes = Vec<(ImageName, WriteEnd)>;
 struct Session {
     supervisor: Supervisor,
     counters: Counters,
+    /// What messages call the shards.
+    labels: Vec<String>,
     bar: Option<ProgressBar>,
+    statistics: Option<StatisticsFile>,
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
     /// What becomes of the shards of a restore.
@@ -64,7 +68,10 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let counters = Counters::new(labels.len());
     let lazy = || LazyMemory::new(&counters.filled).context("--lazy-pages");
     let lazy = plan.lazy_pages.then(lazy).transpose()?;
-    let start_bar = || ProgressBar::start(plan.action.direction(), labels, counters.clone());
+    let statistics = plan.statistics.as_deref().map(StatisticsFile::create);
+    let statistics = statistics.transpose()?;
+    let start_bar =
+        || ProgressBar::start(plan.action.direction(), labels.clone(), counters.clone());
     let session = Session {
         supervisor,
         shard_kind: match plan.action {
@@ -72,6 +79,8 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
             Action::Capture | Action::Extract | Action::List => Pumped::Shard,
         },
         bar: plan.progress_bar.then(start_bar),
+        labels,
+        statistics,
         counters,
         lazy,
     };
@@ -154,6 +163,13 @@ impl Session {
         if let Some(bar) = self.bar.take() {
             bar.conclude(stats);
         }
+        self.keep_statistics(stats);
+    }
+
+    fn keep_statistics(&mut self, stats: &Stats) {
+        if let Some(file) = self.statistics.take() {
+            file.write(self.counters.files.get(), &self.labels, stats);
+        }
     }
 }
 
@@ -196,7 +212,7 @@ pub fn exit_status(failure: Failure) -> ExitCode {
 fn conclude(failure: Failure) -> u8 {
     let error = failure.error();
     match error.downcast_ref::<Usage>() {
-        Some(usage) => report::usage(usage),
+        Some(usage) => report::tell(usage),
         None => report::error(error),
     }
     let status = match (signal_behind(error), criu_failure_behind(error)) {

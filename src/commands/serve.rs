@@ -18,7 +18,8 @@ use crate::pace::{Activity, Pace};
 use crate::receive::{Receiver, Served};
 use crate::report;
 use crate::report::bar::ProgressBar;
-use crate::report::progress::Milestone;
+use crate::report::progress::{Milestone, Stats};
+use crate::report::times::Waiting;
 use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Supervisor};
@@ -26,32 +27,25 @@ use crate::supervision::{Failure, Supervisor};
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     Listener::check(&plan.images_dir, Role::Serve, plan.socket_path())?;
     let external = ExternalFiles::of(&plan);
+    let has_bar = plan.progress_bar;
     let shards = std::mem::take(&mut plan.shards);
     let files = std::mem::take(&mut plan.external_files);
     let (shards, files) = session.open(shards, files)?;
+    let (bar, lazy) = (session.bar.take(), session.lazy.take());
     let (counters, supervisor) = (&session.counters, &session.supervisor);
     let served = if plan.has_index {
         let receiver = Receiver::with_index(shards, files, counters, supervisor);
-        Restore::run(
-            plan,
-            supervisor,
-            session.bar,
-            session.lazy,
-            external,
-            receiver,
-        )
+        Restore::run(plan, supervisor, bar, lazy, external, receiver)
     } else {
         let receiver = Receiver::without_index(shards, files, counters, supervisor);
-        Restore::run(
-            plan,
-            supervisor,
-            session.bar,
-            session.lazy,
-            external,
-            receiver,
-        )
+        Restore::run(plan, supervisor, bar, lazy, external, receiver)
     };
-    session.supervisor.conclude(served)
+    let stats = session.supervisor.conclude(served)?;
+    if has_bar {
+        report::tell(stats.times.last().sentences(&session.labels).trim_end());
+    }
+    session.keep_statistics(&stats);
+    Ok(())
 }
 
 /// A restore under way.
@@ -79,7 +73,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         lazy: Option<LazyMemory>,
         external: ExternalFiles,
         receiver: Result<Receiver<'a, I>>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Stats, Failure> {
         let mut restore = Self {
             plan,
             supervisor,
@@ -92,11 +86,15 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             is_proven: false,
         };
         let result = restore.receive_and_serve();
+        let stats = restore.receiver.stats();
         let open = (
             restore.receiver.into_open(),
             restore.server.map(Server::into_open),
         );
-        result.map_err(|error| Failure::new(error, open))
+        match result {
+            Ok(()) => Ok(stats),
+            Err(error) => Err(Failure::new(error, open)),
+        }
     }
 
     fn receive_and_serve(&mut self) -> Result<()> {
@@ -117,6 +115,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
                 self.let_criu_connect()?;
             }
             let served = self.serve(&events)?;
+            self.keep_time(received);
             wait = match (received, served) {
                 (Activity::Idle(shards), Activity::Idle(criu)) => shards.or(criu),
                 (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
@@ -130,6 +129,17 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             }
         }
         self.server.iter().try_for_each(Server::check_refused)
+    }
+
+    /// Until the next round, it counts as this that the time goes by.
+    fn keep_time(&mut self, received: Activity) {
+        let waiting = match (&self.server, received) {
+            (None, Activity::Idle(_)) => Waiting::ForShards,
+            (Some(server), Activity::Idle(_)) if server.is_starving() => Waiting::ForShards,
+            (Some(server), Activity::Idle(_)) if !server.is_done() => Waiting::ForCriu,
+            _ => Waiting::No,
+        };
+        self.receiver.keep_time(waiting);
     }
 
     /// The files whose readers wait, and what must be whole before CRIU may connect.
@@ -201,6 +211,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         }
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve, self.plan.socket_path())?;
         self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
+        self.receiver.is_served();
         self.plan.progress.reached(Milestone::SocketInit);
         if self.plan.progress_bar && self.plan.criu.is_none() {
             let image = match self.is_proven {

@@ -32,6 +32,7 @@ use crate::os::process::CapturingProcess;
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
+use crate::report::times::{Clock, Phase, Waiting};
 use crate::store::catalog::Catalog;
 use crate::store::external::{External, ExternalOutputs};
 use crate::store::held_pipe::PipePool;
@@ -116,6 +117,7 @@ pub(crate) struct Receiver<'a, I> {
     end_by: Option<Instant>,
     start: Option<Instant>,
     files: Counter,
+    clock: Clock,
 }
 
 /// Receives a whole image into a store. Returns what passed through each shard, too.
@@ -183,6 +185,8 @@ impl<'a, I: Image> Receiver<'a, I> {
             .map(|((pipe, label), bytes)| ShardReader::new(pipe, &label, Meter::new(bytes.clone())))
             .collect::<Result<Vec<_>>>()?;
         let now = Instant::now();
+        let mut clock = Clock::new(shards.len());
+        clock.enter(Phase::Received);
         let receiver = Self {
             supervisor,
             busy: vec![true; shards.len()],
@@ -205,6 +209,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             end_by: None,
             start: None,
             files: counters.files.clone(),
+            clock,
         };
         receiver.watch().context("preparing to wait for events")?;
         Ok(receiver)
@@ -262,9 +267,26 @@ impl<'a, I: Image> Receiver<'a, I> {
                 .poller()
                 .wait(wait, &mut events)
                 .context("waiting for the shards")?;
-            wait = pace.after(self.step(&events, Reading::All)?);
+            let activity = self.step(&events, Reading::All)?;
+            self.keep_time(match activity {
+                Activity::Idle(_) => Waiting::ForShards,
+                _ => Waiting::No,
+            });
+            wait = pace.after(activity);
         }
         Ok(())
+    }
+
+    /// Until this is called again, it counts as this that the time goes by.
+    pub(crate) fn keep_time(&mut self, waiting: Waiting) {
+        let shards = self.shards.iter().zip(&self.busy);
+        let slow = shards.map(|(shard, busy)| !busy && !shard.has_ended());
+        self.clock.wait(waiting, slow);
+    }
+
+    /// CRIU can connect from now on.
+    pub(crate) fn is_served(&mut self) {
+        self.clock.enter(Phase::Served);
     }
 
     /// Whether readers of external files still have to take something.
@@ -278,6 +300,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             shards: shards
                 .map(|shard| shard.meter().stats(self.start))
                 .collect(),
+            times: self.clock.times(),
         }
     }
 

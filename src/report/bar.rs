@@ -146,6 +146,7 @@ fn summary(direction: Direction, files: u64, labels: &[String], stats: &Stats) -
         let share = percent(shard.size, bytes);
         let _ = writeln!(text, "  {label}: {transfer}, {share}% of the image");
     }
+    text.push_str(&stats.times.sentences(labels));
     text
 }
 
@@ -178,6 +179,7 @@ fn speed(bytes: u64, duration: Duration) -> String {
 mod tests {
     use super::*;
     use crate::report::progress::ShardStats;
+    use crate::report::times::Times;
 
     #[test]
     fn a_summary_has_a_readable_line_for_each_shard() {
@@ -192,6 +194,7 @@ mod tests {
                     transfer_duration_millis: 2000,
                 },
             ],
+            times: Times::default(),
         };
         let labels = ["shard fd 10".to_owned(), "shard command 2".to_owned()];
         assert_eq!(

@@ -1,4 +1,5 @@
-//! What is counted ([`meter`]), and what is told to programs ([`progress`]), to people (`bar`,
+//! What is counted ([`meter`], [`times`]), and what is told to programs ([`progress`],
+//! `statistics`), to people (`bar`,
 //! `notice`), and to those who come later ([`outcome`]).
 
 pub(crate) mod bar;
@@ -6,5 +7,7 @@ pub mod meter;
 pub(crate) mod notice;
 pub(crate) mod outcome;
 pub(crate) mod progress;
+pub(crate) mod statistics;
+pub mod times;
 
-pub(crate) use notice::{error, error_to, usage, warn, write_patiently};
+pub(crate) use notice::{error, error_to, tell, warn, write_patiently};

@@ -25,8 +25,8 @@ pub(crate) fn warn(what: impl Display) {
     let _ = write_text(io::stderr(), &format!("criu-image-streamer: {what}\n"));
 }
 
-/// Tells how the program is used.
-pub(crate) fn usage(text: impl Display) {
+/// Tells a person something, in lines of its own.
+pub(crate) fn tell(text: impl Display) {
     let _ = write_text(io::stderr(), &format!("{text}\n"));
 }
 

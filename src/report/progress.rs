@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::notice::write_text;
 use super::outcome::Hook;
+use super::times::Times;
 
 /// A moment that supervisors wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +41,9 @@ impl Milestone {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Stats {
     pub shards: Vec<ShardStats>,
+    /// Supervisors parse the line, which is the original's and has no more.
+    #[serde(skip)]
+    pub times: Times,
 }
 
 /// What passed through one shard.
@@ -133,6 +137,7 @@ mod tests {
                 },
                 ShardStats::default(),
             ],
+            times: Times::default(),
         });
         drop(progress);
         let mut text = String::new();

@@ -101,6 +101,11 @@ impl<'a> Server<'a> {
         (self.clients, self.transfers)
     }
 
+    /// Whether a reader waits for something that has not come yet.
+    pub(crate) fn is_starving(&self) -> bool {
+        self.transfers.iter().any(Transfer::is_starving)
+    }
+
     /// The files whose readers wait for something that has not come yet.
     pub(crate) fn starving(&self) -> Vec<ImageName> {
         let transfers = self.transfers.iter();
