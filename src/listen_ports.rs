@@ -15,10 +15,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail, ensure};
-use prost::encoding::{
-    DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint, skip_field,
-};
+use anyhow::{Context, Result, bail};
+use prost::encoding::{WireType, encode_key, encode_varint};
+
+use crate::criu::messages::{Field, fields, last_varint, messages};
 
 const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x38, 0x31, 0x30, 0x56];
 
@@ -67,20 +67,13 @@ impl FromStr for Remap {
 /// listened on different ports would listen on the same one: CRIU lets sockets share a port, and
 /// the kernel then gives each connection to one of them by chance.
 pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
-    let mut rest = files_img
-        .strip_prefix(&MAGIC)
-        .with_context(|| format!("it does not start like a {FILE}"))?;
     let mut result = MAGIC.to_vec();
     let mut listening = BTreeSet::new();
-    while !rest.is_empty() {
-        let (length, entry) = rest.split_first_chunk().context("it is cut off")?;
-        let length = u32::from_le_bytes(*length) as usize;
-        let (entry, after) = entry.split_at_checked(length).context("it is cut off")?;
+    for entry in messages(files_img, &MAGIC)? {
         let entry = map_entry(entry, remaps, &mut listening)
             .context("it holds something that is not protobuf")?;
         result.extend_from_slice(&u32::try_from(entry.len())?.to_le_bytes());
         result.extend_from_slice(&entry);
-        rest = after;
     }
     check_apart(&listening, remaps)?;
     if let Some(missing) = remaps.iter().find(|remap| !listening.contains(&remap.old)) {
@@ -139,9 +132,9 @@ fn map_entry(entry: &[u8], remaps: &[Remap], listening: &mut BTreeSet<u16>) -> R
     Ok(result)
 }
 
-/// The port of a socket that listens on TCP. As protobuf has it, a field's last value counts.
+/// The port of a socket that listens on TCP.
 fn listening_port(isk: &[Field]) -> Option<u16> {
-    let last = |number| isk.iter().rev().find_map(|field| field.varint(number));
+    let last = |number| last_varint(isk, number);
     let listens = (last(ISK_PROTO), last(ISK_STATE)) == (Some(IPPROTO_TCP), Some(LISTENING));
     last(ISK_SRC_PORT)
         .filter(|_| listens)
@@ -159,53 +152,6 @@ fn with_port(isk: &[Field], port: u16) -> Vec<u8> {
         }
     }
     result
-}
-
-/// One field of a protobuf message.
-struct Field<'a> {
-    number: u32,
-    wire_type: WireType,
-    value: &'a [u8],
-    /// The field as it stands in the message, with its key.
-    raw: &'a [u8],
-}
-
-impl<'a> Field<'a> {
-    fn is(&self, number: u32, wire_type: WireType) -> bool {
-        (self.number, self.wire_type) == (number, wire_type)
-    }
-
-    /// The value, if the field is this one and a number.
-    fn varint(&self, number: u32) -> Option<u64> {
-        let is_it = self.is(number, WireType::Varint);
-        is_it.then(|| decode_varint(&mut &*self.value).ok())?
-    }
-
-    /// The value, if the field is this one and a message.
-    fn bytes(&self, number: u32) -> Option<&'a [u8]> {
-        let mut value = self.value;
-        let is_it = self.is(number, WireType::LengthDelimited);
-        (is_it && decode_varint(&mut value).is_ok()).then_some(value)
-    }
-}
-
-/// The fields of a message, in the order in which they stand there.
-fn fields(mut message: &[u8]) -> Result<Vec<Field<'_>>> {
-    let mut fields = Vec::new();
-    while !message.is_empty() {
-        let raw = message;
-        let (number, wire_type) = decode_key(&mut message)?;
-        ensure!(wire_type != WireType::StartGroup, "it has a group");
-        let value = message;
-        skip_field(wire_type, number, &mut message, DecodeContext::default())?;
-        fields.push(Field {
-            number,
-            wire_type,
-            value: &value[..value.len() - message.len()],
-            raw: &raw[..raw.len() - message.len()],
-        });
-    }
-    Ok(fields)
 }
 
 #[cfg(test)]

