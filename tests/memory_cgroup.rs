@@ -22,7 +22,7 @@ use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::{Launch, Streamer};
 use crate::common::{HANG_TIMEOUT, root_or_skip, skip};
 use crate::criu::Machine;
-use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
+use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX, lazily};
 
 const MIB: u64 = 1 << 20;
 
@@ -223,14 +223,16 @@ fn early_data_that_does_not_fit_is_an_error_and_no_hang() {
     }
 }
 
-/// Image and application together: what CRIU has taken is gone.
+/// Image and application together: what CRIU has taken, or was filled in, is gone.
 #[test]
 fn a_restore_takes_little_more_memory_than_the_image_and_the_application_together_hold() {
     let Some(machine) = Machine::new() else {
         return;
     };
     let application = machine.start("memory=200 tree=1x1");
-    for restore in [RESTORE_WITH_INDEX, RESTORE_ALL_FIRST] {
+    let restores = [RESTORE_WITH_INDEX, RESTORE_ALL_FIRST];
+    let lazy = restores.map(lazily);
+    for restore in restores.into_iter().chain(lazy.iter().map(String::as_str)) {
         let before = application.goes_on();
         application.run(CAPTURE_WITH_INDEX).success();
         application.is_gone();

@@ -9,29 +9,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use crossbeam_channel::Sender;
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::fillers::Fault;
-use super::guardian::{Layout, process};
+use super::guardian::process;
 use super::memory::Memory;
-use super::pages::PagesFile;
 use super::socket::{Connection, Message};
-use super::{Shared, spawn};
-
-/// The numbers of what is watched; those of memories follow.
-const CONNECTION: u64 = 0;
-const GUARDIAN: u64 = 1;
-const CRIU: u64 = 2;
-const MEMORIES: u64 = 3;
-
-/// Events taken at a time.
-const BATCH: usize = 64;
+use super::{Fault, Shared, spawn};
+use crate::os::poller::{Interest, Poller, Wait, Watched};
 
 /// What is watched, and which processes are known.
-pub(super) struct Events {
-    shared: Arc<Shared>,
-    epoll: Epoll,
+pub(super) struct Events<'a> {
+    shared: &'a Arc<Shared>,
+    poller: Poller,
     criu: OwnedFd,
     connection: Connection,
     faults: Sender<Fault>,
@@ -41,17 +29,17 @@ pub(super) struct Events {
     is_finished: bool,
 }
 
-impl Events {
+impl<'a> Events<'a> {
     /// Hears all, for as long as this program runs.
     pub(super) fn hear(
-        shared: Arc<Shared>,
+        shared: &'a Arc<Shared>,
         criu: OwnedFd,
         connection: Connection,
         faults: Sender<Fault>,
     ) -> Result<()> {
         let mut events = Self {
             shared,
-            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            poller: Poller::new()?,
             criu,
             connection,
             faults,
@@ -59,37 +47,31 @@ impl Events {
             memories: Vec::new(),
             is_finished: false,
         };
-        events.watch(&events.connection, CONNECTION)?;
-        events.watch(&events.shared.guardian, GUARDIAN)?;
-        events.watch(&events.criu, CRIU)?;
-        let mut buffer = [EpollEvent::empty(); BATCH];
+        events.watch(&events.connection, Watched::Client, 0)?;
+        events.watch(&shared.guardian, Watched::Interrupt, 0)?;
+        events.watch(&events.criu, Watched::Caller, 0)?;
+        let mut found = Vec::new();
         loop {
-            let count = match events.epoll.wait(&mut buffer, EpollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                count => count.context("waiting for events")?,
-            };
-            for event in &buffer[..count] {
-                events.act(event.data())?;
+            let waited = events.poller.wait(Wait::Forever, &mut found);
+            waited.context("waiting for events")?;
+            for event in &found {
+                match event.kind {
+                    Watched::Interrupt => bail!("the guardian of the application was killed"),
+                    Watched::Memory => events.hear_memory(event.id as usize)?,
+                    Watched::Caller if events.is_finished => events.poller.remove(&events.criu),
+                    // What it has said is heard first.
+                    Watched::Caller if !events.connection.has_more()? => {
+                        bail!("CRIU ended before all was restored")
+                    }
+                    _ => events.hear_criu()?,
+                }
             }
         }
     }
 
-    fn watch(&self, fd: impl AsFd, number: u64) -> Result<()> {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, number);
-        let watched = self.epoll.add(fd, event);
+    fn watch(&self, fd: impl AsFd, kind: Watched, number: usize) -> Result<()> {
+        let watched = self.poller.add(fd, kind, number as u64, Interest::Readable);
         watched.context("preparing to wait for events")
-    }
-
-    fn act(&mut self, number: u64) -> Result<()> {
-        match number {
-            CONNECTION => self.hear_criu(),
-            GUARDIAN => bail!("the guardian of the application was killed"),
-            CRIU if self.is_finished => Ok(self.epoll.delete(&self.criu)?),
-            // What it has said is heard first.
-            CRIU if self.connection.has_more()? => self.hear_criu(),
-            CRIU => bail!("CRIU ended before all was restored"),
-            number => self.hear_memory((number - MEMORIES) as usize),
-        }
     }
 
     /// CRIU has said something, or its connection has ended, as it does when CRIU and all that it
@@ -106,9 +88,9 @@ impl Events {
                 self.shared.guardian.record().add(process)?;
                 self.restored.insert(pid, real_pid as u32);
                 // One that has no lazy pages may still touch memory that is not in the image.
-                let pages = self.shared.files.get(&pid).cloned();
-                let pages = pages.unwrap_or_else(|| Arc::new(PagesFile::default()));
-                self.add(Memory::restored(pid, uffd, &pages))
+                let pages = self.shared.files.get(&pid);
+                let pages = pages.unwrap_or(&self.shared.nothing);
+                self.add(Memory::restored(pid, uffd, pages))
             }
             Message::Zombie => Ok(()),
             Message::Finished => self.finish(),
@@ -117,17 +99,15 @@ impl Events {
                     self.is_finished,
                     "CRIU ended its connection before all was restored: see CRIU's log"
                 );
-                Ok(self.epoll.delete(&self.connection)?)
+                self.poller.remove(&self.connection);
+                Ok(())
             }
         }
     }
 
     fn add(&mut self, memory: Arc<Memory>) -> Result<()> {
-        if self.is_finished && memory.close_if_filled() {
-            return Ok(());
-        }
-        let number = MEMORIES + self.memories.len() as u64;
-        let watched = memory.with_uffd(|uffd| self.watch(uffd, number));
+        let number = self.memories.len();
+        let watched = memory.with_uffd(|uffd| self.watch(uffd, Watched::Memory, number));
         self.memories.push(memory);
         watched.unwrap_or(Ok(()))
     }
@@ -142,22 +122,12 @@ impl Events {
         }
         for memory in &self.memories {
             let pid = self.restored[&memory.pid];
-            if let Some(layout) = Layout::of(pid) {
-                self.shared.guardian.record().add_layout(&layout)?;
-            }
+            self.shared.guardian.record().add_layout(pid)?;
             memory.keep_from_children(unforked(pid));
-            memory.close_if_filled();
         }
         self.is_finished = true;
-        for _ in 0..super::fillers() {
-            spawn("filler", &self.shared, |shared| {
-                shared.work.fill_in_order(|| shared.all_filled())
-            })?;
-        }
-        if self.shared.work.is_last() {
-            self.shared.all_filled();
-        }
-        Ok(())
+        (0..super::fillers())
+            .try_for_each(|_| spawn("filler", self.shared, |shared| shared.fill_in_order()))
     }
 
     fn hear_memory(&mut self, index: usize) -> Result<()> {
@@ -176,18 +146,17 @@ impl Events {
 /// `MADV_WIPEONFORK`.
 fn unforked(pid: u32) -> Vec<Range<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let addresses_of = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        Some(number(start)?..number(end)?)
+    };
     let (mut unforked, mut addresses) = (Vec::new(), 0..0);
     for line in maps.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split(' ').any(|flag| ["dc", "wf"].contains(&flag)) {
-                unforked.push(addresses.clone());
-            }
-        } else if let Some((start, rest)) = line.split_once('-')
-            && let Some((end, _)) = rest.split_once(' ')
-            && let Ok(start) = u64::from_str_radix(start, 16)
-            && let Ok(end) = u64::from_str_radix(end, 16)
-        {
-            addresses = start..end;
+        if let Some(mapping) = addresses_of(line) {
+            addresses = mapping;
+        } else if line.starts_with("VmFlags:") && (line.contains(" dc") || line.contains(" wf")) {
+            unforked.push(addresses.clone());
         }
     }
     unforked

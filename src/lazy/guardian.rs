@@ -127,9 +127,12 @@ impl Record {
         self.add_line(&format!("{descriptor}"))
     }
 
-    /// Adds what the process and all that it forks have in common.
-    pub(super) fn add_layout(&self, layout: &Layout) -> Result<()> {
-        self.add_line(&format!("{} {}", layout.start, layout.memory))
+    /// Adds what the process, if it is still there, and all that it forks have in common.
+    pub(super) fn add_layout(&self, pid: u32) -> Result<()> {
+        let layout = layout_of(pid);
+        layout.map_or(Ok(()), |(start, memory)| {
+            self.add_line(&format!("{start} {memory}"))
+        })
     }
 
     fn add_line(&self, line: &str) -> Result<()> {
@@ -176,42 +179,28 @@ fn userfaultfds() -> impl Iterator<Item = RawFd> {
     })
 }
 
-/// How the memory of a process is laid out: the same in all that it forks, and by chance in no
-/// other.
-#[derive(Debug)]
-pub(super) struct Layout {
-    /// When the process was started.
-    start: u64,
-    /// Its PID namespace, and where its program, stack, heap and arguments are.
-    memory: String,
+/// When a process was started, and its PID namespace with where its program, stack, heap and
+/// arguments are: the same in all that it forks, and by chance in no other. `None` when it is gone.
+fn layout_of(pid: u32) -> Option<(u64, String)> {
+    let namespace = fs::read_link(format!("/proc/{pid}/ns/pid")).ok()?;
+    let (program, data) = (fields_of(pid, 26..=28)?, fields_of(pid, 45..=51)?);
+    let memory = format!("{} {program} {data}", namespace.display());
+    Some((start_of(pid)?, memory))
 }
 
-impl Layout {
-    /// `None` when the process is gone.
-    pub(super) fn of(pid: u32) -> Option<Self> {
-        let namespace = fs::read_link(format!("/proc/{pid}/ns/pid")).ok()?;
-        let (program, data) = (fields_of(pid, 26..=28)?, fields_of(pid, 45..=51)?);
-        Some(Self {
-            start: start_of(pid)?,
-            memory: format!("{} {program} {data}", namespace.display()),
-        })
-    }
-}
-
-/// Kills what the processes of these layouts have forked.
+/// Kills what the recorded processes have forked.
 fn kill_forked(record: &str) {
-    let layouts: Vec<(u64, &str)> = record
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .filter_map(|(start, memory)| Some((start.parse().ok()?, memory)))
-        .collect();
+    let is_forked = |start: u64, memory: &str| {
+        let mut layouts = record.lines().filter_map(|line| line.split_once(' '));
+        layouts.any(|(parent, layout)| {
+            layout == memory && parent.parse().is_ok_and(|parent: u64| parent <= start)
+        })
+    };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
         if let Ok(process) = process(pid)
-            && let Some(found) = Layout::of(pid as u32)
-            && layouts
-                .iter()
-                .any(|&(start, memory)| memory == found.memory && start <= found.start)
+            && let Some((start, memory)) = layout_of(pid as u32)
+            && is_forked(start, &memory)
         {
             let _ = pidfd_send_signal(&process, Signal::KILL);
         }

@@ -1,9 +1,16 @@
 //! The memory of one process that is being filled.
 //!
 //! **Order.** What the process does with its memory (`mremap`, `munmap`, `madvise`, `fork`) it does
-//! first, and waits until the event is read. Until then the kernel lets nobody fill pages
-//! (`EAGAIN`). So events are read and applied with the memory locked for writing, and pages are
-//! filled with it locked for reading: nothing is ever copied to an address that has changed.
+//! first, and waits until the event is read. From before the change until then the kernel lets
+//! nobody fill pages (`EAGAIN`). So events are read and applied with the memory locked for writing,
+//! and pages are filled with it locked for reading: nothing is ever copied to an address that has
+//! changed.
+//!
+//! The kernel queues an event when it has let go of the process's memory. Another thread's change,
+//! although later, may then be read earlier. So before anything is filled after a change, the
+//! kernel has to agree, at an instant when no change is under way, that memory is where it has
+//! arrived, and is no more where it has arrived and left. If it does not, the order is lost, and
+//! the application is killed.
 //!
 //! **The end.** The descriptor is closed when nothing is missing any more, or the process is gone:
 //! what is missing when the last descriptor is closed reads as zero.
@@ -17,8 +24,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 
-use super::missing::{Missing, Part};
 use super::pages::PagesFile;
+use super::parts::{Part, Parts};
 use super::userfaultfd::{self, Event};
 use crate::os::memory::page_size;
 
@@ -33,8 +40,6 @@ const EVENT_PAUSE: Duration = Duration::from_micros(20);
 pub(super) struct Memory {
     /// The process's number, or that of the one it has come from by forking, as the image has it.
     pub(super) pid: i32,
-    /// Memory that its parent keeps to itself (`MADV_DONTFORK`) it has not.
-    is_forked: bool,
     /// Where its pages are.
     pub(super) pages: Arc<PagesFile>,
     state: RwLock<State>,
@@ -44,11 +49,23 @@ pub(super) struct Memory {
 struct State {
     /// `None` when nothing is missing any more, or the process is gone.
     uffd: Option<OwnedFd>,
-    missing: Missing,
+    missing: Parts,
     /// What forked children do not get.
     unforked: Vec<Range<u64>>,
-    /// Where memory was that has moved.
-    vacated: Vec<Range<u64>>,
+    changes: Changes,
+}
+
+/// The changes since the kernel last agreed.
+#[derive(Debug, Default)]
+struct Changes {
+    /// Where memory has arrived.
+    arrived: Parts,
+    /// Where it has left, or was unmapped.
+    left: Parts,
+    /// Of that, what had arrived before: it is unmapped, unless the events were out of order.
+    in_doubt: Parts,
+    /// What has moved is said to be unmapped next.
+    to_be_unmapped: Vec<Range<u64>>,
 }
 
 impl Memory {
@@ -58,15 +75,14 @@ impl Memory {
             uffd: Some(uffd),
             missing: pages.missing(),
             unforked: Vec::new(),
-            vacated: Vec::new(),
+            changes: Changes::default(),
         };
-        Self::new(pid, false, pages, state)
+        Self::new(pid, pages, state)
     }
 
-    fn new(pid: i32, is_forked: bool, pages: &Arc<PagesFile>, state: State) -> Arc<Self> {
+    fn new(pid: i32, pages: &Arc<PagesFile>, state: State) -> Arc<Self> {
         let memory = Arc::new(Self {
             pid,
-            is_forked,
             pages: Arc::clone(pages),
             state: RwLock::new(state),
         });
@@ -82,41 +98,76 @@ impl Memory {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a look at the descriptor, if the memory is still to be filled.
+    /// Lends the descriptor, if the memory is still to be filled.
     pub(super) fn with_uffd<T>(&self, look: impl FnOnce(BorrowedFd) -> T) -> Option<T> {
         self.read().uffd.as_ref().map(|uffd| look(uffd.as_fd()))
     }
 
-    /// What is not given to forked children from now on.
+    /// Sets what is not given to forked children from now on.
     pub(super) fn keep_from_children(&self, unforked: Vec<Range<u64>>) {
         self.write().unforked = unforked;
     }
 
-    /// Closes the descriptor if nothing is missing; returns whether it is closed.
-    pub(super) fn close_if_filled(&self) -> bool {
-        let mut state = self.write();
-        if state.missing.is_empty() {
-            state.uffd = None;
+    /// The state, when the kernel agrees to all changes that were read.
+    fn settled(&self) -> Result<RwLockReadGuard<'_, State>> {
+        loop {
+            let state = self.read();
+            if state.uffd.is_none() || state.changes.are_none() {
+                return Ok(state);
+            }
+            drop(state);
+            let mut state = self.write();
+            let Some(uffd) = &state.uffd else { continue };
+            match state.changes.agree(uffd.as_fd()) {
+                Ok(agree) => {
+                    ensure!(
+                        agree,
+                        "threads of process {} changed the same memory at the same time, and it is \
+                         not known in which order",
+                        self.pid
+                    );
+                    state.changes = Changes::default();
+                }
+                Err(error) => {
+                    drop(state);
+                    self.handle(error)?;
+                }
+            }
         }
-        state.uffd.is_none()
+    }
+
+    /// Closes the descriptor: nothing is missing any more.
+    pub(super) fn close(&self) -> Result<()> {
+        loop {
+            let is_missing = !self.settled()?.missing.is_empty();
+            ensure!(
+                !is_missing,
+                "process {} lacks pages that the image does not have",
+                self.pid
+            );
+            let mut state = self.write();
+            if state.changes.in_doubt.is_empty() {
+                state.forget();
+                return Ok(());
+            }
+        }
     }
 
     /// Fills what is missing of these bytes, which begin at `offset` in the pages file.
     pub(super) fn fill(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let places = offset..offset + bytes.len() as u64;
+        let page = page_size() as u64;
         let mut most = CHUNK;
         loop {
-            let state = self.read();
+            let state = self.settled()?;
             let (Some(uffd), Some(part)) = (&state.uffd, state.missing.first_of(&places)) else {
                 return Ok(());
             };
+            let uffd = uffd.as_fd();
             let len = part.len.min(most);
             let from = (part.offset - offset) as usize;
-            let bytes = &bytes[from..from + len as usize];
-            let copied = userfaultfd::copy(uffd.as_fd(), part.address, bytes);
-            drop(state);
-            let page = page_size() as u64;
-            let copied = match copied {
+            let copied = match userfaultfd::copy(uffd, part.address, &bytes[from..][..len as usize])
+            {
                 Ok(copied) => copied,
                 Err(Errno::EEXIST) => page,
                 // One call fills within one mapping (VMA) only.
@@ -124,18 +175,24 @@ impl Memory {
                     most = (len / 2).next_multiple_of(page);
                     continue;
                 }
-                // It has no such memory, and can lose none of it.
-                Err(Errno::ENOENT) if self.is_forked => page,
+                // It may have been about to change.
+                Err(Errno::ENOENT)
+                    if is_there(uffd, &(part.address..part.address + len)) != Ok(false) =>
+                {
+                    continue;
+                }
                 Err(error) => {
+                    drop(state);
                     self.handle(error).with_context(|| {
                         format!("filling the memory of process {} at {part:x?}", self.pid)
                     })?;
                     continue;
                 }
             };
+            drop(state);
             most = CHUNK;
             let filled = part.offset..part.offset + copied;
-            self.write().missing.filled(&filled);
+            self.write().missing.take_places(&filled);
         }
     }
 
@@ -144,7 +201,7 @@ impl Memory {
         let page = page_size() as u64;
         let address = address / page * page;
         loop {
-            let state = self.read();
+            let state = self.settled()?;
             let Some(uffd) = &state.uffd else {
                 return Ok(None);
             };
@@ -174,9 +231,7 @@ impl Memory {
         match error {
             Errno::EAGAIN => thread::sleep(EVENT_PAUSE),
             Errno::ESRCH | Errno::ENOSPC if self.with_uffd(userfaultfd::is_gone) != Some(false) => {
-                let mut state = self.write();
-                state.uffd = None;
-                state.missing = Missing::default();
+                self.write().forget();
             }
             Errno::ENOENT => bail!("CRIU has not registered it (ENOENT)"),
             error => return Err(error.into()),
@@ -200,7 +255,9 @@ impl Memory {
                 Event::Fork(uffd) => forked.push(state.fork(self, uffd)),
                 Event::Remove(addresses) => drop(state.missing.take(&addresses)),
                 Event::Unmap(addresses) => state.unmap(&addresses),
-                Event::Remap { from, to, len } => state.remap(from, to, len)?,
+                Event::Remap { from, to, len } => {
+                    state.remap(&(from..from + len), &(to..to + len))?
+                }
             }
         }
         Ok((faults, forked))
@@ -208,42 +265,237 @@ impl Memory {
 }
 
 impl State {
+    fn forget(&mut self) {
+        self.uffd = None;
+        self.missing = Parts::default();
+        self.changes = Changes::default();
+    }
+
     /// The memory of a child. It is known to the pages before the parent's is filled any further.
     fn fork(&self, parent: &Memory, uffd: OwnedFd) -> Arc<Memory> {
         let mut missing = self.missing.clone();
         for addresses in &self.unforked {
             missing.take(addresses);
         }
+        // It has forked after the changes that were read, and before all others.
+        let mut changes = Changes::default();
+        for part in missing.iter() {
+            changes.arrived.insert(Part::at(&part.addresses()));
+        }
+        changes.in_doubt = self.changes.left.clone();
         let state = State {
             uffd: Some(uffd),
             missing,
             unforked: self.unforked.clone(),
-            vacated: self.vacated.clone(),
+            changes,
         };
-        Memory::new(parent.pid, true, &parent.pages, state)
+        Memory::new(parent.pid, &parent.pages, state)
     }
 
     /// Of memory that has moved, the kernel says later that it is unmapped. Another thread may have
     /// moved other memory there by then.
     fn unmap(&mut self, addresses: &Range<u64>) {
-        match self.vacated.iter().position(|vacated| vacated == addresses) {
-            Some(index) => drop(self.vacated.swap_remove(index)),
-            None => drop(self.missing.take(addresses)),
+        let moved = &mut self.changes.to_be_unmapped;
+        match moved.iter().position(|moved| moved == addresses) {
+            Some(index) => drop(moved.swap_remove(index)),
+            None => {
+                self.missing.take(addresses);
+                self.changes.leave(addresses);
+            }
         }
     }
 
-    fn remap(&mut self, from: u64, to: u64, len: u64) -> Result<()> {
-        let moved = self.missing.take(&(from..from + len));
-        self.vacated.push(from..from + len);
+    fn remap(&mut self, from: &Range<u64>, to: &Range<u64>) -> Result<()> {
+        let moved = self.missing.take(from);
+        self.changes.leave(from);
+        self.changes.to_be_unmapped.push(from.clone());
         // What was there is unmapped, and that was read before, unless two threads were at it.
         ensure!(
-            self.missing.take(&(to..to + len)).is_empty(),
-            "two threads moved memory to {to:#x} at the same time, and nothing tells which was first"
+            self.missing.take(to).is_empty() && self.changes.arrive(to),
+            "two threads moved memory to {:#x} at the same time, and nothing tells which was first",
+            to.start
         );
         for part in moved {
-            let address = part.address - from + to;
+            let address = part.address - from.start + to.start;
             self.missing.insert(Part { address, ..part });
         }
         Ok(())
+    }
+}
+
+impl Changes {
+    fn are_none(&self) -> bool {
+        self.arrived.is_empty() && self.left.is_empty() && self.in_doubt.is_empty()
+    }
+
+    /// Returns whether nothing else had arrived there.
+    fn arrive(&mut self, to: &Range<u64>) -> bool {
+        self.left.take(to);
+        self.in_doubt.take(to);
+        let is_free = self.arrived.take(to).is_empty();
+        self.arrived.insert(Part::at(to));
+        is_free
+    }
+
+    fn leave(&mut self, from: &Range<u64>) {
+        for part in self.arrived.take(from) {
+            self.in_doubt.insert(part);
+        }
+        self.left.take(from);
+        self.left.insert(Part::at(from));
+    }
+
+    /// Whether the kernel agrees.
+    ///
+    /// # Errors
+    /// `EAGAIN`, for as long as changes are under way; and `ESRCH`.
+    fn agree(&self, uffd: BorrowedFd) -> nix::Result<bool> {
+        let mut agree = true;
+        for part in self.arrived.iter() {
+            agree = agree && is_there(uffd, &part.addresses())?;
+        }
+        for part in self.in_doubt.iter() {
+            for page in part.addresses().step_by(page_size()) {
+                agree = agree && !is_there(uffd, &(page..page + page_size() as u64))?;
+            }
+        }
+        // Nothing has changed until now; or else this says so.
+        userfaultfd::check_settled(uffd)?;
+        Ok(agree)
+    }
+}
+
+/// Whether all of this memory is registered, maybe in several mappings.
+fn is_there(uffd: BorrowedFd, addresses: &Range<u64>) -> nix::Result<bool> {
+    let page = page_size() as u64;
+    let Range { start, end } = *addresses;
+    let half = start + ((end - start) / 2).next_multiple_of(page);
+    Ok(userfaultfd::is_registered(uffd, addresses)?
+        || end - start > page && is_there(uffd, &(start..half))? && is_there(uffd, &(half..end))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pagemap::Stretch;
+    use super::super::userfaultfd::tests::{byte, map, new, remap, unmap};
+    use super::*;
+    use crate::store::{Arena, FileData, Piece};
+
+    /// Places for a page of this process: where it is missing, where it is there, and two where
+    /// nothing is registered.
+    struct Places {
+        missing: u64,
+        there: u64,
+        free: [u64; 2],
+    }
+
+    /// A change that a thread makes.
+    type Change = fn(&Places);
+
+    /// The events of a change.
+    fn events_of(memory: &Memory, change: impl FnOnce() + Send) -> Vec<Event> {
+        let mut events = Vec::new();
+        thread::scope(|scope| {
+            let thread = scope.spawn(change);
+            while !thread.is_finished() {
+                let read = memory.with_uffd(|uffd| userfaultfd::read(uffd).unwrap());
+                events.extend(read.unwrap());
+            }
+        });
+        events
+    }
+
+    /// Makes changes, and fills in what is missing. The events of the first change are read first
+    /// or last. `None` where the kernel has no userfaultfd for us.
+    fn fill_after(changes: &[Change], in_order: bool) -> Option<Result<Places>> {
+        let uffd = new()?;
+        let places = Places {
+            missing: map(Some(uffd.as_fd())),
+            there: map(Some(uffd.as_fd())),
+            free: [map(None), map(None)],
+        };
+        let stretch = Stretch {
+            address: places.missing,
+            len: page_size() as u64,
+            is_lazy: true,
+        };
+        let mut data = FileData::default();
+        data.push(Piece::in_memory(&vec![7; page_size()])).unwrap();
+        let file = PagesFile::divide(vec![stretch], data, &mut Arena::new());
+        let file = Arc::new(file.unwrap().0);
+        let memory = Memory::restored(1, uffd, &file);
+        let events = changes.iter();
+        let mut events: Vec<_> = events
+            .map(|change| events_of(&memory, || change(&places)))
+            .collect();
+        if !in_order {
+            events.rotate_left(1);
+        }
+        let filled = (events.into_iter().flatten())
+            .try_for_each(|event| match event {
+                Event::Remap { from, to, len } => {
+                    (memory.write()).remap(&(from..from + len), &(to..to + len))
+                }
+                Event::Unmap(addresses) => {
+                    memory.write().unmap(&addresses);
+                    Ok(())
+                }
+                event => panic!("{event:?}"),
+            })
+            .and_then(|()| {
+                let mut units = 0..file.units();
+                units.try_for_each(|unit| file.fill(unit, &mut Vec::new()).map(drop))
+            });
+        Some(filled.map(|()| places))
+    }
+
+    /// The kernel queues an event when it has let go of the memory: another's may come first.
+    #[test]
+    fn events_out_of_order_are_found_out() {
+        let unmap_there: Change = |at| unmap(at.there);
+        let unmap_free: Change = |at| unmap(at.free[0]);
+        let there_to_free: Change = |at| remap(at.there, at.free[0]);
+        let missing_to_there: Change = |at| remap(at.missing, at.there);
+        let missing_to_free: Change = |at| remap(at.missing, at.free[0]);
+        let free_to_free: Change = |at| remap(at.free[0], at.free[1]);
+        let there: fn(Places) -> u64 = |at| at.there;
+        for (number, (changes, found)) in [
+            ([unmap_there, missing_to_there], Some(there)),
+            ([there_to_free, missing_to_there], Some(there)),
+            ([missing_to_free, free_to_free], Some(|at| at.free[1])),
+            ([missing_to_free, unmap_free], None),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let Some(places) = fill_after(&changes, true) else {
+                return;
+            };
+            let places = places.unwrap();
+            if let Some(found) = found {
+                assert_eq!(byte(found(places)), 7, "{number}");
+            }
+            let out_of_order = fill_after(&changes, false).unwrap();
+            assert!(out_of_order.is_err(), "{number}");
+        }
+    }
+
+    /// One thread moves memory, and moves it back or unmaps it, before anything is filled.
+    #[test]
+    fn what_one_thread_does_is_in_order() {
+        let back: [Change; 2] = [
+            |at| remap(at.missing, at.free[0]),
+            |at| remap(at.free[0], at.missing),
+        ];
+        let away: [Change; 3] = [
+            |at| remap(at.missing, at.free[0]),
+            |at| unmap(at.free[0]),
+            |at| remap(at.there, at.free[0]),
+        ];
+        let Some(places) = fill_after(&back, true) else {
+            return;
+        };
+        assert_eq!(byte(places.unwrap().missing), 7);
+        fill_after(&away, true).unwrap().unwrap();
     }
 }

@@ -8,7 +8,7 @@
 //! lay_out   the image, whole and proved, in two: what CRIU reads, and what is filled in
 //! socket    CRIU's lazy-pages.socket, from its first request on
 //! events    the thread that hears CRIU, and each restored process through its userfaultfd
-//! fillers   the threads that fill
+//! pages     what other threads fill in, the memories that it goes to, and when they have all
 //! guardian  the process that kills the application if we end before all is in place
 //! ```
 //!
@@ -16,22 +16,23 @@
 //! killed, and only then is a userfaultfd closed. See [`guardian`] and [`memory`].
 
 mod events;
-mod fillers;
 mod guardian;
 mod memory;
-mod missing;
 mod pagemap;
 mod pages;
+mod parts;
 mod socket;
 mod userfaultfd;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail};
+use crossbeam_channel::Receiver;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::format::ImageName;
@@ -40,8 +41,8 @@ use crate::report::meter::Counter;
 use crate::store::Arena;
 use crate::store::catalog::Catalog;
 use events::Events;
-use fillers::Work;
 use guardian::Guardian;
+use memory::Memory;
 use pagemap::Pagemap;
 use pages::PagesFile;
 use socket::Socket;
@@ -49,31 +50,37 @@ use socket::Socket;
 /// More threads than this fill no faster.
 const MOST_FILLERS: usize = 8;
 
-/// The image's memory, by the number of the process.
-type Files = BTreeMap<i32, Arc<PagesFile>>;
+/// A page that a process waits for.
+type Fault = (Arc<Memory>, u64);
 
 /// The memory of the application that is restored. Dropped before all of it is in place, it kills
 /// the application.
 pub(crate) struct LazyMemory {
-    guardian: Arc<Guardian>,
-    files: Files,
-    filled: Counter,
+    shared: Arc<Shared>,
     /// From CRIU's first request to its first pagemap.
     socket: Option<Socket>,
-    /// From then on.
-    shared: Option<Arc<Shared>>,
-    changed: Arc<EventFd>,
+    has_started: bool,
 }
 
 /// What the threads share.
 struct Shared {
-    guardian: Arc<Guardian>,
-    files: Files,
-    work: Work,
+    guardian: Guardian,
+    /// The image's memory, by the number of the process.
+    files: BTreeMap<i32, Arc<PagesFile>>,
+    /// That of processes which have none in the image.
+    nothing: Arc<PagesFile>,
+    /// All units, in the order in which they are filled.
+    units: Vec<(Arc<PagesFile>, usize)>,
+    /// The next of them.
+    next: AtomicUsize,
+    /// How many are filled.
+    done: AtomicUsize,
+    /// Bytes that are in place.
+    filled: Counter,
     /// All is in place, or why not.
     outcome: OnceLock<Result<(), String>>,
     /// Becomes readable when the outcome is known.
-    changed: Arc<EventFd>,
+    changed: EventFd,
 }
 
 impl LazyMemory {
@@ -82,15 +89,21 @@ impl LazyMemory {
     /// # Errors
     /// When the kernel does not let us.
     pub(crate) fn new(filled: &Counter) -> Result<Self> {
-        let guardian = Guardian::start()?;
-        let changed = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self {
-            guardian: Arc::new(guardian),
-            files: Files::new(),
+        let shared = Shared {
+            guardian: Guardian::start()?,
+            files: BTreeMap::new(),
+            nothing: Arc::new(PagesFile::none()),
+            units: Vec::new(),
+            next: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
             filled: filled.clone(),
+            outcome: OnceLock::new(),
+            changed: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
             socket: None,
-            shared: None,
-            changed: Arc::new(changed),
+            has_started: false,
         })
     }
 
@@ -99,15 +112,20 @@ impl LazyMemory {
     /// # Errors
     /// When CRIU would not have written such pagemaps.
     pub(crate) fn lay_out(&mut self, catalog: &mut Catalog) -> Result<()> {
-        let (mut seen, mut arena) = (HashSet::new(), Arena::new());
+        let shared = Arc::get_mut(&mut self.shared).context("it was begun")?;
+        let mut arena = Arena::new();
         let names: Vec<_> = catalog.names().cloned().collect();
         for name in names {
             if let Some(pid) = process_of(name.as_str())
-                && let Some(file) = divide(catalog, &name, &mut seen, &mut arena)
+                && let Some(file) = divide(catalog, &name, &mut arena)
                     .with_context(|| format!("--lazy-pages: {name}"))?
             {
-                self.files.insert(pid, Arc::new(file));
+                shared.files.insert(pid, Arc::new(file));
             }
+        }
+        for file in [&shared.nothing].into_iter().chain(shared.files.values()) {
+            let units = (0..file.units()).map(|unit| (Arc::clone(file), unit));
+            shared.units.extend(units);
         }
         Ok(())
     }
@@ -117,7 +135,7 @@ impl LazyMemory {
     /// # Errors
     /// When it was not told to restore lazily.
     pub(crate) fn before_file(&mut self, criu: i32, name: &str) -> Result<()> {
-        if self.shared.is_some() {
+        if self.has_started {
             return Ok(());
         }
         // It is in its working directory when it asks for its first file, and has connected to its
@@ -128,30 +146,18 @@ impl LazyMemory {
         if process_of(name).is_some()
             && let Some(socket) = self.socket.take()
         {
-            self.start(criu, &socket)?;
+            let connection = socket.accept()?;
+            self.has_started = true;
+            let criu = guardian::process(criu).context("watching CRIU")?;
+            let (faults, to_answer) = crossbeam_channel::unbounded();
+            spawn("events", &self.shared, |shared| {
+                Events::hear(shared, criu, connection, faults)
+            })?;
+            spawn("faults", &self.shared, move |shared| {
+                shared.answer(&to_answer)
+            })?;
         }
         Ok(())
-    }
-
-    fn start(&mut self, criu: i32, socket: &Socket) -> Result<()> {
-        let connection = socket.accept()?;
-        let criu = guardian::process(criu).context("watching CRIU")?;
-        let files = std::mem::take(&mut self.files);
-        let shared = Arc::new(Shared {
-            guardian: Arc::clone(&self.guardian),
-            work: Work::new(files.values(), self.filled.clone()),
-            files,
-            outcome: OnceLock::new(),
-            changed: Arc::clone(&self.changed),
-        });
-        self.shared = Some(Arc::clone(&shared));
-        let (faults, to_answer) = crossbeam_channel::unbounded();
-        spawn("events", &shared, |shared| {
-            Events::hear(shared, criu, connection, faults)
-        })?;
-        spawn("faults", &shared, move |shared| {
-            shared.work.answer(&to_answer, || shared.all_filled())
-        })
     }
 
     /// Whether all memory is in place, and nothing depends on us any more.
@@ -160,48 +166,58 @@ impl LazyMemory {
     /// When that failed. The application is dead then.
     pub(crate) fn is_in_place(&self) -> Result<bool> {
         // What it has told is looked at below.
-        let _ = self.changed.read();
-        match self.outcome() {
+        let _ = self.shared.changed.read();
+        match self.shared.outcome.get() {
             Some(Err(why)) => bail!("{why}"),
             outcome => Ok(outcome.is_some()),
         }
-    }
-
-    fn outcome(&self) -> Option<&Result<(), String>> {
-        self.shared.as_ref().and_then(|shared| shared.outcome.get())
     }
 }
 
 /// Becomes readable when the memory is in place, or that failed.
 impl AsFd for LazyMemory {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.changed.as_fd()
+        self.shared.changed.as_fd()
     }
 }
 
 impl Drop for LazyMemory {
     fn drop(&mut self) {
-        if !matches!(self.outcome(), Some(Ok(()))) {
-            self.guardian.record().kill_all();
-        }
         // The threads have nothing to do any more, or fail, which changes nothing.
-        if let Some(shared) = &self.shared {
-            let _ = shared
-                .outcome
-                .set(Err("nobody waits for it any more".into()));
-        }
-        self.guardian.end();
+        self.shared.fail(Error::msg("nobody waits for it any more"));
+        self.shared.guardian.end();
     }
 }
 
 impl Shared {
-    /// Everything was filled in.
-    fn all_filled(&self) {
-        // One that forks until its descriptor is closed has children that lack nothing.
-        match self.files.values().try_for_each(|file| file.close()) {
-            Ok(()) => self.conclude(Ok(())),
-            Err(error) => self.fail(error),
+    /// Fills what processes wait for, for as long as faults can come.
+    fn answer(&self, faults: &Receiver<Fault>) -> Result<()> {
+        let mut buffer = Vec::new();
+        for (memory, address) in faults {
+            if let Some(offset) = memory.answer(address)? {
+                self.fill(&memory.pages, memory.pages.unit_at(offset), &mut buffer)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Fills all, once all processes are restored.
+    fn fill_in_order(&self) -> Result<()> {
+        let mut buffer = Vec::new();
+        while let Some((file, unit)) = self.units.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            self.fill(file, *unit, &mut buffer)?;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, file: &PagesFile, unit: usize, buffer: &mut Vec<u8>) -> Result<()> {
+        if let Some(bytes) = file.fill(unit, buffer)? {
+            self.filled.add(bytes as u64);
+            if self.done.fetch_add(1, Ordering::AcqRel) + 1 == self.units.len() {
+                self.conclude(Ok(()));
+            }
+        }
+        Ok(())
     }
 
     fn conclude(&self, outcome: Result<(), String>) {
@@ -232,11 +248,11 @@ fn fillers() -> usize {
 fn spawn(
     name: &str,
     shared: &Arc<Shared>,
-    work: impl FnOnce(Arc<Shared>) -> Result<()> + Send + 'static,
+    work: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static,
 ) -> Result<()> {
     let shared = Arc::clone(shared);
     let run = move || {
-        if let Err(error) = work(Arc::clone(&shared)) {
+        if let Err(error) = work(&shared) {
             shared.fail(error);
         }
     };
@@ -251,19 +267,10 @@ fn process_of(name: &str) -> Option<i32> {
 }
 
 /// Divides the pages file of a process; `None` if CRIU is to read all of it.
-fn divide(
-    catalog: &mut Catalog,
-    name: &ImageName,
-    seen: &mut HashSet<ImageName>,
-    arena: &mut Arena,
-) -> Result<Option<PagesFile>> {
+fn divide(catalog: &mut Catalog, name: &ImageName, arena: &mut Arena) -> Result<Option<PagesFile>> {
     let mut bytes = catalog.read(name)?.context("it is not here")?;
     let pagemap = Pagemap::parse(&bytes).context("it is damaged")?;
     let pages = ImageName::new(&format!("pages-{}.img", pagemap.pages))?;
-    ensure!(
-        seen.insert(pages.clone()),
-        "another pagemap has the same {pages}"
-    );
     let fits = catalog.size(&pages).unwrap_or(0) == pagemap.size();
     if pagemap.unknown_flags || !fits {
         let why = match fits {

@@ -7,13 +7,14 @@
 //! since, none will ever miss it again.
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use super::memory::Memory;
-use super::missing::{Missing, Part};
 use super::pagemap::Stretch;
+use super::parts::{Part, Parts};
 use crate::os::memory::page_size;
 use crate::store::{Arena, FileData, Piece};
 
@@ -24,20 +25,15 @@ const LARGEST_UNIT: usize = 1 << 20;
 const SMALLEST_UNIT: usize = 256 << 10;
 
 /// The pages of a process that are filled in later.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct PagesFile {
     stretches: Vec<Stretch>,
-    /// Each with its place in the file; `None` when somebody fills it, or has.
-    units: Vec<(u64, Mutex<Option<Unit>>)>,
+    /// Each with its place in the file; `None` when somebody fills it, or has. The last is empty,
+    /// and filled when the process goes on.
+    units: Vec<(u64, Mutex<Option<FileData>>)>,
+    /// The units that are not filled.
+    left: AtomicUsize,
     memories: Mutex<Vec<Arc<Memory>>>,
-}
-
-/// Data that is filled in at a time.
-#[derive(Debug)]
-pub(super) struct Unit {
-    offset: u64,
-    pub(super) len: usize,
-    data: Vec<Piece>,
 }
 
 /// Never left in disorder: a panic ends the program.
@@ -46,6 +42,23 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl PagesFile {
+    /// Of a process that has none.
+    pub(super) fn none() -> Self {
+        Self::new(Vec::new(), Vec::new(), 0)
+    }
+
+    fn new(stretches: Vec<Stretch>, units: Vec<(u64, FileData)>, end: u64) -> Self {
+        let units = units.into_iter().chain([(end, FileData::default())]);
+        let units = units.map(|(begin, unit)| (begin, Mutex::new(Some(unit))));
+        let units: Vec<_> = units.collect();
+        Self {
+            stretches,
+            left: AtomicUsize::new(units.len()),
+            units,
+            memories: Mutex::default(),
+        }
+    }
+
     /// Divides the contents of a pages file, which has the size that the stretches need.
     pub(super) fn divide(
         stretches: Vec<Stretch>,
@@ -66,33 +79,24 @@ impl PagesFile {
         };
         let (mut units, mut eager, mut offset) = (Vec::new(), FileData::default(), 0);
         for run in stretches.chunk_by(|one, next| one.is_lazy == next.is_lazy) {
-            let end = offset + run.iter().map(|stretch| stretch.len).sum::<u64>();
-            while offset < end {
-                let left = usize::try_from(end - offset).unwrap_or(usize::MAX);
+            let mut left = run.iter().map(|stretch| stretch.len as usize).sum();
+            while left > 0 {
+                let unit = unit(left, &mut take)?;
+                let (begin, len) = (offset, unit.len());
+                (offset, left) = (begin + len as u64, left - len);
                 if run[0].is_lazy {
-                    let (len, data) = unit(left, &mut take)?;
-                    let unit = Unit { offset, len, data };
-                    units.push((offset, Mutex::new(Some(unit))));
-                    offset += len as u64;
+                    units.push((begin, unit));
                 } else {
-                    let piece = take(left)?;
-                    offset += piece.len() as u64;
-                    eager.push(piece)?;
+                    unit.into_pieces().try_for_each(|piece| eager.push(piece))?;
                 }
             }
         }
-        let file = Self {
-            stretches,
-            units,
-            memories: Mutex::default(),
-        };
-        Ok((file, eager))
+        Ok((Self::new(stretches, units, offset), eager))
     }
 
     /// All that is filled in later.
-    pub(super) fn missing(&self) -> Missing {
-        let mut missing = Missing::default();
-        let mut offset = 0;
+    pub(super) fn missing(&self) -> Parts {
+        let (mut missing, mut offset) = (Parts::default(), 0);
         for &Stretch {
             address,
             len,
@@ -119,81 +123,62 @@ impl PagesFile {
         locked(&self.memories).push(memory);
     }
 
-    fn memories(&self) -> Vec<Arc<Memory>> {
-        locked(&self.memories).clone()
+    /// The unit of a place.
+    pub(super) fn unit_at(&self, offset: u64) -> usize {
+        self.units.partition_point(|(begin, _)| *begin <= offset) - 1
     }
 
-    /// Takes a unit, unless somebody else has.
-    pub(super) fn take(&self, number: usize) -> Option<Unit> {
-        locked(&self.units[number].1).take()
-    }
-
-    /// Takes the unit of a place.
-    pub(super) fn take_at(&self, offset: u64) -> Option<Unit> {
-        let behind = self.units.partition_point(|(begin, _)| *begin <= offset);
-        self.take(behind.checked_sub(1)?)
-    }
-
-    /// Fills a unit in wherever it is missing, and frees it.
-    pub(super) fn fill(&self, unit: Unit, buffer: &mut Vec<u8>) -> Result<()> {
-        let Unit { offset, len, data } = unit;
-        let read;
-        let bytes = if let [Piece::Memory(extent)] = data.as_slice() {
-            extent.bytes()
+    /// Fills a unit in wherever it is missing, and frees it; returns its length. `None` if somebody
+    /// else fills it. The process depends on us no more when its last one is filled.
+    pub(super) fn fill(&self, number: usize, buffer: &mut Vec<u8>) -> Result<Option<usize>> {
+        let (offset, unit) = &self.units[number];
+        let Some(unit) = locked(unit).take() else {
+            return Ok(None);
+        };
+        let len = unit.len();
+        let bytes = if let Some(all) = unit.memory().next().filter(|all| all.len() == len) {
+            all.bytes()
         } else {
             buffer.resize(buffer.len().max(len), 0);
-            read = &mut buffer[..len];
-            let mut rest = &mut *read;
-            for piece in data {
+            let mut rest = &mut buffer[..len];
+            for piece in unit.into_pieces() {
                 let (front, behind) = rest.split_at_mut(piece.len());
                 piece
                     .read(front)
                     .context("taking pages out of our memory")?;
                 rest = behind;
             }
-            read
+            &buffer[..len]
         };
-        let mut filled = 0;
-        loop {
-            let memories = self.memories();
-            if memories.len() == filled {
-                return Ok(());
-            }
-            for memory in &memories[filled..] {
-                memory.fill(offset, bytes)?;
-            }
-            filled = memories.len();
+        self.each_memory(|memory| memory.fill(*offset, bytes))?;
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.each_memory(Memory::close)?;
         }
+        Ok(Some(len))
     }
 
-    /// # Errors
-    /// When a memory lacks something although all is filled in.
-    pub(super) fn close(&self) -> Result<()> {
-        self.memories().iter().try_for_each(|memory| {
-            let pid = memory.pid;
-            ensure!(
-                memory.close_if_filled(),
-                "process {pid} lacks pages that the image does not have"
-            );
-            Ok(())
-        })
+    fn each_memory(&self, act: impl Fn(&Memory) -> Result<()>) -> Result<()> {
+        let mut done = 0;
+        loop {
+            let memories = locked(&self.memories).clone();
+            if memories.len() == done {
+                return Ok(());
+            }
+            memories[done..].iter().try_for_each(|memory| act(memory))?;
+            done = memories.len();
+        }
     }
 }
 
 /// The next pages, up to `most` bytes of them.
-fn unit(
-    most: usize,
-    mut take: impl FnMut(usize) -> io::Result<Piece>,
-) -> io::Result<(usize, Vec<Piece>)> {
-    let (mut len, mut data) = (0_usize, Vec::new());
+fn unit(most: usize, mut take: impl FnMut(usize) -> io::Result<Piece>) -> io::Result<FileData> {
+    let mut unit = FileData::default();
     loop {
-        let rest = len.next_multiple_of(page_size()) - len;
-        if rest == 0 && len >= SMALLEST_UNIT.min(most) {
-            return Ok((len, data));
+        let rest = unit.len().next_multiple_of(page_size()) - unit.len();
+        if rest == 0 && unit.len() >= SMALLEST_UNIT.min(most) {
+            return Ok(unit);
         }
         let wanted = if rest > 0 { rest } else { LARGEST_UNIT };
-        let piece = take(wanted.min(most - len))?;
-        len += piece.len();
-        data.push(piece);
+        unit.push(take(wanted.min(most - unit.len()))?)?;
     }
 }

@@ -1,5 +1,6 @@
-//! Which pages a process still lacks: from addresses, which the process changes (`mremap`), to
-//! places in its pages file, which stay the same. Each place is missing at one address at most.
+//! Parts of a process's memory, such as those that it still lacks: by address, which the process
+//! changes (`mremap`), and by the place in its pages file, which stays the same. Each place is at
+//! one address at most.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,17 +13,37 @@ pub(super) struct Part {
     pub(super) len: u64,
 }
 
-/// The missing pages of one process, by either order.
+/// Parts that do not overlap, by either order.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Missing {
+pub(super) struct Parts {
     by_address: BTreeMap<u64, Part>,
     /// The addresses of the same parts.
     by_offset: BTreeMap<u64, u64>,
 }
 
-impl Missing {
+impl Part {
+    /// A part that is nowhere in the file.
+    pub(super) fn at(addresses: &Range<u64>) -> Self {
+        Self {
+            address: addresses.start,
+            offset: addresses.start,
+            len: addresses.end - addresses.start,
+        }
+    }
+
+    pub(super) fn addresses(&self) -> Range<u64> {
+        self.address..self.address + self.len
+    }
+}
+
+impl Parts {
     pub(super) fn is_empty(&self) -> bool {
         self.by_address.is_empty()
+    }
+
+    /// In the order of their addresses.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Part> {
+        self.by_address.values()
     }
 
     pub(super) fn insert(&mut self, part: Part) {
@@ -32,70 +53,56 @@ impl Missing {
         }
     }
 
-    /// The place of what is missing at an address.
+    /// The place of an address.
     pub(super) fn offset_of(&self, address: u64) -> Option<u64> {
         let (_, part) = self.by_address.range(..=address).next_back()?;
         let within = address - part.address;
         (within < part.len).then(|| part.offset + within)
     }
 
-    /// The first part that is missing of these places.
+    /// The first part that has some of these places, cut to them.
     pub(super) fn first_of(&self, places: &Range<u64>) -> Option<Part> {
-        let (_, address) = self.by_offset.range(..places.end).next_back()?;
-        let mut found = None;
-        let mut part = self.by_address[address];
-        // Parts overlap the places from the end to the beginning of them.
-        while part.offset + part.len > places.start {
-            found = Some(part);
-            let Some((_, address)) = self.by_offset.range(..part.offset).next_back() else {
-                break;
-            };
-            part = self.by_address[address];
-        }
-        found.map(|part| {
+        let before = self.by_offset.range(..places.start).next_back();
+        let within = self.by_offset.range(places.clone());
+        before.into_iter().chain(within).find_map(|(_, address)| {
+            let part = self.by_address[address];
             let start = part.offset.max(places.start);
-            Part {
+            let end = (part.offset + part.len).min(places.end);
+            (start < end).then(|| Part {
                 address: part.address + (start - part.offset),
                 offset: start,
-                len: (part.offset + part.len).min(places.end) - start,
-            }
+                len: end - start,
+            })
         })
     }
 
-    /// Takes out what is missing at these addresses.
+    /// Takes out all that is at these addresses.
     pub(super) fn take(&mut self, addresses: &Range<u64>) -> Vec<Part> {
         let mut taken = Vec::new();
-        while let Some((_, &part)) = self.by_address.range(..addresses.end).next_back()
-            && part.address + part.len > addresses.start
+        while let Some((_, &whole)) = self.by_address.range(..addresses.end).next_back()
+            && whole.addresses().end > addresses.start
         {
-            let start = part.address.max(addresses.start);
-            let end = (part.address + part.len).min(addresses.end);
-            taken.push(self.cut(part, start..end));
+            self.by_address.remove(&whole.address);
+            self.by_offset.remove(&whole.offset);
+            let part = |start: u64, end: u64| Part {
+                address: start,
+                offset: whole.offset + (start - whole.address),
+                len: end.saturating_sub(start),
+            };
+            let start = whole.address.max(addresses.start);
+            let end = whole.addresses().end.min(addresses.end);
+            self.insert(part(whole.address, start));
+            self.insert(part(end, whole.addresses().end));
+            taken.push(part(start, end));
         }
         taken
     }
 
-    /// Notes that these places are not missing any more, wherever they were.
-    pub(super) fn filled(&mut self, places: &Range<u64>) {
+    /// Takes out all that has one of these places.
+    pub(super) fn take_places(&mut self, places: &Range<u64>) {
         while let Some(part) = self.first_of(places) {
-            let whole = self.by_address.range(..=part.address).next_back();
-            let whole = *whole.expect("it is a part of one").1;
-            self.cut(whole, part.address..part.address + part.len);
+            self.take(&part.addresses());
         }
-    }
-
-    /// Takes these addresses out of a part.
-    fn cut(&mut self, whole: Part, addresses: Range<u64>) -> Part {
-        self.by_address.remove(&whole.address);
-        self.by_offset.remove(&whole.offset);
-        let part = |addresses: Range<u64>| Part {
-            address: addresses.start,
-            offset: whole.offset + (addresses.start - whole.address),
-            len: addresses.end - addresses.start,
-        };
-        self.insert(part(whole.address..addresses.start));
-        self.insert(part(addresses.end..whole.address + whole.len));
-        part(addresses)
     }
 }
 
@@ -111,8 +118,8 @@ mod tests {
         }
     }
 
-    fn missing(parts: &[Part]) -> Missing {
-        let mut missing = Missing::default();
+    fn missing(parts: &[Part]) -> Parts {
+        let mut missing = Parts::default();
         parts.iter().for_each(|&part| missing.insert(part));
         missing
     }
@@ -142,11 +149,11 @@ mod tests {
         assert_eq!(missing.offset_of(1110), Some(10));
         assert_eq!(missing.offset_of(1304), Some(24));
         assert_eq!(missing.offset_of(305), Some(25));
-        missing.filled(&(5..28));
+        missing.take_places(&(5..28));
         assert_eq!(missing.first_of(&(0..30)), Some(part(100, 0, 5)));
-        missing.filled(&(0..5));
+        missing.take_places(&(0..5));
         assert_eq!(missing.first_of(&(0..30)), Some(part(308, 28, 2)));
-        missing.filled(&(0..100));
+        missing.take_places(&(0..100));
         assert!(missing.is_empty());
     }
 
@@ -170,7 +177,7 @@ mod tests {
                         (from..from + len).for_each(|n| model[n as usize] = None);
                     }
                     1 => {
-                        missing.filled(&(from..from + len));
+                        missing.take_places(&(from..from + len));
                         for place in &mut model {
                             *place = place.filter(|place| !(from..from + len).contains(place));
                         }

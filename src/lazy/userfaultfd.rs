@@ -18,9 +18,13 @@ mod calls {
     nix::ioctl_readwrite!(copy, 0xAA, 0x03, [u64; 5]);
     // `uffdio_zeropage`: start, length, mode, and the bytes zeroed or an error.
     nix::ioctl_readwrite!(zero_page, 0xAA, 0x04, [u64; 4]);
-    // `uffdio_writeprotect`: start, length, mode.
-    nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, [u64; 3]);
 }
+
+/// `UFFDIO_COPY_MODE_WP`.
+const WRITE_PROTECTED: u64 = 2;
+
+/// An address that exists in every process.
+const ANYWHERE: u64 = 1 << 30;
 
 /// Bytes of `struct uffd_msg`.
 const MESSAGE: usize = 32;
@@ -87,14 +91,38 @@ pub(super) fn wake(uffd: BorrowedFd, address: u64) {
     let _ = unsafe { calls::wake(uffd.as_raw_fd(), &raw mut addresses) };
 }
 
+/// Whether these addresses lie in one mapping that is registered. Nothing changes.
+///
+/// # Errors
+/// `EAGAIN`: an event has to be read first. `ESRCH`: the process has ended.
+pub(super) fn is_registered(uffd: BorrowedFd, addresses: &Range<u64>) -> nix::Result<bool> {
+    let len = addresses.end - addresses.start;
+    // The kernel looks for the mapping, and then whether it is registered for write protection: no
+    // mapping of CRIU's is (`EINVAL`), so that it copies nothing.
+    let mut request = [addresses.start, addresses.start, len, WRITE_PROTECTED, 0];
+    // SAFETY: the kernel only writes to the request.
+    match unsafe { calls::copy(uffd.as_raw_fd(), &raw mut request) } {
+        Err(Errno::EINVAL) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
+        result => Err(result.err().unwrap_or(Errno::EPROTO)),
+    }
+}
+
+/// Asks the kernel whether changes are under way whose events are still to be read.
+///
+/// # Errors
+/// `EAGAIN` if there are; and `ESRCH`.
+pub(super) fn check_settled(uffd: BorrowedFd) -> nix::Result<()> {
+    is_registered(uffd, &(ANYWHERE..ANYWHERE + page_size() as u64)).map(drop)
+}
+
 /// Whether the memory behind a userfaultfd is gone, and nothing can run in it any more; true for
 /// any other descriptor.
 pub(super) fn is_gone(uffd: BorrowedFd) -> bool {
-    // A question that changes nothing: CRIU registers no memory for write protection (`ENOENT`).
-    let mut request = [1 << 16, page_size() as u64, 0];
-    // SAFETY: the kernel only reads the request.
-    let result = unsafe { calls::write_protect(uffd.as_raw_fd(), &raw mut request) };
-    matches!(result, Err(Errno::ESRCH | Errno::ENOTTY | Errno::EBADF))
+    matches!(
+        check_settled(uffd),
+        Err(Errno::ESRCH | Errno::ENOTTY | Errno::EBADF)
+    )
 }
 
 /// The events that wait, in order; none if there are none.
@@ -130,5 +158,73 @@ fn event(message: &[u8]) -> Event {
         0x15 => Event::Remove(number(0)..number(1)),
         0x16 => Event::Unmap(number(0)..number(1)),
         kind => unreachable!("CRIU asks for no event {kind:#x}"),
+    }
+}
+
+/// Memory of this process, as if it were restored.
+#[cfg(test)]
+pub(super) mod tests {
+    use std::ffi::c_void;
+    use std::num::NonZeroUsize;
+    use std::ptr::{NonNull, null_mut};
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    use super::*;
+
+    nix::ioctl_readwrite!(api, 0xAA, 0x3F, [u64; 3]);
+    nix::ioctl_readwrite!(register, 0xAA, 0x00, [u64; 4]);
+
+    /// Remap, remove and unmap events.
+    const FEATURES: u64 = 1 << 2 | 1 << 3 | 1 << 6;
+
+    /// A userfaultfd, where the kernel gives one to its user.
+    pub(in crate::lazy) fn new() -> Option<OwnedFd> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | 1;
+        // SAFETY: no memory is involved.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        let fd = Errno::result(fd).ok().map(|fd| owned(fd as RawFd))?;
+        let mut request = [0xAA, FEATURES, 0];
+        // SAFETY: the kernel writes to the request.
+        unsafe { api(fd.as_raw_fd(), &raw mut request) }.expect("its handshake");
+        Some(fd)
+    }
+
+    /// Maps a page between two others, so that nothing else of this process comes there when it is
+    /// unmapped. It is registered if there is a descriptor.
+    pub(in crate::lazy) fn map(uffd: Option<BorrowedFd>) -> u64 {
+        let (page, len) = (page_size(), NonZeroUsize::new(3 * page_size()).unwrap());
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: it goes where nothing is.
+        let base = unsafe { mmap_anonymous(None, len, protection, MapFlags::MAP_PRIVATE) }.unwrap();
+        let address = (base.as_ptr().addr() + page) as u64;
+        let mut request = [address, page as u64, 1, 0];
+        if let Some(uffd) = uffd {
+            // SAFETY: the kernel writes to the request.
+            unsafe { register(uffd.as_raw_fd(), &raw mut request) }.expect("registering");
+        }
+        address
+    }
+
+    fn at(address: u64) -> *mut c_void {
+        null_mut::<c_void>().with_addr(address as usize)
+    }
+
+    pub(in crate::lazy) fn unmap(address: u64) {
+        // SAFETY: only these tests know of it.
+        unsafe { munmap(NonNull::new(at(address)).unwrap(), page_size()) }.unwrap();
+    }
+
+    /// Moves memory to where there is none.
+    pub(in crate::lazy) fn remap(from: u64, to: u64) {
+        let (len, flags) = (page_size(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        // SAFETY: only these tests know of it.
+        let moved = unsafe { libc::mremap(at(from), len, len, flags, at(to)) };
+        assert_eq!(moved, at(to));
+    }
+
+    pub(in crate::lazy) fn byte(address: u64) -> u8 {
+        // SAFETY: a page is there, and nothing writes to it.
+        unsafe { at(address).cast::<u8>().read_volatile() }
     }
 }
