@@ -71,8 +71,7 @@ fn an_image_goes_to_regular_files_and_comes_back_from_them() {
     }
 }
 
-/// What the file holds stays, and the image comes behind it. Files opened this way cannot be
-/// spliced to.
+/// What the file holds stays, and the image comes behind it.
 #[test]
 fn a_file_opened_for_appending_is_appended_to() {
     let dir = TempDir::new().unwrap();

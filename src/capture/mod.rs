@@ -110,7 +110,7 @@ struct CaptureLoop<'a> {
     supervisor: &'a Supervisor,
     /// `None` once no client is waited for any more.
     listener: Option<Listener>,
-    clients: Clients<ImageName>,
+    clients: Clients,
     dump: Dump,
     stray_files: StrayFiles,
     /// `None`: the application's pages go to the shards.
@@ -153,7 +153,7 @@ impl Capture<'_> {
         let mut capture = CaptureLoop {
             supervisor,
             listener: Some(self.listener),
-            clients: Clients::one(),
+            clients: Clients::up_to(1),
             dump: Dump::default(),
             stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),

@@ -7,7 +7,6 @@ mod list;
 mod serve;
 
 use std::fs::DirBuilder;
-use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,7 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Action, FileEnd, Plan, Shards, Usage};
+use crate::cli::{Action, FileEnd, Plan, Shards};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::lazy::LazyMemory;
@@ -50,17 +49,14 @@ struct Session {
     statistics: Option<StatisticsFile>,
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
-    /// What becomes of the shards of a restore.
-    shard_kind: Pumped,
 }
 
 /// Carries out a plan.
 pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let mut supervisor = Supervisor::catch().context("preparing for signals")?;
     if let Some(caller) = &plan.caller {
-        let process = caller.as_fd().try_clone_to_owned();
-        process
-            .and_then(|process| supervisor.watch(process))
+        supervisor
+            .watch(caller)
             .context("preparing to watch CRIU")?;
     }
     raise_descriptor_limit();
@@ -74,10 +70,6 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
         || ProgressBar::start(plan.action.direction(), labels.clone(), counters.clone());
     let session = Session {
         supervisor,
-        shard_kind: match plan.action {
-            Action::Serve => Pumped::KeptShard,
-            Action::Capture | Action::Extract | Action::List => Pumped::Shard,
-        },
         bar: plan.progress_bar.then(start_bar),
         labels,
         statistics,
@@ -142,9 +134,7 @@ impl Session {
         let shards = match shards {
             Shards::Descriptors(fds) => fds
                 .into_iter()
-                .map(|(fd, label)| {
-                    Ok((self.supervisor.source(fd, &label, self.shard_kind)?, label))
-                })
+                .map(|(fd, label)| Ok((self.supervisor.source(fd, &label, Pumped::Shard)?, label)))
                 .collect::<Result<_>>()?,
             Shards::Commands(commands) => commands
                 .into_iter()
@@ -211,10 +201,7 @@ pub fn exit_status(failure: Failure) -> ExitCode {
 
 fn conclude(failure: Failure) -> u8 {
     let error = failure.error();
-    match error.downcast_ref::<Usage>() {
-        Some(usage) => report::tell(usage),
-        None => report::error(error),
-    }
+    report::error(error);
     let status = match (signal_behind(error), criu_failure_behind(error)) {
         (Some(Interrupted(signal)), _) => 128 + signal as u8,
         (None, Some(failed)) => failed.status,

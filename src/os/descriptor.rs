@@ -1,10 +1,13 @@
 //! What a descriptor leads to, and which way data goes through it.
 
 use std::fmt;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::stat::{SFlag, fstat};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::fsync;
 
 use super::pipe::uninterrupted;
@@ -14,6 +17,30 @@ use super::pipe::uninterrupted;
 pub(crate) enum Direction {
     In,
     Out,
+}
+
+/// Waits until one of the wanted things can be done with a descriptor, or something has happened to
+/// it, and returns all of these; empty when the time is over.
+pub(crate) fn poll(
+    fd: impl AsFd,
+    wanted: PollFlags,
+    timeout: impl Into<PollTimeout>,
+) -> nix::Result<PollFlags> {
+    let mut fds = [PollFd::new(fd.as_fd(), wanted)];
+    let timeout = timeout.into();
+    uninterrupted(|| nix::poll::poll(&mut fds, timeout))?;
+    Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
+}
+
+/// The flags of a descriptor's file description.
+pub(crate) fn flags(fd: impl AsFd) -> nix::Result<OFlag> {
+    fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain)
+}
+
+/// A directory, to name files in.
+pub(crate) fn open_directory(path: &Path) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(path, flags, Mode::empty())
 }
 
 /// Brings to disk what was written to a file or directory.

@@ -23,11 +23,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use rustix::thread::CapabilitySet;
 
-use super::descriptor::FdKind;
+use super::descriptor::{FdKind, flags, poll};
 use super::memory::{Sealed, page_size};
 
 /// Slots of a pipe of the default size (`PIPE_DEF_BUFFERS` in the kernel).
@@ -152,9 +152,7 @@ impl BothEnds {
     /// Where there is no /proc, and when no more descriptors can be had.
     pub(crate) fn new(bytes: usize) -> io::Result<(Self, usize)> {
         let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        let path = format!("/proc/self/fd/{}", write.as_raw_fd());
-        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let both = open(path.as_str(), flags, Mode::empty())?;
+        let both = open_anew(&write, OFlag::O_RDWR)?;
         drop((read, write));
         let capacity = grow(&both, bytes)? * slot();
         Ok((Self(both), capacity))
@@ -188,8 +186,7 @@ fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize
     let Ok(slots) = slots(fd) else {
         bail!("it is {}, not a pipe", FdKind::of(fd));
     };
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).context("reading its flags")?);
-    if flags & OFlag::O_ACCMODE == wrong_mode {
+    if flags(fd)? & OFlag::O_ACCMODE == wrong_mode {
         bail!("it is {wrong_end}");
     }
     Ok(slots)
@@ -209,8 +206,7 @@ pub fn available(pipe: impl AsFd) -> io::Result<usize> {
 /// # Errors
 /// Those of `poll`; none for an open pipe.
 pub(crate) fn is_full(pipe: &WriteEnd) -> io::Result<bool> {
-    let mut polled = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
-    Ok(uninterrupted(|| poll(&mut polled, PollTimeout::ZERO))? == 0)
+    Ok(poll(pipe, PollFlags::POLLOUT, PollTimeout::ZERO)?.is_empty())
 }
 
 /// The capacity of a pipe in slots.
@@ -339,6 +335,13 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     Ok((read, write, got))
 }
 
+/// A non-blocking file description of our own for an open pipe.
+fn open_anew(pipe: &OwnedFd, access: OFlag) -> nix::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    let flags = access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    open(path.as_str(), flags, Mode::empty())
+}
+
 /// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the
 /// same end.
 ///
@@ -349,20 +352,13 @@ pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
 /// # Errors
 /// When neither way works.
 fn make_nonblocking(mut end: End, access: OFlag) -> io::Result<End> {
-    let path = format!("/proc/self/fd/{}", end.fd.as_raw_fd());
-    match open(
-        path.as_str(),
-        access | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    ) {
-        Ok(own) => Ok(End::new(own)),
-        Err(_) => {
-            let flags = OFlag::from_bits_retain(fcntl(&end.fd, FcntlArg::F_GETFL)?);
-            fcntl(&end.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-            end.set_back = Some(flags);
-            Ok(end)
-        }
+    if let Ok(own) = open_anew(&end.fd, access) {
+        return Ok(End::new(own));
     }
+    let flags = flags(&end.fd)?;
+    fcntl(&end.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    end.set_back = Some(flags);
+    Ok(end)
 }
 
 impl ReadEnd {
@@ -439,7 +435,7 @@ static VMSPLICE: Refusable = Refusable::new();
 /// Whether an error of `splice` or `vmsplice` means that the data has to be copied: they are not
 /// allowed here, not in this kernel, or not for this kind of file. Where it means something else,
 /// copying fails in the same way.
-pub(crate) fn is_refusal(errno: Errno) -> bool {
+fn is_refusal(errno: Errno) -> bool {
     matches!(
         errno,
         Errno::EPERM | Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL
@@ -483,7 +479,8 @@ fn copy(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
     while copied < len {
         let ready = available(from)?;
         if ready == 0 {
-            if copied == 0 && readiness(from, PollFlags::POLLIN)? == PollFlags::POLLHUP {
+            let events = poll(from, PollFlags::POLLIN, PollTimeout::ZERO)?;
+            if copied == 0 && events == PollFlags::POLLHUP {
                 return Ok(Moved::End);
             }
             break;
@@ -533,7 +530,7 @@ fn copied_or_would_block(copied: usize) -> Moved {
 /// Bytes that can be written without blocking: all that an empty pipe holds, or what one slot does.
 /// What is no pipe takes anything. A pipe without a reader takes some too: the write tells.
 fn room(to: impl AsFd) -> io::Result<usize> {
-    if readiness(&to, PollFlags::POLLOUT)?.is_empty() {
+    if poll(&to, PollFlags::POLLOUT, PollTimeout::ZERO)?.is_empty() {
         return Ok(0);
     }
     match fcntl(&to, FcntlArg::F_GETPIPE_SZ) {
@@ -541,13 +538,6 @@ fn room(to: impl AsFd) -> io::Result<usize> {
         Ok(_) => Ok(ONE_SLOT),
         Err(_) => Ok(usize::MAX),
     }
-}
-
-/// What can be done with a descriptor now, or has happened to it.
-fn readiness(fd: impl AsFd, wanted: PollFlags) -> io::Result<PollFlags> {
-    let mut fds = [PollFd::new(fd.as_fd(), wanted)];
-    uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))?;
-    Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
 }
 
 /// Reads from a pipe (made non-blocking before).
@@ -684,7 +674,6 @@ mod tests {
         let (read, _write) = new().unwrap();
         let other = read.0.fd.try_clone().unwrap();
         let _ours = read.nonblocking().unwrap();
-        let flags = OFlag::from_bits_retain(fcntl(&other, FcntlArg::F_GETFL).unwrap());
-        assert!(!flags.contains(OFlag::O_NONBLOCK));
+        assert!(!flags(&other).unwrap().contains(OFlag::O_NONBLOCK));
     }
 }

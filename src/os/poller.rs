@@ -12,7 +12,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -57,21 +57,21 @@ impl Watched {
     ];
 }
 
-/// What to be told of.
+/// What to be told of: the events of epoll.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Interest {
     /// Each change of something readable, and its end.
-    ReadableEdge,
+    ReadableEdge = libc::EPOLLIN as isize | libc::EPOLLET as isize,
     /// Each change of something writable, and its reader's end.
-    WritableEdge,
+    WritableEdge = libc::EPOLLOUT as isize | libc::EPOLLET as isize,
     /// Something to read, for as long as there is.
-    Readable,
+    Readable = libc::EPOLLIN as isize,
     /// Only that the other side is gone.
-    Gone,
+    Gone = libc::EPOLLET as isize,
 }
 
-/// How long to wait for events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How long to wait for events, the shortest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Wait {
     /// Only look.
     Now,
@@ -82,21 +82,7 @@ pub(crate) enum Wait {
 impl Wait {
     /// The earlier of this and `end`, if there is one.
     pub(crate) fn or_until(self, end: Option<Instant>) -> Self {
-        match (self, end) {
-            (wait, None) => wait,
-            (Wait::Forever, Some(end)) => Wait::Until(end),
-            (Wait::Until(earlier), Some(end)) => Wait::Until(earlier.min(end)),
-            (Wait::Now, Some(_)) => Wait::Now,
-        }
-    }
-
-    /// The shorter of two waits.
-    pub(crate) fn or(self, other: Self) -> Self {
-        match other {
-            Wait::Now => Wait::Now,
-            Wait::Until(end) => self.or_until(Some(end)),
-            Wait::Forever => self,
-        }
+        end.map_or(self, |end| self.min(Wait::Until(end)))
     }
 
     /// In milliseconds, rounded up so that a wait never ends before its time.
@@ -107,8 +93,7 @@ impl Wait {
             Wait::Until(end) => {
                 let left = end.saturating_duration_since(Instant::now());
                 let millis = left.as_nanos().div_ceil(1_000_000);
-                EpollTimeout::try_from(Duration::from_millis(millis as u64))
-                    .unwrap_or(EpollTimeout::MAX)
+                EpollTimeout::try_from(millis).unwrap_or(EpollTimeout::MAX)
             }
         }
     }
@@ -143,12 +128,7 @@ impl Poller {
         id: u64,
         interest: Interest,
     ) -> io::Result<()> {
-        let flags = match interest {
-            Interest::ReadableEdge => EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
-            Interest::WritableEdge => EpollFlags::EPOLLOUT | EpollFlags::EPOLLET,
-            Interest::Readable => EpollFlags::EPOLLIN,
-            Interest::Gone => EpollFlags::EPOLLET,
-        };
+        let flags = EpollFlags::from_bits_retain(interest as libc::c_int);
         let token = id << KIND_BITS | kind as u64;
         Ok(self.0.add(fd, EpollEvent::new(flags, token))?)
     }
@@ -190,6 +170,7 @@ impl Poller {
 mod tests {
     use super::*;
     use crate::os::pipe;
+    use std::time::Duration;
 
     #[test]
     fn every_kind_has_its_number() {

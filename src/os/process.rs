@@ -86,12 +86,19 @@ pub(crate) fn fields_of(pid: u32, numbers: RangeInclusive<usize>) -> Option<Stri
     )
 }
 
-/// Closes all descriptors but the standard streams, which whoever started this process has left
-/// open. Before Linux 5.9 they stay.
+/// Closes all descriptors but the standard streams, which the program that started this one has
+/// left open. To be called before anything is opened.
 pub(crate) fn close_inherited() {
-    let (first, last, flags) = (3_u32, u32::MAX, 0_u32);
-    // SAFETY: the caller has opened nothing yet, and nothing else has: there are no other threads.
-    // No memory is involved.
+    close_range(0);
+}
+
+/// Closes all descriptors but the standard streams, or only marks them close-on-exec. Kernels
+/// before 5.11, and seccomp profiles that do not know the call, refuse it: then those that others
+/// have left open stay, and our own are close-on-exec anyway.
+pub(crate) fn close_range(flags: libc::c_uint) {
+    let (first, last) = (3_u32, u32::MAX);
+    // SAFETY: either only a flag is set, or nothing is open yet, as `close_inherited` asks for. No
+    // memory is involved.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
 }
 

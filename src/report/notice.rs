@@ -9,8 +9,9 @@ use std::io;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 
+use crate::os::descriptor::poll;
 use crate::os::pipe::uninterrupted;
 
 /// How long a full pipe may hold up the transfer for each piece of a line, in milliseconds.
@@ -55,9 +56,8 @@ pub(crate) fn write_patiently<E: From<io::Error>>(
 ) -> Result<(), E> {
     let mut left = text.as_bytes();
     while !left.is_empty() {
-        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
-        let ready = uninterrupted(|| poll(&mut fds, PollTimeout::from(PATIENCE)));
-        if ready.map_err(io::Error::from)? == 0 {
+        let ready = poll(&fd, PollFlags::POLLOUT, PATIENCE).map_err(io::Error::from)?;
+        if ready.is_empty() {
             go_on()?;
             continue;
         }

@@ -40,7 +40,7 @@ pub(crate) struct Server<'a> {
     lazy: Option<LazyMemory>,
     /// Until CRIU has come.
     listener: Option<Listener>,
-    clients: Clients<ImageName>,
+    clients: Clients,
     /// CRIU has ended well, and had not connected.
     is_missed: bool,
     transfers: Transfers,
@@ -84,7 +84,7 @@ impl<'a> Server<'a> {
             supervisor,
             lazy,
             listener: Some(listener),
-            clients: Clients::any(),
+            clients: Clients::up_to(usize::MAX),
             is_missed: false,
             transfers: Transfers::new(Watched::Transfer),
             refused: BTreeSet::new(),
@@ -97,7 +97,7 @@ impl<'a> Server<'a> {
     }
 
     /// All that must stay open until the reason of a failure is told.
-    pub(crate) fn into_open(self) -> (Clients<ImageName>, Transfers) {
+    pub(crate) fn into_open(self) -> (Clients, Transfers) {
         (self.clients, self.transfers)
     }
 

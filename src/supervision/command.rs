@@ -29,14 +29,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, killpg};
+use nix::poll::{PollFlags, PollTimeout};
+use nix::sys::signal::{SigHandler, Signal, killpg};
 use nix::unistd::{AccessFlags, Pid, access};
 
 use super::program::{self, End, Inherited};
 use crate::format::ImageName;
-use crate::os::descriptor::Direction;
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::{Direction, poll};
 
 /// How long a command may take to clean up after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -50,8 +49,8 @@ const NEXT_LOOK: Duration = Duration::from_millis(5);
 /// What a command is for.
 #[derive(Debug, Clone)]
 enum Purpose {
-    /// A shard, with what `{}` stands for: a number from 1, or `index`.
-    Shard(String),
+    /// The shard of this number, from 0, and what `{}` stands for: a number from 1, or `index`.
+    Shard(usize, String),
     ExternalFile(ImageName),
 }
 
@@ -61,30 +60,36 @@ pub(crate) struct ShellCommand {
     purpose: Purpose,
     /// What the shell is given.
     text: String,
-    /// The shell has it as `$CRIU_IMAGE_NAME`.
-    pub(crate) image_name: Option<String>,
+    /// `$CRIU_IMAGE_NAME`.
+    image_name: Option<String>,
 }
 
 impl ShellCommand {
     /// One command for each shard: `{}` in the text is the shard's number, and `index` for one more
     /// where there is an index.
-    pub(crate) fn for_shards(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
-        let numbers = (1..=shards).map(|number| number.to_string());
-        let all = numbers.chain(has_index.then(|| "index".to_owned()));
-        all.map(|number| Self {
-            text: text.replace("{}", &number),
-            purpose: Purpose::Shard(number),
-            image_name: None,
-        })
-        .collect()
+    pub(crate) fn for_shards(
+        text: &str,
+        shards: usize,
+        has_index: bool,
+        image_name: Option<&str>,
+    ) -> Vec<Self> {
+        let names = (1..=shards).map(|number| number.to_string());
+        let all = names.chain(has_index.then(|| "index".to_owned()));
+        all.enumerate()
+            .map(|(number, name)| Self {
+                text: text.replace("{}", &name),
+                purpose: Purpose::Shard(number, name),
+                image_name: image_name.map(str::to_owned),
+            })
+            .collect()
     }
 
     /// The command of an external file.
-    pub(crate) fn for_file(name: ImageName, text: String) -> Self {
+    pub(crate) fn for_file(name: ImageName, text: String, image_name: Option<&str>) -> Self {
         Self {
             purpose: Purpose::ExternalFile(name),
             text,
-            image_name: None,
+            image_name: image_name.map(str::to_owned),
         }
     }
 
@@ -105,7 +110,7 @@ impl ShellCommand {
     /// What messages call it.
     pub(crate) fn label(&self) -> String {
         match &self.purpose {
-            Purpose::Shard(number) => format!("shard command {number}"),
+            Purpose::Shard(_, name) => format!("shard command {name}"),
             Purpose::ExternalFile(name) => format!("the command of external file {name}"),
         }
     }
@@ -116,11 +121,12 @@ impl ShellCommand {
 
     /// True if it takes or brings an external file.
     pub(super) fn has_file(&self) -> bool {
-        !self.is_for_shard()
+        matches!(self.purpose, Purpose::ExternalFile(_))
     }
 
-    fn is_for_shard(&self) -> bool {
-        matches!(self.purpose, Purpose::Shard(_))
+    /// True if it takes or brings the shard of this number, from 0.
+    pub(super) fn is_for_shard(&self, number: usize) -> bool {
+        matches!(self.purpose, Purpose::Shard(it, _) if it == number)
     }
 
     fn is_for_file(&self, wanted: &ImageName) -> bool {
@@ -133,16 +139,15 @@ impl ShellCommand {
 enum CommandState {
     Running,
     Succeeded,
-    Failed(Part, End),
+    /// A process of its group has failed in this way.
+    Failed(Process, End),
 }
 
-/// A process of a command's group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Shell,
-    /// One that is not the shell's to wait for.
-    Other,
-}
+/// A process of a command's group, as errors call it.
+type Process = &'static str;
+
+const SHELL: Process = "it";
+const OTHER: Process = "a process that it left in the background";
 
 struct Running {
     command: ShellCommand,
@@ -211,25 +216,10 @@ impl Commands {
         }
     }
 
-    /// Whether all have ended well, as far as [`Commands::check`] has seen.
-    pub(super) fn have_succeeded(&self) -> bool {
-        self.running.iter().all(Running::has_succeeded)
-    }
-
-    /// Whether those of external files have.
-    pub(super) fn have_succeeded_for_files(&self) -> bool {
-        let shards_or_well =
-            |running: &Running| running.command.is_for_shard() || running.has_succeeded();
-        self.running.iter().all(shards_or_well)
-    }
-
-    /// Whether the command of this shard, from 0, has; true where there is none.
-    pub(super) fn has_succeeded_for_shard(&self, number: usize) -> bool {
-        let mut of_shards = self
-            .running
-            .iter()
-            .filter(|running| running.command.is_for_shard());
-        of_shards.nth(number).is_none_or(Running::has_succeeded)
+    /// True if all that are meant have ended well, as far as [`Commands::check`] has seen.
+    pub(super) fn have_succeeded(&self, is_meant: impl Fn(&ShellCommand) -> bool) -> bool {
+        let mut running = self.running.iter();
+        running.all(|running| !is_meant(&running.command) || running.has_succeeded())
     }
 
     /// The reason behind an error of the transfer: a command that closed its pipe is given the time
@@ -252,9 +242,9 @@ impl Commands {
             Some(running) => anyhow!(
                 "{}: it ended with exit status 0 before it had read the whole {}, which is lost",
                 running.command.with_text(),
-                match running.command.purpose {
-                    Purpose::Shard(_) => "shard",
-                    Purpose::ExternalFile(_) => "file",
+                match running.command.has_file() {
+                    true => "file",
+                    false => "shard",
                 }
             ),
             None => error,
@@ -274,28 +264,26 @@ impl Running {
                 Ok(None) => break,
                 // It is not in the terminal's foreground, where it could ask: it would stop for
                 // ever.
-                Ok(Some((part, end @ End::Stopped(libc::SIGTTIN | libc::SIGTTOU)))) => {
-                    self.state.set(CommandState::Failed(part, end));
+                Ok(Some((process, end @ End::Stopped(libc::SIGTTIN | libc::SIGTTOU)))) => {
+                    self.state.set(CommandState::Failed(process, end));
                 }
                 // Another process stopped it, and will have it go on.
                 Ok(Some((_, End::Stopped(_) | End::Exited(0)))) => {}
-                Ok(Some((part, end))) => self.state.set(CommandState::Failed(part, end)),
+                Ok(Some((process, end))) => self.state.set(CommandState::Failed(process, end)),
                 // No process of the group is left.
                 Err(_) => self.state.set(CommandState::Succeeded),
             }
         }
-        let CommandState::Failed(part, end) = self.state.get() else {
-            return Ok(());
-        };
-        let part = match part {
-            Part::Shell => "it",
-            Part::Other => "a process that it left in the background",
-        };
-        bail!("{}: {part} {end}", self.command.with_text())
+        match self.state.get() {
+            CommandState::Failed(process, end) => {
+                bail!("{}: {process} {end}", self.command.with_text())
+            }
+            CommandState::Running | CommandState::Succeeded => Ok(()),
+        }
     }
 
     /// How the next process of the group ended or stopped, if one has.
-    fn next_end(&self) -> nix::Result<Option<(Part, End)>> {
+    fn next_end(&self) -> nix::Result<Option<(Process, End)>> {
         let shell = self.group.as_raw();
         let next = match program::next_end(-shell) {
             // A shell that has left its own group is waited for all the same.
@@ -304,25 +292,21 @@ impl Running {
         };
         Ok(next.map(|(pid, end)| {
             if pid != self.group {
-                return (Part::Other, end);
+                return (OTHER, end);
             }
-            let has_ended = !matches!(end, End::Stopped(_));
-            self.shell_has_ended
-                .set(has_ended || self.shell_has_ended.get());
-            (Part::Shell, end)
+            let is_stopped = matches!(end, End::Stopped(_));
+            self.shell_has_ended.set(!is_stopped);
+            (SHELL, end)
         }))
     }
 
     /// Whether the command runs on although its end of the pipe is closed.
     fn is_about_to_end(&self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
-        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
         self.state.get() == CommandState::Running
-            && uninterrupted(|| poll(&mut fds, PollTimeout::ZERO)).is_ok()
-            && fds[0]
-                .revents()
-                .is_some_and(|events| events.intersects(gone))
+            && poll(pipe, PollFlags::empty(), PollTimeout::ZERO)
+                .is_ok_and(|events| events.intersects(gone))
     }
 
     /// Waits for what has ended of the group, and tells whether something is left of it.
@@ -340,7 +324,8 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let has_ended_well = self.have_succeeded() && self.running.iter().all(|r| r.pipe.is_none());
+        let is_told = self.running.iter().all(|running| running.pipe.is_none());
+        let has_ended_well = is_told && self.have_succeeded(|_| true);
         let mut left: Vec<_> = self.running.iter().collect();
         left.retain(|running| running.reap());
         if has_ended_well {
@@ -377,14 +362,10 @@ fn start_shell(
         shell.args(["-o", "pipefail"]);
     }
     shell.args(["-c", text]);
-    shell.envs(
-        command
-            .image_name
-            .iter()
-            .map(|name| ("CRIU_IMAGE_NAME", name)),
-    );
+    let image_name = command.image_name.iter();
+    shell.envs(image_name.map(|name| ("CRIU_IMAGE_NAME", name)));
     shell.stdin(stdin).stdout(stdout).process_group(0);
-    program::start(shell, program::RESET, inherited).context("starting a shell")
+    program::start(shell, SigHandler::SigDfl, inherited).context("starting a shell")
 }
 
 /// True if a command may be a pipeline: it has a `|` that is not half of `||`.

@@ -23,21 +23,18 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::os::fd::AsFd;
 use std::process::Command;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::SigHandler::{SigDfl, SigIgn};
-use nix::sys::signal::Signal::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
+use nix::poll::{PollFlags, PollTimeout};
+use nix::sys::signal::SigHandler;
 use nix::unistd::Pid;
 
-use super::program::{self, Dispositions, End, Inherited};
+use super::program::{self, End, Inherited};
 use super::signals::Signals;
-use crate::os::descriptor::Direction;
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::{Direction, poll};
 use crate::report;
 
 /// How long CRIU may take to let the application go on when a signal has ended the transfer:
@@ -46,21 +43,6 @@ const PATIENCE: Duration = Duration::from_secs(8);
 
 /// How long a CRIU that is gone from the socket may take to end and say why.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-
-const OF_A_DUMP: Dispositions = &[
-    (SIGHUP, SigIgn),
-    (SIGINT, SigIgn),
-    (SIGQUIT, SigIgn),
-    (SIGTERM, SigIgn),
-    (SIGPIPE, SigDfl),
-];
-
-const OF_A_RESTORE: Dispositions = &[
-    (SIGINT, SigDfl),
-    (SIGQUIT, SigDfl),
-    (SIGTERM, SigDfl),
-    (SIGPIPE, SigDfl),
-];
 
 /// What is to be run: a program and its arguments.
 #[derive(Debug, Clone)]
@@ -139,13 +121,13 @@ impl RunningCriu {
         signals: Rc<Signals>,
     ) -> Result<Self> {
         let text = command.text();
-        let dispositions = match direction {
-            Direction::Out => OF_A_DUMP,
-            Direction::In => OF_A_RESTORE,
+        let at_signals = match direction {
+            Direction::Out => SigHandler::SigIgn,
+            Direction::In => SigHandler::SigDfl,
         };
         let mut process = Command::new(&command.program);
         process.args(&command.arguments);
-        let process = program::start(process, dispositions, inherited)
+        let process = program::start(process, at_signals, inherited)
             .with_context(|| format!("starting {text}"))?;
         Ok(Self {
             text,
@@ -246,8 +228,7 @@ impl RunningCriu {
             let left = until.saturating_duration_since(Instant::now());
             PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
         });
-        let mut fds = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        uninterrupted(|| poll(&mut fds, timeout))?;
+        poll(&*self.signals, PollFlags::POLLIN, timeout)?;
         self.signals.check()
     }
 

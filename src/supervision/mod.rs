@@ -14,7 +14,6 @@
 //! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open
 //! what the transfer had open until its reason is told.
 
-mod caller;
 mod command;
 mod criu_command;
 mod program;
@@ -23,31 +22,30 @@ mod signals;
 mod socket;
 
 use std::any::Any;
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use nix::fcntl::OFlag;
+use nix::poll::{PollFlags, PollTimeout};
 use nix::unistd::pipe2;
 
 use crate::format::ImageName;
-use crate::os::descriptor::{Direction, FdKind};
+use crate::os::descriptor::{Direction, FdKind, poll};
 use crate::os::pipe::{self, LARGEST, Moved, ReadEnd, WriteEnd};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
 use crate::report;
-use caller::Watch;
 use command::Commands;
 pub(crate) use command::ShellCommand;
 use criu_command::RunningCriu;
 pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
 use program::Inherited;
+use pump::PumpFailure;
 pub(crate) use pump::Pumped;
-use pump::Reason;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
@@ -90,15 +88,18 @@ pub struct Supervisor {
     /// The only one, for all that is waited for.
     poller: Poller,
     signals: Rc<Signals>,
-    caller: Option<Watch>,
+    /// The CRIU whose hook has started us. During a capture it waits for us while everything is
+    /// frozen: if it ends first, it was killed, the application goes on, and may write to pages
+    /// that are still in our pipes.
+    caller: Option<OwnedFd>,
+    caller_may_end: Cell<bool>,
     /// What commands are to have as we had it.
     inherited: Inherited,
     /// Those of external files are started in the middle of a capture.
     commands: RefCell<Commands>,
     /// Empty where we start no CRIU, and until then.
     criu: OnceCell<RunningCriu>,
-    /// The first failure of a pump.
-    failure: Arc<OnceLock<Reason>>,
+    failure: PumpFailure,
     /// One for each pump that writes. It closes when everything is written.
     writing: Vec<ReadEnd>,
 }
@@ -113,10 +114,11 @@ impl Supervisor {
             poller,
             signals: Rc::new(signals),
             caller: None,
+            caller_may_end: Cell::new(false),
             inherited: Inherited::now(),
             commands: RefCell::default(),
             criu: OnceCell::new(),
-            failure: Arc::default(),
+            failure: PumpFailure::default(),
             writing: Vec::new(),
         })
     }
@@ -127,22 +129,25 @@ impl Supervisor {
     }
 
     /// From now on the transfer fails when this process ends: a CRIU whose hook has started it.
-    pub(crate) fn watch(&mut self, process: OwnedFd) -> io::Result<()> {
-        self.caller = Some(Watch::new(process, &self.poller)?);
+    pub(crate) fn watch(&mut self, process: impl AsFd) -> io::Result<()> {
+        let process = process.as_fd().try_clone_to_owned()?;
+        // Its end can be seen for ever, so it is looked at on the edge only.
+        self.poller
+            .add(&process, Watched::Caller, 0, Interest::ReadableEdge)?;
+        self.caller = Some(process);
         Ok(())
     }
 
     /// The CRIU that has started the transfer may end before it, from now on.
     pub(crate) fn let_caller_end(&self) {
-        if let Some(caller) = &self.caller {
-            caller.let_end();
-        }
+        self.caller_may_end.set(true);
     }
 
-    /// Whether a CRIU that has started the transfer has ended, as far as [`Supervisor::check`] has
-    /// seen.
+    /// True if a CRIU that has started the transfer has ended.
     pub(crate) fn caller_has_ended(&self) -> bool {
-        self.caller.as_ref().is_some_and(Watch::has_ended)
+        let has_ended = |process: &OwnedFd| poll(process, PollFlags::POLLIN, PollTimeout::ZERO);
+        let events = self.caller.as_ref().map(has_ended);
+        events.is_some_and(|events| events.is_ok_and(|events| !events.is_empty()))
     }
 
     /// A pipe whose data goes to `fd`, which errors call `label`.
@@ -150,7 +155,7 @@ impl Supervisor {
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
-        let (pipe, writing) = pump::write_to(fd, label, pumped, Arc::clone(&self.failure))
+        let (pipe, writing) = pump::write_to(fd, label, pumped, &self.failure)
             .with_context(|| format!("preparing {label}"))?;
         let writing = writing.nonblocking()?;
         self.poller
@@ -164,36 +169,33 @@ impl Supervisor {
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
-        pump::read_from(fd, label, pumped, Arc::clone(&self.failure))
+        pump::read_from(fd, label, pumped, &self.failure)
             .with_context(|| format!("preparing {label}"))
     }
 
     /// Starts a command that reads from the pipe that is returned.
     pub(crate) fn start_reader(&self, command: ShellCommand) -> Result<WriteEnd> {
-        let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
-        self.start(command, Direction::Out, theirs, &ours)?;
-        WriteEnd::new(ours)
+        WriteEnd::new(self.start(command, Direction::Out)?)
     }
 
     /// Starts a command that writes to the pipe that is returned.
     pub(crate) fn start_writer(&self, command: ShellCommand) -> Result<ReadEnd> {
-        let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
-        self.start(command, Direction::In, theirs, &ours)?;
-        ReadEnd::new(ours)
+        ReadEnd::new(self.start(command, Direction::In)?)
     }
 
-    fn start(
-        &self,
-        command: ShellCommand,
-        direction: Direction,
-        theirs: OwnedFd,
-        ours: impl AsFd,
-    ) -> Result<()> {
+    /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
+    fn start(&self, command: ShellCommand, direction: Direction) -> Result<OwnedFd> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
+        let (ours, theirs) = match direction {
+            Direction::Out => (write, read),
+            Direction::In => (read, write),
+        };
         if command.has_file() {
             pipe::grow(&ours, LARGEST)?;
         }
         let mut commands = self.commands.borrow_mut();
-        commands.start(command, direction, theirs, ours, self.inherited)
+        commands.start(command, direction, theirs, &ours, self.inherited)?;
+        Ok(ours)
     }
 
     /// All of an external file has been sent: its command, if there is one, sees the end.
@@ -248,9 +250,10 @@ impl Supervisor {
             }
             signalled => signalled?,
         }
-        if let Some(caller) = &self.caller {
-            caller.check()?;
-        }
+        ensure!(
+            self.caller_may_end.get() || !self.caller_has_ended(),
+            "CRIU, which has started this streamer, has ended and did not wait for it: it failed or was killed (see its log)"
+        );
         self.check_pumps()?;
         self.commands.borrow().check()?;
         criu
@@ -261,19 +264,22 @@ impl Supervisor {
         self.criu.get().is_some_and(RunningCriu::has_killed)
     }
 
-    /// Whether all commands have ended well; true where there are none.
+    /// True if all commands have ended well, or there are none.
     pub(crate) fn commands_have_succeeded(&self) -> bool {
-        self.commands.borrow().have_succeeded()
+        self.commands.borrow().have_succeeded(|_| true)
     }
 
-    /// Whether the commands of external files have ended well; true where there are none.
+    /// True if the commands of external files have ended well, or there are none.
     pub(crate) fn file_commands_have_succeeded(&self) -> bool {
-        self.commands.borrow().have_succeeded_for_files()
+        self.commands
+            .borrow()
+            .have_succeeded(ShellCommand::has_file)
     }
 
-    /// Whether the command of this shard, from 0, has ended well; true where there are no commands.
+    /// True if the command of this shard, from 0, has ended well, or there is none.
     pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
-        self.commands.borrow().has_succeeded_for_shard(shard)
+        let is_meant = |command: &ShellCommand| command.is_for_shard(shard);
+        self.commands.borrow().have_succeeded(is_meant)
     }
 
     /// When to ask again whether the commands have ended: there is no signal for all of it. `None`
@@ -285,7 +291,7 @@ impl Supervisor {
 
     fn check_pumps(&self) -> Result<()> {
         let failure = self.failure.get();
-        failure.map_or(Ok(()), |failure| Err(failure.error()))
+        failure.map_or(Ok(()), |reason| Err(anyhow!("{reason}")))
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
@@ -368,10 +374,10 @@ impl Supervisor {
 
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
     fn explain(&self, error: Error, commands: &Commands) -> Error {
-        match self.failure.get() {
+        match self.check_pumps() {
             _ if is_final(&error) => error,
-            Some(failure) => failure.error(),
-            None => commands.explain(error),
+            Err(reason) => reason,
+            Ok(()) => commands.explain(error),
         }
     }
 }

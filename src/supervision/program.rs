@@ -15,24 +15,12 @@ use std::process::{Command, Stdio};
 use nix::errno::Errno;
 use nix::sys::prctl::{get_timerslack, set_timerslack};
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
-use nix::sys::signal::{SigHandler, SigSet, signal};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::unistd::Pid;
 
 use super::signals::is_ignored;
 use crate::os::pipe::uninterrupted;
-
-/// What a program does with signals at first.
-pub(super) type Dispositions = &'static [(Signal, SigHandler)];
-
-/// Those whose handling a shell or supervisor may have changed for us, as by default.
-pub(super) const RESET: Dispositions = &[
-    (SIGHUP, SigHandler::SigDfl),
-    (SIGINT, SigHandler::SigDfl),
-    (SIGQUIT, SigHandler::SigDfl),
-    (SIGPIPE, SigHandler::SigDfl),
-    (SIGTERM, SigHandler::SigDfl),
-];
+use crate::os::process::close_range;
 
 /// Settings that this process was started with and changes for itself. Programs inherit them, and
 /// so does every application that CRIU restores, for life.
@@ -60,18 +48,19 @@ pub(super) fn adopt_orphans(adopt: bool) -> io::Result<()> {
     Ok(nix::sys::prctl::set_child_subreaper(adopt)?)
 }
 
-/// Starts a program, and returns its process, which is to be waited for.
+/// Starts a program, and returns its process, which is to be waited for. It ignores the signals
+/// that end programs, or takes them by default; SIGHUP is then left as we found it, for `nohup`.
 ///
 /// # Errors
 /// When there is no such program, or no process can be made.
 pub(super) fn start(
     mut command: Command,
-    dispositions: Dispositions,
+    at_signals: SigHandler,
     inherited: Inherited,
 ) -> io::Result<Pid> {
     keep_ends()?;
     // SAFETY: between fork and exec, `prepare` makes system calls only and allocates nothing.
-    unsafe { command.pre_exec(move || prepare(dispositions, inherited)) };
+    unsafe { command.pre_exec(move || prepare(at_signals, inherited)) };
     let child = command.spawn()?;
     Ok(Pid::from_raw(child.id() as libc::pid_t))
 }
@@ -96,7 +85,7 @@ fn keep_ends() -> io::Result<()> {
 }
 
 /// In the new process: gives it the signals and descriptors that a program expects.
-fn prepare(dispositions: Dispositions, inherited: Inherited) -> io::Result<()> {
+fn prepare(at_signals: SigHandler, inherited: Inherited) -> io::Result<()> {
     if let Some((soft, hard)) = inherited.descriptor_limit {
         setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
     }
@@ -104,20 +93,18 @@ fn prepare(dispositions: Dispositions, inherited: Inherited) -> io::Result<()> {
         // Where it is refused, it was refused to us as well.
         let _ = set_timerslack(nanos);
     }
-    for &(number, handler) in dispositions {
-        // SAFETY: neither the default nor ignoring is a function, so that none of ours can run.
-        unsafe { signal(number, handler) }?;
+    // SAFETY: neither the default nor ignoring is a function, so that none of ours can run.
+    let set = |number, handler| unsafe { signal(number, handler) };
+    for number in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+        set(number, at_signals)?;
     }
+    if matches!(at_signals, SigHandler::SigIgn) {
+        set(Signal::SIGHUP, SigHandler::SigIgn)?;
+    }
+    set(Signal::SIGPIPE, SigHandler::SigDfl)?;
     SigSet::empty().thread_set_mask()?;
-    let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
-    // SAFETY: it only sets a flag on descriptors; no memory is involved.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
-    match Errno::result(result) {
-        // Kernels before 5.11 cannot, and seccomp profiles that do not know the call refuse it. Our
-        // own descriptors are close-on-exec anyway.
-        Ok(_) | Err(Errno::ENOSYS | Errno::EINVAL | Errno::EPERM) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    close_range(libc::CLOSE_RANGE_CLOEXEC);
+    Ok(())
 }
 
 /// What became of a program.

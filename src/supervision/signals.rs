@@ -34,12 +34,9 @@ impl std::error::Error for Interrupted {}
 
 /// The signal that led to an error, if one did.
 pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
-    error.chain().find_map(|cause| {
-        let inside = cause.downcast_ref().and_then(io::Error::get_ref);
-        inside
-            .map_or_else(|| cause.downcast_ref(), |inner| inner.downcast_ref())
-            .copied()
-    })
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref().copied())
 }
 
 /// The signals that came.

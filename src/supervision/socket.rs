@@ -14,10 +14,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::poll;
 
 /// Between two looks at the queue, for which there is no event.
 const FIRST_NAP: Duration = Duration::from_millis(1);
@@ -82,8 +82,6 @@ fn queued(socket: impl AsFd) -> Result<usize, Errno> {
 
 /// Whether the peer has ended its own stream as well, which is a hang-up after we have ended ours.
 fn has_ended(socket: impl AsFd) -> Result<bool, Errno> {
-    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-    uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))?;
-    let events = fds[0].revents().unwrap_or(PollFlags::empty());
+    let events = poll(socket, PollFlags::empty(), PollTimeout::ZERO)?;
     Ok(events.contains(PollFlags::POLLHUP))
 }
