@@ -48,15 +48,17 @@ pub use supervision::Failure;
 /// # Errors
 /// When not all of it worked.
 pub fn run() -> Result<(), Failure> {
-    match cli::parse() {
-        ParseResult::Ok(args) => commands::run(Plan::new(*args)?),
+    match cli::parse()? {
+        ParseResult::Args(args) => commands::run(Plan::new(*args)?),
         ParseResult::Hook => commands::run_hook(),
         ParseResult::Text(text) => {
             // A reader such as `head` may have seen enough.
             let _ = writeln!(std::io::stdout(), "{text}");
             Ok(())
         }
-        ParseResult::Usage(usage) => Err(anyhow::Error::new(usage).into()),
-        ParseResult::Err(error) => Err(error.into()),
+        ParseResult::Usage(text) => {
+            report::usage(text);
+            std::process::exit(1)
+        }
     }
 }

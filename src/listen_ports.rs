@@ -77,15 +77,9 @@ pub fn remap(files_img: &[u8], remaps: &[Remap]) -> Result<Vec<u8>> {
     }
     check_apart(&listening, remaps)?;
     if let Some(missing) = remaps.iter().find(|remap| !listening.contains(&remap.old)) {
-        let ports: Vec<_> = listening.iter().map(u16::to_string).collect();
         bail!(
-            "no socket listens on TCP port {} in the image; ports listened on: {}",
-            missing.old,
-            if ports.is_empty() {
-                "none".to_owned()
-            } else {
-                ports.join(", ")
-            }
+            "no socket listens on TCP port {} in the image; ports listened on: {listening:?}",
+            missing.old
         );
     }
     Ok(result)
@@ -113,42 +107,34 @@ fn check_apart(listening: &BTreeSet<u16>, remaps: &[Remap]) -> Result<()> {
 fn map_entry(entry: &[u8], remaps: &[Remap], listening: &mut BTreeSet<u16>) -> Result<Vec<u8>> {
     let mut result = Vec::with_capacity(entry.len() + 2);
     for field in fields(entry)? {
-        let isk = field.bytes(FILE_ENTRY_ISK).map(fields).transpose()?;
-        let mapped = isk.and_then(|isk| {
-            let port = listening_port(&isk)?;
-            listening.insert(port);
-            let remap = remaps.iter().find(|remap| remap.old == port)?;
-            Some(with_port(&isk, remap.new))
-        });
-        match mapped {
-            Some(isk) => {
-                encode_key(FILE_ENTRY_ISK, WireType::LengthDelimited, &mut result);
-                encode_varint(isk.len() as u64, &mut result);
-                result.extend_from_slice(&isk);
-            }
-            None => result.extend_from_slice(field.raw),
-        }
+        let Some(isk) = field.bytes(FILE_ENTRY_ISK) else {
+            result.extend_from_slice(field.raw);
+            continue;
+        };
+        let isk = map_socket(&fields(isk)?, remaps, listening);
+        encode_key(FILE_ENTRY_ISK, WireType::LengthDelimited, &mut result);
+        encode_varint(isk.len() as u64, &mut result);
+        result.extend_from_slice(&isk);
     }
     Ok(result)
 }
 
-/// The port of a socket that listens on TCP.
-fn listening_port(isk: &[Field]) -> Option<u16> {
+/// Changes the port of a socket that listens on TCP.
+fn map_socket(isk: &[Field], remaps: &[Remap], listening: &mut BTreeSet<u16>) -> Vec<u8> {
     let last = |number| last_varint(isk, number);
     let listens = (last(ISK_PROTO), last(ISK_STATE)) == (Some(IPPROTO_TCP), Some(LISTENING));
-    last(ISK_SRC_PORT)
-        .filter(|_| listens)
-        .and_then(|port| u16::try_from(port).ok())
-}
-
-fn with_port(isk: &[Field], port: u16) -> Vec<u8> {
+    let port = last(ISK_SRC_PORT).filter(|_| listens);
+    let port = port.and_then(|port| u16::try_from(port).ok());
+    listening.extend(port);
+    let remap = remaps.iter().find(|remap| Some(remap.old) == port);
     let mut result = Vec::new();
     for field in isk {
-        if field.varint(ISK_SRC_PORT).is_some() {
-            encode_key(ISK_SRC_PORT, WireType::Varint, &mut result);
-            encode_varint(u64::from(port), &mut result);
-        } else {
-            result.extend_from_slice(field.raw);
+        match remap.filter(|_| field.varint(ISK_SRC_PORT).is_some()) {
+            Some(remap) => {
+                encode_key(ISK_SRC_PORT, WireType::Varint, &mut result);
+                encode_varint(u64::from(remap.new), &mut result);
+            }
+            None => result.extend_from_slice(field.raw),
         }
     }
     result

@@ -397,6 +397,9 @@ impl Caller {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        // The kernel sets it up a moment after the descriptors.
+        let command_line = format!("/proc/{}/cmdline", process.id());
+        while fs::read(&command_line).unwrap().is_empty() {}
         Self {
             pid: process.id(),
             process,

@@ -22,7 +22,7 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{fstat, makedev};
 
-use crate::os::descriptor::{Direction, FdKind};
+use crate::os::descriptor::{self, Direction, FdKind};
 
 /// The number of a descriptor, as typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -60,8 +60,7 @@ impl FdNumber {
     }
 
     fn flags(self) -> nix::Result<OFlag> {
-        self.peek(|fd| fcntl(fd, FcntlArg::F_GETFL))
-            .map(OFlag::from_bits_retain)
+        self.peek(|fd| descriptor::flags(fd))
     }
 
     /// The file that data going in this direction must have to itself. A pipe is one file: what
@@ -143,9 +142,6 @@ pub(super) struct Checks {
     files: HashMap<FileId, String>,
 }
 
-/// A descriptor that is open and has one purpose.
-pub(super) struct Checked(FdNumber);
-
 impl Checks {
     pub(super) fn new() -> Self {
         let named = |file| (file, "standard error, where errors are told".to_owned());
@@ -162,7 +158,7 @@ impl Checks {
         option: &str,
         what: &str,
         purpose: Purpose,
-    ) -> Result<Checked> {
+    ) -> Result<()> {
         let named = format!("{option}: {what}");
         if let Some(other) = self.numbers.insert(number, option.to_owned()) {
             bail!("{named} is used twice (also by {other}): give each its own descriptor");
@@ -176,7 +172,7 @@ impl Checks {
                 number.check_transfer(&named, direction)?;
                 direction
             }
-            Purpose::Text if number.is_stderr() => return Ok(Checked(number)),
+            Purpose::Text if number.is_stderr() => return Ok(()),
             Purpose::Text => Direction::Out,
         };
         if let Some(file) = number.file(direction)
@@ -186,27 +182,26 @@ impl Checks {
                 "{named} leads to the same file, pipe or socket as {other}, and they would get into each other's way: redirect one of them elsewhere"
             );
         }
-        Ok(Checked(number))
+        Ok(())
     }
 }
 
-impl Checked {
-    /// Takes ownership of the descriptor, and keeps it from being passed on.
+impl FdNumber {
+    /// Takes ownership of a descriptor that was checked, and keeps it from being passed on.
     pub(super) fn claim(self) -> Result<OwnedFd> {
-        let number = self.0;
-        if number.0 > 2 {
+        if self.0 > 2 {
             // SAFETY: the descriptor is open, and the command line gave it to us. `Plan::new`
             // checks all numbers with the same `Checks`, so that it has no second owner here.
-            let fd = unsafe { OwnedFd::from_raw_fd(number.0) };
+            let fd = unsafe { OwnedFd::from_raw_fd(self.0) };
             fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("claiming a descriptor")?;
             return Ok(fd);
         }
-        let copy = number
+        let copy = self
             .peek(|fd| fd.try_clone_to_owned())
             .context("claiming a descriptor")?;
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.context("opening /dev/null")?;
-        match number {
+        match self {
             STDIN => nix::unistd::dup2_stdin(null)?,
             STDOUT => nix::unistd::dup2_stdout(null)?,
             // Errors still go there.

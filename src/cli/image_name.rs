@@ -7,15 +7,16 @@
 //! `_` and `-`.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::str::FromStr;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
+use super::options::read_text;
 use crate::report::outcome;
 
 /// The file with the name in the images directory.
@@ -74,13 +75,7 @@ impl StoredAs {
             Err(Errno::ENOENT) => return Ok(None),
             file => File::from(file.context(FILE)?),
         };
-        let is_file = file.metadata().context(FILE)?.is_file();
-        ensure!(is_file, "{FILE}: it is no regular file");
-        let mut name = Vec::new();
-        file.take(MAX_NAME as u64 + 2)
-            .read_to_end(&mut name)
-            .context(FILE)?;
-        let name = String::from_utf8_lossy(&name);
+        let name = read_text(file, MAX_NAME as u64 + 1).context(FILE)?;
         let name = name.strip_suffix('\n').unwrap_or(&name);
         let name = name.parse().map_err(anyhow::Error::msg).context(FILE)?;
         Ok(Some(name))

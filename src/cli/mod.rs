@@ -7,7 +7,6 @@ mod options;
 mod plan;
 
 use std::ffi::OsString;
-use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -19,7 +18,6 @@ use crate::criu::hook_caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::memory;
-use crate::supervision::ShellCommand;
 use descriptor::FdNumber;
 pub(crate) use image_name::StoredAs;
 pub(crate) use plan::{Action, FileEnd, Plan, Shards};
@@ -103,16 +101,23 @@ pub struct Args {
         short,
         long,
         value_name = "name:fd,...",
+        parse(try_from_str = external_fd),
         require_delimiter = true,
         global = true
     )]
-    ext_file_fds: Vec<ExternalFile>,
+    ext_file_fds: Vec<(ImageName, FdNumber)>,
 
     /// External file by a shell command, which must succeed: capture starts it when the application
     /// is frozen, and adds its output to the image; extract and serve pipe the file into it, and it
     /// has ended before CRIU is started. May be repeated
-    #[structopt(long, value_name = "name:command", number_of_values = 1, global = true)]
-    ext_file_cmd: Vec<ExternalFileCommand>,
+    #[structopt(
+        long,
+        value_name = "name:command",
+        parse(try_from_str = external_command),
+        number_of_values = 1,
+        global = true
+    )]
+    ext_file_cmd: Vec<(ImageName, String)>,
 
     /// Descriptor for progress lines and statistics [default: 2; none with --progress-bar]
     #[structopt(short, long, value_name = "fd", global = true)]
@@ -139,17 +144,6 @@ pub struct Args {
 
     #[structopt(subcommand)]
     command: Command,
-}
-
-impl Args {
-    /// Refuses options of the hook, which would count for nothing.
-    fn check_hook(&self) -> Result<()> {
-        ensure!(
-            *self == Self::from_iter(["criu-image-streamer", "hook"]),
-            "hook: its options are in files, not on its command line; see the README"
-        );
-        Ok(())
-    }
 }
 
 #[derive(Debug, PartialEq, Eq, StructOpt)]
@@ -199,27 +193,6 @@ enum Command {
     Hook,
 }
 
-/// A number of bytes, such as 64M.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Bytes(pub(crate) u64);
-
-impl FromStr for Bytes {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (digits, shift) = match text.char_indices().last() {
-            Some((end, 'K')) => (&text[..end], 10),
-            Some((end, 'M')) => (&text[..end], 20),
-            Some((end, 'G')) => (&text[..end], 30),
-            _ => (text, 0),
-        };
-        let number = digits.parse::<u64>().ok();
-        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
-        let why = || format!("{text:?} is no number of bytes, such as 67108864 or 64M");
-        bytes.map(Self).ok_or_else(why)
-    }
-}
-
 /// A number of bytes, or a part of the memory that is available.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BufferSize {
@@ -231,18 +204,19 @@ impl FromStr for BufferSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let why = || {
+        let number = |digits: &str, shift| digits.parse::<u64>().ok()?.checked_mul(1_u64 << shift);
+        let bytes = |digits, shift| number(digits, shift).map(Self::Bytes);
+        let size = match text.split_at_checked(text.len().wrapping_sub(1)) {
+            Some((percent, "%")) => percent.parse().ok().map(Self::Percent),
+            Some((digits, "K")) => bytes(digits, 10),
+            Some((digits, "M")) => bytes(digits, 20),
+            Some((digits, "G")) => bytes(digits, 30),
+            _ => bytes(text, 0),
+        };
+        let is_good = |size: &Self| !matches!(size, Self::Bytes(0) | Self::Percent(0 | 101..));
+        size.filter(is_good).ok_or_else(|| {
             format!("{text:?} is no size of a buffer, such as 512M, 4G or 50% of what is available")
-        };
-        let size = match text.strip_suffix('%') {
-            Some(percent) => percent.parse().ok().map(Self::Percent),
-            None => text.parse().ok().map(|Bytes(bytes)| Self::Bytes(bytes)),
-        };
-        size.filter(|size| match size {
-            Self::Bytes(bytes) => *bytes > 0,
-            Self::Percent(percent) => (1..=100).contains(percent),
         })
-        .ok_or_else(why)
     }
 }
 
@@ -265,24 +239,22 @@ impl BufferSize {
 }
 
 /// An external file's name in the image, and the descriptor that it comes from or goes to.
-#[derive(Debug, PartialEq, Eq)]
-struct ExternalFile {
-    name: ImageName,
-    fd: FdNumber,
+fn external_fd(text: &str) -> Result<(ImageName, FdNumber), String> {
+    let (name, fd) = text
+        .rsplit_once(':')
+        .ok_or_else(|| format!("{text:?} is not of the form name:fd, such as fs.tar:10"))?;
+    Ok((external_name(name)?, fd.parse()?))
 }
 
-impl FromStr for ExternalFile {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, fd) = text
-            .rsplit_once(':')
-            .ok_or_else(|| format!("{text:?} is not of the form name:fd, such as fs.tar:10"))?;
-        Ok(Self {
-            name: external_name(name)?,
-            fd: fd.parse()?,
-        })
+/// An external file's name in the image, and the command that it comes from or goes to.
+fn external_command(text: &str) -> Result<(ImageName, String), String> {
+    let (name, command) = text.split_once(':').ok_or_else(|| {
+        format!("{text:?} is not of the form name:command, such as 'fs.tar:tar -C fs -cf - .'")
+    })?;
+    if command.trim().is_empty() {
+        return Err(format!("the command of {name:?} is empty"));
     }
+    Ok((external_name(name)?, command.to_owned()))
 }
 
 fn external_name(name: &str) -> Result<ImageName, String> {
@@ -290,71 +262,25 @@ fn external_name(name: &str) -> Result<ImageName, String> {
     ImageName::new(name).map_err(why)
 }
 
-/// An external file's name in the image, and the command that it comes from or goes to.
-#[derive(Debug, PartialEq, Eq)]
-struct ExternalFileCommand {
-    name: ImageName,
-    command: String,
-}
-
-impl FromStr for ExternalFileCommand {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, command) = text.split_once(':').ok_or_else(|| {
-            format!("{text:?} is not of the form name:command, such as 'fs.tar:tar -C fs -cf - .'")
-        })?;
-        if command.trim().is_empty() {
-            return Err(format!("the command of {name:?} is empty"));
-        }
-        Ok(Self {
-            name: external_name(name)?,
-            command: command.to_owned(),
-        })
-    }
-}
-
-impl ExternalFileCommand {
-    fn end(self) -> (ImageName, FileEnd) {
-        let command = ShellCommand::for_file(self.name.clone(), self.command);
-        (self.name, FileEnd::Command(command))
-    }
-}
-
 /// What the command line asks for.
 pub(crate) enum ParseResult {
-    Ok(Box<Args>),
+    Args(Box<Args>),
     /// CRIU runs this program as its action script.
     Hook,
     /// Help or the version, to show instead of doing something.
     Text(String),
-    /// Nothing was typed: how to, in short.
-    Usage(Usage),
-    Err(anyhow::Error),
+    /// Nothing was typed: how the program is used, in short.
+    Usage(String),
 }
 
-/// How the program is used, in a few lines: what a command line without anything in it leads to.
-#[derive(Debug)]
-pub(crate) struct Usage(String);
-
-impl Usage {
-    fn new() -> Self {
-        let mut text = Vec::new();
-        Args::clap()
-            .template(help::USAGE)
-            .write_help(&mut text)
-            .expect("memory takes what is written to it");
-        Self(String::from_utf8_lossy(&text).into_owned())
-    }
+/// How the program is used, in a few lines.
+fn usage() -> String {
+    let mut text = Vec::new();
+    let app = Args::clap().template(help::USAGE);
+    app.write_help(&mut text)
+        .expect("memory takes what is written to it");
+    String::from_utf8_lossy(&text).into_owned()
 }
-
-impl fmt::Display for Usage {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Usage {}
 
 /// Options without a value.
 const FLAGS: [&str; 4] = [
@@ -386,39 +312,53 @@ fn subcommand_first(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 }
 
 /// Parses what was typed.
-pub(crate) fn parse() -> ParseResult {
+///
+/// # Errors
+/// When it is no command line of ours.
+pub(crate) fn parse() -> Result<ParseResult> {
+    let typed = std::env::args_os().skip(1);
     // CRIU gives its action scripts no arguments.
-    if std::env::args_os().len() == 1 && hook_caller::action().is_some() {
-        return ParseResult::Hook;
+    if typed.len() == 0 && hook_caller::action().is_some() {
+        return Ok(ParseResult::Hook);
     }
-    match Args::from_iter_safe(subcommand_first(std::env::args_os())) {
-        Ok(_) if std::env::args_os().last().is_some_and(|word| word == "--") => ParseResult::Err(
-            anyhow!("--: there is no command behind it: give one, such as `criu dump --stream …`"),
-        ),
-        Ok(args) if args.go_on_when_copied => ParseResult::Err(anyhow!(
-            "--go-on-when-copied: it is for the options of CRIU's hook, which waits for the end otherwise; here, wait for the progress line `memory-copied`"
-        )),
-        Ok(args) if args.command == Command::Hook => match args.check_hook() {
-            Ok(()) => ParseResult::Hook,
-            Err(error) => ParseResult::Err(error),
-        },
-        Ok(args) => ParseResult::Ok(Box::new(args)),
-        Err(error) => match error.kind {
-            ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
-                ParseResult::Text(error.message)
-            }
-            ErrorKind::MissingArgumentOrSubcommand if std::env::args_os().len() <= 1 => {
-                ParseResult::Usage(Usage::new())
-            }
-            ErrorKind::MissingArgumentOrSubcommand => {
-                ParseResult::Err(anyhow!("a subcommand is missing\n\n{}", Usage::new()))
-            }
-            _ => {
-                let message = error.message.trim_start_matches("error: ").trim_end();
-                ParseResult::Err(anyhow!("{message}"))
-            }
-        },
+    let args = match Args::from_iter_safe(subcommand_first(std::env::args_os())) {
+        Ok(args) => args,
+        Err(error) => {
+            return match error.kind {
+                ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
+                    Ok(ParseResult::Text(error.message))
+                }
+                ErrorKind::MissingArgumentOrSubcommand if typed.len() == 0 => {
+                    Ok(ParseResult::Usage(usage()))
+                }
+                ErrorKind::MissingArgumentOrSubcommand => {
+                    Err(anyhow!("a subcommand is missing\n\n{}", usage()))
+                }
+                _ => Err(anyhow!("{}", reason(&error).trim_end())),
+            };
+        }
+    };
+    ensure!(
+        typed.last().is_none_or(|word| word != "--"),
+        "--: there is no command behind it: give one, such as `criu dump --stream …`"
+    );
+    ensure!(
+        !args.go_on_when_copied,
+        "--go-on-when-copied: it is for the options of CRIU's hook, which waits for the end otherwise; here, wait for the progress line `memory-copied`"
+    );
+    if args.command != Command::Hook {
+        return Ok(ParseResult::Args(Box::new(args)));
     }
+    ensure!(
+        args == Args::from_iter(["criu-image-streamer", "hook"]),
+        "hook: its options are in files, not on its command line; see the README"
+    );
+    Ok(ParseResult::Hook)
+}
+
+/// The message of an error of clap's, without the word before it.
+fn reason(error: &structopt::clap::Error) -> &str {
+    error.message.trim_start_matches("error: ")
 }
 
 #[cfg(test)]
@@ -475,19 +415,25 @@ mod tests {
     }
 
     #[test]
-    fn bytes_have_units() {
-        assert_eq!("64M".parse(), Ok(Bytes(64 << 20)));
-        assert_eq!("1000".parse(), Ok(Bytes(1000)));
-        for text in ["", "M", "1T", "-1", "99999999999G"] {
-            assert!(text.parse::<Bytes>().is_err(), "{text:?}");
-        }
-    }
-
-    #[test]
     fn a_buffer_is_a_number_of_bytes_or_a_part_of_what_is_available() {
         assert_eq!("512M".parse(), Ok(BufferSize::Bytes(512 << 20)));
+        assert_eq!("1000".parse(), Ok(BufferSize::Bytes(1000)));
         assert_eq!("50%".parse(), Ok(BufferSize::Percent(50)));
-        for text in ["", "0", "0%", "101%", "%", "-5%", "50 %", "half"] {
+        for text in [
+            "",
+            "0",
+            "0%",
+            "101%",
+            "%",
+            "-5%",
+            "50 %",
+            "half",
+            "M",
+            "1T",
+            "-1",
+            "9\u{e9}",
+            "99999999999G",
+        ] {
             assert!(text.parse::<BufferSize>().is_err(), "{text:?}");
         }
         let half = BufferSize::Percent(50).bytes().unwrap();
@@ -497,15 +443,15 @@ mod tests {
 
     #[test]
     fn an_external_file_may_have_a_colon_in_its_name() {
-        let file: ExternalFile = "a:b:7".parse().unwrap();
-        assert_eq!(file.name, ImageName::new("a:b").unwrap());
-        assert_eq!(file.fd, "7".parse().unwrap());
+        let (name, fd) = external_fd("a:b:7").unwrap();
+        assert_eq!(name, ImageName::new("a:b").unwrap());
+        assert_eq!(fd, "7".parse().unwrap());
     }
 
     #[test]
     fn an_external_files_command_may_have_colons() {
-        let file: ExternalFileCommand = "fs.tar:ssh a:b".parse().unwrap();
-        assert_eq!(file.name, ImageName::new("fs.tar").unwrap());
-        assert_eq!(file.command, "ssh a:b");
+        let (name, command) = external_command("fs.tar:ssh a:b").unwrap();
+        assert_eq!(name, ImageName::new("fs.tar").unwrap());
+        assert_eq!(command, "ssh a:b");
     }
 }

@@ -18,12 +18,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::sys::stat::Mode;
 use structopt::StructOpt;
 use structopt::clap::ErrorKind;
 
-use super::Args;
+use super::{Args, reason};
+use crate::os::descriptor::open_directory;
 
 /// The largest file of options, in bytes.
 const LARGEST: u64 = 64 << 10;
@@ -52,7 +53,7 @@ impl Args {
     /// True if CRIU may go on before the image is written, and a command writes it to the images
     /// directory, as far as its text tells.
     pub(crate) fn goes_on_into(&self, images_dir: &Path) -> bool {
-        let files = self.ext_file_cmd.iter().map(|file| &file.command);
+        let files = self.ext_file_cmd.iter().map(|(_, command)| command);
         let images_dir = images_dir.to_string_lossy();
         let names_it =
             |text: &String| text.contains("CRTOOLS_IMAGE_DIR") || text.contains(&*images_dir);
@@ -65,12 +66,11 @@ impl Args {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let name = name(line).with_context(|| {
+            let (name, option) = split(line).with_context(|| {
                 format!("line {number} is no option: a line is one option and its value")
             })?;
-            let option = option(line);
             Self::of(std::slice::from_ref(&option), subcommand)
-                .and_then(|alone: Self| alone.check_option())
+                .and_then(|_| check_option(name))
                 .with_context(|| format!("line {number}: {name}"))?;
             all.push(option);
         }
@@ -93,76 +93,57 @@ impl Args {
             ErrorKind::UnknownArgument => anyhow!("there is no such option"),
             _ => {
                 // The rest shows the usage of the command line.
-                let reason = error.message.lines().next().unwrap_or_default();
-                anyhow!("{}", reason.trim_start_matches("error: "))
+                anyhow!("{}", reason(&error).lines().next().unwrap_or_default())
             }
         })
     }
-
-    /// Refuses what a line of such a file cannot be.
-    fn check_option(&self) -> Result<()> {
-        ensure!(
-            self.images_dir.is_none(),
-            "CRIU has an images directory, and tells which"
-        );
-        let is_of_descriptors = !self.shard_fds.is_empty()
-            || self.index_fd.is_some()
-            || !self.ext_file_fds.is_empty()
-            || self.progress_fd.is_some();
-        ensure!(
-            !is_of_descriptors,
-            "it names a descriptor, and CRIU's hook has none of them: give commands"
-        );
-        ensure!(
-            !self.progress_bar,
-            "nobody sees the bar of a streamer in the background"
-        );
-        Ok(())
-    }
 }
 
-/// The name of the option on a line, if it looks like one.
-fn name(line: &str) -> Option<&str> {
-    let name = line.split(|c: char| c.is_whitespace() || c == '=').next()?;
-    let is_word = |word: &str| word.bytes().all(|c| c == b'-' || c.is_ascii_lowercase());
-    match name.strip_prefix("--") {
-        Some(word) => is_word(word).then_some(name),
-        // The value of a short option may follow at once.
-        None => line.get(..2).filter(|name| name.starts_with('-')),
-    }
-}
-
-/// The word that a line is on a command line.
-fn option(line: &str) -> String {
-    match line.split_once(char::is_whitespace) {
-        Some((name, value)) if !name.contains('=') => {
-            let between = if name.starts_with("--") { "=" } else { "" };
-            format!("{name}{between}{}", value.trim_start())
+/// Refuses options that a streamer in the background cannot have.
+fn check_option(name: &str) -> Result<()> {
+    match name {
+        "--images-dir" => bail!("CRIU has an images directory, and tells which"),
+        "--shard-fds" | "--index-fd" | "--ext-file-fds" | "--progress-fd" => {
+            bail!("it names a descriptor, and CRIU's hook has none of them: give commands")
         }
-        _ => line.to_owned(),
+        "--progress-bar" => bail!("nobody sees the bar of a streamer in the background"),
+        _ => Ok(()),
     }
+}
+
+/// The name of the option on a line, and the word that the line is on a command line. `None` if it
+/// does not look like an option: the short ones are of no use here.
+fn split(line: &str) -> Option<(&str, String)> {
+    let is_end = |c: char| c == '=' || c.is_whitespace();
+    let (name, value) = match line.split_once(is_end) {
+        Some((name, value)) => (name, format!("={}", value.trim_start())),
+        None => (line, String::new()),
+    };
+    let is_word = |word: &str| word.bytes().all(|c| c == b'-' || c.is_ascii_lowercase());
+    is_word(name.strip_prefix("--")?).then(|| (name, format!("{name}{value}")))
 }
 
 fn read(directory: &Path, name: &str) -> Result<String> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let directory = open(directory, flags, Mode::empty()).context("opening the directory")?;
+    let directory = open_directory(directory).context("opening the directory")?;
     let file = File::from(open_beneath(&directory, name)?);
     let metadata = file.metadata().context("looking at it")?;
-    ensure!(metadata.is_file(), "it is no regular file");
     let own = nix::unistd::geteuid().as_raw();
     if ![0, own].contains(&metadata.uid()) || metadata.mode() & OTHERS_WRITE != 0 {
         bail!(
             "other users may write to it, and it has commands: it must be root's or user {own}'s, with a mode such as 0644"
         );
     }
+    read_text(file, LARGEST)
+}
+
+/// The text of a regular file of up to `most` bytes.
+pub(super) fn read_text(file: File, most: u64) -> Result<String> {
+    let is_file = file.metadata().context("looking at it")?.is_file();
+    ensure!(is_file, "it is no regular file");
     let mut text = String::new();
-    file.take(LARGEST + 1)
-        .read_to_string(&mut text)
-        .context("reading it")?;
-    ensure!(
-        text.len() as u64 <= LARGEST,
-        "it has more than {LARGEST} bytes"
-    );
+    let mut file = file.take(most + 1);
+    file.read_to_string(&mut text).context("reading it")?;
+    ensure!(text.len() as u64 <= most, "it has more than {most} bytes");
     Ok(text)
 }
 
@@ -226,7 +207,6 @@ mod tests {
         );
         for descriptors in [
             "--shard-fds 3",
-            "-s 3",
             "--index-fd 3",
             "--ext-file-fds a:3",
             "--progress-fd 2",

@@ -12,9 +12,9 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail, ensure};
 
-use super::descriptor::{Checked, Checks, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, BufferSize, Command, ExternalFile, ExternalFileCommand, StoredAs};
-use crate::criu::SocketPath;
+use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
+use super::{Args, BufferSize, Command, StoredAs};
+use crate::criu::Role;
 use crate::criu::hook_caller::{self, Caller};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
@@ -98,26 +98,26 @@ pub(crate) struct Plan {
     pub(crate) criu: Option<CriuCommand>,
     /// The CRIU that waits in its hook for this streamer, if one does.
     pub(crate) caller: Option<Caller>,
-    /// capture: a copy of inventory.img is left in the images directory.
-    pub(crate) leaves_inventory: bool,
 }
 
 impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(mut args: Args) -> Result<Self> {
-        let (action, criu) = split(std::mem::replace(&mut args.command, Command::List));
-        let words: Vec<_> = criu.iter().map(|word| word.as_bytes()).collect();
-        let lets_live = hook_caller::lets_live(&words.join(&0));
-        let criu = CriuCommand::new(criu, lets_live);
-        check_usage(&args, action, criu.is_some())?;
-        let commands = shard_commands(&args)?;
+        let (action, words) = split(std::mem::replace(&mut args.command, Command::List));
+        check_usage(&args, action, !words.is_empty())?;
+        check_files(&args)?;
+        let image_name = args.image_name.take().map(|StoredAs(name)| name);
+        let commands = shard_commands(&args, image_name.as_deref())?;
         let claimed = claim(&args, action)?;
-        let descriptors = claimed.external_files.into_iter();
-        let descriptors = descriptors.map(|(name, fd)| (name, FileEnd::Descriptor(fd)));
-        let file_commands = args.ext_file_cmd.into_iter().map(ExternalFileCommand::end);
-        let image_name = args.image_name.map(|StoredAs(name)| name);
-        let mut plan = Self {
+        let of_fds = claimed.external_files.into_iter();
+        let of_fds = of_fds.map(|(name, fd)| (name, FileEnd::Descriptor(fd)));
+        let of_commands = args.ext_file_cmd.into_iter().map(|(name, text)| {
+            let command = ShellCommand::for_file(name.clone(), text, image_name.as_deref());
+            (name, FileEnd::Command(command))
+        });
+        Ok(Self {
             action,
+            external_files: of_fds.chain(of_commands).collect(),
             images_dir: args.images_dir.unwrap_or_default(),
             shards: match commands {
                 Some(commands) => Shards::Commands(commands),
@@ -127,44 +127,22 @@ impl Plan {
             lazy_pages: args.lazy_pages,
             buffer: args.buffer,
             goes_on_when_copied: args.go_on_when_copied,
-            external_files: descriptors.chain(file_commands).collect(),
             remaps: args.tcp_listen_remap,
             listing: claimed.listing,
-            progress: claimed
-                .progress
-                .map_or_else(Progress::silent, Progress::new),
+            progress: Progress::new(claimed.progress, None),
             progress_bar: args.progress_bar,
             statistics: args.statistics,
-            criu,
+            criu: criu_command(words),
             caller: None,
-            leaves_inventory: false,
-        };
-        for command in plan.commands() {
-            command.image_name.clone_from(&image_name);
-        }
-        Ok(plan)
+        })
     }
 
-    fn commands(&mut self) -> impl Iterator<Item = &mut ShellCommand> {
-        let of_shards = match &mut self.shards {
-            Shards::Commands(commands) => &mut commands[..],
-            Shards::Descriptors(_) => &mut [],
-        };
-        let of_files = self
-            .external_files
-            .iter_mut()
-            .filter_map(|(_, end)| match end {
-                FileEnd::Command(command) => Some(command),
-                FileEnd::Descriptor(_) => None,
-            });
-        of_shards.iter_mut().chain(of_files)
-    }
-
-    /// How CRIU gets to the socket.
-    pub(crate) fn socket_path(&self) -> SocketPath {
+    /// Checks that CRIU can get to its socket. Under the hook it has a path of its own, such as one
+    /// in /proc, and fails before it freezes anything if that is too long.
+    pub(crate) fn check_socket(&self, role: Role) -> Result<()> {
         match self.caller {
-            Some(_) => SocketPath::CriusOwn,
-            None => SocketPath::Given,
+            Some(_) => Ok(()),
+            None => role.check_path(&self.images_dir),
         }
     }
 }
@@ -180,71 +158,62 @@ fn split(command: Command) -> (Action, Vec<OsString>) {
     }
 }
 
+/// The command that runs CRIU; `None` where there are no words.
+fn criu_command(words: Vec<OsString>) -> Option<CriuCommand> {
+    let line: Vec<_> = words.iter().map(|word| word.as_bytes()).collect();
+    let lets_live = hook_caller::lets_live(&line.join(&0));
+    CriuCommand::new(words, lets_live)
+}
+
 /// Refuses options that do not go together, or not with the subcommand.
 fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
     let has_commands = args.shard_cmd.is_some();
     let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
     let is = |other| action == other;
-    for (is_wrong, why) in [
-        (
-            starts_criu && is(Action::Extract),
-            "extract: it starts no command; run `criu restore` when it has ended, or give --serve",
-        ),
-        (
-            !args.tcp_listen_remap.is_empty() && !is(Action::Serve),
-            "--tcp-listen-remap: only `serve` changes ports",
-        ),
-        (
-            args.index && !has_commands,
-            "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd",
-        ),
-        (
-            args.index_fd.is_some() && has_commands,
-            "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index",
-        ),
-        (
-            args.lazy_pages && !is(Action::Serve),
-            "--lazy-pages: it is for `serve`",
-        ),
-        (
-            args.buffer.is_some() && !is(Action::Capture),
-            "--buffer: it is for `capture`",
-        ),
-        (
-            args.go_on_when_copied && args.buffer.is_none(),
-            "--go-on-when-copied: memory is copied only with --buffer",
-        ),
-        (
-            has_commands && !args.shard_fds.is_empty(),
-            "--shard-cmd: it takes the place of --shard-fds: give one of them",
-        ),
-        (
-            args.num_shards.is_some() && !has_commands,
-            "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard",
-        ),
-        (
-            is(Action::List) && has_files,
-            "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`",
-        ),
-        (
-            args.images_dir.is_none() && !is(Action::List),
-            "--images-dir <images-dir> is needed: the directory that CRIU is given too",
-        ),
-    ] {
-        ensure!(!is_wrong, "{why}");
-    }
+    let why = if starts_criu && is(Action::Extract) {
+        "extract: it starts no command; run `criu restore` when it has ended, or give --serve"
+    } else if !args.tcp_listen_remap.is_empty() && !is(Action::Serve) {
+        "--tcp-listen-remap: only `serve` changes ports"
+    } else if args.index && !has_commands {
+        "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd"
+    } else if args.index_fd.is_some() && has_commands {
+        "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index"
+    } else if args.lazy_pages && !is(Action::Serve) {
+        "--lazy-pages: it is for `serve`"
+    } else if args.buffer.is_some() && !is(Action::Capture) {
+        "--buffer: it is for `capture`"
+    } else if args.go_on_when_copied && args.buffer.is_none() {
+        "--go-on-when-copied: memory is copied only with --buffer"
+    } else if has_commands && !args.shard_fds.is_empty() {
+        "--shard-cmd: it takes the place of --shard-fds: give one of them"
+    } else if args.num_shards.is_some() && !has_commands {
+        "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard"
+    } else if is(Action::List) && has_files {
+        "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`"
+    } else if args.images_dir.is_none() && !is(Action::List) {
+        "--images-dir <images-dir> is needed: the directory that CRIU is given too"
+    } else {
+        return Ok(());
+    };
+    bail!(why)
+}
+
+/// Refuses ports and external files that are named twice, and commands whose failure would not be
+/// known.
+fn check_files(args: &Args) -> Result<()> {
     if let Some(remap) = first_repeated(&args.tcp_listen_remap, |remap| remap.old) {
         bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
     }
-    let names = args.ext_file_fds.iter().map(|file| &file.name);
+    let names = args.ext_file_fds.iter().map(|(name, _)| name);
+    let commands = args.ext_file_cmd.iter();
     let names: Vec<_> = names
-        .chain(args.ext_file_cmd.iter().map(|file| &file.name))
+        .chain(commands.clone().map(|(name, _)| name))
         .collect();
     if let Some(name) = first_repeated(&names, |&name| name) {
         bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
     }
-    let files = args.ext_file_cmd.iter().map(|file| &file.command);
-    let mut commands = args.shard_cmd.iter().chain(files);
+    let commands = commands.map(|(_, command)| command);
+    let mut commands = args.shard_cmd.iter().chain(commands);
     commands.try_for_each(|text| ShellCommand::check_shell(text))
 }
 
@@ -263,63 +232,65 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
         Direction::Out => (Direction::In, STDOUT),
         Direction::In => (Direction::Out, STDIN),
     };
-    let mut checks = Checks::new();
     let shard_fds = match &args.shard_fds[..] {
         [] if args.shard_cmd.is_none() => &[standard],
         given => given,
     };
-    let shards = shard_fds.iter().map(|&fd| (fd, "shard", "--shard-fds"));
-    let index = args.index_fd.map(|fd| (fd, "index", "--index-fd"));
-    let shards = shards
-        .chain(index)
-        .map(|(fd, kind, option)| {
-            let label = format!("{kind} fd {fd}");
-            let checked = checks.check(fd, option, &label, Purpose::Image(shards_go))?;
-            Ok((checked, label))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let check_file = |ExternalFile { name, fd }: &ExternalFile| {
-        let option = format!("--ext-file-fds {name}");
-        let what = format!("external file fd {fd}");
-        let checked = checks.check(*fd, &option, &what, Purpose::Image(files_go))?;
-        Ok((name.clone(), checked))
-    };
-    let files = args.ext_file_fds.iter().map(check_file);
-    let files = files.collect::<Result<Vec<_>>>()?;
+    let shards = shard_fds
+        .iter()
+        .map(|&fd| (fd, format!("shard fd {fd}"), "--shard-fds"));
+    let index = args
+        .index_fd
+        .map(|fd| (fd, format!("index fd {fd}"), "--index-fd"));
+    let shards: Vec<_> = shards.chain(index).collect();
     // Without a standard output, or with /dev/null there, the exit status is what is wanted.
     let lists = action == Action::List && !STDOUT.was_closed_at_start();
-    let listing = lists
-        .then(|| checks.check(STDOUT, "list", "standard output", Purpose::Text))
-        .transpose()?;
+    let listing = lists.then_some(STDOUT);
     let progress = match args.progress_fd {
         None if args.progress_bar || STDERR.was_closed_at_start() => None,
         given => Some(given.unwrap_or(STDERR)),
     };
-    let progress = progress
-        .map(|fd| {
-            ensure!(
-                !args.progress_bar || !fd.is_stderr(),
-                "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
-            );
-            checks.check(fd, "--progress-fd", &format!("progress fd {fd}"), Purpose::Text)
-        })
-        .transpose()?;
+    let mut checks = Checks::new();
+    for (fd, label, option) in &shards {
+        checks.check(*fd, option, label, Purpose::Image(shards_go))?;
+    }
+    for (name, fd) in &args.ext_file_fds {
+        let (option, what) = (
+            format!("--ext-file-fds {name}"),
+            format!("external file fd {fd}"),
+        );
+        checks.check(*fd, &option, &what, Purpose::Image(files_go))?;
+    }
+    if let Some(fd) = listing {
+        checks.check(fd, "list", "standard output", Purpose::Text)?;
+    }
+    if let Some(fd) = progress {
+        ensure!(
+            !args.progress_bar || !fd.is_stderr(),
+            "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
+        );
+        checks.check(
+            fd,
+            "--progress-fd",
+            &format!("progress fd {fd}"),
+            Purpose::Text,
+        )?;
+    }
+    let shards = shards
+        .into_iter()
+        .map(|(fd, label, _)| Ok((fd.claim()?, label)));
+    let files = args.ext_file_fds.iter();
+    let files = files.map(|(name, fd)| Ok((name.clone(), fd.claim()?)));
     Ok(Claimed {
-        shards: shards
-            .into_iter()
-            .map(|(fd, label)| Ok((fd.claim()?, label)))
-            .collect::<Result<_>>()?,
-        external_files: files
-            .into_iter()
-            .map(|(name, fd)| Ok((name, fd.claim()?)))
-            .collect::<Result<_>>()?,
-        listing: listing.map(Checked::claim).transpose()?,
-        progress: progress.map(Checked::claim).transpose()?,
+        shards: shards.collect::<Result<_>>()?,
+        external_files: files.collect::<Result<_>>()?,
+        listing: listing.map(FdNumber::claim).transpose()?,
+        progress: progress.map(FdNumber::claim).transpose()?,
     })
 }
 
 /// The commands that take or bring the shards, if any.
-fn shard_commands(args: &Args) -> Result<Option<Vec<ShellCommand>>> {
+fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Option<Vec<ShellCommand>>> {
     let Some(text) = &args.shard_cmd else {
         return Ok(None);
     };
@@ -333,7 +304,8 @@ fn shard_commands(args: &Args) -> Result<Option<Vec<ShellCommand>>> {
         !args.index || text.contains("{}"),
         "--index: the command has no {{}}, so that the index would go where the other shard goes"
     );
-    Ok(Some(ShellCommand::for_shards(text, count, args.index)))
+    let commands = ShellCommand::for_shards(text, count, args.index, image_name);
+    Ok(Some(commands))
 }
 
 /// The first item whose key an earlier one has.

@@ -12,7 +12,8 @@ use crate::supervision::{Failure, Pumped, ShellCommand};
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
     let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
-    let listener = Listener::bind(&plan.images_dir, Role::Capture, plan.socket_path())?;
+    plan.check_socket(Role::Capture)?;
+    let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
     let external_files = plan
         .external_files
         .into_iter()
@@ -46,15 +47,14 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         images_dir: &plan.images_dir,
         listener,
         shards,
-        has_index: if plan.has_index {
-            HasIndex::Yes
-        } else {
-            HasIndex::No
+        has_index: match plan.has_index {
+            true => HasIndex::Yes,
+            false => HasIndex::No,
         },
         buffer,
         goes_on_when_copied: plan.goes_on_when_copied,
         caller: plan.caller.as_ref().map(Caller::identity),
-        leaves_inventory: plan.leaves_inventory,
+        leaves_inventory: plan.caller.as_ref().is_some_and(Caller::is_driven),
         external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),

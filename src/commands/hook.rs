@@ -38,15 +38,14 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
 
 use crate::cli::{Args, Plan, StoredAs};
 use crate::criu::hook_caller::{self, Caller};
-use crate::criu::{Listener, Role, SocketPath};
+use crate::criu::{Listener, Role};
+use crate::os::descriptor::open_directory;
 use crate::os::process;
 use crate::report;
-use crate::report::outcome::{self, Hook, Said};
+use crate::report::outcome::{self, Hook, NO_ANSWER};
 use crate::report::progress::{Milestone, Progress};
 use crate::supervision::Failure;
 
@@ -79,12 +78,12 @@ pub(crate) fn run() -> Result<(), Failure> {
 fn start() -> Result<()> {
     let caller = Caller::find()?;
     let images_dir = caller.images_dir().to_owned();
-    let directory = open_directory(&images_dir)?;
+    let directory = images_dir_of(&caller)?;
     let options_dir = options_dir();
     let role = role_of(&caller, &options_dir);
     // One that is still at work has its log and its outcome here.
     let of_role = *role.as_ref().unwrap_or(&Role::Capture);
-    Listener::check(&images_dir, of_role, SocketPath::CriusOwn)?;
+    Listener::check(&images_dir, of_role)?;
     let [log, outcome] = [LOG, OUTCOME].map(|suffix| of_role.file_name(suffix));
     let path_of = |name: &str| images_dir.join(name).display().to_string();
     outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;
@@ -99,24 +98,19 @@ fn start() -> Result<()> {
     }
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
     let hook = Hook::new(reports.into(), plan.goes_on_when_copied);
-    plan.progress = Progress::new(log.try_clone()?).and_hook(hook.clone());
-    let starter = caller.identity();
+    plan.progress = Progress::new(Some(log.try_clone()?), Some(hook.clone()));
     plan.caller = Some(caller);
     process::go_on_in_background(log, move || {
         let ended = super::run(plan);
         let reason = ended.as_ref().err().map(|it| format!("{:#}", it.error()));
         // Before CRIU loses its pipes: whoever sees that finds the reason.
-        if let Err(error) = outcome::leave(&directory, &outcome, &starter, reason.as_deref()) {
+        if let Err(error) = outcome::leave(&directory, &outcome, reason.as_deref()) {
             report::warn(format_args!("{outcome}: {error:#}"));
         }
         hook.ended(reason.as_deref());
         ended.map_or_else(super::conclude, |()| 0)
     })?;
-    match outcome::hear(progress, Some(Milestone::SocketInit)) {
-        Said::GoOn => Ok(()),
-        Said::Failed(reason) => bail!("{reason}"),
-        Said::Nothing => bail!("{NO_ANSWER}"),
-    }
+    outcome::hear(progress, Some(Milestone::SocketInit))
 }
 
 /// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed. A CRIU that
@@ -124,25 +118,11 @@ fn start() -> Result<()> {
 /// lost then.
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
-    let directory = open_directory(caller.images_dir())?;
+    let directory = images_dir_of(&caller)?;
     let enough = caller.lets_live().then_some(Milestone::MemoryCopied);
-    let said = match caller.call(&directory) {
-        Ok(streamer) => outcome::hear(streamer, enough),
-        Err(_) => Said::Nothing,
-    };
-    let reason = match said {
-        Said::GoOn => return Ok(()),
-        Said::Failed(reason) => Some(reason),
-        Said::Nothing => outcome::left(
-            &directory,
-            &Role::Capture.file_name(OUTCOME),
-            &caller.identity(),
-        ),
-    };
-    bail!("{}", reason.as_deref().unwrap_or(NO_ANSWER))
+    let streamer = caller.call(&directory).context(NO_ANSWER)?;
+    outcome::hear(streamer, enough)
 }
-
-const NO_ANSWER: &str = "no streamer answers: it was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
 
 /// The directory of the files with options. An images directory is none: what an engine has
 /// unpacked there from an archive would run as root.
@@ -187,9 +167,7 @@ fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role)
         Role::Serve => {}
     }
     let options = options_dir.join(role.file_name(OPTIONS));
-    let mut plan = Plan::new(args).with_context(|| options.display().to_string())?;
-    plan.leaves_inventory = caller.is_driven();
-    Ok(plan)
+    Plan::new(args).with_context(|| options.display().to_string())
 }
 
 fn read_options(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Args> {
@@ -216,8 +194,8 @@ fn read_options(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Arg
     Args::from_file(options_dir, &name, subcommand, images_dir)
 }
 
-fn open_directory(path: &Path) -> Result<OwnedFd> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    open(path, flags, Mode::empty())
+fn images_dir_of(caller: &Caller) -> Result<OwnedFd> {
+    let path = caller.images_dir();
+    open_directory(path)
         .with_context(|| format!("opening CRIU's images directory {}", path.display()))
 }

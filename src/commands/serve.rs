@@ -25,7 +25,8 @@ use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Supervisor};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
-    Listener::check(&plan.images_dir, Role::Serve, plan.socket_path())?;
+    plan.check_socket(Role::Serve)?;
+    Listener::check(&plan.images_dir, Role::Serve)?;
     let external = ExternalFiles::of(&plan);
     let has_bar = plan.progress_bar;
     let shards = std::mem::take(&mut plan.shards);
@@ -117,7 +118,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             let served = self.serve(&events)?;
             self.keep_time(received);
             wait = match (received, served) {
-                (Activity::Idle(shards), Activity::Idle(criu)) => shards.or(criu),
+                (Activity::Idle(shards), Activity::Idle(criu)) => shards.min(criu),
                 (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
             };
             if !self.is_proven {
@@ -209,7 +210,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         if let Some(lazy) = &mut self.lazy {
             lazy.lay_out(self.receiver.catalog())?;
         }
-        let listener = Listener::bind(&self.plan.images_dir, Role::Serve, self.plan.socket_path())?;
+        let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
         self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
         self.receiver.is_served();
         self.plan.progress.reached(Milestone::SocketInit);

@@ -14,11 +14,12 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::{Connection, Listener, Message, Receipt};
+use crate::format::ImageName;
 use crate::os::poller::{Interest, Poller, Watched};
 use crate::os::process::{arguments_in, command_line_of};
 use crate::report;
@@ -63,23 +64,42 @@ impl AskedFor {
     }
 }
 
-struct Client<R> {
+struct Client {
     connection: Connection,
     /// What it asked for and has not sent a descriptor for yet.
-    requested: Option<R>,
+    requested: Option<ImageName>,
     has_spoken: bool,
     asked_for: AskedFor,
 }
 
-impl<R> Client<R> {
+impl Client {
     fn is_between_requests(&self) -> bool {
         self.requested.is_none() && !self.connection.is_within_message()
+    }
+
+    /// Answers what has come, in up to `turn` system calls.
+    fn hear(
+        &mut self,
+        turn: usize,
+        has_spoken: &mut bool,
+        answer: &mut impl FnMut(&mut Connection, &mut Option<ImageName>, Message) -> Result<bool>,
+    ) -> Result<Receipt> {
+        for _ in 0..turn {
+            let receipt = self.connection.receive()?;
+            while let Some(message) = self.connection.next_message()? {
+                *has_spoken |= answer(&mut self.connection, &mut self.requested, message)?;
+            }
+            if receipt != Receipt::Something {
+                return Ok(receipt);
+            }
+        }
+        Ok(Receipt::Something)
     }
 }
 
 /// All clients, each with what it asked for last.
-pub struct Clients<R> {
-    clients: HashMap<u64, Client<R>>,
+pub struct Clients {
+    clients: HashMap<u64, Client>,
     next_id: u64,
     /// How many may ask for files.
     most: usize,
@@ -90,18 +110,9 @@ pub struct Clients<R> {
     give_up: Option<(Instant, &'static str)>,
 }
 
-impl<R> Clients<R> {
-    /// Any number of clients, for as long as one of them is there.
-    pub fn any() -> Self {
-        Self::up_to(usize::MAX)
-    }
-
-    /// One client, so that the files of two are not mixed.
-    pub fn one() -> Self {
-        Self::up_to(1)
-    }
-
-    fn up_to(most: usize) -> Self {
+impl Clients {
+    /// No client yet; up to this number may ask for files.
+    pub fn up_to(most: usize) -> Self {
         Self {
             clients: HashMap::new(),
             next_id: 0,
@@ -119,13 +130,9 @@ impl<R> Clients<R> {
     pub(crate) fn accept(&mut self, listener: &Listener, poller: &Poller) -> Result<()> {
         while let Some(connection) = listener.accept()? {
             self.next_id += 1;
+            let (kind, id) = (Watched::Client, self.next_id);
             poller
-                .add(
-                    &connection,
-                    Watched::Client,
-                    self.next_id,
-                    Interest::Readable,
-                )
+                .add(&connection, kind, id, Interest::Readable)
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             let client = Client {
@@ -134,7 +141,7 @@ impl<R> Clients<R> {
                 requested: None,
                 has_spoken: false,
             };
-            self.clients.insert(self.next_id, client);
+            self.clients.insert(id, client);
         }
         Ok(())
     }
@@ -166,9 +173,9 @@ impl<R> Clients<R> {
         ended.filter(|_| self.spoken == 0)
     }
 
-    /// Somebody was connected, and nobody is any more.
+    /// All clients have disconnected.
     pub fn have_left(&self) -> bool {
-        self.next_id > 0 && self.are_gone()
+        self.have_come() && self.are_gone()
     }
 
     /// Ends all conversations: nothing more is to come.
@@ -213,25 +220,13 @@ impl<R> Clients<R> {
         &mut self,
         id: u64,
         turn: usize,
-        mut answer: impl FnMut(&mut Connection, &mut Option<R>, Message) -> Result<bool>,
+        mut answer: impl FnMut(&mut Connection, &mut Option<ImageName>, Message) -> Result<bool>,
     ) -> Result<()> {
         let Some(client) = self.clients.get_mut(&id) else {
             return Ok(());
         };
         let mut has_spoken = client.has_spoken;
-        let heard = (|| {
-            let mut receipt = Receipt::Something;
-            for _ in 0..turn {
-                receipt = client.connection.receive()?;
-                while let Some(message) = client.connection.next_message()? {
-                    has_spoken |= answer(&mut client.connection, &mut client.requested, message)?;
-                }
-                if receipt != Receipt::Something {
-                    break;
-                }
-            }
-            Ok(receipt)
-        })();
+        let heard = client.hear(turn, &mut has_spoken, &mut answer);
         if has_spoken && !client.has_spoken {
             client.has_spoken = true;
             self.spoken += 1;
@@ -242,33 +237,27 @@ impl<R> Clients<R> {
                 client.connection.peer()
             );
         }
-        match heard {
-            Ok(Receipt::Closed) => {
-                let unfinished = !client.is_between_requests();
-                let peer = client.connection.peer().to_owned();
-                self.remove(id);
-                ensure!(
-                    !(has_spoken && unfinished),
-                    "{peer} went away in the middle of a request: it was killed, or crashed"
-                );
-                // Another client that is connected may be CRIU, at work before its first file.
-                if !has_spoken && self.clients.is_empty() && self.spoken == 0 {
-                    self.give_up_after_grace(
-                        "it connected and went away without asking for any file; see CRIU's log",
-                    );
-                }
-                Ok(())
-            }
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.remove(id);
-                if has_spoken {
-                    return Err(error);
-                }
-                report::warn(format_args!("dropped a client: {error:#}"));
-                Ok(())
-            }
+        let is_between = client.is_between_requests();
+        let error = match heard {
+            Ok(Receipt::Closed) if is_between || !has_spoken => None,
+            Ok(Receipt::Closed) => Some(anyhow!(
+                "{} went away in the middle of a request: it was killed, or crashed",
+                client.connection.peer()
+            )),
+            Ok(_) => return Ok(()),
+            Err(error) => Some(error),
+        };
+        self.remove(id);
+        match error {
+            Some(error) if has_spoken => return Err(error),
+            Some(error) => report::warn(format_args!("dropped a client: {error:#}")),
+            // Another client that is connected may be CRIU, at work before its first file.
+            None if self.are_gone() && self.spoken == 0 => self.give_up_after_grace(
+                "it connected and went away without asking for any file; see CRIU's log",
+            ),
+            None => {}
         }
+        Ok(())
     }
 
     /// The CRIU that was to come has ended. It may have connected just before.
@@ -285,13 +274,8 @@ impl<R> Clients<R> {
     }
 
     fn remove(&mut self, id: u64) {
-        if self
-            .clients
-            .remove(&id)
-            .is_some_and(|client| client.has_spoken)
-        {
-            self.speaking -= 1;
-        }
+        let gone = self.clients.remove(&id);
+        self.speaking -= usize::from(gone.is_some_and(|client| client.has_spoken));
     }
 }
 

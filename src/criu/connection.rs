@@ -87,30 +87,37 @@ impl Connection {
         &self.peer
     }
 
-    /// Takes what waits in the socket, as far as one system call does.
+    /// Takes what waits in the socket, as far as one system call does: bytes, and the descriptors
+    /// that came with them, close-on-exec.
     ///
     /// # Errors
-    /// Those of `recvmsg`, and when descriptors were lost.
+    /// When `recvmsg` fails, and when the kernel dropped descriptors for which there was no room.
     pub fn receive(&mut self) -> Result<Receipt> {
         let mut buffer = [0; READ];
-        let (bytes, flags) = match receive(self.stream.as_fd(), &mut buffer, &mut self.descriptors)
-        {
-            Ok(received) => received,
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let mut space = [MaybeUninit::uninit(); CONTROL];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let receive = || recvmsg(&self.stream, &mut slices, &mut control, flags);
+        let received = match retry_on_intr(receive) {
             Err(Errno::AGAIN) => return Ok(Receipt::Nothing),
             Err(Errno::CONNRESET) => return Ok(Receipt::Closed),
-            Err(error) => {
-                return Err(error).with_context(|| format!("receiving from {}", self.peer));
-            }
+            received => received.with_context(|| format!("receiving from {}", self.peer))?,
         };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(arrived) = message {
+                self.descriptors.extend(arrived);
+            }
+        }
         ensure!(
-            !flags.contains(ReturnFlags::CTRUNC),
+            !received.flags.contains(ReturnFlags::CTRUNC),
             "{} sent descriptors that could not be received: too many at once, or `ulimit -n` leaves none free",
             self.peer
         );
-        if bytes == 0 {
+        if received.bytes == 0 {
             return Ok(Receipt::Closed);
         }
-        self.received.extend_from_slice(&buffer[..bytes]);
+        self.received.extend_from_slice(&buffer[..received.bytes]);
         Ok(Receipt::Something)
     }
 
@@ -212,24 +219,4 @@ impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
-}
-
-/// Receives bytes, and the descriptors that came with them, close-on-exec. The flags tell whether
-/// the kernel dropped descriptors for which there was no room.
-fn receive(
-    stream: BorrowedFd,
-    buffer: &mut [u8],
-    descriptors: &mut VecDeque<OwnedFd>,
-) -> rustix::io::Result<(usize, ReturnFlags)> {
-    let mut space = [MaybeUninit::uninit(); CONTROL];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let mut slices = [IoSliceMut::new(buffer)];
-    let received = retry_on_intr(|| recvmsg(stream, &mut slices, &mut control, flags))?;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(arrived) = message {
-            descriptors.extend(arrived);
-        }
-    }
-    Ok((received.bytes, received.flags))
 }

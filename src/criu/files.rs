@@ -26,57 +26,54 @@ pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
 /// What inventory.img begins with.
 pub(crate) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 
-/// Kinds of files that are a magic and then messages, each behind its length. A kind is the name
-/// without `.img` and without a number at the end.
-const OF_MESSAGES: &str = "apparmor cgroup core cpuinfo creds eventfd eventpoll eventpoll-tfd \
-    ext-files fanotify fanotify-mark fdinfo fifo filelocks files fs ids inetsk inotify inotify-wd \
-    inventory ipcns-var itimers mm mountpoints netdev netlinksk netns ns-files packetsk pagemap \
-    pagemap-shmem pidfd pidns pipes posix-timers pstree reg-files remap-fpath rlimit seccomp \
-    sigacts signal-p signal-s signalfd timens timerfd tty tty-info tunfile unixsk userns utsns vmas";
-
-/// Kinds of files that begin with a magic, and hold data too.
-const MIXED: &str = "autofs binfmt-misc bpfmap-data bpfmap-file fifo-data ghost-file ipcns-msg \
-    ipcns-sem ipcns-shm memfd pipes-data sk-queues tcp-stream tty-data";
-
-/// Kinds of files without a magic: memory, archives, and the output of other programs.
-const RAW: &str = "ifaddr ip6tables iptables memfd-secret netns-ct netns-exp nftables \
-    pagemap-secretmem pages pages-shmem route route6 rule tmpfs tmpfs-dev";
-
-/// True if a file of this name is a magic and then messages.
-pub(crate) fn is_of_messages(name: &str) -> bool {
-    kind(name).is_some_and(|kind| is_among(OF_MESSAGES, kind))
+/// How a file of CRIU's is made up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A magic and then messages, each behind its length.
+    OfMessages,
+    /// A magic, and data too.
+    Mixed,
+    /// No magic: memory, archives, and the output of other programs.
+    Raw,
 }
 
-/// True if a file of this name begins with a magic.
-pub(crate) fn has_magic(name: &str) -> bool {
-    kind(name).is_some_and(|kind| !is_among(RAW, kind))
-}
-
-fn is_among(kinds: &str, kind: &str) -> bool {
-    kinds.split(' ').any(|listed| listed == kind)
-}
+/// The names of all kinds, without `.img` and without a number at the end.
+const KINDS: [(Kind, &str); 3] = [
+    (
+        Kind::OfMessages,
+        "apparmor cgroup core cpuinfo creds eventfd eventpoll eventpoll-tfd ext-files fanotify \
+         fanotify-mark fdinfo fifo filelocks files fs ids inetsk inotify inotify-wd inventory \
+         ipcns-var itimers mm mountpoints netdev netlinksk netns ns-files packetsk pagemap \
+         pagemap-shmem pidfd pidns pipes posix-timers pstree reg-files remap-fpath rlimit seccomp \
+         sigacts signal-p signal-s signalfd timens timerfd tty tty-info tunfile unixsk userns \
+         utsns vmas",
+    ),
+    (
+        Kind::Mixed,
+        "autofs binfmt-misc bpfmap-data bpfmap-file fifo-data ghost-file ipcns-msg ipcns-sem \
+         ipcns-shm memfd pipes-data sk-queues tcp-stream tty-data",
+    ),
+    (
+        Kind::Raw,
+        "ifaddr ip6tables iptables memfd-secret netns-ct netns-exp nftables pagemap-secretmem \
+         pages pages-shmem route route6 rule tmpfs tmpfs-dev",
+    ),
+];
 
 /// The kind of a file of CRIU's with this name; `None` for all other names.
-fn kind(name: &str) -> Option<&str> {
+pub(crate) fn kind(name: &str) -> Option<Kind> {
     let stem = name.strip_suffix(SUFFIX)?;
     let stem = stem.strip_suffix(".tar.gz").unwrap_or(stem);
-    let numbered = || {
-        let (kind, number) = stem.rsplit_once('-')?;
-        let is_number = !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_hexdigit());
-        is_number.then_some(kind)
-    };
-    let is_known = |kind: &&str| {
-        [OF_MESSAGES, MIXED, RAW]
-            .iter()
-            .any(|list| is_among(list, kind))
-    };
-    [Some(stem), numbered()]
-        .into_iter()
-        .flatten()
-        .find(is_known)
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|it| it.is_ascii_hexdigit());
+    let numbered = stem.rsplit_once('-');
+    let numbered = numbered.filter(|(_, number)| is_number(number));
+    let is_meant = |listed: &str| listed == stem || numbered.is_some_and(|it| it.0 == listed);
+    let mut kinds = KINDS.iter();
+    let found = kinds.find(|(_, names)| names.split(' ').any(is_meant))?;
+    Some(found.0)
 }
 
-/// Whether CRIU may open a file of this name when it restores.
+/// True if CRIU may open a file of this name when it restores.
 pub(crate) fn is_criu_name(name: &str) -> bool {
     kind(name).is_some()
 }
@@ -134,19 +131,18 @@ mod tests {
 
     #[test]
     fn names_tell_how_files_are_made_up() {
-        for (name, of_messages, magic) in [
-            ("inventory.img", true, true),
-            ("core-17.img", true, true),
-            ("pagemap-shmem-3.img", true, true),
-            ("ghost-file-1f.img", false, true),
-            ("pages-1.img", false, false),
-            ("tmpfs-5.tar.gz.img", false, false),
-            ("file-1.img", false, false),
-            ("core-1", false, false),
-            (".img", false, false),
+        for (name, expected) in [
+            ("inventory.img", Some(Kind::OfMessages)),
+            ("core-17.img", Some(Kind::OfMessages)),
+            ("pagemap-shmem-3.img", Some(Kind::OfMessages)),
+            ("ghost-file-1f.img", Some(Kind::Mixed)),
+            ("pages-1.img", Some(Kind::Raw)),
+            ("tmpfs-5.tar.gz.img", Some(Kind::Raw)),
+            ("file-1.img", None),
+            ("core-1", None),
+            (".img", None),
         ] {
-            assert_eq!(is_of_messages(name), of_messages, "{name}");
-            assert_eq!(has_magic(name), magic, "{name}");
+            assert_eq!(kind(name), expected, "{name}");
         }
     }
 

@@ -10,7 +10,7 @@
 
 use std::fmt;
 
-use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
+use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC, Kind};
 
 /// Bytes of a message's length.
 const LENGTH: usize = size_of::<u32>();
@@ -55,8 +55,8 @@ pub(crate) struct Framing {
     missing: usize,
     /// The bytes of a magic or length that have come.
     field: Vec<u8>,
-    /// All of a small file that is wanted later.
-    kept: Option<Vec<u8>>,
+    /// The contents of inventory.img.
+    kept: Vec<u8>,
     is_empty: bool,
     is_foreign: bool,
 }
@@ -64,22 +64,23 @@ pub(crate) struct Framing {
 impl Framing {
     /// For a file that begins with a magic; `None` for all others.
     pub(crate) fn of(name: &str) -> Option<Self> {
-        let (magic, bytes) = match name {
+        let body = match files::kind(name)? {
+            Kind::OfMessages => Next::Length,
+            Kind::Mixed => Next::Anything,
+            Kind::Raw => return None,
+        };
+        let (magic, missing) = match name {
             INVENTORY => (INVENTORY_MAGIC, LENGTH),
             // What all files have in common, and what those of one kind have.
             _ => (COMMON_MAGIC, 2 * LENGTH),
         };
-        let body = match files::is_of_messages(name) {
-            true => Next::Length,
-            false => Next::Anything,
-        };
-        files::has_magic(name).then(|| Self {
+        Some(Self {
             magic,
             body,
             next: Next::Magic,
-            missing: bytes,
+            missing,
             field: Vec::new(),
-            kept: (name == INVENTORY).then(Vec::new),
+            kept: Vec::new(),
             is_empty: true,
             is_foreign: false,
         })
@@ -87,10 +88,8 @@ impl Framing {
 
     /// Takes the next bytes of the file.
     pub(crate) fn read(&mut self, mut bytes: &[u8]) {
-        if let Some(kept) = &mut self.kept
-            && kept.len() < MAX_KEPT
-        {
-            kept.extend_from_slice(bytes);
+        if self.magic == INVENTORY_MAGIC && self.kept.len() < MAX_KEPT {
+            self.kept.extend_from_slice(bytes);
         }
         while !bytes.is_empty() && self.next != Next::Anything {
             self.is_empty = false;
@@ -127,7 +126,7 @@ impl Framing {
 
     /// What was kept of inventory.img: all of it, but for one of a size that no CRIU writes.
     pub(crate) fn kept(&self) -> &[u8] {
-        self.kept.as_deref().unwrap_or_default()
+        &self.kept
     }
 
     /// True if the file does not begin as CRIU's do.

@@ -52,6 +52,10 @@ pub(crate) struct Caller {
     /// Readable when it has ended.
     process: OwnedFd,
     images_dir: PathBuf,
+    /// A program drives it over RPC, as container engines do.
+    is_driven: bool,
+    /// Its command line, or its parent's if it is driven.
+    command_line: Vec<u8>,
 }
 
 impl Caller {
@@ -71,19 +75,24 @@ impl Caller {
         let process = Pid::from_raw(pid as i32).context("CRIU's PID is 0")?;
         let process = pidfd_open(process, PidfdFlags::empty())
             .with_context(|| format!("looking for CRIU, process {pid}"))?;
+        let own = command_line_of(pid);
+        let images_dir = match fs::metadata(&images_dir) {
+            // CRIU has capabilities, and this process has none.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let started_in = PathBuf::from(std::env::var_os("PWD").unwrap_or_default());
+                started_in.join(images_dir_in(&own))
+            }
+            _ => resolved(images_dir),
+        };
+        let is_driven = actions_in(&own).is_empty();
+        let parents = || parent_of(pid).map(command_line_of);
         Ok(Self {
             pid,
             start: start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?,
             process,
-            images_dir: match fs::metadata(&images_dir) {
-                // CRIU has capabilities, and this process has none.
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    let started_in =
-                        std::env::var_os("PWD").map_or_else(PathBuf::new, PathBuf::from);
-                    started_in.join(images_dir_in(&command_line_of(pid)))
-                }
-                _ => resolved(images_dir),
-            },
+            images_dir,
+            is_driven,
+            command_line: is_driven.then(parents).flatten().unwrap_or(own),
         })
     }
 
@@ -114,7 +123,7 @@ impl Caller {
 
     /// What it is doing, as far as command lines tell.
     pub(crate) fn role(&self) -> Option<Role> {
-        Some(match action_in(&self.command_line())? {
+        Some(match action_in(&self.command_line)? {
             Action::Dump | Action::NoDump => Role::Capture,
             Action::Restore => Role::Serve,
         })
@@ -123,28 +132,19 @@ impl Caller {
     /// It takes something else than a dump: memory before one, or what the processor can do. It
     /// then runs no action script when that is written.
     pub(crate) fn takes_no_dump(&self) -> bool {
-        let line = self.command_line();
-        action_in(&line) == Some(Action::NoDump)
-            || arguments_in(&line).any(|argument| argument == b"--pre-dump")
+        let mut words = arguments_in(&self.command_line);
+        action_in(&self.command_line) == Some(Action::NoDump)
+            || words.any(|word| word == b"--pre-dump")
     }
 
     /// The application lives on after a dump, as far as command lines tell.
     pub(crate) fn lets_live(&self) -> bool {
-        lets_live(&self.command_line())
+        lets_live(&self.command_line)
     }
 
     /// True if a program drives it over RPC, as container engines do.
     pub(crate) fn is_driven(&self) -> bool {
-        actions_in(&command_line_of(self.pid)).is_empty()
-    }
-
-    /// Its command line, or its parent's where its own says nothing: under RPC.
-    fn command_line(&self) -> Vec<u8> {
-        let own = command_line_of(self.pid);
-        match actions_in(&own).is_empty() {
-            true => parent_of(self.pid).map_or(own, command_line_of),
-            false => own,
-        }
+        self.is_driven
     }
 }
 
@@ -176,18 +176,14 @@ fn resolved(link: PathBuf) -> PathBuf {
 /// The images directory that a command line of CRIU's names.
 fn images_dir_in(arguments: &[u8]) -> &Path {
     let mut words = arguments_in(arguments);
-    while let Some(word) = words.next() {
-        let directory = match word {
-            b"-D" | b"--images-dir" => words.next(),
-            _ => word
-                .strip_prefix(b"-D")
-                .or_else(|| word.strip_prefix(b"--images-dir=")),
-        };
-        if let Some(directory) = directory {
-            return Path::new(OsStr::from_bytes(directory));
-        }
-    }
-    Path::new("")
+    let directory = words.by_ref().find_map(|word| match word {
+        b"-D" | b"--images-dir" => Some(&b""[..]),
+        _ => word
+            .strip_prefix(b"-D")
+            .or_else(|| word.strip_prefix(b"--images-dir=")),
+    });
+    let directory = directory.filter(|it| !it.is_empty()).or(words.next());
+    Path::new(OsStr::from_bytes(directory.unwrap_or_default()))
 }
 
 /// What CRIU is asked for.
@@ -210,10 +206,8 @@ fn actions_in(arguments: &[u8]) -> Vec<(Action, bool)> {
             b"restore" => Action::Restore,
             _ => return None,
         };
-        Some((
-            action,
-            pair[0].starts_with(b"-") && !pair[0].contains(&b'='),
-        ))
+        let may_be_value = pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
+        Some((action, may_be_value))
     });
     found.collect()
 }
@@ -224,9 +218,8 @@ fn action_in(arguments: &[u8]) -> Option<Action> {
     let &(first, _) = found.first()?;
     let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
     let agree = found.iter().all(|(action, _)| *action == first);
-    certain
-        .map(|(action, _)| *action)
-        .or(agree.then_some(first))
+    let certain = certain.map(|(action, _)| *action);
+    certain.or(agree.then_some(first))
 }
 
 /// True if the application lives on after a dump with these arguments, each with a NUL behind it.

@@ -1,8 +1,8 @@
 //! The socket in the images directory: who may connect, and what is left of it afterwards
 //! (nothing).
 //!
-//! An image holds the memory of a process, so the socket has mode 0600 from its first moment: Linux
-//! gives a bound socket the mode that its descriptor had. Connecting takes the right to write to
+//! An image holds the memory of a process, so the socket has mode 0600 from its first moment, by the
+//! umask. Connecting takes the right to write to
 //! the socket's inode (`unix_find_bsd` in the kernel), whatever the directory's mode. Only its
 //! owner has it, and root: also root of a user namespace around ours.
 
@@ -10,20 +10,16 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
 use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{
-    self, AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect,
-    getsockopt, shutdown,
-};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown};
+use nix::sys::stat::{Mode, umask};
 
 use super::Connection;
+use crate::os::descriptor::open_directory;
 
 /// The longest path of a socket, in bytes: CRIU copies it, with a NUL behind it, into the 108 bytes
 /// of `sun_path` (docs/protocol.md, section 1).
@@ -50,16 +46,21 @@ impl Role {
         };
         format!("{stem}{suffix}")
     }
-}
 
-/// How CRIU gets to the socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SocketPath {
-    /// By the directory's path, as this program was given it.
-    Given,
-    /// By a path of its own, such as a relative one, or one in /proc under RPC. If that is too
-    /// long, CRIU fails before it freezes anything.
-    CriusOwn,
+    /// Checks that CRIU can get to the socket by this path of the directory.
+    ///
+    /// # Errors
+    /// When the path is too long.
+    pub(crate) fn check_path(self, images_dir: &Path) -> Result<()> {
+        let socket = images_dir.join(self.socket_name());
+        let length = socket.as_os_str().len();
+        ensure!(
+            length <= MAX_PATH,
+            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {MAX_PATH}: use a shorter path",
+            socket.display()
+        );
+        Ok(())
+    }
 }
 
 /// The listening socket. Its name is removed from the directory when this is dropped.
@@ -74,9 +75,9 @@ impl Listener {
     /// be served.
     ///
     /// # Errors
-    /// When the path is too long for CRIU, and when the name is taken.
-    pub fn check(images_dir: &Path, role: Role, path: SocketPath) -> Result<()> {
-        SocketName::new(images_dir, role, path)?.remove_stale()
+    /// When the name is taken.
+    pub fn check(images_dir: &Path, role: Role) -> Result<()> {
+        SocketName::new(images_dir, role)?.remove_stale()
     }
 
     /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else
@@ -84,8 +85,8 @@ impl Listener {
     ///
     /// # Errors
     /// Those of [`Listener::check`], and those of binding.
-    pub fn bind(images_dir: &Path, role: Role, path: SocketPath) -> Result<Self> {
-        let name = SocketName::new(images_dir, role, path)?;
+    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
+        let name = SocketName::new(images_dir, role)?;
         name.remove_stale()?;
         let socket = listen(&name.by_descriptor)
             .with_context(|| format!("listening on the socket {}", name.path))?;
@@ -139,27 +140,15 @@ struct SocketName {
 }
 
 impl SocketName {
-    fn new(images_dir: &Path, role: Role, path: SocketPath) -> Result<Self> {
-        let socket = images_dir.join(role.socket_name());
-        let length = socket.as_os_str().len();
-        ensure!(
-            length <= MAX_PATH || path == SocketPath::CriusOwn,
-            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {MAX_PATH}: use a shorter path",
-            socket.display()
-        );
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = open(images_dir, flags, Mode::empty())
+    fn new(images_dir: &Path, role: Role) -> Result<Self> {
+        let directory = open_directory(images_dir)
             .with_context(|| format!("opening the directory {}", images_dir.display()))?;
         let by_descriptor = format!("/proc/self/fd/{}", directory.as_raw_fd());
         Ok(Self {
             _directory: directory,
             by_descriptor: Path::new(&by_descriptor).join(role.socket_name()),
-            path: socket.display().to_string(),
+            path: images_dir.join(role.socket_name()).display().to_string(),
         })
-    }
-
-    fn address(&self) -> Result<UnixAddr> {
-        UnixAddr::new(&self.by_descriptor).with_context(|| format!("naming {}", self.path))
     }
 
     /// Removes a socket without a listener.
@@ -175,35 +164,30 @@ impl SocketName {
         }
         // A datagram socket cannot connect to a stream socket, and is told so only if a process has
         // that one open: the listener there does not see the attempt.
-        match connect(
-            new_socket(SockType::Datagram)?.as_raw_fd(),
-            &self.address()?,
-        ) {
-            Err(Errno::ECONNREFUSED) => fs::remove_file(&self.by_descriptor)
+        let probe = UnixDatagram::unbound().context("creating a socket")?;
+        let Err(error) = probe.connect(&self.by_descriptor) else {
+            bail!("{path} is another program's socket: choose another --images-dir");
+        };
+        match error.raw_os_error() {
+            Some(libc::ECONNREFUSED) => fs::remove_file(&self.by_descriptor)
                 .with_context(|| format!("removing the stale socket {path}")),
-            Ok(()) | Err(Errno::EPROTOTYPE) => bail!(
+            Some(libc::EPROTOTYPE) => bail!(
                 "another streamer listens on {path}: wait for its end or choose another --images-dir"
             ),
-            Err(error) => {
-                Err(error).with_context(|| format!("finding out whether {path} is in use"))
-            }
+            _ => Err(error).with_context(|| format!("finding out if {path} is in use")),
         }
     }
 }
 
-/// Listens on a socket of ours alone.
+/// Listens on a socket that only its owner can connect to.
 ///
 /// # Errors
-/// Those of binding.
-pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
-    let socket = new_socket(SockType::Stream)?;
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("setting its mode")?;
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?).context("binding it")?;
-    socket::listen(&socket, Backlog::new(16).unwrap_or(Backlog::MAXCONN))?;
-    Ok(UnixListener::from(socket))
-}
-
-fn new_socket(kind: SockType) -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket::socket(AddressFamily::Unix, kind, flags, None).context("creating a socket")
+/// When it cannot be bound.
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+    let others = umask(Mode::all() - Mode::S_IRUSR - Mode::S_IWUSR);
+    let socket = UnixListener::bind(path);
+    umask(others);
+    let socket = socket?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
 }

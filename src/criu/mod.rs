@@ -29,4 +29,4 @@ pub(crate) mod messages;
 pub(crate) use clients::Clients;
 pub use connection::{Connection, Message, Receipt, proto};
 pub(crate) use listener::listen;
-pub use listener::{Listener, Role, SocketPath};
+pub use listener::{Listener, Role};
