@@ -37,10 +37,8 @@ impl Counters {
     /// Zeroes, for a transfer through this number of shards.
     pub fn new(shards: usize) -> Self {
         Self {
-            files: Counter::default(),
             shards: (0..shards).map(|_| Counter::default()).collect(),
-            copied: Counter::default(),
-            filled: Counter::default(),
+            ..Self::default()
         }
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! The hook hears lines, first through a pipe, and at `post-dump` through a connection to the
 //! streamer's socket: milestones, and then `succeeded` or the reason of the failure. An end without
-//! either means that the streamer was killed. The same end is left in a file, behind a line with
-//! the CRIU that has started the streamer. Nothing is decided by that file.
+//! either means that the streamer was killed. The same end is left in a file, by which nothing is
+//! decided.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
@@ -24,8 +24,8 @@ use super::progress::Milestone;
 /// The end of a streamer that has done all it had to.
 const SUCCESS: &str = "succeeded";
 
-/// Bytes of an outcome that are read: a reason has some hundred.
-const MAX_OUTCOME: u64 = 64 << 10;
+/// The reason where there is no end.
+pub(crate) const NO_ANSWER: &str = "no streamer answers: its log, streamer-capture.log or streamer-serve.log, has the reason; where it has none, the streamer was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
 
 /// The hook that waits for a streamer, as this hears of it.
 #[derive(Debug, Clone)]
@@ -66,69 +66,34 @@ impl Hook {
     }
 }
 
-/// What a streamer has said in the end.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Said {
-    /// It has succeeded, or has come far enough.
-    GoOn,
-    /// The reason of its failure.
-    Failed(String),
-    /// Nothing: it was killed.
-    Nothing,
-}
-
-/// Hears a streamer until it has ended, or has reached a milestone that is `enough`.
-pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Said {
+/// Hears a streamer until it has succeeded, or has reached a milestone that is `enough`.
+///
+/// # Errors
+/// The reason of its failure, and [`NO_ANSWER`].
+pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Result<()> {
     let mut said = Vec::new();
     for line in BufReader::new(streamer).lines().map_while(Result::ok) {
-        if enough.is_some_and(|milestone| line == milestone.line()) {
-            return Said::GoOn;
+        let is_enough = enough.is_some_and(|milestone| line == milestone.line());
+        if is_enough || line == SUCCESS {
+            return Ok(());
         }
         if line != Milestone::MemoryCopied.line() {
             said.push(line);
         }
     }
-    end(&said.join("\n"))
+    ensure!(!said.is_empty(), NO_ANSWER);
+    bail!(said.join("\n"))
 }
 
-fn end(text: &str) -> Said {
-    match text.trim_end() {
-        SUCCESS => Said::GoOn,
-        "" => Said::Nothing,
-        reason => Said::Failed(reason.to_owned()),
-    }
-}
-
-/// Leaves the end of a streamer that `starter` has started in a file, which is there as a whole or
-/// not at all.
+/// Leaves the end of a streamer in a file, which is there as a whole or not at all.
 ///
 /// # Errors
 /// Those of writing it.
-pub(crate) fn leave(
-    directory: impl AsFd,
-    name: &str,
-    starter: &str,
-    failure: Option<&str>,
-) -> Result<()> {
+pub(crate) fn leave(directory: impl AsFd, name: &str, failure: Option<&str>) -> Result<()> {
     let unfinished = format!(".{name}");
     let mut file = File::from(create(&directory, &unfinished)?);
-    let end = failure.unwrap_or(SUCCESS);
-    file.write_all(format!("{starter}\n{end}\n").as_bytes())?;
+    writeln!(file, "{}", failure.unwrap_or(SUCCESS))?;
     Ok(renameat(&directory, unfinished.as_str(), &directory, name)?)
-}
-
-/// The reason why a streamer that `starter` has started has failed, as far as its file tells.
-pub(crate) fn left(directory: impl AsFd, name: &str, starter: &str) -> Option<String> {
-    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let mut text = String::new();
-    let read = openat(directory, name, flags, Mode::empty())
-        .map(|file| File::from(file).take(MAX_OUTCOME).read_to_string(&mut text));
-    read.ok()?.ok()?;
-    let (by, text) = text.split_once('\n')?;
-    match end(text) {
-        Said::Failed(reason) if by == starter => Some(reason),
-        _ => None,
-    }
 }
 
 /// Creates a file of ours in a directory, in place of what has its name there.
@@ -157,34 +122,20 @@ pub(crate) fn remove(directory: impl AsFd, name: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn heard(text: &str, enough: Option<Milestone>) -> Said {
-        hear(text.as_bytes(), enough)
-    }
-
     #[test]
     fn only_an_end_that_was_told_is_one() {
-        let failed = |reason: &str| Said::Failed(reason.into());
-        assert_eq!(heard("succeeded\n", None), Said::GoOn);
-        assert_eq!(heard("a: no\nand b\n", None), failed("a: no\nand b"));
+        let heard = |text: &str, enough| {
+            let heard = hear(text.as_bytes(), enough);
+            heard.map_err(|error| error.to_string())
+        };
+        assert_eq!(heard("succeeded\n", None), Ok(()));
+        assert_eq!(heard("a: no\nand b\n", None), Err("a: no\nand b".into()));
         for cut in ["", "memory-copied\n"] {
-            assert_eq!(heard(cut, None), Said::Nothing, "{cut:?}");
+            assert_eq!(heard(cut, None), Err(NO_ANSWER.into()), "{cut:?}");
         }
         let copied = Some(Milestone::MemoryCopied);
-        assert_eq!(heard("memory-copied\nlate\n", copied), Said::GoOn);
-        assert_eq!(heard("memory-copied\nlate\n", None), failed("late"));
-    }
-
-    #[test]
-    fn a_reason_is_that_of_the_streamer_that_left_it() {
-        let place = tempfile::TempDir::new().unwrap();
-        let directory = File::open(place.path()).unwrap();
-        let left = |starter: &str| left(&directory, "outcome", starter);
-        assert_eq!(left("CRIU 1 2"), None);
-        for failure in [None, Some("a: no")] {
-            leave(&directory, "outcome", "CRIU 1 2", failure).unwrap();
-            assert_eq!(left("CRIU 1 2").as_deref(), failure);
-            assert_eq!(left("CRIU 1 23"), None);
-        }
+        assert_eq!(heard("memory-copied\nlate\n", copied), Ok(()));
+        assert_eq!(heard("memory-copied\nlate\n", None), Err("late".into()));
     }
 
     /// Others may be able to write to the images directory.

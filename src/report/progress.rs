@@ -64,26 +64,10 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Reports to `fd`.
-    pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self {
-            file: Some(File::from(fd)),
-            ..Self::silent()
-        }
-    }
-
-    /// Reports nothing.
-    pub(crate) fn silent() -> Self {
-        Self {
-            file: None,
-            hook: None,
-        }
-    }
-
-    /// Reports to CRIU's hook too.
-    pub(crate) fn and_hook(mut self, hook: Hook) -> Self {
-        self.hook = Some(hook);
-        self
+    /// Reports to `fd`, if there is one, and to CRIU's hook, if one has started us.
+    pub(crate) fn new(fd: Option<OwnedFd>, hook: Option<Hook>) -> Self {
+        let file = fd.map(File::from);
+        Self { file, hook }
     }
 
     /// CRIU's hook connects.
@@ -107,13 +91,8 @@ impl Progress {
     }
 
     fn line(&mut self, line: &str) {
-        let written = self
-            .file
-            .as_ref()
-            .map(|file| write_text(file, &format!("{line}\n")));
-        if let Some(Err(_)) = written {
-            self.file = None;
-        }
+        self.file
+            .take_if(|file| write_text(file, &format!("{line}\n")).is_err());
     }
 }
 
@@ -125,7 +104,7 @@ mod tests {
     #[test]
     fn lines_are_exactly_what_supervisors_parse() {
         let (mut read, write) = std::io::pipe().unwrap();
-        let mut progress = Progress::new(write.into());
+        let mut progress = Progress::new(Some(write.into()), None);
         progress.reached(Milestone::SocketInit);
         progress.reached(Milestone::CheckpointStart);
         progress.reached(Milestone::MemoryCopied);
@@ -151,7 +130,7 @@ mod tests {
     #[test]
     fn a_supervisor_that_closes_its_end_early_is_ignored() {
         let (read, write) = std::io::pipe().unwrap();
-        let mut progress = Progress::new(write.into());
+        let mut progress = Progress::new(Some(write.into()), None);
         drop(read);
         progress.reached(Milestone::SocketInit);
         progress.reached(Milestone::CheckpointStart);
