@@ -57,7 +57,7 @@ pub fn run() -> Result<(), Failure> {
             Ok(())
         }
         ParseResult::Usage(text) => {
-            report::usage(text);
+            report::tell(text);
             std::process::exit(1)
         }
     }
