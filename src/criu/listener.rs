@@ -1,8 +1,8 @@
 //! The socket in the images directory: who may connect, and what is left of it afterwards
 //! (nothing).
 //!
-//! An image holds the memory of a process, so the socket has mode 0600 from its first moment, by the
-//! umask. Connecting takes the right to write to
+//! An image holds the memory of a process, so the umask gives the socket mode 0600 from its first
+//! moment. Connecting takes the right to write to
 //! the socket's inode (`unix_find_bsd` in the kernel), whatever the directory's mode. Only its
 //! owner has it, and root: also root of a user namespace around ours.
 
