@@ -1,5 +1,5 @@
-//! What reads bytes that others made, as functions of bytes, for the fuzz targets: the only part of
-//! the program that is public, so that the compiler finds what nothing uses any more.
+//! The readers of foreign bytes, as functions of bytes, for the fuzz targets. All else is private,
+//! so that the compiler finds unused code.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

@@ -3,7 +3,7 @@
 //! The modules in the order of the data. Each uses only those below it:
 //!
 //! * `commands`: capture, extract, serve, list and hook; each wires its parts, and reports
-//! * `cli`: what was typed, and what it means
+//! * `cli`: the command line, as typed and as checked
 //! * `capture`: from CRIU's pipes to the shards, or first to a buffer
 //! * `receive`: from the shards to a store
 //! * `serve`: from memory to CRIU's pipes
@@ -12,7 +12,7 @@
 //! * `listen_ports`: changes the ports that the application listens on
 //! * `criu`: the socket over which CRIU asks for files and passes pipes
 //! * `supervision`: all that can end a transfer: signals, pumps, commands
-//! * `report`: what is counted, and what programs and people are told
+//! * `report`: progress lines, the bar and notices, and the outcome file
 //! * `format`: the image format: markers, and names of files
 //! * `pace`: when to look again, and why
 //! * `os`: pipes, epoll, descriptors

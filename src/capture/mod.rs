@@ -49,7 +49,7 @@ use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::{Milestone, Progress, Stats};
 use crate::report::times::{Clock, Phase, Waiting};
-use crate::supervision::{CriuCommand, Failure, LOOK_AGAIN, ShellCommand, Supervisor};
+use crate::supervision::{CHECK_INTERVAL, CriuCommand, Failure, ShellCommand, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
 pub(crate) use image_writer::HasIndex;
@@ -334,7 +334,7 @@ impl CaptureLoop<'_> {
         let mut wait = Wait::Forever.or_until(self.clients.grace_ends());
         if self.waits_for_commands() || (self.is_dismissed() && self.dump.unclosed() > 0) {
             self.supervisor.check()?;
-            wait = Wait::Until(Instant::now() + LOOK_AGAIN);
+            wait = Wait::Until(Instant::now() + CHECK_INTERVAL);
         } else if !self.is_frozen {
             wait = wait.or_until(Some(self.stray_files.next_listing()));
         }

@@ -64,7 +64,7 @@ impl FdNumber {
     }
 
     /// The file that data going in this direction must have to itself. A pipe is one file: what
-    /// goes into one end comes out of the other. What comes out of a socket is a stream of its own:
+    /// goes into one end comes out of the other. The two directions of a socket are two streams:
     /// sshd gives a command one socket for both. /dev/null keeps nothing, and a terminal shows
     /// everything.
     fn file(self, direction: Direction) -> Option<FileId> {
@@ -85,7 +85,7 @@ impl FdNumber {
 
     /// True if a standard stream was closed when the program started: Rust's runtime then opens
     /// /dev/null in its place, and an image written there is lost. Shells do not open /dev/null
-    /// for both reading and writing, which tells the two apart.
+    /// for both reading and writing, which makes the difference.
     pub(super) fn was_closed_at_start(self) -> bool {
         let device = self.peek(|fd| fstat(fd)).map(|stat| stat.st_rdev);
         let mode = self.flags().map(|flags| flags & OFlag::O_ACCMODE);
@@ -127,7 +127,7 @@ impl FdNumber {
 /// A file's device and inode.
 type FileId = (dev_t, ino_t);
 
-/// What a descriptor is for.
+/// The purpose of a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// The image, or an external file.

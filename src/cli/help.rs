@@ -20,7 +20,7 @@ Subcommands:
 
 {after-help}";
 
-/// What is shown when nothing was typed: it fits on a screen.
+/// Shown when nothing was typed: it fits on a screen.
 pub(super) const USAGE: &str = "\
 Usage: {usage}
 

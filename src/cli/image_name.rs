@@ -1,7 +1,7 @@
 //! The name under which a store keeps an image: `$CRIU_IMAGE_NAME` for the commands.
 //!
-//! Containers have other names, directories and ids when they are restored, so nothing else tells a
-//! restore what to fetch. A capture through CRIU's hook leaves the name in the images directory,
+//! Containers have other names, directories and ids when they are restored, so only this name lets
+//! a restore find the image. A capture through CRIU's hook leaves the name in the images directory,
 //! which a container engine packs into its archive, and a restore reads it from there. The archive
 //! may come from anyone, and the name stands in commands: it is nothing but letters, digits, `.`,
 //! `_` and `-`.
@@ -59,7 +59,7 @@ impl StoredAs {
     /// Leaves the name in the images directory.
     ///
     /// # Errors
-    /// Those of writing it.
+    /// When it cannot be written.
     pub(crate) fn leave(&self, directory: impl AsFd) -> Result<()> {
         let mut file = File::from(outcome::create(directory, FILE).context(FILE)?);
         writeln!(file, "{}", self.0).context(FILE)

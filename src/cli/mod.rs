@@ -1,4 +1,4 @@
-//! The command line: what was typed ([`Args`]), and what it means ([`Plan`]).
+//! The command line: as typed ([`Args`]), and as checked ([`Plan`]).
 
 mod descriptor;
 mod help;
@@ -22,7 +22,7 @@ use descriptor::FdNumber;
 pub(crate) use image_name::StoredAs;
 pub(crate) use plan::{Action, FileEnd, Plan, Shards};
 
-/// What was typed.
+/// The command line, as typed.
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 #[structopt(
     about = help::ABOUT,
@@ -262,7 +262,7 @@ fn external_name(name: &str) -> Result<ImageName, String> {
     ImageName::new(name).map_err(why)
 }
 
-/// What the command line asks for.
+/// The result of parsing the command line.
 pub(crate) enum ParseResult {
     Args(Box<Args>),
     /// CRIU runs this program as its action script.

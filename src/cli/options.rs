@@ -3,8 +3,8 @@
 //!
 //! A line is one option and its value, which is the rest of the line: a command stands there as
 //! in a script, without a second level of quotes. Empty lines, and those that begin with `#`, are
-//! left out. Options that name descriptors are refused, since a hook inherits none, and those that
-//! say what CRIU says.
+//! left out. Options that name descriptors are refused, since a hook inherits none, and so are
+//! options that CRIU has itself.
 //!
 //! Such a file has commands that run as the user who starts CRIU. One that others may write to is
 //! refused, and so is a link that leads out of its directory: the file behind it was not written
@@ -51,7 +51,7 @@ impl Args {
     }
 
     /// True if CRIU may go on before the image is written, and a command writes it to the images
-    /// directory, as far as its text tells.
+    /// directory, as far as its text shows.
     pub(crate) fn goes_on_into(&self, images_dir: &Path) -> bool {
         let files = self.ext_file_cmd.iter().map(|(_, command)| command);
         let images_dir = images_dir.to_string_lossy();

@@ -1,4 +1,4 @@
-//! What the command line means, checked.
+//! The command line, checked.
 //!
 //! Bad usage is refused before anything happens: a plan owns the descriptors that were named, and
 //! nothing else has been touched when it exists.
@@ -26,7 +26,7 @@ use crate::supervision::{CriuCommand, ShellCommand};
 /// processes, and more have never been faster.
 const MAX_COMMANDS: usize = 32;
 
-/// What to do.
+/// The action of a subcommand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
     Capture,
@@ -36,7 +36,7 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// Which way the shards go.
+    /// The direction of the shards.
     pub(crate) fn direction(self) -> Direction {
         match self {
             Action::Capture => Direction::Out,
@@ -47,13 +47,13 @@ impl Action {
 
 /// Where the shards go to, or come from.
 pub(crate) enum Shards {
-    /// With what messages call them.
+    /// With their names in messages.
     Descriptors(Vec<(OwnedFd, String)>),
     Commands(Vec<ShellCommand>),
 }
 
 impl Shards {
-    /// What messages call them.
+    /// Their names in messages.
     pub(crate) fn labels(&self) -> Vec<String> {
         match self {
             Shards::Descriptors(fds) => fds.iter().map(|(_, label)| label.clone()).collect(),

@@ -1,12 +1,12 @@
 //! `hook`: CRIU's action script, which starts the streamer and waits for it.
 //!
-//! What CRIU does, and what this does at each action (docs/protocol.md, section 1, has the facts):
+//! CRIU's actions, and the hook's at each (docs/protocol.md, section 1, has the facts):
 //!
 //! ```text
 //! dump         pre-stream    start `capture`, return when the socket listens
 //!              …             CRIU connects, freezes the application, sends its files
 //!              post-dump     return when the streamer has ended, with its status; or when it has
-//!                            copied the memory, if it is told so
+//!                            copied the memory, if the options say so
 //! restore      pre-stream    start `serve`, return when the socket listens
 //!              …             CRIU connects, restores
 //! any other action           nothing
@@ -15,9 +15,9 @@
 //! **Dump.** At `post-dump` everything is written and nothing runs. If the script fails there, CRIU
 //! lets the application go on, and fails. So CRIU kills the application, or lets it write to its
 //! memory again (`--leave-running`), only after every shard command has succeeded. The call itself
-//! tells `capture` that CRIU has closed all files: one that is missing or still open by then is
-//! missing for good. `capture` fails if CRIU ends
-//! before, since the application then runs while its pages are still in pipes. With a buffer and
+//! means to `capture` that CRIU has closed all files: one that is missing or still open by then is
+//! missing for good. `capture` fails if CRIU ends before, since the application then runs while its
+//! pages are still in pipes. With a buffer and
 //! `--go-on-when-copied` that is when the application's memory is copied: it may then be written to
 //! again, and the upload goes on in the background.
 //!
@@ -131,7 +131,7 @@ fn options_dir() -> PathBuf {
     given.map_or_else(|| DEFAULT_OPTIONS_DIR.into(), PathBuf::from)
 }
 
-/// What CRIU is about to do. A capture where CRIU restores could overwrite the very image that is
+/// CRIU's present task. A capture where CRIU restores could overwrite the very image that is
 /// to be restored: it is started only where a command line says so.
 fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
     let has_options = |role: Role| options_dir.join(role.file_name(OPTIONS)).exists();
@@ -144,7 +144,7 @@ fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
     }
 }
 
-/// What the options say, and the name of the image.
+/// Makes the plan that the options ask for, with the name of the image.
 fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role) -> Result<Plan> {
     // It would not ask how the streamer ended.
     ensure!(

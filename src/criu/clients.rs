@@ -3,9 +3,9 @@
 //! Usually there is one, but several may be connected, each with its own requests. Only peers that
 //! have asked for a file count: one that connects and says nothing can neither end a transfer nor
 //! hold it up. When a peer leaves without having asked for anything, it was either not CRIU, or a
-//! CRIU that failed before it opened its first file. Nothing tells these apart, so another client
-//! has [`GRACE`] to appear before the transfer is given up: a script whose CRIU failed is not left
-//! waiting.
+//! CRIU that failed before it opened its first file. Nothing distinguishes these, so another client
+//! has [`RECONNECT_TIMEOUT`] to appear before the transfer is given up: a script whose CRIU failed
+//! is not left waiting.
 //!
 //! On capture, a second client that sends files is an error: the files of two dumps have the same
 //! names, and would become one image. On restore it does no harm.
@@ -24,11 +24,11 @@ use crate::os::poller::{Interest, Poller, Watched};
 use crate::os::process::{arguments_in, command_line_of};
 use crate::report;
 
-/// How long to go on listening after a client that asked for nothing has left.
-const GRACE: Duration = Duration::from_secs(2);
+/// The time to go on listening after a client that asked for nothing has left.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a CRIU was asked for, as far as its command line told when it connected. That does not tell
-/// under RPC, in another PID namespace, and when CRIU has ended already; nothing is assumed then.
+/// CRIU's task, as far as its command line showed it when it connected. Under RPC, in another PID
+/// namespace, and once CRIU has ended it shows nothing; nothing is assumed then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AskedFor {
     /// cpuinfo.img alone.
@@ -40,8 +40,8 @@ pub struct AskedFor {
 /// CRIU's options with which the application's memory stays out of the stream.
 const MEMORY_ELSEWHERE: [&str; 3] = ["--lazy-pages", "--page-server", "--prev-images-dir"];
 
-/// Bytes of an option that tell it from all others.
-const SHORTEST: usize = "--lazy".len();
+/// Bytes of an option that distinguish it from all others.
+const MIN_OPTION: usize = "--lazy".len();
 
 impl AskedFor {
     fn of(connection: &Connection) -> Self {
@@ -55,7 +55,7 @@ impl AskedFor {
             let name = argument.split(|&byte| byte == b'=').next()?;
             let is_meant = |option: &&&str| option.as_bytes().starts_with(name);
             let option = MEMORY_ELSEWHERE.iter().find(is_meant);
-            option.copied().filter(|_| name.len() >= SHORTEST)
+            option.copied().filter(|_| name.len() >= MIN_OPTION)
         };
         Self {
             cpuinfo: arguments_in(command_line).any(|argument| argument == b"cpuinfo"),
@@ -66,7 +66,7 @@ impl AskedFor {
 
 struct Client {
     connection: Connection,
-    /// What it asked for and has not sent a descriptor for yet.
+    /// The file that it asked for and has not sent a descriptor for yet.
     requested: Option<ImageName>,
     has_spoken: bool,
     asked_for: AskedFor,
@@ -126,7 +126,7 @@ impl Clients {
     /// Accepts the clients that wait at the listener, and watches each under its id.
     ///
     /// # Errors
-    /// Those of accepting and of watching a connection.
+    /// When a connection cannot be accepted or watched.
     pub(crate) fn accept(&mut self, listener: &Listener, poller: &Poller) -> Result<()> {
         while let Some(connection) = listener.accept()? {
             self.next_id += 1;
@@ -146,7 +146,7 @@ impl Clients {
         Ok(())
     }
 
-    /// What a client was asked for; nothing of one that has left.
+    /// The task of a client; nothing of one that has left.
     pub fn asked_for(&self, id: u64) -> AskedFor {
         let client = self.clients.get(&id);
         client.map_or_else(AskedFor::default, |client| client.asked_for)
@@ -211,7 +211,7 @@ impl Clients {
     }
 
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
-    /// tells whether a file was opened by it. A client that breaks the protocol is dropped.
+    /// returns true if a file was opened by it. A client that breaks the protocol is dropped.
     ///
     /// # Errors
     /// When the client broke the protocol after it had opened files: what it took part in cannot be
@@ -270,7 +270,7 @@ impl Clients {
     }
 
     fn give_up_after_grace(&mut self, why: &'static str) {
-        self.give_up = Some((Instant::now() + GRACE, why));
+        self.give_up = Some((Instant::now() + RECONNECT_TIMEOUT, why));
     }
 
     fn remove(&mut self, id: u64) {

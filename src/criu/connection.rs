@@ -5,7 +5,7 @@
 //! several messages are taken at a time. The kernel drops descriptors that do not fit into the
 //! control buffer: a peer that sends hundreds costs nothing.
 //!
-//! What is received and not understood yet is bounded by the largest message plus one read.
+//! Bytes that are received and not understood yet are bounded by the largest message plus one read.
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
@@ -30,15 +30,15 @@ use proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
 const LENGTH: usize = 4;
 
 /// The largest message, in bytes (docs/protocol.md, section 1).
-const LARGEST_MESSAGE: usize = 10 << 10;
+const MAX_MESSAGE: usize = 10 << 10;
 
 /// Bytes taken in one `recvmsg`: many times a request, which names one file.
-const READ: usize = 1 << 10;
+const READ_SIZE: usize = 1 << 10;
 
 /// Bytes of the control buffer: room for two descriptors, of which the second is one too many.
-const CONTROL: usize = rustix::cmsg_space!(ScmRights(2));
+const CONTROL_SIZE: usize = rustix::cmsg_space!(ScmRights(2));
 
-/// What one look at the socket brought.
+/// The result of one look at the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Receipt {
     /// Something; there may be more.
@@ -49,7 +49,7 @@ pub enum Receipt {
     Closed,
 }
 
-/// What CRIU said.
+/// A message of CRIU's.
 #[derive(Debug)]
 pub enum Message {
     /// It opens the file of this name (unchecked).
@@ -82,7 +82,7 @@ impl Connection {
         }
     }
 
-    /// Who is on the other side, in words.
+    /// The peer's name in messages.
     pub fn peer(&self) -> &str {
         &self.peer
     }
@@ -93,9 +93,9 @@ impl Connection {
     /// # Errors
     /// When `recvmsg` fails, and when the kernel dropped descriptors for which there was no room.
     pub fn receive(&mut self) -> Result<Receipt> {
-        let mut buffer = [0; READ];
+        let mut buffer = [0; READ_SIZE];
         let mut slices = [IoSliceMut::new(&mut buffer)];
-        let mut space = [MaybeUninit::uninit(); CONTROL];
+        let mut space = [MaybeUninit::uninit(); CONTROL_SIZE];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let receive = || recvmsg(&self.stream, &mut slices, &mut control, flags);
@@ -148,8 +148,8 @@ impl Connection {
         };
         let length = u32::from_le_bytes(*field) as usize;
         ensure!(
-            length <= LARGEST_MESSAGE,
-            "{} sent a message of {length} bytes, over the limit of {LARGEST_MESSAGE}: it is no CRIU that streams",
+            length <= MAX_MESSAGE,
+            "{} sent a message of {length} bytes, over the limit of {MAX_MESSAGE}: it is no CRIU that streams",
             self.peer
         );
         let Some(body) = self.received.get(LENGTH..LENGTH + length) else {
@@ -173,7 +173,7 @@ impl Connection {
         Ok(None)
     }
 
-    /// Whether a part of a message was received, or a reply's descriptor is still to come.
+    /// True if a part of a message was received, or a reply's descriptor is still to come.
     pub fn is_within_message(&self) -> bool {
         self.expects_descriptor || !self.received.is_empty()
     }

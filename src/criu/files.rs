@@ -1,4 +1,4 @@
-//! What is known of CRIU's image files by their names.
+//! CRIU's image files, by their names.
 
 use anyhow::{Result, ensure};
 
@@ -17,16 +17,16 @@ pub(crate) const TREE: &str = "pstree.img";
 /// All open files of all processes.
 pub(crate) const OPEN_FILES: &str = "files.img";
 
-/// How the names of all image files end, those of plugins included.
+/// The end of the names of all image files, also of plugins.
 const SUFFIX: &str = ".img";
 
-/// What most image files begin with.
+/// The first bytes of most image files.
 pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
 
-/// What inventory.img begins with.
+/// The first bytes of inventory.img.
 pub(crate) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 
-/// How a file of CRIU's is made up.
+/// The make-up of a file of CRIU's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// A magic and then messages, each behind its length.
@@ -78,18 +78,18 @@ pub(crate) fn is_criu_name(name: &str) -> bool {
     kind(name).is_some()
 }
 
-/// Whether a file holds memory of the application: large, and read once, front to back.
+/// True if a file holds memory of the application: large, and read once, front to back.
 pub(crate) fn is_pages(name: &str) -> bool {
     name.starts_with("pages-")
 }
 
-/// What the files of CRIU, and those of its service and statistics, begin with.
+/// The first bytes of CRIU's files, and of its service's and statistics' files.
 const MAGICS: [u32; 2] = [COMMON_MAGIC, 0x5510_5940];
 
 /// Bytes of a file that [`is_criu_file`] looks at.
 pub(crate) const MAGIC_LENGTH: usize = 4;
 
-/// Whether a file is one of CRIU's, to judge by its name and its first bytes: an image file of a
+/// True if a file is one of CRIU's, to judge by its name and its first bytes: an image file of a
 /// CRIU that is newer than this list, or of a plugin, has a name that is not known.
 pub(crate) fn is_criu_file(name: &str, start: &[u8]) -> bool {
     is_criu_name(name)
@@ -99,12 +99,12 @@ pub(crate) fn is_criu_file(name: &str, start: &[u8]) -> bool {
                 .any(|magic| start.starts_with(&magic.to_le_bytes())))
 }
 
-/// Whether a file may be part of what CRIU restores, and not an external file.
+/// True if CRIU may restore from a file, and it is no external one.
 pub(crate) fn is_image_file(name: &str) -> bool {
     name.ends_with(SUFFIX)
 }
 
-/// Whether a file holds the nftables rules of a network namespace.
+/// True if a file holds the nftables rules of a network namespace.
 pub(crate) fn is_nftables(name: &str) -> bool {
     name.starts_with("nftables-")
 }

@@ -4,7 +4,7 @@
 //! CRIU writes such a file through a buffer. A CRIU that was killed leaves it empty, or cut where
 //! the buffer ended.
 //!
-//! Lengths are counted down and nothing is kept, so a message may have any size. What messages say
+//! Lengths are counted down and nothing is kept, so a message may have any size. Their content
 //! is CRIU's business: a newer one adds fields, packs pages, or leaves files out, and its dump is
 //! as good. A file that does not begin with CRIU's magic passes for the same reason.
 
@@ -71,7 +71,7 @@ impl Framing {
         };
         let (magic, missing) = match name {
             INVENTORY => (INVENTORY_MAGIC, LENGTH),
-            // What all files have in common, and what those of one kind have.
+            // Common to all files, and to all of one kind.
             _ => (COMMON_MAGIC, 2 * LENGTH),
         };
         Some(Self {
@@ -124,7 +124,7 @@ impl Framing {
         self.next == Next::Anything
     }
 
-    /// What was kept of inventory.img: all of it, but for one of a size that no CRIU writes.
+    /// The contents of inventory.img: all, but for one of a size that no CRIU writes.
     pub(crate) fn kept(&self) -> &[u8] {
         &self.kept
     }

@@ -1,9 +1,9 @@
 //! The CRIU that runs this program as its action script (docs/protocol.md, section 1).
 //!
-//! CRIU says which action it is at, and names its images directory as one of its own descriptors in
-//! /proc. From that path comes CRIU's PID: a script may stand between CRIU and this program. CRIU
-//! does not say whether it dumps or restores; its command line does. Under RPC that is `criu swrk`,
-//! and the command line of the container engine tells, which has started it.
+//! The environment has CRIU's present action, and its images directory as one of CRIU's own
+//! descriptors in /proc. From that path comes CRIU's PID: a script may stand between CRIU and this
+//! program. Only CRIU's command line shows if it dumps or restores. Under RPC that is `criu swrk`,
+//! and the command line of the container engine shows it, which has started CRIU.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -22,12 +22,12 @@ use super::connection::proto::ImgStreamerRequestEntry;
 use super::{Message, Role};
 use crate::os::process::{arguments_in, command_line_of, parent_of, start_of};
 
-/// What CRIU sets for its action scripts.
+/// Variables that CRIU sets for its action scripts.
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 const IMAGES_DIR: &str = "CRTOOLS_IMAGE_DIR";
 
-/// What a hook asks the streamer for in place of a file, followed by its CRIU: no file can have a
-/// name with a slash.
+/// Begins the hook's request to the streamer, in place of a file's name; its CRIU follows. No file
+/// can have a name with a slash.
 const CALL: &str = "/post-dump ";
 
 /// The CRIU whose hook has called, if a message is such a call.
@@ -47,7 +47,7 @@ pub(crate) fn action() -> Option<OsString> {
 #[derive(Debug)]
 pub(crate) struct Caller {
     pid: u32,
-    /// With the PID, tells it from every other process since the machine was started.
+    /// With the PID, distinguishes it from every other process since the machine was started.
     start: u64,
     /// Readable when it has ended.
     process: OwnedFd,
@@ -101,13 +101,13 @@ impl Caller {
         &self.images_dir
     }
 
-    /// Which CRIU it is, in words.
+    /// The CRIU, in words.
     pub(crate) fn identity(&self) -> String {
         format!("CRIU {} {}", self.pid, self.start)
     }
 
-    /// Calls the streamer that was started for it, now that CRIU has closed its files. What the
-    /// streamer says comes back.
+    /// Calls the streamer that was started for it, now that CRIU has closed its files, and returns
+    /// the connection, over which the streamer answers.
     ///
     /// # Errors
     /// When no streamer listens.
@@ -121,7 +121,7 @@ impl Caller {
         Ok(streamer)
     }
 
-    /// What it is doing, as far as command lines tell.
+    /// Its role for the streamer, as far as command lines show it.
     pub(crate) fn role(&self) -> Option<Role> {
         Some(match action_in(&self.command_line)? {
             Action::Dump | Action::NoDump => Role::Capture,
@@ -129,15 +129,15 @@ impl Caller {
         })
     }
 
-    /// It takes something else than a dump: memory before one, or what the processor can do. It
-    /// then runs no action script when that is written.
+    /// True if it writes a pre-dump or the processor's features, and no dump. It then runs no
+    /// action script when that is written.
     pub(crate) fn takes_no_dump(&self) -> bool {
         let mut words = arguments_in(&self.command_line);
         action_in(&self.command_line) == Some(Action::NoDump)
             || words.any(|word| word == b"--pre-dump")
     }
 
-    /// The application lives on after a dump, as far as command lines tell.
+    /// True if the application lives on after a dump, as far as command lines show it.
     pub(crate) fn lets_live(&self) -> bool {
         lets_live(&self.command_line)
     }
@@ -186,7 +186,7 @@ fn images_dir_in(arguments: &[u8]) -> &Path {
     Path::new(OsStr::from_bytes(directory.unwrap_or_default()))
 }
 
-/// What CRIU is asked for.
+/// CRIU's task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Dump,

@@ -1,10 +1,9 @@
-//! The socket in the images directory: who may connect, and what is left of it afterwards
-//! (nothing).
+//! The socket in the images directory. Only its owner may connect, and it is removed in the end.
 //!
 //! An image holds the memory of a process, so the umask gives the socket mode 0600 from its first
-//! moment. Connecting takes the right to write to
-//! the socket's inode (`unix_find_bsd` in the kernel), whatever the directory's mode. Only its
-//! owner has it, and root: also root of a user namespace around ours.
+//! moment. Connecting takes the right to write to the socket's inode (`unix_find_bsd` in the
+//! kernel), whatever the directory's mode. Only its owner has it, and root: also root of a user
+//! namespace around ours.
 
 use std::fs;
 use std::io;
@@ -25,7 +24,7 @@ use crate::os::descriptor::open_directory;
 /// of `sun_path` (docs/protocol.md, section 1).
 const MAX_PATH: usize = 107;
 
-/// What CRIU wants from the socket: it looks for another name on dump than on restore.
+/// The socket's role for CRIU, which looks for another name on dump than on restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Capture,
@@ -84,7 +83,7 @@ impl Listener {
     /// of that name stays.
     ///
     /// # Errors
-    /// Those of [`Listener::check`], and those of binding.
+    /// The errors of [`Listener::check`], and of binding.
     pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
         let name = SocketName::new(images_dir, role)?;
         name.remove_stale()?;
@@ -102,7 +101,7 @@ impl Listener {
     /// Takes the next peer; `None` when no peer waits.
     ///
     /// # Errors
-    /// Those of `accept`, such as having no descriptor left.
+    /// When `accept` fails, as when no descriptor is left.
     pub fn accept(&self) -> Result<Option<Connection>> {
         let stream = match self.socket.accept() {
             Ok((stream, _)) => stream,
@@ -162,8 +161,8 @@ impl SocketName {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error).with_context(|| format!("looking at {path}")),
         }
-        // A datagram socket cannot connect to a stream socket, and is told so only if a process has
-        // that one open: the listener there does not see the attempt.
+        // A datagram socket cannot connect to a stream socket, and the error differs if a process
+        // has that one open. The listener there does not see the attempt.
         let probe = UnixDatagram::unbound().context("creating a socket")?;
         let Err(error) = probe.connect(&self.by_descriptor) else {
             bail!("{path} is another program's socket: choose another --images-dir");

@@ -1,4 +1,4 @@
-//! What a descriptor leads to, and which way data goes through it.
+//! The kind of file behind a descriptor, and the direction of data through it.
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +12,7 @@ use nix::unistd::fsync;
 
 use super::pipe::uninterrupted;
 
-/// Which way data goes, seen from this program.
+/// The direction of data, seen from this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     In,

@@ -27,7 +27,7 @@ fn whole_pages(range: Range<usize>, page: usize) -> Range<usize> {
     range.start.next_multiple_of(page)..range.end / page * page
 }
 
-/// Which pages a mapping asks for.
+/// The pages that a mapping asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pages {
     /// Huge ones, where the kernel has them.
@@ -148,25 +148,25 @@ pub(crate) fn populate(memory: &mut [u8]) {
         return;
     }
     // SAFETY: the pages lie in memory that is borrowed exclusively, and keep what they hold.
-    // Refused by kernels before 5.14, and where there is no memory: who fills it gets the pages, or
-    // the error.
+    // Refused by kernels before 5.14, and where there is no memory: filling it then brings the
+    // pages, or the error.
     let _ = unsafe {
         let first = first.add(pages.start - first.addr().get());
         madvise(first.cast(), pages.len(), MmapAdvise::MADV_POPULATE_WRITE)
     };
 }
 
-/// What is left of the machine's memory, or of our cgroup's, to others, in bytes.
+/// Memory that is always left free, in bytes.
 pub(crate) const LEAST: u64 = 32 << 20;
 
-/// With less than this memory left, in bytes, what can wait waits.
+/// Memory below which everything that can wait waits, in bytes.
 pub(crate) const SHORT: u64 = 2 * LEAST;
 
-/// Bytes taken at most until the next look at how much memory is left.
+/// The most to take before checking again how much memory is left, in bytes.
 pub(crate) const MOST_UNSEEN: u64 = 256 << 20;
 
-/// Bytes that may be taken until the next look, where this number is left. Others take memory too:
-/// it is less and less, and never much.
+/// How much to take before checking again. Shrinks with what is left, because other processes
+/// allocate too.
 pub(crate) fn until_next_look(left: u64) -> u64 {
     (left / 8).min(MOST_UNSEEN)
 }
@@ -188,7 +188,7 @@ fn field(text: &str, word: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// What is left in the memory cgroup that a line of /proc/self/cgroup names, and in those above it.
+/// Bytes left in the memory cgroup that a line of /proc/self/cgroup names, and in its ancestors.
 /// In a container the path may be the host's: the cgroup at the root of the mount is then ours.
 fn left_in_cgroup(line: &str) -> Option<u64> {
     let mut parts = line.splitn(3, ':');

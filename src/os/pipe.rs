@@ -1,8 +1,7 @@
-//! Pipes: which end one holds, how much is in it, how much fits, and moving page references between
-//! them.
+//! Pipes: their ends, their contents and capacity, and moving page references between them.
 //!
 //! Every system call on a pipe is wrapped here, once. None of them blocks: `splice` and `vmsplice`
-//! are told so by flag, reads and writes by the file description being non-blocking. Interrupted
+//! by a flag, reads and writes by the file description being non-blocking. Interrupted
 //! calls are repeated here; "would block" and "end of file" are values, not errors, since every
 //! caller has to tell them apart. A short count is a value too: only the caller knows what was
 //! promised to whom.
@@ -59,7 +58,7 @@ pub struct WriteEnd(End);
 #[derive(Debug)]
 struct End {
     fd: OwnedFd,
-    /// What the flags of a file description were that others have too.
+    /// The earlier flags of a file description that others have too.
     set_back: Option<OFlag>,
 }
 
@@ -77,7 +76,7 @@ impl Drop for End {
     }
 }
 
-/// What one attempt to move data led to.
+/// The result of one attempt to move data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moved {
     /// This number of bytes, at least one.
@@ -100,7 +99,7 @@ impl ReadEnd {
     /// The same, with the pipe's capacity in slots.
     ///
     /// # Errors
-    /// Those of [`ReadEnd::new`].
+    /// The errors of [`ReadEnd::new`].
     pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
         let wrong_end = "the write end of a pipe, where its read end is needed";
         let slots = check_end(fd.as_fd(), OFlag::O_WRONLY, wrong_end)?;
@@ -120,7 +119,7 @@ impl WriteEnd {
     /// The same, with the pipe's capacity in slots.
     ///
     /// # Errors
-    /// Those of [`WriteEnd::new`].
+    /// The errors of [`WriteEnd::new`].
     pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
         let wrong_end = "the read end of a pipe, where its write end is needed";
         let slots = check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
@@ -180,8 +179,8 @@ pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     Ok((ReadEnd(End::new(read)), WriteEnd(End::new(write))))
 }
 
-/// Checks an end, and tells the pipe's capacity in slots: asking for that is also the cheapest way
-/// to find out that it is no pipe.
+/// Checks an end, and returns the pipe's capacity in slots: asking for that is also the cheapest
+/// way to find out that it is no pipe.
 fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
     let Ok(slots) = slots(fd) else {
         bail!("it is {}, not a pipe", FdKind::of(fd));
@@ -195,16 +194,16 @@ fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize
 /// How many bytes can be taken out of a pipe now.
 ///
 /// # Errors
-/// Those of `FIONREAD`; none for an open pipe.
+/// None for an open pipe.
 pub fn available(pipe: impl AsFd) -> io::Result<usize> {
     Ok(rustix::io::ioctl_fionread(pipe)? as usize)
 }
 
-/// Whether a pipe has no free slot. Unlike [`available`], and unlike an attempt to fill it, this
+/// True if a pipe has no free slot. Unlike [`available`], and unlike an attempt to fill it, this
 /// does not wait for the pipe's mutex, which a reader holds while it copies.
 ///
 /// # Errors
-/// Those of `poll`; none for an open pipe.
+/// None for an open pipe.
 pub(crate) fn is_full(pipe: &WriteEnd) -> io::Result<bool> {
     Ok(poll(pipe, PollFlags::POLLOUT, PollTimeout::ZERO)?.is_empty())
 }
@@ -212,13 +211,13 @@ pub(crate) fn is_full(pipe: &WriteEnd) -> io::Result<bool> {
 /// The capacity of a pipe in slots.
 ///
 /// # Errors
-/// Those of `F_GETPIPE_SZ`; none for an open pipe.
+/// None for an open pipe.
 pub fn slots(pipe: impl AsFd) -> io::Result<usize> {
     let bytes = fcntl(pipe, FcntlArg::F_GETPIPE_SZ)?;
     Ok(slots_in(bytes, slot()))
 }
 
-/// The slots, of `slot` bytes each, of a pipe whose capacity the kernel tells in bytes.
+/// The slots, of `slot` bytes each, of a pipe whose capacity the kernel gives in bytes.
 fn slots_in(bytes: libc::c_int, slot: usize) -> usize {
     usize::try_from(bytes).map_or(1, |bytes| bytes / slot)
 }
@@ -241,7 +240,7 @@ pub(crate) fn resize(pipe: impl AsFd, bytes: usize) -> io::Result<usize> {
 /// this halves until it is not refused. A pipe is never made smaller.
 ///
 /// # Errors
-/// Those of `F_GETPIPE_SZ`; none for an open pipe.
+/// None for an open pipe.
 pub fn grow(pipe: impl AsFd, wanted: usize) -> io::Result<usize> {
     let current = slots(&pipe)?;
     let mut bytes = wanted.next_power_of_two();
@@ -269,7 +268,7 @@ pub(crate) fn user_pages() -> usize {
     setting("pipe-user-pages-soft").unwrap_or(DEFAULT_USER_PAGES)
 }
 
-/// Whether the kernel lets this process's user have any amount of memory in pipes: others share
+/// True if this process's user may have any amount of memory in pipes: others share
 /// `pipe-user-pages-soft` pages (64 MiB by default) between all their processes.
 pub(crate) fn are_unlimited() -> bool {
     static UNLIMITED: OnceLock<bool> = OnceLock::new();
@@ -292,8 +291,8 @@ fn is_initial_user_namespace() -> Option<bool> {
     Some(map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
-/// A part of what the user's pipes may have, taken for as long as this lives, so that what grows
-/// meanwhile leaves it to others.
+/// A part of the memory that the user's pipes may have, taken for as long as this lives, so that
+/// pipes that grow until then leave it to others.
 pub(crate) struct Reserve {
     _pipes: Vec<OwnedFd>,
 }
@@ -325,7 +324,7 @@ impl Reserve {
 /// and how many it has.
 ///
 /// # Errors
-/// When no more descriptors can be had, and those of `F_GETPIPE_SZ`.
+/// When no more descriptors can be had.
 pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
     // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
@@ -432,7 +431,7 @@ impl Refusable {
 static SPLICE: Refusable = Refusable::new();
 static VMSPLICE: Refusable = Refusable::new();
 
-/// Whether an error of `splice` or `vmsplice` means that the data has to be copied: they are not
+/// True if an error of `splice` or `vmsplice` means that the data has to be copied: they are not
 /// allowed here, not in this kernel, or not for this kind of file. Where it means something else,
 /// copying fails in the same way.
 fn is_refusal(errno: Errno) -> bool {
@@ -528,7 +527,7 @@ fn copied_or_would_block(copied: usize) -> Moved {
 }
 
 /// Bytes that can be written without blocking: all that an empty pipe holds, or what one slot does.
-/// What is no pipe takes anything. A pipe without a reader takes some too: the write tells.
+/// Other files take anything. A pipe without a reader takes some too: the write then fails.
 fn room(to: impl AsFd) -> io::Result<usize> {
     if poll(&to, PollFlags::POLLOUT, PollTimeout::ZERO)?.is_empty() {
         return Ok(0);
@@ -543,7 +542,7 @@ fn room(to: impl AsFd) -> io::Result<usize> {
 /// Reads from a pipe (made non-blocking before).
 ///
 /// # Errors
-/// Those of `read`; none for an open pipe.
+/// None for an open pipe.
 pub fn read(from: &impl Source, buffer: &mut [u8]) -> io::Result<Moved> {
     moved(|| nix::unistd::read(from, buffer))
 }

@@ -57,7 +57,7 @@ impl Watched {
     ];
 }
 
-/// What to be told of: the events of epoll.
+/// The events to wait for, as epoll's flags.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Interest {
     /// Each change of something readable, and its end.
@@ -142,7 +142,7 @@ impl Poller {
     /// Waits for events. They are in `found`, which is empty when the time is over.
     ///
     /// # Errors
-    /// Those of `epoll_wait` but for interruptions.
+    /// When `epoll_wait` fails, but for interruptions.
     pub(crate) fn wait(&self, wait: Wait, found: &mut Vec<Event>) -> io::Result<()> {
         found.clear();
         let mut events = [EpollEvent::empty(); BATCH];

@@ -1,4 +1,4 @@
-//! Processes of this machine, told apart from those of others and from later ones of the same
+//! Processes, distinguished from processes of other machines and from later ones of the same
 //! number; and this process in the background.
 
 #![allow(unsafe_code)]
@@ -38,7 +38,7 @@ impl CapturingProcess {
         })
     }
 
-    /// Whether the process may be running on this machine. One in another PID namespace is out of
+    /// True if the process may be running on this machine. One in another PID namespace is out of
     /// sight, and may be.
     pub(crate) fn may_be_running(&self) -> bool {
         Self::own().is_none_or(|own| {
@@ -93,8 +93,8 @@ pub(crate) fn close_inherited() {
 }
 
 /// Closes all descriptors but the standard streams, or only marks them close-on-exec. Kernels
-/// before 5.11, and seccomp profiles that do not know the call, refuse it: then those that others
-/// have left open stay, and our own are close-on-exec anyway.
+/// before 5.11, and seccomp profiles that do not know the call, refuse it: then descriptors
+/// that others have left open stay, and our own are close-on-exec anyway.
 pub(crate) fn close_range(flags: libc::c_uint) {
     let (first, last) = (3_u32, u32::MAX);
     // SAFETY: either only a flag is set, or nothing is open yet, as `close_inherited` asks for. No
@@ -107,7 +107,7 @@ pub(crate) fn close_range(flags: libc::c_uint) {
 /// other threads.
 ///
 /// # Errors
-/// Those of `fork`, and when there is no /dev/null.
+/// When `fork` fails, and when there is no /dev/null.
 pub(crate) fn go_on_in_background(log: OwnedFd, work: impl FnOnce() -> u8) -> Result<()> {
     let null = File::open("/dev/null").context("opening /dev/null")?;
     // SAFETY: this is the only thread, so that no lock is held by one that the new process lacks.

@@ -1,8 +1,8 @@
-//! What a person sees while an image is on its way: `--progress-bar`.
+//! The display for people while an image is on its way: `--progress-bar`.
 //!
 //! The transfer only counts. A thread of its own draws, so that a slow terminal holds up nothing,
 //! and a transfer that stands still is seen to stand still. The display goes to standard error, and
-//! never to a descriptor that carries progress lines: programs read those.
+//! never to a descriptor that carries progress lines, which programs read.
 
 use std::fmt::Write as _;
 use std::io::stderr;
@@ -17,14 +17,14 @@ use super::notice::write_text;
 use super::progress::Stats;
 use crate::os::descriptor::Direction;
 
-/// Between two drawings on a terminal.
-const REDRAW: Duration = Duration::from_millis(200);
+/// The interval between two drawings on a terminal.
+const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Between two lines elsewhere.
-const NEXT_LINE: Duration = Duration::from_secs(3);
+/// The interval between two lines elsewhere.
+const LINE_INTERVAL: Duration = Duration::from_secs(3);
 
-/// How long the end of the display may hold up the program.
-const LONGEST_END: Duration = Duration::from_secs(2);
+/// The longest time that the end of the display may hold up the program.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The display. Dropped, it leaves an empty line for what comes next, such as an error.
 pub(crate) struct ProgressBar {
@@ -67,7 +67,7 @@ impl ProgressBar {
 impl Drop for ProgressBar {
     fn drop(&mut self) {
         drop(self.statistics.take());
-        let _: Result<(), _> = self.ended.recv_timeout(LONGEST_END);
+        let _: Result<(), _> = self.ended.recv_timeout(END_TIMEOUT);
     }
 }
 
@@ -75,7 +75,11 @@ impl Drop for ProgressBar {
 fn draw(direction: Direction, counters: &Counters, statistics: &Receiver<Stats>) -> Option<Stats> {
     let style = ProgressStyle::with_template("{wide_msg}").expect("the template is well-formed");
     let line = Line::new_spinner().with_style(style);
-    let interval = if line.is_hidden() { NEXT_LINE } else { REDRAW };
+    let interval = if line.is_hidden() {
+        LINE_INTERVAL
+    } else {
+        REDRAW_INTERVAL
+    };
     let mut before = (Instant::now(), 0);
     loop {
         match statistics.recv_timeout(interval) {
@@ -94,7 +98,7 @@ fn draw(direction: Direction, counters: &Counters, statistics: &Receiver<Stats>)
     }
 }
 
-/// How far the image is. `before` is when this was last asked, and the bytes at that time.
+/// The line for the present state. `before` is the time of the last one, and the bytes by then.
 fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) -> String {
     let shards: Vec<_> = counters.shards.iter().map(Counter::get).collect();
     let bytes: u64 = shards.iter().sum();
@@ -127,7 +131,7 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
     text
 }
 
-/// What passed, in lines that end the display.
+/// The totals, in lines that end the display.
 fn summary(direction: Direction, files: u64, labels: &[String], stats: &Stats) -> String {
     let bytes = stats.shards.iter().map(|shard| shard.size).sum();
     let millis = stats
@@ -169,7 +173,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// What takes less than a millisecond was measured too coarsely to divide by.
+/// The speed. A duration of less than a millisecond was measured too coarsely to divide by.
 fn speed(bytes: u64, duration: Duration) -> String {
     let seconds = duration.max(Duration::from_millis(1)).as_secs_f64();
     format!("{}/s", size((bytes as f64 / seconds) as u64))

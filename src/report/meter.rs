@@ -1,4 +1,4 @@
-//! Counts what passes, once: for the statistics at the end, and for the bar meanwhile.
+//! Counts bytes and files, once: for the bar, and for the statistics at the end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,12 +61,12 @@ impl Meter {
         self.last = Some(Instant::now());
     }
 
-    /// What passed so far, in bytes.
+    /// Bytes so far.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes.get()
     }
 
-    /// What passed, and how long it took from `start`, the beginning of the image's transfer.
+    /// The bytes, and the time that they took from `start`, the beginning of the image's transfer.
     pub fn stats(&self, start: Option<Instant>) -> ShardStats {
         let duration = match (start, self.last) {
             (Some(start), Some(last)) => last.duration_since(start),

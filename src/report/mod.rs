@@ -1,6 +1,6 @@
-//! What is counted ([`meter`], [`times`]), and what is told to programs ([`progress`],
-//! `statistics`), to people (`bar`,
-//! `notice`), and to those who come later ([`outcome`]).
+//! Counts and times ([`meter`], [`times`]), lines and files for programs ([`progress`],
+//! `statistics`), the bar and notices for people (`bar`, `notice`), and the outcome of a streamer
+//! in the background ([`outcome`]).
 
 pub(crate) mod bar;
 pub mod meter;

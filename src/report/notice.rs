@@ -1,4 +1,4 @@
-//! What people are told on standard error.
+//! Messages to people, on standard error.
 //!
 //! `eprintln!` panics when standard error is a pipe without a reader, and waits for ever when its
 //! reader reads nothing. Neither may end or hold up a transfer: a line that cannot be written is
@@ -14,15 +14,16 @@ use nix::poll::PollFlags;
 use crate::os::descriptor::poll;
 use crate::os::pipe::uninterrupted;
 
-/// How long a full pipe may hold up the transfer for each piece of a line, in milliseconds.
-const PATIENCE: u16 = 1000;
+/// The longest time that a full pipe may hold up the transfer for each piece of a line, in
+/// milliseconds.
+const WRITE_TIMEOUT: u16 = 1000;
 
 /// Bytes that a pipe with a free slot takes at once (`PIPE_BUF`).
-const PIECE: usize = 4096;
+const MAX_PIECE: usize = 4096;
 
 /// Warns of something that does not end the program.
 pub(crate) fn warn(what: impl Display) {
-    // A failure to tell cannot be told either.
+    // A warning that cannot be written cannot be reported either.
     let _ = write_text(io::stderr(), &format!("criu-image-streamer: {what}\n"));
 }
 
@@ -31,12 +32,12 @@ pub(crate) fn tell(text: impl Display) {
     let _ = write_text(io::stderr(), &format!("{text}\n"));
 }
 
-/// Says why the program failed.
+/// Reports the reason why the program failed.
 pub(crate) fn error(error: &anyhow::Error) {
     error_to(io::stderr(), error);
 }
 
-/// Says the same to a descriptor.
+/// Reports the same to a descriptor.
 pub(crate) fn error_to(fd: impl AsFd, error: &anyhow::Error) {
     let _ = write_text(fd, &format!("criu-image-streamer Error: {error:#}\n"));
 }
@@ -48,7 +49,7 @@ pub(super) fn write_text(fd: impl AsFd, text: &str) -> io::Result<()> {
 }
 
 /// Writes text to a descriptor that may block, and waits for its reader for as long as `go_on` has
-/// no error: it is asked when the reader has taken nothing for [`PATIENCE`].
+/// no error: it is asked when the reader has taken nothing for [`WRITE_TIMEOUT`].
 pub(crate) fn write_patiently<E: From<io::Error>>(
     fd: impl AsFd,
     text: &str,
@@ -56,12 +57,12 @@ pub(crate) fn write_patiently<E: From<io::Error>>(
 ) -> Result<(), E> {
     let mut left = text.as_bytes();
     while !left.is_empty() {
-        let ready = poll(&fd, PollFlags::POLLOUT, PATIENCE).map_err(io::Error::from)?;
+        let ready = poll(&fd, PollFlags::POLLOUT, WRITE_TIMEOUT).map_err(io::Error::from)?;
         if ready.is_empty() {
             go_on()?;
             continue;
         }
-        let piece = &left[..left.len().min(PIECE)];
+        let piece = &left[..left.len().min(MAX_PIECE)];
         match uninterrupted(|| nix::unistd::write(&fd, piece)) {
             Ok(written) => left = &left[written..],
             // Another writer was faster.

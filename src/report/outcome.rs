@@ -1,4 +1,4 @@
-//! How a streamer in the background has ended: for CRIU's hook, which has started it and waits for
+//! The outcome of a streamer in the background: for CRIU's hook, which has started it and waits for
 //! it, and for people and scripts that come later.
 //!
 //! The hook hears lines, first through a pipe, and at `post-dump` through a connection to the
@@ -88,7 +88,7 @@ pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Result<()>
 /// Leaves the end of a streamer in a file, which is there as a whole or not at all.
 ///
 /// # Errors
-/// Those of writing it.
+/// When it cannot be written.
 pub(crate) fn leave(directory: impl AsFd, name: &str, failure: Option<&str>) -> Result<()> {
     let unfinished = format!(".{name}");
     let mut file = File::from(create(&directory, &unfinished)?);

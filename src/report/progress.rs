@@ -26,7 +26,7 @@ pub(crate) enum Milestone {
 }
 
 impl Milestone {
-    /// The line that tells of it.
+    /// Its line.
     pub(crate) fn line(self) -> &'static str {
         match self {
             Milestone::SocketInit => "socket-init",
@@ -37,7 +37,7 @@ impl Milestone {
     }
 }
 
-/// What passed through each shard, in the order of `--shard-fds`.
+/// The traffic of each shard, in the order of `--shard-fds`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Stats {
     pub shards: Vec<ShardStats>,
@@ -46,7 +46,7 @@ pub struct Stats {
     pub times: Times,
 }
 
-/// What passed through one shard.
+/// The traffic of one shard.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ShardStats {
     /// Bytes, markers and data.

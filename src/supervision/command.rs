@@ -1,25 +1,26 @@
-//! Shell commands that take the shards away, or bring them: `--shard-cmd`; and those of external
-//! files: `--ext-file-cmd`.
+//! Shell commands that take or bring the shards (`--shard-cmd`) and the external files
+//! (`--ext-file-cmd`).
 //!
 //! With `exec 10> >(lz4 | aws …)` a failed upload goes unnoticed, and a pipe cannot tell a `tar`
 //! that has finished from one that has died. Here the streamer starts each command and waits for
 //! it, and the transfer has succeeded only if every command did.
 //!
-//! **What a command is.** Its shell, and every process of its group that the shell does not wait
-//! for: with `tee >(upload)` the upload outlives the shell. As a subreaper we become the parent of
-//! such a process when its own is gone, and wait for it as long as it takes; its failure is the
+//! **A command** is its shell, and every process of its group that the shell does not wait for:
+//! with `tee >(upload)` the upload outlives the shell. As a subreaper we become the parent of such
+//! a process when its own is gone, and wait for it as long as it takes; its failure is the
 //! command's. Two kinds are not covered: one whose failure the shell itself took note of and kept
 //! quiet about (`upload & cat`), and one that left the group, by `setsid` or by job control (`set
 //! -m`): a daemon, such as ssh's control master, is to outlive the transfer.
 //!
 //! **Ends.** Each command is a process group of its own, so that a whole pipeline can be ended.
-//! When a transfer fails, the groups get SIGTERM, and what is left of them after [`GRACE`] gets
-//! SIGKILL. Only then are their standard inputs closed: an upload that was cut short must not take
-//! the end of its input for the end of the data. Processes whose shell is gone become our children
-//! (we are a subreaper). So they can be waited for, and no group is signalled that has ended.
+//! When a transfer fails, the groups get SIGTERM, and what is left of them after [`TERM_TIMEOUT`]
+//! gets SIGKILL. Only then are their standard inputs closed: an upload that was cut short must not
+//! take the end of its input for the end of the data. Processes whose shell is gone become our
+//! children (we are a subreaper). So they can be waited for, and no group is signalled that has
+//! ended.
 //!
-//! **What they inherit.** Standard error, and standard output where it is not the pipe; standard
-//! input is /dev/null where it is not. Nothing else: see `program`.
+//! **Inherited** are standard error, and standard output where it is not the pipe; standard input
+//! is /dev/null where it is not. Nothing else: see `program`.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
@@ -37,16 +38,16 @@ use super::program::{self, End, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, poll};
 
-/// How long a command may take to clean up after SIGTERM.
-const GRACE: Duration = Duration::from_secs(5);
+/// The time that a command has to clean up after SIGTERM.
+const TERM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a command whose pipe is gone may take to end and say why.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// The time that a command whose pipe is gone has to end and give the reason.
+const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between two looks at commands that are about to end.
-const NEXT_LOOK: Duration = Duration::from_millis(5);
+/// The interval at which commands that are about to end are checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// What a command is for.
+/// The purpose of a command.
 #[derive(Debug, Clone)]
 enum Purpose {
     /// The shard of this number, from 0, and what `{}` stands for: a number from 1, or `index`.
@@ -58,7 +59,7 @@ enum Purpose {
 #[derive(Debug, Clone)]
 pub(crate) struct ShellCommand {
     purpose: Purpose,
-    /// What the shell is given.
+    /// Given to the shell.
     text: String,
     /// `$CRIU_IMAGE_NAME`.
     image_name: Option<String>,
@@ -107,7 +108,7 @@ impl ShellCommand {
         Ok(())
     }
 
-    /// What messages call it.
+    /// Its name in messages.
     pub(crate) fn label(&self) -> String {
         match &self.purpose {
             Purpose::Shard(_, name) => format!("shard command {name}"),
@@ -134,7 +135,7 @@ impl ShellCommand {
     }
 }
 
-/// What became of a command.
+/// The state of a command, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CommandState {
     Running,
@@ -154,8 +155,8 @@ struct Running {
     /// Which way its data goes.
     direction: Direction,
     group: Pid,
-    /// A copy of our end of the pipe. It tells whether the command has closed its own, and keeps
-    /// its input from ending.
+    /// A copy of our end of the pipe: shows when the command has closed its own, and keeps its
+    /// input from ending.
     pipe: Option<OwnedFd>,
     state: Cell<CommandState>,
     shell_has_ended: Cell<bool>,
@@ -225,7 +226,7 @@ impl Commands {
     /// The reason behind an error of the transfer: a command that closed its pipe is given the time
     /// to end and say why.
     pub(super) fn explain(&self, error: Error) -> Error {
-        let end = Instant::now() + LAST_WORDS;
+        let end = Instant::now() + EXPLAIN_TIMEOUT;
         loop {
             if let Err(reason) = self.check() {
                 return reason;
@@ -233,7 +234,7 @@ impl Commands {
             if Instant::now() > end || !self.running.iter().any(Running::is_about_to_end) {
                 break;
             }
-            std::thread::sleep(NEXT_LOOK);
+            std::thread::sleep(CHECK_INTERVAL);
         }
         let early = self.running.iter().find(|running| {
             running.direction == Direction::Out && running.has_succeeded() && running.pipe.is_some()
@@ -300,7 +301,7 @@ impl Running {
         }))
     }
 
-    /// Whether the command runs on although its end of the pipe is closed.
+    /// True if the command runs on although its end of the pipe is closed.
     fn is_about_to_end(&self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
@@ -309,7 +310,7 @@ impl Running {
                 .is_ok_and(|events| events.intersects(gone))
     }
 
-    /// Waits for what has ended of the group, and tells whether something is left of it.
+    /// Reaps the processes of the group that have ended, and returns true if some are left.
     fn reap(&self) -> bool {
         loop {
             match program::next_end(-self.group.as_raw()) {
@@ -338,10 +339,10 @@ impl Drop for Commands {
                 let _ = killpg(running.group, signal);
                 let _ = killpg(running.group, Signal::SIGCONT);
             }
-            let end = Instant::now() + GRACE;
+            let end = Instant::now() + TERM_TIMEOUT;
             while !left.is_empty() && Instant::now() < end {
                 left.retain(|running| running.reap());
-                std::thread::sleep(NEXT_LOOK);
+                std::thread::sleep(CHECK_INTERVAL);
             }
         }
     }

@@ -11,14 +11,14 @@
 //! In the middle of a dump these kill it, with the application's connections locked, its cgroup
 //! frozen, and code of CRIU's in it. A CRIU whose pipes break lets the application go on as it was.
 //! So when the transfer fails, CRIU loses its pipes, and is waited for. After a signal we are in a
-//! hurry, and [`PATIENCE`] has to do: CRIU goes on by itself.
+//! hurry, and [`RESUME_TIMEOUT`] has to do: CRIU goes on by itself.
 //!
 //! **Signals of the whole group.** The command is in our process group, as `--shell-job` needs it
 //! in the terminal's foreground. So ^C, the terminal's hangup, and the SIGTERM of timeout(1), which
 //! goes to its whole group, would kill CRIU beside us. A command of a capture ignores them, as with
 //! `trap '' INT`: they end the transfer, and that ends CRIU in order. A command of a restore starts
 //! with the default: nothing is lost with it, CRIU stays for as long as the application where
-//! it was not told to detach it, and ends a helper of its own by SIGTERM (`stop_cgroupd`). SIGHUP
+//! was not asked to detach it, and ends a helper of its own by SIGTERM (`stop_cgroupd`). SIGHUP
 //! is left as we found it, for `nohup`.
 
 use std::cell::Cell;
@@ -37,14 +37,14 @@ use super::signals::Signals;
 use crate::os::descriptor::{Direction, poll};
 use crate::report;
 
-/// How long CRIU may take to let the application go on when a signal has ended the transfer:
-/// less than a supervisor takes to send SIGKILL (10 s and more).
-const PATIENCE: Duration = Duration::from_secs(8);
+/// The time that CRIU has to let the application go on when a signal has ended the transfer: less
+/// than supervisors wait before they send SIGKILL (10 s and more).
+const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How long a CRIU that is gone from the socket may take to end and say why.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// The time that a CRIU that has left the socket has to end and give the reason.
+const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is to be run: a program and its arguments.
+/// The program that runs CRIU, and its arguments.
 #[derive(Debug, Clone)]
 pub(crate) struct CriuCommand {
     program: OsString,
@@ -195,7 +195,7 @@ impl RunningCriu {
         self.kills && self.state.get() == CriuState::Ended(End::Exited(0))
     }
 
-    /// Whether it has ended, as far as [`RunningCriu::check`] has seen.
+    /// True if it has ended, as far as [`RunningCriu::check`] has seen.
     pub(super) fn has_ended(&self) -> bool {
         self.state.get() != CriuState::Running
     }
@@ -203,7 +203,7 @@ impl RunningCriu {
     /// The reason behind an error that shows that CRIU is gone: the command is given the time to
     /// end and say why.
     pub(super) fn explain(&self, error: Error) -> Error {
-        let end = Instant::now() + LAST_WORDS;
+        let end = Instant::now() + EXPLAIN_TIMEOUT;
         while !self.has_ended() && Instant::now() < end && self.wait(Some(end)).is_ok() {}
         match self.failure() {
             Some(failed) => CriuFailed {
@@ -247,7 +247,7 @@ impl Drop for RunningCriu {
         let mut until = None;
         while !self.has_ended() {
             if self.wait(until).is_err() || self.signals.has_ended_us() {
-                until.get_or_insert_with(|| Instant::now() + PATIENCE);
+                until.get_or_insert_with(|| Instant::now() + RESUME_TIMEOUT);
             }
             if until.is_some_and(|until| until <= Instant::now()) {
                 self.leave();

@@ -10,9 +10,9 @@
 //! of the image is written, and before an image counts as received. Where a transfer fails because
 //! an end is gone, [`Supervisor::conclude`] gives the reason why it is gone.
 //!
-//! **The reason first.** What is at the far end of a pipe fails when the pipe is closed, and a
-//! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open
-//! what the transfer had open until its reason is told.
+//! **The reason first.** The program at the far end of a pipe fails when the pipe is closed, and a
+//! supervisor that sees `tar` fail first takes that for the reason. So a [`Failure`] keeps open all
+//! that the transfer had open until its reason is reported.
 
 mod command;
 mod criu_command;
@@ -49,9 +49,9 @@ pub(crate) use pump::Pumped;
 use signals::Signals;
 pub(crate) use signals::{Interrupted, signal_behind};
 
-/// Between two looks at commands that are to end: there is no signal when a process leaves a
-/// command's group.
-pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The interval at which commands that are to end are checked: no signal comes when a process
+/// leaves a command's group.
+pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why a transfer failed, and what it had open.
 pub struct Failure {
@@ -60,7 +60,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Keeps `open` until the error is told.
+    /// Keeps `open` until the error is reported.
     pub(crate) fn new(error: Error, open: impl Any) -> Self {
         Self {
             error,
@@ -93,9 +93,9 @@ pub struct Supervisor {
     /// that are still in our pipes.
     caller: Option<OwnedFd>,
     caller_may_end: Cell<bool>,
-    /// What commands are to have as we had it.
+    /// Settings that commands get as we got them.
     inherited: Inherited,
-    /// Those of external files are started in the middle of a capture.
+    /// The commands of external files are started in the middle of a capture.
     commands: RefCell<Commands>,
     /// Empty where we start no CRIU, and until then.
     criu: OnceCell<RunningCriu>,
@@ -123,7 +123,7 @@ impl Supervisor {
         })
     }
 
-    /// What everything is waited for with.
+    /// The poller that every loop waits with.
     pub(crate) fn poller(&self) -> &Poller {
         &self.poller
     }
@@ -223,7 +223,7 @@ impl Supervisor {
         criu.map(RunningCriu::text)
     }
 
-    /// Whether the command that runs CRIU has ended well; true where there is none.
+    /// True if the command that runs CRIU has ended well, or there is none.
     pub(crate) fn criu_has_succeeded(&self) -> bool {
         self.criu.get().is_none_or(RunningCriu::has_ended)
     }
@@ -286,7 +286,7 @@ impl Supervisor {
     /// once all have ended well.
     pub(crate) fn look_again(&self) -> Option<Instant> {
         let is_over = self.commands_have_succeeded();
-        (!is_over).then(|| Instant::now() + LOOK_AGAIN)
+        (!is_over).then(|| Instant::now() + CHECK_INTERVAL)
     }
 
     fn check_pumps(&self) -> Result<()> {
@@ -295,8 +295,8 @@ impl Supervisor {
     }
 
     /// Ends the transfer that led to `result`. After a success everything is written, and every
-    /// command has ended well. After a failure the error is the first reason. When it is told, CRIU
-    /// loses its pipes, the commands are ended, and CRIU is waited for.
+    /// command has ended well. After a failure the error is the first reason. Once it is reported,
+    /// CRIU loses its pipes, the commands are ended, and CRIU is waited for.
     pub(crate) fn conclude<T>(&mut self, result: Result<T, Failure>) -> Result<T, Failure> {
         let concluded = result.and_then(|value| Ok(self.finish().map(|()| value)?));
         let commands = mem::take(self.commands.get_mut());
@@ -326,7 +326,7 @@ impl Supervisor {
         self.finish_criu()
     }
 
-    /// Whether all that went to pumps is written. Each that ends brings an event.
+    /// True if all that went to pumps is written. Each that ends brings an event.
     pub(crate) fn have_pumps_written(&self) -> io::Result<bool> {
         for pipe in &self.writing {
             if pipe::read(pipe, &mut [0])? != Moved::End {
@@ -336,7 +336,7 @@ impl Supervisor {
         Ok(true)
     }
 
-    /// What is left of the commands, and what CRIU restores, need not be our children.
+    /// Lets processes that commands left behind, and the restored application, have another parent.
     ///
     /// # Errors
     /// None that are known.
@@ -382,7 +382,7 @@ impl Supervisor {
     }
 }
 
-/// Whether there is no other reason behind an error.
+/// True if no other reason is behind an error.
 fn is_final(error: &Error) -> bool {
     signal_behind(error).is_some() || criu_failure_behind(error).is_some()
 }

@@ -42,8 +42,8 @@ impl Inherited {
     }
 }
 
-/// Whether processes whose parents are gone become our children, as long as they have no other
-/// reaper before us.
+/// Has processes whose parents are gone become our children, or no more, where they have no nearer
+/// reaper.
 pub(super) fn adopt_orphans(adopt: bool) -> io::Result<()> {
     Ok(nix::sys::prctl::set_child_subreaper(adopt)?)
 }
@@ -107,7 +107,7 @@ fn prepare(at_signals: SigHandler, inherited: Inherited) -> io::Result<()> {
     Ok(())
 }
 
-/// What became of a program.
+/// The end of a program, or its being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
     Exited(i32),

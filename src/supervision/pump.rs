@@ -9,9 +9,9 @@
 //! after the application may have gone on. And while the kernel splices, it holds the pipe's mutex,
 //! also while it waits for a socket or disk: the transfer's loop, which must never wait for one
 //! shard, would wait for that mutex. A pipe that another program fills is taken as it is: nothing
-//! tells pages of the pipe's own, as those of a `write`, from those of a file, as with `pv`, and to
-//! copy all would take the streamer from 0.17 to 0.74 CPU s/GiB or more (2026-11-29, one shard,
-//! busy machine).
+//! distinguishes pages of the pipe's own, which `write` makes, from a file's, which `pv` splices,
+//! and to copy all would take the streamer from 0.17 to 0.74 CPU s/GiB or more (2026-11-29, one
+//! shard, busy machine).
 //!
 //! **The end of a shard.** A regular file is cut off where an image begins, so that nothing follows
 //! it, and no earlier image goes on where one breaks off. A block device has no end: a frame that
@@ -49,10 +49,10 @@ const STACK: usize = 64 << 10;
 /// costing much.
 const COPY: usize = 64 << 10;
 
-/// What stands behind a shard on a block device: a frame of no bytes.
+/// Stands behind a shard on a block device: a frame of no bytes.
 const NO_MARKER: [u8; marker::LENGTH] = [0; marker::LENGTH];
 
-/// What a pump moves.
+/// The thing that a pump moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pumped {
     ExternalFile,
@@ -221,8 +221,7 @@ fn write(to: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Repeats a call until it is neither interrupted nor told to wait: a descriptor may be
-/// non-blocking.
+/// Repeats a call while it is interrupted, or would block: a descriptor may be non-blocking.
 fn retry<T>(
     fd: impl AsFd,
     ready: PollFlags,

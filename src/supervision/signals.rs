@@ -84,7 +84,7 @@ impl Signals {
         spares
     }
 
-    /// Whether a signal came that ends the transfer.
+    /// True if a signal came that ends the transfer.
     pub(super) fn has_ended_us(&self) -> bool {
         self.has_ended_us.get()
     }
@@ -96,7 +96,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Whether the program was started to ignore a signal, as `nohup` does.
+/// True if the program was started to ignore a signal, as by `nohup`.
 pub(super) fn is_ignored(signal: Signal) -> bool {
     // SAFETY: without a new action the call changes nothing. It writes the present action to
     // `action`, a plain C structure for which zeroes are valid.

@@ -1,7 +1,7 @@
 //! The end of a stream that goes into a socket.
 //!
 //! A write puts data into the socket's queue. `close` then goes on sending it in the background,
-//! with no one left to be told of a failure, and throws it away at once if the peer has sent
+//! with nobody left to report a failure to, and throws it away at once if the peer has sent
 //! something that was not read: TCP answers with a reset, even to a mere greeting. So the stream is
 //! ended with `shutdown`, and the socket is kept open until the peer has everything: over TCP,
 //! until its kernel has acknowledged it; over a UNIX socket, until it has read it. Nothing is read
@@ -19,12 +19,13 @@ use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 
 use crate::os::descriptor::poll;
 
-/// Between two looks at the queue, for which there is no event.
+/// The interval between two looks at the queue, for which there is no event, grows from the first
+/// to the longest.
 const FIRST_NAP: Duration = Duration::from_millis(1);
 const LONGEST_NAP: Duration = Duration::from_millis(50);
 
-/// How long a peer that has everything may take to close its end, or to refuse what it got.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// The time that a peer that has everything has to close its end, or to refuse it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Ends the stream, and waits until the peer has all of it, for as long as that takes.
 ///
@@ -50,7 +51,7 @@ pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
             Ok(1..) => {}
             Ok(_) => {
                 let since = *delivered.get_or_insert_with(Instant::now);
-                if has_ended || since.elapsed() >= LAST_WORDS {
+                if has_ended || since.elapsed() >= CLOSE_TIMEOUT {
                     return Ok(());
                 }
             }
@@ -80,7 +81,7 @@ fn queued(socket: impl AsFd) -> Result<usize, Errno> {
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 
-/// Whether the peer has ended its own stream as well, which is a hang-up after we have ended ours.
+/// True if the peer has ended its own stream as well: a hang-up, after we have ended ours.
 fn has_ended(socket: impl AsFd) -> Result<bool, Errno> {
     let events = poll(socket, PollFlags::empty(), PollTimeout::ZERO)?;
     Ok(events.contains(PollFlags::POLLHUP))
