@@ -1,5 +1,5 @@
-//! What `serve --lazy-pages` makes of an image before CRIU restores it. What becomes of the
-//! application is in real_criu_lazy.rs.
+//! An image that `serve --lazy-pages` divides, up to where CRIU restores it. The application's
+//! fate is in real_criu_lazy.rs.
 
 use std::os::unix::net::UnixStream;
 
@@ -41,7 +41,7 @@ fn pages(count: u64) -> Vec<u8> {
         .collect()
 }
 
-/// A restore of a process that has that pagemap and these pages, which arrive in odd pieces.
+/// A restore of a process with this pagemap and these pages, which arrive in odd pieces.
 fn serve(entries: &[Entry], pages: &[u8]) -> (Streamer, Feeder) {
     let pagemap = pagemap(entries);
     let files = [

@@ -1,16 +1,16 @@
 //! A real CRIU's restore that runs at once. Whatever the application does with its memory, and
-//! whoever dies while pages are missing: it finds every byte right, or it is dead. They need root;
-//! see tests/criu/mod.rs.
+//! whichever process dies while pages are missing, the application finds every byte right, or is
+//! dead. These tests need root; see tests/criu/mod.rs.
 //!
-//! `LAZY_RUNS` and `LAZY_KILLS` say how often, and `LAZY_SEED` which moments.
+//! `LAZY_RUNS` and `LAZY_KILLS` set the number of runs, and `LAZY_SEED` the moments.
 
 use crate::common::random::Random;
 use crate::common::setting;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, lazily};
 use crate::criu::{Machine, Ran};
 
-/// Starts the program that changes its memory while it looks at it, and checkpoints it. Restored,
-/// it goes on for `$SECONDS_LEFT`.
+/// Starts the program that changes its memory while it checks it, and checkpoints it. After a
+/// restore it goes on for `$SECONDS_LEFT`.
 const CHECKPOINT: &str = r#"
 rm -f ready go
 setsid shuffler 48 ${SECONDS_LEFT:-1} </dev/null &>shuffler.log & PID=$!
@@ -161,7 +161,7 @@ fn a_zombie_and_its_parent_come_back() {
     machine.run(&script).success();
 }
 
-/// `kill -KILL -$group`, as a supervisor does it when its patience ends.
+/// `kill -KILL -$group`, as supervisors do it when their patience ends.
 #[test]
 fn nothing_runs_on_when_the_whole_group_is_killed() {
     let Some(machine) = shuffled() else {

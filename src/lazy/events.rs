@@ -1,5 +1,5 @@
-//! The thread that hears CRIU and the restored processes: what they do with their memory, and what
-//! they wait for.
+//! The thread that hears CRIU, and from the restored processes the changes of their memory and the
+//! faults.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,21 +16,21 @@ use super::socket::{Connection, Message};
 use super::{Fault, Shared, spawn};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
 
-/// What is watched, and which processes are known.
+/// The sources of all events, and the processes that are known.
 pub(super) struct Events<'a> {
     shared: &'a Arc<Shared>,
     poller: Poller,
     criu: OwnedFd,
     connection: Connection,
     faults: Sender<Fault>,
-    /// Each process that is restored, by its number in the image, with that here.
+    /// The PID here of each restored process, by its PID in the image.
     restored: BTreeMap<i32, u32>,
     memories: Vec<Arc<Memory>>,
     is_finished: bool,
 }
 
 impl<'a> Events<'a> {
-    /// Hears all, for as long as this program runs.
+    /// Acts on all events, for as long as this program runs.
     pub(super) fn hear(
         shared: &'a Arc<Shared>,
         criu: OwnedFd,
@@ -59,7 +59,7 @@ impl<'a> Events<'a> {
                     Watched::Interrupt => bail!("the guardian of the application was killed"),
                     Watched::Memory => events.hear_memory(event.id as usize)?,
                     Watched::Caller if events.is_finished => events.poller.remove(&events.criu),
-                    // What it has said is heard first.
+                    // Its last messages are heard first.
                     Watched::Caller if !events.connection.has_more()? => {
                         bail!("CRIU ended before all was restored")
                     }
@@ -74,8 +74,8 @@ impl<'a> Events<'a> {
         watched.context("preparing to wait for events")
     }
 
-    /// CRIU has said something, or its connection has ended, as it does when CRIU and all that it
-    /// restores end.
+    /// Acts on a message of CRIU's, or on the end of its connection, which comes when CRIU and all
+    /// processes that it restores have ended.
     fn hear_criu(&mut self) -> Result<()> {
         match self.connection.receive()? {
             Message::Process {
@@ -85,9 +85,9 @@ impl<'a> Events<'a> {
             } => {
                 let process = process(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
-                self.shared.guardian.record().add(process)?;
+                self.shared.guardian.add(process)?;
                 self.restored.insert(pid, real_pid as u32);
-                // One that has no lazy pages may still touch memory that is not in the image.
+                // A process without lazy pages may still touch memory that is not in the image.
                 let pages = self.shared.files.get(&pid);
                 let pages = pages.unwrap_or(&self.shared.nothing);
                 self.add(Memory::restored(pid, uffd, pages))
@@ -112,7 +112,8 @@ impl<'a> Events<'a> {
         watched.unwrap_or(Ok(()))
     }
 
-    /// All processes are restored, and go on. None can have forked before the next event is read.
+    /// Starts to fill: all processes are restored, and go on. None can have forked before the next
+    /// event is read.
     fn finish(&mut self) -> Result<()> {
         for pid in self.shared.files.keys() {
             ensure!(
@@ -122,8 +123,8 @@ impl<'a> Events<'a> {
         }
         for memory in &self.memories {
             let pid = self.restored[&memory.pid];
-            self.shared.guardian.record().add_layout(pid)?;
-            memory.keep_from_children(unforked(pid));
+            self.shared.guardian.add_layout(pid)?;
+            memory.keep_from_children(&unforked(pid));
         }
         self.is_finished = true;
         (0..super::fillers())
@@ -142,8 +143,8 @@ impl<'a> Events<'a> {
     }
 }
 
-/// Memory that a process does not hand on to its children as it is: `MADV_DONTFORK`,
-/// `MADV_WIPEONFORK`.
+/// The memory that children of a process get without its contents, or not at all:
+/// `MADV_WIPEONFORK`, `MADV_DONTFORK`.
 fn unforked(pid: u32) -> Vec<Range<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     let addresses_of = |line: &str| {

@@ -1,14 +1,14 @@
 //! The guardian of the application: a process that does nothing but wait for our end.
 //!
-//! What is missing in a process when its last userfaultfd is closed reads as zero, without a word.
-//! So no userfaultfd is ever closed by one death alone: the guardian shares our table of
-//! descriptors (`CLONE_FILES`), that of a child just forked included. When we end before a
-//! userfaultfd of the table is done with, the guardian kills the application, and ends, with the
-//! table, when the kernel says that its memory is gone. When the guardian ends, we do the same.
+//! A page that is missing when the last userfaultfd of its process is closed reads as zero, without
+//! a word. So no userfaultfd is ever closed by one death alone: the guardian shares our table of
+//! descriptors (`CLONE_FILES`), which includes that of a child just forked. When we end while a
+//! userfaultfd is open, the guardian kills the application, and ends, with the table, when the
+//! kernel says that the memory is gone. When the guardian ends, we do the same.
 //!
-//! It has a session and a name of its own, and takes no signal but SIGKILL: what ends our process
-//! group, or all of our name, does not end it. Nothing holds what ends both at once: a whole cgroup
-//! that is killed without the application.
+//! It has a session and a name of its own, and takes no signal but SIGKILL: a signal to our process
+//! group, or to all programs of our name, does not end it. Nothing helps when both end at once, as
+//! with a whole cgroup that is killed without the application.
 
 #![allow(unsafe_code)]
 
@@ -32,27 +32,28 @@ use super::userfaultfd;
 use crate::os::pipe::uninterrupted;
 use crate::os::process::{fields_of, start_of};
 
-/// Between two looks at processes that were killed.
+/// The time between two looks at processes that were killed.
 const NEXT_LOOK: Duration = Duration::from_millis(2);
 
-/// The guardian, and what it has to know.
+/// The guardian, and its knowledge of the application.
 #[derive(Debug)]
 pub(super) struct Guardian {
     process: OwnedFd,
     pid: Pid,
-    record: Record,
-    /// This process. The guardian waits for it by this descriptor, which is its own, too.
+    /// The restored processes, in a file that the guardian shares: a line for each, with the number
+    /// of its descriptor, and later one with the layout of its memory.
+    record: File,
+    /// This process, for whose end the guardian waits: it has the same descriptors.
     _streamer: OwnedFd,
 }
 
 impl Guardian {
-    /// Starts it. There must be no other threads.
+    /// Starts the guardian. There must be no other threads.
     ///
     /// # Errors
     /// Those of `clone`, and where there are no pidfds (before Linux 5.3).
     pub(super) fn start() -> Result<Self> {
-        let record = memfd_create(c"restored", MFdFlags::MFD_CLOEXEC)?;
-        let record = Record(File::from(record));
+        let record = File::from(memfd_create(c"restored", MFdFlags::MFD_CLOEXEC)?);
         let streamer = process(std::process::id() as i32).context("opening this process")?;
         let flags = (libc::CLONE_FILES | libc::SIGCHLD) as libc::c_ulong;
         let none: libc::c_ulong = 0;
@@ -73,27 +74,48 @@ impl Guardian {
         })
     }
 
-    pub(super) fn record(&self) -> &Record {
-        &self.record
+    /// Adds a process. Its descriptor stays open until this program ends.
+    pub(super) fn add(&self, process: OwnedFd) -> Result<()> {
+        let descriptor = process.as_raw_fd();
+        std::mem::forget(process);
+        self.add_line(&format!("{descriptor}"))
     }
 
-    /// Ends the guardian: there is nothing to guard any more.
+    /// Adds the layout by which all forked children of a process are found, unless it has ended.
+    pub(super) fn add_layout(&self, pid: u32) -> Result<()> {
+        let layout = layout_of(pid);
+        layout.map_or(Ok(()), |(start, memory)| {
+            self.add_line(&format!("{start} {memory}"))
+        })
+    }
+
+    fn add_line(&self, line: &str) -> Result<()> {
+        let written = (&self.record).write_all(format!("{line}\n").as_bytes());
+        written.context("noting a restored process for the guardian")
+    }
+
+    /// Kills the application.
+    pub(super) fn kill_all(&self) {
+        kill_all(&self.record);
+    }
+
+    /// Ends the guardian, when there is nothing to guard any more.
     pub(super) fn end(&self) {
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
         let _ = uninterrupted(|| waitpid(self.pid, None));
     }
 }
 
-/// Becomes readable when the guardian has ended.
+/// Readable when the guardian has ended.
 impl AsFd for Guardian {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.process.as_fd()
     }
 }
 
-/// What the guardian does.
-fn guard(streamer: &OwnedFd, record: &Record) {
-    // Any of this may be refused: then more things end both at once.
+/// Waits for the streamer's end, and kills the application.
+fn guard(streamer: &OwnedFd, record: &File) {
+    // Any of this may be refused: then more signals end both at once.
     let _ = setsid();
     let _ = prctl::set_name(c"memory-guardian");
     let arguments = fields_of(std::process::id(), 48..=48).and_then(|field| field.parse().ok());
@@ -105,64 +127,36 @@ fn guard(streamer: &OwnedFd, record: &Record) {
     }
     let mut fds = [PollFd::new(streamer.as_fd(), PollFlags::POLLIN)];
     let _ = uninterrupted(|| poll(&mut fds, PollTimeout::NONE));
-    record.kill_all();
+    kill_all(record);
 }
 
-/// A descriptor of a process.
+/// A pidfd.
 pub(super) fn process(pid: i32) -> Result<OwnedFd> {
     let pid = rustix::process::Pid::from_raw(pid).context("it is out of our sight")?;
     Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// The restored processes, in a file that the guardian shares: a line for each, with the number of
-/// its descriptor, and later one with the layout of its memory.
-#[derive(Debug)]
-pub(super) struct Record(File);
-
-impl Record {
-    /// Adds a process. Its descriptor stays open until this program ends.
-    pub(super) fn add(&self, process: OwnedFd) -> Result<()> {
-        let descriptor = process.as_raw_fd();
-        std::mem::forget(process);
-        self.add_line(&format!("{descriptor}"))
-    }
-
-    /// Adds what the process, if it is still there, and all that it forks have in common.
-    pub(super) fn add_layout(&self, pid: u32) -> Result<()> {
-        let layout = layout_of(pid);
-        layout.map_or(Ok(()), |(start, memory)| {
-            self.add_line(&format!("{start} {memory}"))
-        })
-    }
-
-    fn add_line(&self, line: &str) -> Result<()> {
-        let written = (&self.0).write_all(format!("{line}\n").as_bytes());
-        written.context("noting a restored process for the guardian")
-    }
-
-    /// Kills all processes that are recorded, and what they have forked, until the memory behind
-    /// each open userfaultfd is gone.
-    pub(super) fn kill_all(&self) {
-        let len = self.0.metadata().map_or(0, |file| file.len() as usize);
-        let mut bytes = vec![0; len];
-        let _ = self.0.read_exact_at(&mut bytes, 0);
-        let record = String::from_utf8_lossy(&bytes);
-        loop {
-            for descriptor in record.lines().filter_map(|line| line.parse().ok()) {
-                // SAFETY: it was left open for this.
-                let process = unsafe { BorrowedFd::borrow_raw(descriptor) };
-                let _ = pidfd_send_signal(process, Signal::KILL);
-            }
-            kill_forked(&record);
-            if userfaultfds().all(|descriptor| {
-                // SAFETY: one that was closed since is some other file, or none, and asking is
-                // harmless.
-                userfaultfd::is_gone(unsafe { BorrowedFd::borrow_raw(descriptor) })
-            }) {
-                return;
-            }
-            thread::sleep(NEXT_LOOK);
+/// Kills all recorded processes and their forked children, until the memory behind each open
+/// userfaultfd is gone.
+fn kill_all(record: &File) {
+    let mut bytes = vec![0; record.metadata().map_or(0, |file| file.len() as usize)];
+    let _ = record.read_exact_at(&mut bytes, 0);
+    let record = String::from_utf8_lossy(&bytes);
+    loop {
+        for descriptor in record.lines().filter_map(|line| line.parse().ok()) {
+            // SAFETY: it was left open for this.
+            let process = unsafe { BorrowedFd::borrow_raw(descriptor) };
+            let _ = pidfd_send_signal(process, Signal::KILL);
         }
+        kill_forked(&record);
+        if userfaultfds().all(|descriptor| {
+            // SAFETY: one that was closed since is some other file, or none, and asking is
+            // harmless.
+            userfaultfd::is_gone(unsafe { BorrowedFd::borrow_raw(descriptor) })
+        }) {
+            return;
+        }
+        thread::sleep(NEXT_LOOK);
     }
 }
 
@@ -179,8 +173,9 @@ fn userfaultfds() -> impl Iterator<Item = RawFd> {
     })
 }
 
-/// When a process was started, and its PID namespace with where its program, stack, heap and
-/// arguments are: the same in all that it forks, and by chance in no other. `None` when it is gone.
+/// The start of a process, and its PID namespace with the addresses of its program, stack, heap and
+/// arguments: the same in all forked children, and by chance in no other process. `None` when it
+/// has ended.
 fn layout_of(pid: u32) -> Option<(u64, String)> {
     let namespace = fs::read_link(format!("/proc/{pid}/ns/pid")).ok()?;
     let (program, data) = (fields_of(pid, 26..=28)?, fields_of(pid, 45..=51)?);
@@ -188,7 +183,7 @@ fn layout_of(pid: u32) -> Option<(u64, String)> {
     Some((start_of(pid)?, memory))
 }
 
-/// Kills what the recorded processes have forked.
+/// Kills the forked children of the recorded processes.
 fn kill_forked(record: &str) {
     let is_forked = |start: u64, memory: &str| {
         let mut layouts = record.lines().filter_map(|line| line.split_once(' '));

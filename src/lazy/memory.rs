@@ -1,19 +1,18 @@
 //! The memory of one process that is being filled.
 //!
-//! **Order.** What the process does with its memory (`mremap`, `munmap`, `madvise`, `fork`) it does
-//! first, and waits until the event is read. From before the change until then the kernel lets
-//! nobody fill pages (`EAGAIN`). So events are read and applied with the memory locked for writing,
-//! and pages are filled with it locked for reading: nothing is ever copied to an address that has
-//! changed.
+//! **Order.** The process changes its memory (`mremap`, `munmap`, `madvise`, `fork`), and then
+//! waits until the event is read. From before the change until then the kernel refuses to fill
+//! pages (`EAGAIN`). So events are read and applied with the memory locked for writing, and pages
+//! are filled with it locked for reading: nothing is ever copied to an address that has changed.
 //!
-//! The kernel queues an event when it has let go of the process's memory. Another thread's change,
+//! The kernel queues an event after it has unlocked the process's memory. Another thread's change,
 //! although later, may then be read earlier. So before anything is filled after a change, the
 //! kernel has to agree, at an instant when no change is under way, that memory is where it has
-//! arrived, and is no more where it has arrived and left. If it does not, the order is lost, and
+//! arrived, and is no longer where it has arrived and left. If it does not, the order is lost, and
 //! the application is killed.
 //!
-//! **The end.** The descriptor is closed when nothing is missing any more, or the process is gone:
-//! what is missing when the last descriptor is closed reads as zero.
+//! **The end.** The descriptor is closed when nothing is missing any more, or the process has
+//! ended: pages that are missing when the last descriptor is closed read as zero.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,39 +31,39 @@ use crate::os::memory::page_size;
 /// Bytes filled at a time: events are read in between.
 const CHUNK: u64 = 256 << 10;
 
-/// Until the kernel is asked again that wanted an event to be read first.
+/// The pause before the kernel is asked again that wanted an event to be read first.
 const EVENT_PAUSE: Duration = Duration::from_micros(20);
 
 /// The memory of a process.
 #[derive(Debug)]
 pub(super) struct Memory {
-    /// The process's number, or that of the one it has come from by forking, as the image has it.
+    /// The PID in the image: that of the process, or of the one that it was forked from.
     pub(super) pid: i32,
-    /// Where its pages are.
+    /// The source of its pages.
     pub(super) pages: Arc<PagesFile>,
     state: RwLock<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// `None` when nothing is missing any more, or the process is gone.
+    /// `None` when nothing is missing any more, or the process has ended.
     uffd: Option<OwnedFd>,
     missing: Parts,
-    /// What forked children do not get.
+    /// Places in the pages file that forked children do not get, wherever they have moved.
     unforked: Vec<Range<u64>>,
     changes: Changes,
 }
 
-/// The changes since the kernel last agreed.
+/// The changes since the kernel last agreed to where memory is.
 #[derive(Debug, Default)]
 struct Changes {
-    /// Where memory has arrived.
+    /// Places where memory has arrived.
     arrived: Parts,
-    /// Where it has left, or was unmapped.
+    /// Places that it has left, or where it was unmapped.
     left: Parts,
-    /// Of that, what had arrived before: it is unmapped, unless the events were out of order.
+    /// Those of them where it had arrived: nothing is there, unless events were out of order.
     in_doubt: Parts,
-    /// What has moved is said to be unmapped next.
+    /// Places that memory has moved from: an event that they are unmapped comes next.
     to_be_unmapped: Vec<Range<u64>>,
 }
 
@@ -73,7 +72,7 @@ impl Memory {
     pub(super) fn restored(pid: i32, uffd: OwnedFd, pages: &Arc<PagesFile>) -> Arc<Self> {
         let state = State {
             uffd: Some(uffd),
-            missing: pages.missing(),
+            missing: pages.missing.clone(),
             unforked: Vec::new(),
             changes: Changes::default(),
         };
@@ -98,17 +97,23 @@ impl Memory {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lends the descriptor, if the memory is still to be filled.
+    /// Lends the descriptor, unless it is closed.
     pub(super) fn with_uffd<T>(&self, look: impl FnOnce(BorrowedFd) -> T) -> Option<T> {
         self.read().uffd.as_ref().map(|uffd| look(uffd.as_fd()))
     }
 
-    /// Sets what is not given to forked children from now on.
-    pub(super) fn keep_from_children(&self, unforked: Vec<Range<u64>>) {
-        self.write().unforked = unforked;
+    /// Keeps the missing pages at these addresses from forked children.
+    pub(super) fn keep_from_children(&self, addresses: &[Range<u64>]) {
+        let mut state = self.write();
+        let mut missing = state.missing.clone();
+        let unforked = addresses.iter().flat_map(|range| missing.take(range));
+        state.unforked = unforked.map(|part| part.places()).collect();
     }
 
-    /// The state, when the kernel agrees to all changes that were read.
+    /// Waits until the kernel agrees to all changes that were read, and returns the state.
+    ///
+    /// # Errors
+    /// When the kernel does not agree.
     fn settled(&self) -> Result<RwLockReadGuard<'_, State>> {
         loop {
             let state = self.read();
@@ -136,7 +141,10 @@ impl Memory {
         }
     }
 
-    /// Closes the descriptor: nothing is missing any more.
+    /// Closes the descriptor.
+    ///
+    /// # Errors
+    /// When a page is missing after all.
     pub(super) fn close(&self) -> Result<()> {
         loop {
             let is_missing = !self.settled()?.missing.is_empty();
@@ -153,7 +161,7 @@ impl Memory {
         }
     }
 
-    /// Fills what is missing of these bytes, which begin at `offset` in the pages file.
+    /// Fills the missing ones of these pages, which begin at `offset` in the pages file.
     pub(super) fn fill(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let places = offset..offset + bytes.len() as u64;
         let page = page_size() as u64;
@@ -175,7 +183,7 @@ impl Memory {
                     most = (len / 2).next_multiple_of(page);
                     continue;
                 }
-                // It may have been about to change.
+                // The memory may have been about to change.
                 Err(Errno::ENOENT)
                     if is_there(uffd, &(part.address..part.address + len)) != Ok(false) =>
                 {
@@ -196,7 +204,8 @@ impl Memory {
         }
     }
 
-    /// The place that a fault needs. Where nothing of the image is missing, the page is zero.
+    /// Returns the place in the pages file that a fault needs, or has the page be zero where the
+    /// image has none.
     pub(super) fn answer(&self, address: u64) -> Result<Option<u64>> {
         let page = page_size() as u64;
         let address = address / page * page;
@@ -210,7 +219,7 @@ impl Memory {
             }
             match userfaultfd::zero(uffd.as_fd(), address) {
                 Ok(()) => return Ok(None),
-                // It is there, or the address is gone: the thread finds out.
+                // It is there, or the address is gone, as the thread will find.
                 Err(Errno::EEXIST | Errno::ENOENT) => {
                     userfaultfd::wake(uffd.as_fd(), address);
                     return Ok(None);
@@ -225,8 +234,10 @@ impl Memory {
         }
     }
 
+    /// Waits where the kernel wants it, and closes the descriptor of a process that has ended.
+    ///
     /// # Errors
-    /// When there is no other way than to fail.
+    /// Any other error.
     fn handle(&self, error: Errno) -> Result<()> {
         match error {
             Errno::EAGAIN => thread::sleep(EVENT_PAUSE),
@@ -239,8 +250,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Reads what the process has done, and returns the addresses of the pages that it waits for,
-    /// and the children that it has forked.
+    /// Applies the changes that the process has made, and returns the addresses that it waits for,
+    /// and its forked children.
     pub(super) fn read_events(&self) -> Result<(Vec<u64>, Vec<Arc<Memory>>)> {
         let (mut faults, mut forked) = (Vec::new(), Vec::new());
         let mut state = self.write();
@@ -271,11 +282,11 @@ impl State {
         self.changes = Changes::default();
     }
 
-    /// The memory of a child. It is known to the pages before the parent's is filled any further.
+    /// The memory of a child, which is known to the pages before the parent's is filled further.
     fn fork(&self, parent: &Memory, uffd: OwnedFd) -> Arc<Memory> {
         let mut missing = self.missing.clone();
-        for addresses in &self.unforked {
-            missing.take(addresses);
+        for places in &self.unforked {
+            missing.take_places(places);
         }
         // It has forked after the changes that were read, and before all others.
         let mut changes = Changes::default();
@@ -292,8 +303,8 @@ impl State {
         Memory::new(parent.pid, &parent.pages, state)
     }
 
-    /// Of memory that has moved, the kernel says later that it is unmapped. Another thread may have
-    /// moved other memory there by then.
+    /// Applies an `munmap`. The second event of an `mremap` changes nothing: another thread may
+    /// have moved other memory there by then.
     fn unmap(&mut self, addresses: &Range<u64>) {
         let moved = &mut self.changes.to_be_unmapped;
         match moved.iter().position(|moved| moved == addresses) {
@@ -309,7 +320,7 @@ impl State {
         let moved = self.missing.take(from);
         self.changes.leave(from);
         self.changes.to_be_unmapped.push(from.clone());
-        // What was there is unmapped, and that was read before, unless two threads were at it.
+        // If something was there, its `munmap` was read before, unless two threads were at it.
         ensure!(
             self.missing.take(to).is_empty() && self.changes.arrive(to),
             "two threads moved memory to {:#x} at the same time, and nothing tells which was first",
@@ -328,7 +339,7 @@ impl Changes {
         self.arrived.is_empty() && self.left.is_empty() && self.in_doubt.is_empty()
     }
 
-    /// Returns whether nothing else had arrived there.
+    /// Returns false if something else had arrived there.
     fn arrive(&mut self, to: &Range<u64>) -> bool {
         self.left.take(to);
         self.in_doubt.take(to);
@@ -345,7 +356,7 @@ impl Changes {
         self.left.insert(Part::at(from));
     }
 
-    /// Whether the kernel agrees.
+    /// Returns true if the kernel agrees.
     ///
     /// # Errors
     /// `EAGAIN`, for as long as changes are under way; and `ESRCH`.
@@ -359,13 +370,13 @@ impl Changes {
                 agree = agree && !is_there(uffd, &(page..page + page_size() as u64))?;
             }
         }
-        // Nothing has changed until now; or else this says so.
+        // An error if anything has changed since.
         userfaultfd::check_settled(uffd)?;
         Ok(agree)
     }
 }
 
-/// Whether all of this memory is registered, maybe in several mappings.
+/// Returns true if all of this memory is registered, maybe in several mappings.
 fn is_there(uffd: BorrowedFd, addresses: &Range<u64>) -> nix::Result<bool> {
     let page = page_size() as u64;
     let Range { start, end } = *addresses;
@@ -415,13 +426,16 @@ mod tests {
             free: [map(None), map(None)],
         };
         let stretch = Stretch {
-            address: places.missing,
-            len: page_size() as u64,
+            part: Part {
+                address: places.missing,
+                offset: 0,
+                len: page_size() as u64,
+            },
             is_lazy: true,
         };
         let mut data = FileData::default();
         data.push(Piece::in_memory(&vec![7; page_size()])).unwrap();
-        let file = PagesFile::divide(vec![stretch], data, &mut Arena::new());
+        let file = PagesFile::divide(&[stretch], data, &mut Arena::new());
         let file = Arc::new(file.unwrap().0);
         let memory = Memory::restored(1, uffd, &file);
         let events = changes.iter();
@@ -449,7 +463,7 @@ mod tests {
         Some(filled.map(|()| places))
     }
 
-    /// The kernel queues an event when it has let go of the memory: another's may come first.
+    /// The kernel queues an event after it has unlocked the memory: another's may come first.
     #[test]
     fn events_out_of_order_are_found_out() {
         let unmap_there: Change = |at| unmap(at.there);

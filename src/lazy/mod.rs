@@ -5,10 +5,10 @@
 //! lazy-pages daemon (`criu/uffd.c`), and nothing in CRIU needs to be changed for it.
 //!
 //! ```text
-//! lay_out   the image, whole and proved, in two: what CRIU reads, and what is filled in
+//! lay_out   divides the image, whole and proved, into pages for CRIU and pages to fill in
 //! socket    CRIU's lazy-pages.socket, from its first request on
 //! events    the thread that hears CRIU, and each restored process through its userfaultfd
-//! pages     what other threads fill in, the memories that it goes to, and when they have all
+//! pages     the data that other threads fill in, and the memories that it goes to
 //! guardian  the process that kills the application if we end before all is in place
 //! ```
 //!
@@ -38,8 +38,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::format::ImageName;
 use crate::report;
 use crate::report::meter::Counter;
-use crate::store::Arena;
+
 use crate::store::catalog::Catalog;
+use crate::store::{Arena, FileData};
 use events::Events;
 use guardian::Guardian;
 use memory::Memory;
@@ -62,24 +63,24 @@ pub(crate) struct LazyMemory {
     has_started: bool,
 }
 
-/// What the threads share.
+/// All that the threads share.
 struct Shared {
     guardian: Guardian,
     /// The image's memory, by the number of the process.
     files: BTreeMap<i32, Arc<PagesFile>>,
-    /// That of processes which have none in the image.
+    /// For processes without memory in the image.
     nothing: Arc<PagesFile>,
     /// All units, in the order in which they are filled.
     units: Vec<(Arc<PagesFile>, usize)>,
-    /// The next of them.
+    /// The next unit.
     next: AtomicUsize,
-    /// How many are filled.
+    /// The number of units that are filled.
     done: AtomicUsize,
     /// Bytes that are in place.
     filled: Counter,
-    /// All is in place, or why not.
+    /// Set when all is in place, or with the reason why it never will be.
     outcome: OnceLock<Result<(), String>>,
-    /// Becomes readable when the outcome is known.
+    /// Readable when the outcome is known.
     changed: EventFd,
 }
 
@@ -87,12 +88,14 @@ impl LazyMemory {
     /// Starts the guardian: there must be no other threads. `filled` counts what is in place.
     ///
     /// # Errors
-    /// When the kernel does not let us.
+    /// When the kernel refuses.
     pub(crate) fn new(filled: &Counter) -> Result<Self> {
+        let guardian = Guardian::start()?;
+        let (nothing, _) = PagesFile::divide(&[], FileData::default(), &mut Arena::new())?;
         let shared = Shared {
-            guardian: Guardian::start()?,
+            guardian,
             files: BTreeMap::new(),
-            nothing: Arc::new(PagesFile::none()),
+            nothing: Arc::new(nothing),
             units: Vec::new(),
             next: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
@@ -110,7 +113,7 @@ impl LazyMemory {
     /// Divides an image that has proved whole.
     ///
     /// # Errors
-    /// When CRIU would not have written such pagemaps.
+    /// When a pagemap is none that CRIU writes.
     pub(crate) fn lay_out(&mut self, catalog: &mut Catalog) -> Result<()> {
         let shared = Arc::get_mut(&mut self.shared).context("it was begun")?;
         let mut arena = Arena::new();
@@ -130,16 +133,16 @@ impl LazyMemory {
         Ok(())
     }
 
-    /// CRIU asks for a file.
+    /// Prepares for a request of CRIU's for a file.
     ///
     /// # Errors
-    /// When it was not told to restore lazily.
+    /// When CRIU runs without --lazy-pages.
     pub(crate) fn before_file(&mut self, criu: i32, name: &str) -> Result<()> {
         if self.has_started {
             return Ok(());
         }
-        // It is in its working directory when it asks for its first file, and has connected to its
-        // daemon when it asks for a pagemap.
+        // CRIU is in its working directory when it asks for its first file, and has connected to
+        // its daemon when it asks for a pagemap.
         if self.socket.is_none() {
             self.socket = Some(Socket::bind(criu)?);
         }
@@ -160,12 +163,12 @@ impl LazyMemory {
         Ok(())
     }
 
-    /// Whether all memory is in place, and nothing depends on us any more.
+    /// True if all memory is in place, and nothing depends on us any more.
     ///
     /// # Errors
-    /// When that failed. The application is dead then.
+    /// When filling failed, and the application was killed.
     pub(crate) fn is_in_place(&self) -> Result<bool> {
-        // What it has told is looked at below.
+        // The outcome is looked at below.
         let _ = self.shared.changed.read();
         match self.shared.outcome.get() {
             Some(Err(why)) => bail!("{why}"),
@@ -174,7 +177,7 @@ impl LazyMemory {
     }
 }
 
-/// Becomes readable when the memory is in place, or that failed.
+/// Readable when all memory is in place, or filling has failed.
 impl AsFd for LazyMemory {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.changed.as_fd()
@@ -183,14 +186,14 @@ impl AsFd for LazyMemory {
 
 impl Drop for LazyMemory {
     fn drop(&mut self) {
-        // The threads have nothing to do any more, or fail, which changes nothing.
+        // Threads that still run have nothing to do any more, or fail, which changes nothing.
         self.shared.fail(Error::msg("nobody waits for it any more"));
         self.shared.guardian.end();
     }
 }
 
 impl Shared {
-    /// Fills what processes wait for, for as long as faults can come.
+    /// Answers faults, for as long as any can come.
     fn answer(&self, faults: &Receiver<Fault>) -> Result<()> {
         let mut buffer = Vec::new();
         for (memory, address) in faults {
@@ -201,7 +204,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Fills all, once all processes are restored.
+    /// Fills all units, once all processes are restored.
     fn fill_in_order(&self) -> Result<()> {
         let mut buffer = Vec::new();
         while let Some((file, unit)) = self.units.get(self.next.fetch_add(1, Ordering::Relaxed)) {
@@ -229,7 +232,7 @@ impl Shared {
     /// Kills the application, unless it has all of its memory.
     fn fail(&self, error: Error) {
         if self.outcome.get().is_none() {
-            self.guardian.record().kill_all();
+            self.guardian.kill_all();
             self.conclude(Err(format!(
                 "filling the application's memory: {error:#}; it was killed"
             )));
@@ -237,7 +240,7 @@ impl Shared {
     }
 }
 
-/// How many threads fill.
+/// The number of threads that fill.
 fn fillers() -> usize {
     thread::available_parallelism()
         .map_or(1, NonZero::get)
@@ -287,7 +290,7 @@ fn divide(catalog: &mut Catalog, name: &ImageName, arena: &mut Arena) -> Result<
     let Some(contents) = catalog.remove(&pages) else {
         return Ok(None);
     };
-    let (file, eager) = PagesFile::divide(pagemap.stretches, contents, arena)
+    let (file, eager) = PagesFile::divide(&pagemap.stretches, contents, arena)
         .with_context(|| format!("dividing {pages}"))?;
     catalog.insert(pages, eager);
     Ok(Some(file))

@@ -1,5 +1,5 @@
-//! CRIU's pagemaps: which memory of a process lies where in its pages file. Nothing else here knows
-//! a file of CRIU's.
+//! CRIU's pagemaps, which map the memory of a process to its pages file. No other module of this
+//! folder knows a file of CRIU's.
 //!
 //! ```text
 //! | magic (8 bytes) | length (u32 LE) | pagemap_head { pages_id = 1 } | length | pagemap_entry | …
@@ -7,51 +7,52 @@
 //! ```
 //!
 //! Pages lie in the pages file in the order of the entries. CRIU writes these in the order of the
-//! addresses; a pagemap where they overlap, go back or leave the address space is no pagemap of
-//! CRIU's. A flag that is unknown may change the meaning of all others.
+//! addresses; a pagemap whose entries overlap, go back or leave the address space is none of
+//! CRIU's. An unknown flag may change the meaning of all others.
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::parts::Part;
 use crate::criu::messages::{Field, fields, last_varint, messages};
 use crate::os::memory::page_size;
 
 const MAGIC: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56];
 
-/// The page is in the parent image.
+/// The pages are in the parent image.
 const IN_PARENT: u64 = 1;
-/// It may be restored after the process goes on.
+/// They may be restored after the process goes on.
 const LAZY: u64 = 2;
-/// It is in the pages file.
+/// They are in the pages file.
 const PRESENT: u64 = 4;
 
-/// Where addresses of processes end, on all machines.
+/// The end of all address spaces, whatever the machine.
 const END: u64 = 1 << 56;
 
-/// Memory that lies together in the address space and in the pages file.
+/// An entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stretch {
-    pub(super) address: u64,
-    /// In bytes.
-    pub(super) len: u64,
+    pub(super) part: Part,
     pub(super) is_lazy: bool,
 }
 
-/// What a pagemap says.
+/// The contents of a pagemap.
 #[derive(Debug)]
 pub(super) struct Pagemap {
     /// The number in the name of the pages file.
     pub(super) pages: u64,
     /// In the order of the pages file.
     pub(super) stretches: Vec<Stretch>,
-    /// A flag that is unknown.
+    /// True if an entry has an unknown flag.
     pub(super) unknown_flags: bool,
-    /// Where the varints of the flags begin.
+    /// The offsets of the flags' varints in the file.
     flags_at: Vec<usize>,
 }
 
 impl Pagemap {
+    /// Parses a pagemap.
+    ///
     /// # Errors
-    /// When it is no pagemap, or one that no CRIU writes.
+    /// When it is none, or one that no CRIU writes.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         let mut messages = messages(bytes, &MAGIC)?.into_iter();
         let head = messages.next().context("it has no first message")?;
@@ -77,7 +78,7 @@ impl Pagemap {
         let pages = number(5).or(number(2)).context("an entry has no length")?;
         let flags = number(4).unwrap_or(PRESENT);
         let before = self.stretches.last();
-        let least = before.map_or(0, |stretch| stretch.address + stretch.len);
+        let least = before.map_or(0, |stretch| stretch.part.addresses().end);
         let page = page_size() as u64;
         let end = pages
             .checked_mul(page)
@@ -101,20 +102,25 @@ impl Pagemap {
         } else if flags & PRESENT == 0 {
             bail!("pages at {address:#x} are not in the image: it was dumped with --lazy-pages");
         }
-        self.stretches.push(Stretch {
+        let part = Part {
             address,
+            offset: self.size(),
             len: end - address,
+        };
+        self.stretches.push(Stretch {
+            part,
             is_lazy: flags & LAZY != 0,
         });
         Ok(())
     }
 
-    /// Bytes that its pages file must have.
+    /// The size in bytes that its pages file must have.
     pub(super) fn size(&self) -> u64 {
-        self.stretches.iter().map(|stretch| stretch.len).sum()
+        let last = self.stretches.last();
+        last.map_or(0, |stretch| stretch.part.places().end)
     }
 
-    /// Has CRIU read all pages: none of them are lazy then. `bytes` are those of the pagemap.
+    /// Changes the bytes of this pagemap so that CRIU reads all pages itself: none are lazy then.
     pub(super) fn make_ordinary(&self, bytes: &mut [u8]) {
         for &at in &self.flags_at {
             // The lowest bits are in a varint's first byte.
@@ -161,15 +167,18 @@ mod tests {
         ]);
         let parsed = Pagemap::parse(&bytes).unwrap();
         assert_eq!((parsed.pages, parsed.size()), (7, 9 * page()));
-        let stretch = |address, len, is_lazy| Stretch {
-            address: address * page(),
-            len: len * page(),
+        let stretch = |[address, offset, len]: [u64; 3], is_lazy| Stretch {
+            part: Part {
+                address: address * page(),
+                offset: offset * page(),
+                len: len * page(),
+            },
             is_lazy,
         };
         let expected = [
-            stretch(16, 3, false),
-            stretch(32, 1, false),
-            stretch(33, 5, true),
+            stretch([16, 0, 3], false),
+            stretch([32, 3, 1], false),
+            stretch([33, 4, 5], true),
         ];
         assert_eq!(parsed.stretches, expected);
         let mut ordinary = bytes.clone();

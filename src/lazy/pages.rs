@@ -1,10 +1,10 @@
-//! A pages file, in two: what CRIU reads itself, in order, and what is filled in later, in units
-//! that begin and end with a page.
+//! A pages file, divided into the pages that CRIU reads itself, in order, and units to be filled in
+//! later, which begin and end with a page.
 //!
-//! A unit goes to all memories that miss it: that of the process, and those of the children that it
-//! has forked since. Then it is freed. A child is added while its parent's memory is locked, and
-//! lacks what the parent lacked. So when a unit was filled in all memories, and none has come
-//! since, none will ever miss it again.
+//! A unit goes to all memories that lack it: the process's own, and those of children that were
+//! forked since. Then it is freed. A child is added while its parent's memory is locked, and lacks
+//! the same pages. So when a unit was filled into all memories, and none was added since, none will
+//! ever lack it again.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,24 +14,25 @@ use anyhow::{Context, Result};
 
 use super::memory::Memory;
 use super::pagemap::Stretch;
-use super::parts::{Part, Parts};
+use super::parts::Parts;
 use crate::os::memory::page_size;
 use crate::store::{Arena, FileData, Piece};
 
-/// Bytes of a unit at most, but for a page that is in several pieces.
+/// The largest unit in bytes, but for a page that is in several pieces.
 const LARGEST_UNIT: usize = 1 << 20;
 
-/// Bytes of a unit at least, unless the file does not go on there.
+/// The smallest unit in bytes, unless CRIU reads the pages behind it.
 const SMALLEST_UNIT: usize = 256 << 10;
 
 /// The pages of a process that are filled in later.
 #[derive(Debug)]
 pub(super) struct PagesFile {
-    stretches: Vec<Stretch>,
-    /// Each with its place in the file; `None` when somebody fills it, or has. The last is empty,
+    /// The addresses and places of all of them.
+    pub(super) missing: Parts,
+    /// Each with its place in the file; `None` from when a thread fills it. The last one is empty,
     /// and filled when the process goes on.
     units: Vec<(u64, Mutex<Option<FileData>>)>,
-    /// The units that are not filled.
+    /// The number of units that are not filled.
     left: AtomicUsize,
     memories: Mutex<Vec<Arc<Memory>>>,
 }
@@ -42,26 +43,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl PagesFile {
-    /// Of a process that has none.
-    pub(super) fn none() -> Self {
-        Self::new(Vec::new(), Vec::new(), 0)
-    }
-
-    fn new(stretches: Vec<Stretch>, units: Vec<(u64, FileData)>, end: u64) -> Self {
-        let units = units.into_iter().chain([(end, FileData::default())]);
-        let units = units.map(|(begin, unit)| (begin, Mutex::new(Some(unit))));
-        let units: Vec<_> = units.collect();
-        Self {
-            stretches,
-            left: AtomicUsize::new(units.len()),
-            units,
-            memories: Mutex::default(),
-        }
-    }
-
     /// Divides the contents of a pages file, which has the size that the stretches need.
     pub(super) fn divide(
-        stretches: Vec<Stretch>,
+        stretches: &[Stretch],
         contents: FileData,
         arena: &mut Arena,
     ) -> io::Result<(Self, FileData)> {
@@ -77,42 +61,35 @@ impl PagesFile {
             pieces.push(piece);
             Ok::<_, io::Error>(front)
         };
-        let (mut units, mut eager, mut offset) = (Vec::new(), FileData::default(), 0);
+        let (mut missing, mut units) = (Parts::default(), Vec::new());
+        let (mut eager, mut offset) = (FileData::default(), 0);
         for run in stretches.chunk_by(|one, next| one.is_lazy == next.is_lazy) {
-            let mut left = run.iter().map(|stretch| stretch.len as usize).sum();
+            let is_lazy = run[0].is_lazy;
+            let parts = run.iter().map(|stretch| stretch.part);
+            let mut left = parts.clone().map(|part| part.len as usize).sum();
             while left > 0 {
                 let unit = unit(left, &mut take)?;
-                let (begin, len) = (offset, unit.len());
-                (offset, left) = (begin + len as u64, left - len);
-                if run[0].is_lazy {
-                    units.push((begin, unit));
+                let len = unit.len();
+                left -= len;
+                if is_lazy {
+                    units.push((offset, Mutex::new(Some(unit))));
                 } else {
                     unit.into_pieces().try_for_each(|piece| eager.push(piece))?;
                 }
+                offset += len as u64;
             }
+            parts
+                .filter(|_| is_lazy)
+                .for_each(|part| missing.insert(part));
         }
-        Ok((Self::new(stretches, units, offset), eager))
-    }
-
-    /// All that is filled in later.
-    pub(super) fn missing(&self) -> Parts {
-        let (mut missing, mut offset) = (Parts::default(), 0);
-        for &Stretch {
-            address,
-            len,
-            is_lazy,
-        } in &self.stretches
-        {
-            if is_lazy {
-                missing.insert(Part {
-                    address,
-                    offset,
-                    len,
-                });
-            }
-            offset += len;
-        }
-        missing
+        units.push((offset, Mutex::new(Some(FileData::default()))));
+        let file = Self {
+            missing,
+            left: AtomicUsize::new(units.len()),
+            units,
+            memories: Mutex::default(),
+        };
+        Ok((file, eager))
     }
 
     pub(super) fn units(&self) -> usize {
@@ -128,8 +105,8 @@ impl PagesFile {
         self.units.partition_point(|(begin, _)| *begin <= offset) - 1
     }
 
-    /// Fills a unit in wherever it is missing, and frees it; returns its length. `None` if somebody
-    /// else fills it. The process depends on us no more when its last one is filled.
+    /// Fills a unit into all memories that lack it, frees it, and returns its length; `None` if
+    /// another thread fills it. With the last one the process depends on us no more.
     pub(super) fn fill(&self, number: usize, buffer: &mut Vec<u8>) -> Result<Option<usize>> {
         let (offset, unit) = &self.units[number];
         let Some(unit) = locked(unit).take() else {

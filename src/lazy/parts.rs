@@ -1,6 +1,5 @@
 //! Parts of a process's memory, such as those that it still lacks: by address, which the process
-//! changes (`mremap`), and by the place in its pages file, which stays the same. Each place is at
-//! one address at most.
+//! changes (`mremap`), and by place in its pages file, which stays. Each place has one address.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,6 +32,10 @@ impl Part {
 
     pub(super) fn addresses(&self) -> Range<u64> {
         self.address..self.address + self.len
+    }
+
+    pub(super) fn places(&self) -> Range<u64> {
+        self.offset..self.offset + self.len
     }
 }
 
@@ -67,7 +70,7 @@ impl Parts {
         before.into_iter().chain(within).find_map(|(_, address)| {
             let part = self.by_address[address];
             let start = part.offset.max(places.start);
-            let end = (part.offset + part.len).min(places.end);
+            let end = part.places().end.min(places.end);
             (start < end).then(|| Part {
                 address: part.address + (start - part.offset),
                 offset: start,
@@ -76,7 +79,7 @@ impl Parts {
         })
     }
 
-    /// Takes out all that is at these addresses.
+    /// Takes out everything at these addresses.
     pub(super) fn take(&mut self, addresses: &Range<u64>) -> Vec<Part> {
         let mut taken = Vec::new();
         while let Some((_, &whole)) = self.by_address.range(..addresses.end).next_back()
@@ -98,7 +101,7 @@ impl Parts {
         taken
     }
 
-    /// Takes out all that has one of these places.
+    /// Takes out everything with one of these places.
     pub(super) fn take_places(&mut self, places: &Range<u64>) {
         while let Some(part) = self.first_of(places) {
             self.take(&part.addresses());

@@ -1,4 +1,4 @@
-//! The socket on which CRIU expects its lazy-pages daemon, and what it says there.
+//! The socket on which CRIU expects its lazy-pages daemon, and CRIU's messages there.
 //!
 //! ```text
 //! criu restore --lazy-pages                    streamer
@@ -18,29 +18,28 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
+use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
 use crate::criu;
-use crate::os::pipe::uninterrupted;
 
-/// The name that CRIU has for it.
+/// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";
 
-/// What CRIU sends when all is restored (`LAZY_PAGES_RESTORE_FINISHED`).
+/// CRIU's message when all is restored (`LAZY_PAGES_RESTORE_FINISHED`).
 const FINISHED: i32 = 0x5253_5446;
 
-/// How long a descriptor may take that belongs to a PID that has come.
+/// The longest time between a PID and its descriptor.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What CRIU says.
+/// A message of CRIU's.
 #[derive(Debug)]
 pub(super) enum Message {
-    /// A process is being restored: its numbers in the image, and as we see it.
+    /// A process is being restored: its PID in the image, and its PID here.
     Process {
         pid: i32,
         real_pid: i32,
@@ -60,19 +59,19 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Listens in the working directory of a CRIU, in the place of a socket that is there, as
-    /// CRIU's own daemon does.
+    /// Listens in the working directory of a CRIU. A socket that is there is replaced, as by CRIU's
+    /// own daemon.
     pub(super) fn bind(criu: i32) -> Result<Self> {
         let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
         let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
         let bind = || {
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
             let directory = open(&directory, flags, Mode::empty())?;
-            // There is none, or `bind` says what is in the way.
+            // If this fails there is none, or `bind` names the obstacle.
             let _ = unlinkat(&directory, NAME, UnlinkatFlags::NoRemoveDir);
             let by_descriptor = format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd());
             let socket = criu::listen(by_descriptor.as_ref())?;
-            // CRIU, which waits for an answer, has not connected: its connection has this.
+            // CRIU waits for an answer of ours before it connects, so that its connection has this.
             setsockopt(&socket, PassCred, &true)?;
             anyhow::Ok(Self { socket, directory })
         };
@@ -101,13 +100,12 @@ impl Drop for Socket {
 pub(super) struct Connection(OwnedFd);
 
 impl Connection {
-    /// Whether CRIU has said something that was not heard yet.
+    /// Returns true if a message waits.
     pub(super) fn has_more(&self) -> Result<bool> {
-        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
-        Ok(uninterrupted(|| poll(&mut fds, PollTimeout::ZERO))? > 0)
+        Ok(ioctl_fionread(&self.0)? > 0)
     }
 
-    /// What CRIU says next, for which this waits.
+    /// Waits for CRIU's next message.
     pub(super) fn receive(&self) -> Result<Message> {
         let mut number = [0; 4];
         let (bytes, sender, _) = self.take(&mut number)?;
@@ -126,8 +124,8 @@ impl Connection {
         }
     }
 
-    /// Fills the buffer with what comes, or not at all at the end; with the sender's PID as we see
-    /// it, and a descriptor that came along.
+    /// Fills the buffer, or nothing of it at the end. Returns the number of bytes, the sender's PID
+    /// here, and a descriptor that came along.
     fn take(&self, buffer: &mut [u8]) -> Result<(usize, Option<i32>, Option<OwnedFd>)> {
         let wanted = buffer.len();
         let mut parts = [IoSliceMut::new(buffer)];

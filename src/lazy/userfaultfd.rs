@@ -1,4 +1,4 @@
-//! The calls of a userfaultfd (`ioctl_userfaultfd(2)`), which CRIU has made, and registered memory
+//! The calls of a userfaultfd (`ioctl_userfaultfd(2)`), which CRIU has made and registered memory
 //! with.
 
 #![allow(unsafe_code)]
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 
 use crate::os::memory::page_size;
 
-/// With the fields of their structures, which are all of 64 bits.
+/// The calls, with the fields of their structures, which are all of 64 bits.
 mod calls {
     // `uffdio_range`: start, length.
     nix::ioctl_read!(wake, 0xAA, 0x02, [u64; 2]);
@@ -32,14 +32,14 @@ const MESSAGE: usize = 32;
 /// Messages taken at a time.
 const BATCH: usize = 16;
 
-/// What a process does with its memory, and waits with until it is told.
+/// An act of a process that then waits for its reader.
 #[derive(Debug)]
 pub(super) enum Event {
     /// It needs the page of this address.
     Fault(u64),
     /// It has forked. The child lacks what the process lacks, and this fills it.
     Fork(OwnedFd),
-    /// It has moved memory, and unmaps the place where that was next.
+    /// It has moved memory. An event that the old place is unmapped comes next.
     Remap {
         from: u64,
         to: u64,
@@ -73,7 +73,7 @@ pub(super) fn copy(uffd: BorrowedFd, address: u64, bytes: &[u8]) -> nix::Result<
     }
 }
 
-/// Has a missing page be zero, and wakes the threads that wait for it.
+/// Makes a missing page zero, and wakes the threads that wait for it.
 ///
 /// # Errors
 /// Those of [`copy`].
@@ -83,7 +83,7 @@ pub(super) fn zero(uffd: BorrowedFd, address: u64) -> nix::Result<()> {
     unsafe { calls::zero_page(uffd.as_raw_fd(), &raw mut request) }.map(drop)
 }
 
-/// Has the threads that wait for a page look again.
+/// Makes the threads that wait for a page look again.
 pub(super) fn wake(uffd: BorrowedFd, address: u64) {
     let mut addresses = [address, page_size() as u64];
     // A process that has ended has no threads to wake.
@@ -91,7 +91,7 @@ pub(super) fn wake(uffd: BorrowedFd, address: u64) {
     let _ = unsafe { calls::wake(uffd.as_raw_fd(), &raw mut addresses) };
 }
 
-/// Whether these addresses lie in one mapping that is registered. Nothing changes.
+/// Returns true if these addresses lie in one registered mapping. Nothing changes.
 ///
 /// # Errors
 /// `EAGAIN`: an event has to be read first. `ESRCH`: the process has ended.
@@ -108,16 +108,16 @@ pub(super) fn is_registered(uffd: BorrowedFd, addresses: &Range<u64>) -> nix::Re
     }
 }
 
-/// Asks the kernel whether changes are under way whose events are still to be read.
+/// Checks that no change is under way.
 ///
 /// # Errors
-/// `EAGAIN` if there are; and `ESRCH`.
+/// `EAGAIN`: an event has to be read first. `ESRCH`: the process has ended.
 pub(super) fn check_settled(uffd: BorrowedFd) -> nix::Result<()> {
     is_registered(uffd, &(ANYWHERE..ANYWHERE + page_size() as u64)).map(drop)
 }
 
-/// Whether the memory behind a userfaultfd is gone, and nothing can run in it any more; true for
-/// any other descriptor.
+/// Returns true if the memory behind a userfaultfd is gone, so that nothing can run in it any more,
+/// and for any other descriptor.
 pub(super) fn is_gone(uffd: BorrowedFd) -> bool {
     matches!(
         check_settled(uffd),
@@ -125,7 +125,7 @@ pub(super) fn is_gone(uffd: BorrowedFd) -> bool {
     )
 }
 
-/// The events that wait, in order; none if there are none.
+/// The waiting events, faults first, and then in the order in which they were queued.
 ///
 /// # Errors
 /// Those of `read`.
@@ -138,7 +138,7 @@ pub(super) fn read(uffd: BorrowedFd) -> nix::Result<Vec<Event>> {
     }
 }
 
-/// An event out of a message: its kind, and three numbers from the ninth byte on.
+/// The event in a message: a kind, and three numbers from the ninth byte on.
 fn event(message: &[u8]) -> Event {
     let number = |index: usize| {
         let bytes = &message[8 + 8 * index..][..8];
@@ -215,7 +215,7 @@ pub(super) mod tests {
         unsafe { munmap(NonNull::new(at(address)).unwrap(), page_size()) }.unwrap();
     }
 
-    /// Moves memory to where there is none.
+    /// Moves a page to where nothing is registered.
     pub(in crate::lazy) fn remap(from: u64, to: u64) {
         let (len, flags) = (page_size(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
         // SAFETY: only these tests know of it.

@@ -1,4 +1,4 @@
-//! An application that changes its memory while it looks at it: `shuffler <MiB> <seconds>`.
+//! An application that changes its memory while it checks it: `shuffler <MiB> <seconds>`.
 //!
 //! It fills its memory, makes the file `ready`, and waits for the file `go`. Then threads move
 //! (`mremap`), drop (`madvise`), unmap, write and read their memory at random, and one forks all
@@ -43,10 +43,10 @@ impl Random {
     }
 }
 
-/// What a page is to hold: all its words are this number; 0 where nothing was written.
+/// The word that each page is full of; 0 where nothing was written, `None` where it is unmapped.
 type Book = Vec<Option<u64>>;
 
-/// Memory, and what each page is to hold; `None` where it is unmapped.
+/// Memory, and the words that it has to hold.
 struct Region {
     base: *mut u64,
     book: Book,
@@ -81,7 +81,7 @@ impl Region {
         self.book[page] = Some(value);
     }
 
-    /// What is wrong with a page.
+    /// Checks that a page has its word.
     fn check(&self, page: usize) -> Result<(), String> {
         let Some(expected) = self.book[page] else { return Ok(()) };
         for word in 0..PAGE / 8 {
@@ -161,6 +161,11 @@ impl Region {
         Ok(())
     }
 
+    fn move_to(&mut self, to: *mut u64) {
+        self.move_part(self.base, to, REGION * PAGE);
+        self.base = to;
+    }
+
     /// Where there are several mappings, the kernel moves each page for itself.
     fn move_part(&self, from: *mut u64, to: *mut u64, len: usize) {
         let move_at = |at: usize, len: usize| {
@@ -173,7 +178,7 @@ impl Region {
     }
 }
 
-/// Moves, drops, unmaps and looks at its regions until the end.
+/// Moves, drops, unmaps and checks its regions until the end.
 fn shuffle(mut regions: Vec<Region>, seed: u64, end: Instant) -> Result<usize, String> {
     let mut random = Random(seed);
     let mut changes = 0;
@@ -189,7 +194,7 @@ fn shuffle(mut regions: Vec<Region>, seed: u64, end: Instant) -> Result<usize, S
     Ok(changes)
 }
 
-/// Forks until the end. What a child finds is its exit status.
+/// Forks until the end. A child's exit status says whether its memory was right.
 fn fork_often(mut regions: Vec<Region>, wiped: Region, end: Instant) -> Result<usize, String> {
     let mut random = Random(99);
     let mut forks = 0;
@@ -247,14 +252,18 @@ fn main() {
     let [mib, seconds] = arguments[..] else { exit(2) };
     let count = mib * (1 << 20) / (REGION * PAGE);
     let mut regions: Vec<Region> = (0..count as u64).map(Region::new).collect();
-    let wiped = Region::new(1 << 20);
+    let mut wiped = Region::new(1 << 20);
     unsafe { madvise(wiped.base.cast(), REGION * PAGE, WIPE_ON_FORK) };
     std::fs::write("ready", "").expect("ready");
     while !Path::new("go").exists() {
         thread::sleep(Duration::from_millis(1));
     }
     let end = Instant::now() + Duration::from_secs(seconds as u64);
-    let forkers = regions.split_off(regions.len() - regions.len() / 8);
+    let mut forkers = regions.split_off(regions.len() - regions.len() / 8);
+    // What is wiped in children moves away, and what is not comes to its place.
+    let place = wiped.base;
+    wiped.move_to(map(REGION));
+    forkers[0].move_to(place);
     let mut threads = vec![thread::spawn(move || fork_often(forkers, wiped, end))];
     for seed in 1..=3 {
         let share = regions.split_off(regions.len() - regions.len() / (4 - seed));
