@@ -12,7 +12,7 @@
 //! The shards' pipes get references to our own pages, which are never written again, and which are
 //! given back at once: the kernel frees each when the shard's reader has taken it.
 //!
-//! **CRIU comes first.** While it has a file open, the shards get nothing until the buffer is half
+//! **CRIU comes first.** While it has a file open, the shards get nothing until the buffer has been
 //! full: the application is frozen, and compressors would take the processors from those who copy.
 //! With `lz4` on both of two cores it would be frozen twice as long.
 //!
@@ -27,7 +27,7 @@ use super::chunk::{Chunk, Route};
 use super::image_writer::Activity;
 use super::prefault::Prefault;
 use super::source::{LARGEST_COPIED, Look, Source};
-use crate::os::memory::{self, Pages};
+use crate::os::memory;
 use crate::os::pipe::{self, LARGEST, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
@@ -50,8 +50,8 @@ pub(super) struct Buffer {
     /// The rest of the last block that was populated.
     block: Option<Block>,
     size: usize,
-    /// The last file that was to be copied found no room.
-    is_full: bool,
+    /// A file that was to be copied has found no room.
+    has_been_full: bool,
     /// In the order in which they came.
     pieces: VecDeque<Piece>,
 }
@@ -62,13 +62,13 @@ impl Buffer {
         let available = memory::available().unwrap_or(u64::MAX);
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
-        let arena = Arena::of(Pages::Huge);
+        let arena = Arena::new();
         let mut buffer = Self {
             prefault: Prefault::start(&arena, size),
             arena,
             block: None,
             size,
-            is_full: false,
+            has_been_full: false,
             pieces: VecDeque::new(),
         };
         buffer.ask_for_pages();
@@ -81,11 +81,9 @@ impl Buffer {
         self.block = None;
     }
 
-    /// True if the shards should be fed although CRIU has more: half of the buffer is full, or
-    /// there was no memory for more.
-    pub(super) fn is_half_full(&self) -> bool {
-        let ready = self.prefault.as_ref().map_or(0, Prefault::ready);
-        self.is_full || self.arena.live().saturating_sub(ready) >= self.size / 2
+    /// True if CRIU has had to wait for room: the shards should be fed although it has more.
+    pub(super) fn has_been_full(&self) -> bool {
+        self.has_been_full
     }
 
     /// Bytes that may still be taken.
@@ -116,13 +114,12 @@ impl Buffer {
             Look::Bytes(available) => available,
         };
         let mut left = available;
-        self.is_full = false;
         while left > 0 {
             match self.read(source, left.min(READ))? {
                 Some(Moved::Bytes(bytes)) => left -= bytes,
                 Some(Moved::WouldBlock | Moved::End) => return Err(source.ended_early(left)),
                 None => {
-                    self.is_full = true;
+                    self.has_been_full = true;
                     if left == available {
                         return Ok(Activity::NoRoom);
                     }

@@ -588,7 +588,7 @@ impl CaptureLoop<'_> {
             let Some(buffer) = &mut self.buffer else {
                 break;
             };
-            if self.dump.criu_has_open_files() && !buffer.is_half_full() {
+            if self.dump.criu_has_open_files() && !buffer.has_been_full() {
                 break;
             }
             let Some((id, chunk)) = buffer.next() else {

@@ -64,11 +64,6 @@ impl Prefault {
         self.asked.saturating_sub(self.ready.len()) * BLOCK
     }
 
-    /// Bytes that are ready.
-    pub(super) fn ready(&self) -> usize {
-        self.ready.len() * BLOCK
-    }
-
     /// Asks for more, where there is room for this number of bytes.
     pub(super) fn ask(&mut self, room: usize) {
         let blocks = (room / BLOCK).min(self.most.saturating_sub(self.asked));

@@ -27,15 +27,7 @@ fn whole_pages(range: Range<usize>, page: usize) -> Range<usize> {
     range.start.next_multiple_of(page)..range.end / page * page
 }
 
-/// The pages that a mapping asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pages {
-    /// Huge ones, where the kernel has them.
-    Huge,
-    Small,
-}
-
-/// Private memory of ours, zeroed, aligned to huge pages, and left out of core dumps.
+/// Private memory of ours in small pages, zeroed, aligned to huge ones, and left out of core dumps.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     base: NonNull<u8>,
@@ -54,7 +46,7 @@ impl Mapping {
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub(crate) fn new(len: usize, pages: Pages) -> io::Result<Self> {
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
         let size = NonZeroUsize::new(len + HUGE_PAGE).expect("it is not empty");
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
@@ -73,12 +65,8 @@ impl Mapping {
             if after > 0 {
                 munmap(base.add(len).cast(), after)?;
             }
-            let advice = match pages {
-                Pages::Huge => MmapAdvise::MADV_HUGEPAGE,
-                Pages::Small => MmapAdvise::MADV_NOHUGEPAGE,
-            };
-            // Refused where huge pages are not built in: small ones do.
-            let _ = madvise(base.cast(), len, advice);
+            // Refused where huge pages are not built in.
+            let _ = madvise(base.cast(), len, MmapAdvise::MADV_NOHUGEPAGE);
             // An image is another process's memory, and has no business in a core dump of ours.
             let _ = madvise(base.cast(), len, MmapAdvise::MADV_DONTDUMP);
             base
@@ -301,7 +289,7 @@ mod tests {
 
     #[test]
     fn discarding_a_part_of_a_page_leaves_it_alone() {
-        let mapping = Mapping::new(HUGE_PAGE, Pages::Small).unwrap();
+        let mapping = Mapping::new(HUGE_PAGE).unwrap();
         let page = page_size();
         // SAFETY: nothing else knows of this mapping.
         unsafe {

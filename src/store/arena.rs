@@ -5,8 +5,9 @@
 //! host's faults when it touches them again, while small pages mostly come from fragments that were
 //! never returned. Filling 512 MiB from a pipe took 0.45 CPU s/GB in small pages and 0.28 in huge
 //! ones where the memory was in use a moment ago, 0.44 to 0.70 and 0.6 to 2.9 where it was not
-//! (2026-11-25), and 0.8 to 1.8 and 1.4 to 3.1 on a busy host (2026-11-29). What is filled at once
-//! by a thread of its own has huge pages: the buffer of a capture.
+//! (2026-11-25), and 0.8 to 1.8 and 1.4 to 3.1 on a busy host (2026-11-29). Under CRIU's hook and
+//! with `--buffer`, an application of 512 MiB was frozen for 2.2 s with huge pages and for 0.9 with
+//! small ones (2026-11-29).
 //!
 //! Memory is mapped in regions, and handed out front to back in the order in which data arrives,
 //! whichever file and shard it belongs to: small files share a page, and what arrived together, and
@@ -25,7 +26,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::os::memory::{HUGE_PAGE, Mapping, Pages, Sealed, populate};
+use crate::os::memory::{HUGE_PAGE, Mapping, Sealed, populate};
 
 /// The size of a region, in bytes: large, so that the image of 128 GB needs only 2048 mappings
 /// (`vm.max_map_count` is 65530), small enough not to matter under a limit of address space.
@@ -212,37 +213,21 @@ impl Block {
 }
 
 /// Hands out the memory for an image.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Arena {
-    pages: Pages,
     /// The region that the next bytes come from, and how many of it were handed out.
     region: Option<(Arc<Region>, usize)>,
     live: Arc<AtomicUsize>,
 }
 
-impl Default for Arena {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Arena {
     pub fn new() -> Self {
-        Self::of(Pages::Small)
-    }
-
-    pub(crate) fn of(pages: Pages) -> Self {
-        Self {
-            pages,
-            region: None,
-            live: Arc::default(),
-        }
+        Self::default()
     }
 
     /// Another one, for another thread. What either hands out counts for both.
     pub(crate) fn sibling(&self) -> Self {
         Self {
-            pages: self.pages,
             region: None,
             live: Arc::clone(&self.live),
         }
@@ -266,7 +251,7 @@ impl Arena {
             Some(region) => region,
             none => {
                 let region = Region {
-                    mapping: Mapping::new(REGION, self.pages)?,
+                    mapping: Mapping::new(REGION)?,
                     in_use: Mutex::default(),
                     live: Arc::clone(&self.live),
                 };
@@ -346,7 +331,7 @@ mod tests {
 
     #[test]
     fn a_populated_block_has_its_memory_and_is_filled_bit_by_bit() {
-        let arena = Arena::of(Pages::Huge);
+        let arena = Arena::new();
         let mut ahead = arena.sibling();
         let mut block = ahead.reserve(HUGE_PAGE).unwrap();
         let region = Arc::clone(&block.extent.region);
