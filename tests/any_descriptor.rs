@@ -3,23 +3,22 @@
 //! reason, and pipes cost nothing for it.
 
 use std::fs::{self, File};
-use std::io::{IoSlice, Read, Seek, SeekFrom, Write};
+use std::io::{IoSlice, Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::common::child::{Child, Limit, queued, wait_for_end};
+use crate::common::child::{Child, Limit, queued};
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files, read_dir, sample_files};
-use crate::common::shards::{Collector, Feeder, pipe, pipes};
-use crate::common::streamer::{Exit, Launch, Streamer, binary};
-use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip, skip};
+use crate::common::shards::{Collector, Feeder, pipe, pipes, tcp_pair, unix_pair};
+use crate::common::streamer::{Exit, Streamer, binary};
+use crate::common::{PAGE, root_or_skip, skip, wait_until};
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, vmsplice};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -58,32 +57,35 @@ fn an_image_goes_to_regular_files_and_comes_back_from_them() {
     for count in [1, 4] {
         let paths = paths(dir.path(), count);
         let ends = paths.iter().map(|path| File::create(path).unwrap().into());
-        let exit = capture_to(ends.collect(), &files);
-        assert!(exit.status.success(), "{}", exit.stderr);
+        capture_to(ends.collect(), &files).expect_success();
 
         let written: Vec<_> = paths.iter().map(|path| fs::read(path).unwrap()).collect();
         assert_same_files(&image::decode(&written).unwrap(), &files);
 
         let (extracted, exit) = extract_from(open(&paths));
-        assert!(exit.status.success(), "{}", exit.stderr);
+        exit.expect_success();
         assert_same_files(&read_dir(extracted.path()), &files);
         runs::assert_served(&mut Streamer::serve().shards(open(&paths)).start(), &files);
     }
 }
 
-/// What the file holds stays, and the image comes behind it.
+/// What the file holds stays, and the image comes behind it. A file is read from where its
+/// descriptor stands.
 #[test]
-fn a_file_opened_for_appending_is_appended_to() {
+fn a_file_opened_for_appending_is_appended_to_and_read_from_there() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("shard");
     fs::write(&path, "before").unwrap();
     let files = sample_files(3);
     let end = File::options().append(true).open(&path).unwrap();
-    let exit = capture_to(vec![end.into()], &files);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    let written = fs::read(&path).unwrap();
-    assert_eq!(&written[..6], b"before");
-    assert_same_files(&image::decode(&[written[6..].to_vec()]).unwrap(), &files);
+    capture_to(vec![end.into()], &files).expect_success();
+    let mut written = File::open(&path).unwrap();
+    let mut before = [0; 6];
+    written.read_exact(&mut before).unwrap();
+    assert_eq!(&before, b"before");
+    let (dir, exit) = extract_from(vec![written.into()]);
+    exit.expect_success();
+    assert_same_files(&read_dir(dir.path()), &files);
 }
 
 #[test]
@@ -93,8 +95,7 @@ fn nothing_is_left_of_what_a_file_held_behind_the_image() {
     fs::write(&path, vec![7; 20 << 20]).unwrap();
     let files = sample_files(3);
     let end = File::options().write(true).open(&path).unwrap();
-    let exit = capture_to(vec![end.into()], &files);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    capture_to(vec![end.into()], &files).expect_success();
     assert_same_files(&image::decode(&[fs::read(&path).unwrap()]).unwrap(), &files);
 }
 
@@ -162,66 +163,35 @@ fn an_image_comes_back_from_block_devices_that_are_longer_than_it_is() {
             let opened = File::options().write(true).open(path);
             opened.unwrap().into()
         });
-        let exit = capture_to(writers.collect(), &files);
-        assert!(exit.status.success(), "{}", exit.stderr);
+        capture_to(writers.collect(), &files).expect_success();
         let (extracted, exit) = extract_from(open(&paths));
-        assert!(exit.status.success(), "{}", exit.stderr);
+        exit.expect_success();
         assert_same_files(&read_dir(extracted.path()), &files);
         runs::assert_served(&mut Streamer::serve().shards(open(&paths)).start(), &files);
     }
 }
 
-/// A file is read from where its descriptor stands.
-#[test]
-fn a_file_is_read_from_its_current_position() {
-    let files = sample_files(4);
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(b"before").unwrap();
-    let shard = &image::encode_files(&files, 1, 4096)[0];
-    file.write_all(shard).unwrap();
-    file.seek(SeekFrom::Start(6)).unwrap();
-    let (dir, exit) = extract_from(vec![file.into()]);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_same_files(&read_dir(dir.path()), &files);
-}
-
-fn unix_pair() -> (OwnedFd, OwnedFd) {
-    let (a, b) = UnixStream::pair().unwrap();
-    (a.into(), b.into())
-}
-
-fn tcp_pair() -> (OwnedFd, OwnedFd) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    (client.into(), listener.accept().unwrap().0.into())
-}
-
 /// As some supervisors hand them over.
 fn nonblocking_pair() -> (OwnedFd, OwnedFd) {
-    let (a, b) = UnixStream::pair().unwrap();
-    a.set_nonblocking(true).unwrap();
-    (a.into(), b.into())
+    let (ours, theirs) = unix_pair();
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    (ours, theirs)
 }
 
 #[test]
 fn an_image_goes_through_sockets_in_both_directions() {
-    for (kind, pair) in [
-        ("UNIX", unix_pair as fn() -> _),
-        ("TCP", tcp_pair),
-        ("non-blocking", nonblocking_pair),
-    ] {
+    for pair in [unix_pair as fn() -> _, tcp_pair, nonblocking_pair] {
         let files = sample_files(5);
         let (ours, theirs): (Vec<_>, Vec<_>) = (0..3).map(|_| pair()).unzip();
         let collector = Collector::start(theirs);
-        let exit = capture_to(ours, &files);
-        assert!(exit.status.success(), "{kind}: {}", exit.stderr);
+        capture_to(ours, &files).expect_success();
         let shards = collector.finish();
         assert_same_files(&image::decode(&shards).unwrap(), &files);
 
         let (ours, theirs): (Vec<_>, Vec<_>) = (0..3).map(|_| pair()).unzip();
         let feeder = Feeder::start(theirs, &shards);
         let (dir, exit) = extract_from(ours);
-        assert!(exit.status.success(), "{kind}: {}", exit.stderr);
+        exit.expect_success();
         feeder.finish();
         assert_same_files(&read_dir(dir.path()), &files);
     }
@@ -236,21 +206,10 @@ fn a_socket_that_stays_open_does_not_hold_up_the_end() {
     let mut kept = theirs.try_clone().unwrap();
     let feeder = Feeder::start(vec![theirs.into()], &shards);
     let (dir, exit) = extract_from(vec![ours.into()]);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    exit.expect_success();
     feeder.finish();
     assert_same_files(&read_dir(dir.path()), &files);
     assert_eq!(kept.read(&mut [0]).unwrap(), 0, "the streamer is gone");
-}
-
-/// Not "its reader is gone", which is all that a pipe would tell.
-#[test]
-fn a_full_disk_fails_the_capture_and_is_named() {
-    let files = sample_files(9);
-    let full = File::options().write(true).open("/dev/full").unwrap();
-    let fd = full.as_raw_fd();
-    let exit = capture_to(vec![full.into()], &files);
-    exit.expect_failure(&[&format!("shard fd {fd}"), "No space left on device"]);
-    assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
 }
 
 /// The last bytes are in the pipe between when CRIU is done: they have to be waited for.
@@ -258,9 +217,8 @@ fn a_full_disk_fails_the_capture_and_is_named() {
 fn a_limit_reached_by_the_last_bytes_fails_the_capture_too() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("shard");
-    let files = Files::from([("inventory.img".to_owned(), vec![7; 50_000])]);
-    let exit = capture_to(vec![File::create(&path).unwrap().into()], &files);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    let files = image::files([("inventory.img", vec![7; 50_000])]);
+    capture_to(vec![File::create(&path).unwrap().into()], &files).expect_success();
     let size = fs::metadata(&path).unwrap().len();
     for (short, options) in [
         (1, File::options().write(true)),
@@ -298,41 +256,13 @@ fn an_input_that_cannot_be_read_is_not_taken_for_its_end() {
 }
 
 #[test]
-fn external_files_come_from_files_and_go_to_files() {
-    let dir = TempDir::new().unwrap();
-    let (tar, copy) = (dir.path().join("fs.tar"), dir.path().join("copy"));
-    let content = crate::common::random::bytes(11, runs::PAGES);
-    fs::write(&tar, &content).unwrap();
-    let files = sample_files(11);
-    let launch = Streamer::capture().ext_file("fs.tar", File::open(&tar).unwrap().into());
-    let (mut streamer, collector) = runs::collect(launch, 2);
-    runs::send(&streamer, &files);
-    streamer.expect_success();
-    let shards = collector.finish();
-    for launch in [Streamer::extract, Streamer::serve] {
-        let launch: Launch = launch().ext_file("fs.tar", File::create(&copy).unwrap().into());
-        let (mut streamer, feeder) = runs::feed(launch, &shards);
-        streamer.wait_for_stats();
-        let copied = fs::read(&copy).unwrap();
-        runs::assert_same_bytes("fs.tar, when the image has arrived", &copied, &content);
-        drop(feeder);
-        streamer.signal(Signal::SIGTERM);
-        streamer.wait();
-    }
-}
-
-#[test]
 fn an_external_file_that_does_not_fit_fails_the_restore() {
-    let files = Files::from([
-        ("fs.tar".to_owned(), vec![1; 10_000]),
-        ("inventory.img".to_owned(), vec![2; 50]),
-    ]);
+    let files = image::files([("fs.tar", vec![1; 10_000]), ("inventory.img", vec![2; 50])]);
     let shards = image::encode_files(&files, 1, 4096);
     for launch in [Streamer::extract, Streamer::serve] {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let (mut streamer, feeder) = runs::feed(launch().ext_file("fs.tar", full.into()), &shards);
-        let exit = streamer.expect_failure(&["fs.tar", "No space left on device"]);
-        assert_eq!(exit.progress, [""; 0]);
+        streamer.expect_refusal(&["fs.tar", "No space left on device"]);
         feeder.finish();
     }
 }
@@ -367,9 +297,11 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
     ];
     for (launch, end, reason) in refused {
         let fd = end.as_raw_fd();
-        let exit = launch.shards([end]).run();
-        exit.expect_failure(&["--shard-fds", &format!("shard fd {fd}"), reason]);
-        assert_eq!(exit.progress, [""; 0]);
+        launch.shards([end]).run().expect_refusal(&[
+            "--shard-fds",
+            &format!("shard fd {fd}"),
+            reason,
+        ]);
     }
 }
 
@@ -378,10 +310,9 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
 fn a_signal_ends_the_wait_for_the_last_bytes() {
     let (ours, _unread) = unix_pair();
     let mut streamer = Streamer::capture().shards([ours]).start();
-    let content = vec![0; 400_000];
     runs::send(
         &streamer,
-        &Files::from([("inventory.img".to_owned(), content)]),
+        &image::files([("inventory.img", vec![0; 400_000])]),
     );
     streamer.signal(Signal::SIGTERM);
     assert_eq!(streamer.wait().status.code(), Some(128 + 15));
@@ -415,15 +346,13 @@ fn start_capture_that_is_queued(
 /// A streamer that has nothing to wait for is gone long before.
 #[track_caller]
 fn assert_waits(streamer: &Streamer) {
-    let ended = wait_for_end(&streamer.pidfd(), Duration::from_millis(500));
-    assert!(!ended, "it ended before its peer had everything");
+    let waits = streamer.outlasts(Duration::from_millis(500));
+    assert!(waits, "it ended before its peer had everything");
 }
 
 fn small_enough_for_a_queue() -> Files {
     let pages = crate::common::random::bytes(14, 100_000);
-    [("pages-1.img", pages), ("inventory.img", vec![2; 50])]
-        .map(|(name, content)| (name.to_owned(), content))
-        .into()
+    image::files([("pages-1.img", pages), ("inventory.img", vec![2; 50])])
 }
 
 #[test]
@@ -451,10 +380,7 @@ fn a_peer_that_refuses_the_rest_fails_the_capture() {
 
 #[test]
 fn an_external_file_that_a_sockets_peer_does_not_take_fails_the_restore() {
-    let files = Files::from([
-        ("fs.tar".to_owned(), vec![1; 50_000]),
-        ("inventory.img".to_owned(), vec![2; 50]),
-    ]);
+    let files = image::files([("fs.tar", vec![1; 50_000]), ("inventory.img", vec![2; 50])]);
     let shards = image::encode_files(&files, 1, 4096);
     for takes in [true, false] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -470,8 +396,7 @@ fn an_external_file_that_a_sockets_peer_does_not_take_fails_the_restore() {
             streamer.expect_success();
         } else {
             drop(theirs);
-            let exit = streamer.expect_failure(&["fs.tar", "Connection reset by peer"]);
-            assert_eq!(exit.progress, [""; 0]);
+            streamer.expect_refusal(&["fs.tar", "Connection reset by peer"]);
         }
     }
 }
@@ -488,11 +413,7 @@ fn a_sockets_queue_holds_copies_of_the_pages() {
     let sent = vmsplice(&pipe, &[IoSlice::new(&pages)], flags).unwrap();
     assert_eq!(sent, pages.len());
     drop(pipe);
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while queued(&theirs) < pages.len() {
-        assert!(Instant::now() < deadline, "the pages do not come");
-        thread::yield_now();
-    }
+    wait_until("the pages", || queued(&theirs) >= pages.len());
     pages.fill(2);
     criu.write_file("inventory.img", b"inventory");
     drop(criu);
@@ -518,10 +439,7 @@ fn a_success_means_that_a_file_or_a_block_device_is_on_disk() {
             ("-s 3 capture", 1000),
             ("-e fs.tar:3 extract <../image", 1000),
         ] {
-            let files = Files::from([
-                ("fs.tar".to_owned(), vec![1; size]),
-                ("inventory.img".to_owned(), vec![2; 50]),
-            ]);
+            let files = image::files([("fs.tar", vec![1; size]), ("inventory.img", vec![2; 50])]);
             let Some((succeeded, said)) = run_on_a_full_disk(target, subcommand, &files) else {
                 return crate::common::skip("needs a loop device");
             };
@@ -563,9 +481,7 @@ fn run_on_a_full_disk(target: &str, subcommand: &str, files: &Files) -> Option<(
     let listens = File::from(progress).read_exact(&mut line).is_ok() && line == *b"socket-init";
     if listens {
         let criu = Criu::connect(&images, Role::Capture);
-        for (name, content) in runs::inventory_last(files) {
-            criu.write_file(name, content);
-        }
+        criu.write_files(files);
     }
     let status = child.reap().unwrap();
     let said = fs::read_to_string(said).unwrap();

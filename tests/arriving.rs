@@ -1,4 +1,4 @@
-//! Images with an index while they arrive: shards at any pace, readers of any kind, faults of every
+//! Images while they arrive, with an index and without: shards at any pace, readers of any kind, faults of every
 //! kind at any place. Readers get right bytes, and the last of the pages only of a whole image.
 //!
 //! `ARRIVING_SEEDS` sets the number of rounds; a failing round prints its seed, and
@@ -11,12 +11,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::common::cgroup::MemoryCgroup;
+use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Files};
 use crate::common::indexed::{self, Indexed, KEPT_IN_INDEX};
 use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::setting;
+use crate::common::shards;
 use crate::common::streamer::{Launch, Streamer};
 use tempfile::TempDir;
 
@@ -32,6 +34,7 @@ fn random_files(random: &mut Random) -> Files {
         let size = 1 + random.below(most);
         files.insert(format!("pages-{number}.img"), random.bytes(size));
     }
+    files.insert("pagemap-1.img".into(), random.bytes(KEPT_IN_INDEX - 1));
     if random.one_in(2) {
         let size = KEPT_IN_INDEX + random.below(KEPT_IN_INDEX / 2);
         files.insert("ghost-file-1.img".into(), random.bytes(size));
@@ -184,6 +187,8 @@ fn feed(end: OwnedFd, bytes: Vec<u8>, mut random: Random) -> JoinHandle<()> {
 /// How the shards come.
 enum Source {
     Pipes,
+    /// The index is a shard like the others: CRIU connects when all is here.
+    WithoutIndex,
     /// From commands, of which this one fails after its last byte.
     Commands {
         failing: Option<usize>,
@@ -200,8 +205,14 @@ struct Arrival {
 impl Arrival {
     fn begin(source: &Source, image: &Indexed, launch: Launch, random: &mut Random) -> Self {
         match source {
-            Source::Pipes => {
-                let (streamer, ends) = indexed::serve(image.shards.len(), launch).into_parts();
+            Source::Pipes | Source::WithoutIndex => {
+                let count = image.shards.len();
+                let (streamer, ends) = if matches!(source, Source::Pipes) {
+                    indexed::serve(count, launch).into_parts()
+                } else {
+                    let (readers, ends) = shards::pipes(count + 1, None);
+                    (launch.shards(readers).start(), ends)
+                };
                 let own = |random: &mut Random| Random::new(random.next());
                 let shards = ends.into_iter().zip(image.all());
                 Self {
@@ -246,9 +257,14 @@ fn shortage(random: &mut Random) -> Option<MemoryCgroup> {
     random.one_in(3).then(|| MemoryCgroup::create(limit).ok())?
 }
 
-/// A `serve` that keeps data anywhere.
+/// A `serve` that keeps data anywhere, at times where a zero-copy call is refused.
 fn launch(seed: u64, shortage: Option<&MemoryCgroup>) -> Launch {
     let launch = Keeping::in_turn(seed as usize).serve();
+    let launch = match seed % 10 {
+        0 => launch.limit(Limit::Refused(libc::SYS_splice)),
+        1 => launch.limit(Limit::Refused(libc::SYS_vmsplice)),
+        _ => launch,
+    };
     match shortage {
         None => launch,
         Some(cgroup) => launch.limit(cgroup.limit()),
@@ -263,9 +279,13 @@ fn a_whole_image_arrives(seed: u64) {
     assert!(image::decode(&image.all()).unwrap() == files);
     let source = match random.below(5) {
         0 => Source::Commands { failing: None },
+        1 => Source::WithoutIndex,
         _ => Source::Pipes,
     };
-    let shortage = shortage(&mut random);
+    let shortage = match source {
+        Source::WithoutIndex => None,
+        _ => shortage(&mut random),
+    };
     let launch = launch(seed, shortage.as_ref());
     let mut arrival = Arrival::begin(&source, &image, launch, &mut random);
     let criu = arrival.streamer.criu();

@@ -45,9 +45,7 @@ pub fn dump_of(mib: usize) -> Files {
 /// Sends a whole dump, and goes away.
 fn send(streamer: &Streamer, files: &Files) {
     let criu = streamer.criu();
-    for (name, content) in runs::inventory_last(files) {
-        criu.write_file(name, content);
-    }
+    criu.write_files(files);
 }
 
 /// A capture that has copied a dump of which its shards have taken nothing.
@@ -102,9 +100,7 @@ fn the_line_comes_when_the_dump_is_whole_and_not_before() {
     let collector = Collector::start(readers);
     let criu = streamer.criu();
     let mut pages = criu.create_file("pages-2.img");
-    for (name, content) in runs::inventory_last(&dump::whole()) {
-        criu.write_file(name, content);
-    }
+    criu.write_files(&dump::whole());
     let mut tar = File::from(tar_writer);
     pages.write_all(&[1; PAGE]).unwrap();
     tar.write_all(&[2; PAGE]).unwrap();

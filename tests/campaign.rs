@@ -12,21 +12,19 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use crate::common::child::{Limit, send_signal};
-use crate::common::criu::{Criu, Role};
+use crate::common::criu::Criu;
 use crate::common::image::{self, Files};
 use crate::common::keeping::Keeping;
 use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
-use crate::common::shards::pipe;
+use crate::common::shards::{pipe, tcp_pair, unix_pair};
 use crate::common::streamer::{Exit, Launch, Streamer};
 use crate::common::{PAGE, setting};
 use nix::sys::signal::Signal;
@@ -211,15 +209,8 @@ impl Kind {
     /// The end that data comes out of, and the one that it goes into.
     fn pair(self) -> (OwnedFd, OwnedFd) {
         match self {
-            Self::UnixSockets => {
-                let (reader, writer) = UnixStream::pair().unwrap();
-                (reader.into(), writer.into())
-            }
-            Self::TcpSockets => {
-                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-                let writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-                (listener.accept().unwrap().0.into(), writer.into())
-            }
+            Self::UnixSockets => unix_pair(),
+            Self::TcpSockets => tcp_pair(),
             Self::Pipes | Self::Files | Self::Commands => pipe(),
         }
     }
@@ -376,7 +367,7 @@ fn captures() {
             random,
         );
         let mut streamer = launch.start();
-        if let Some(criu) = connect(&streamer, Role::Capture) {
+        if let Some(criu) = streamer.criu_unless_it_ends() {
             dump(&criu, &files, moment, || {
                 match fault {
                     Fault::StandsStill if random.one_in(2) => stand_still(),
@@ -569,12 +560,13 @@ fn extracts() {
 
         let (shards, tar) = image_with_tar(&files, random);
         let launch = Streamer::extract().images_dir(dir.path());
-        let (exit, got_tar) = Restore::start(launch, fault, shards, random).finish();
+        let restore = Restore::start(launch, fault, shards.clone(), random);
+        let (exit, got_tar) = restore.finish();
         let succeeded = exit.status.success();
 
         if fault == Fault::Killed {
             // SIGKILL leaves things behind, but what looks like an image must be one: the old one
-            // or the new one.
+            // or the new one. The next run goes through, and sweeps up.
             let found = regular_files(dir.path());
             if found.contains_key("inventory.img") {
                 let found: Files = found
@@ -586,6 +578,10 @@ fn extracts() {
                     "killed: a mixture that looks like an image"
                 );
             }
+            after.insert(TAR.into(), tar.clone());
+            let next = Streamer::extract().images_dir(dir.path());
+            runs::feed(next, &shards).0.expect_success();
+            assert_nothing_new(dir.path(), &after);
         } else {
             assert_ended_by_itself(&exit);
             assert_nothing_new(dir.path(), if succeeded { &after } else { &before });
@@ -625,7 +621,7 @@ fn serves() {
         let launch = random.pick(&Keeping::ALL).serve().images_dir(dir.path());
         let restore = Restore::start(launch, fault, shards, random);
 
-        let criu = connect(&restore.streamer, Role::Serve);
+        let criu = restore.streamer.criu_unless_it_ends();
         let complete = criu.is_some_and(|criu| read_all(&criu, &files, dies_after, fault));
         let (exit, got_tar) = restore.finish();
         let succeeded = exit.status.success();
@@ -647,17 +643,6 @@ fn serves() {
         assert!(!complete || fault != Fault::FeederDies, "{}", exit.stderr);
         succeeded
     });
-}
-
-/// CRIU's connection, unless the streamer ends before it listens.
-fn connect(streamer: &Streamer, role: Role) -> Option<Criu> {
-    while streamer.is_running() {
-        if let Ok(criu) = Criu::try_connect(streamer.images_dir(), role) {
-            return Some(criu);
-        }
-        thread::sleep(std::time::Duration::from_millis(1));
-    }
-    None
 }
 
 /// Whether every file came to its end. What came of each is right in any case.

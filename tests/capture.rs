@@ -3,26 +3,18 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Write};
-use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 use std::time::Duration;
 
 use crate::common::PAGE;
 use crate::common::criu::Criu;
-use crate::common::image::{self, Body, Files};
+use crate::common::image::{self, Body, Files, files};
+use crate::common::indexed;
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::{BUFFER, Launch, Streamer};
 use nix::fcntl::{SpliceFFlags, vmsplice};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
-fn files<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
-    files
-        .into_iter()
-        .map(|(name, content)| (name.to_owned(), content))
-        .collect()
-}
 
 /// Runs a capture of what `criu` does, and returns the shards.
 fn capture(shard_count: usize, criu: impl FnOnce(&Criu)) -> Vec<Vec<u8>> {
@@ -237,38 +229,6 @@ fn a_stalled_shard_does_not_stop_criu_whatever_pages_hold() {
     }
 }
 
-/// After whole pages, each page that it sends holds a part only, but always four of them make as
-/// many bytes as a page has.
-#[test]
-fn pieces_of_an_external_file_do_not_wait_for_a_stalled_shard() {
-    const PIECE: usize = PAGE / 4;
-    let (tar_reader, tar_writer) = pipe();
-    shards::set_pipe_size(&tar_writer, 256 * PAGE);
-    let memory = random::bytes(29, 2049 * PAGE);
-    let pages = &memory[memory.as_ptr().align_offset(PAGE)..][..2048 * PAGE];
-    let mut sent = Vec::new();
-    let decoded = stalled_capture(Streamer::capture().ext_file("fs.tar", tar_reader), |_| {
-        let mut send = |mut pieces: &[&[u8]]| {
-            while !pieces.is_empty() {
-                let slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-                let moved = vmsplice(&tar_writer, &slices, SpliceFFlags::empty());
-                let taken = moved.expect("fill the pipe") / pieces[0].len();
-                sent.extend(pieces[..taken].concat());
-                pieces = &pieces[taken..];
-            }
-        };
-        for _ in 0..4 {
-            send(&pages.chunks(PAGE).take(256).collect::<Vec<_>>());
-        }
-        for pages in pages.chunks(4 * PAGE) {
-            let pieces: Vec<_> = pages.chunks(PAGE).map(|page| &page[..PIECE]).collect();
-            send(&pieces);
-        }
-        drop(tar_writer);
-    });
-    assert_same_bytes("fs.tar", &decoded["fs.tar"], &sent);
-}
-
 /// All but one of the shards are read only when CRIU has gone. For a second they could begin.
 #[test]
 fn shards_that_begin_too_late_do_not_stop_criu_and_the_wait_for_them_is_told() {
@@ -302,86 +262,17 @@ fn shards_that_begin_too_late_do_not_stop_criu_and_the_wait_for_them_is_told() {
 
 #[test]
 fn every_shard_says_whose_it_is_even_if_it_gets_nothing_else() {
-    for index in [false, true] {
-        let (mut readers, writers) = shards::pipes(5, None);
-        let launch = match index {
-            true => {
-                let (reader, writer) = pipe();
-                readers.push(reader);
-                let number = writer.as_raw_fd().to_string();
-                Streamer::capture()
-                    .inherit(writer)
-                    .args(["--index-fd", &number])
-            }
-            false => Streamer::capture(),
-        };
-        let mut streamer = launch.shards(writers).start();
-        let collector = Collector::start(readers);
-        streamer.criu().write_file("inventory.img", b"inventory");
-        streamer.expect_success();
-        let shards = collector.finish();
+    let inventory = image::files([("inventory.img", "inventory")]);
+    for shards in [
+        runs::capture(&inventory, 5, None),
+        indexed::capture(&inventory, 5).all(),
+    ] {
         assert!(
             shards.iter().all(|shard| shard.len() > 36),
             "an origin is longer"
         );
-        assert_eq!(
-            image::decode(&shards).unwrap()["inventory.img"],
-            b"inventory"
-        );
+        assert_same_files(&image::decode(&shards).unwrap(), &inventory);
     }
-}
-
-#[test]
-fn pieces_of_all_sizes_through_pipes_of_all_sizes_arrive_in_order() {
-    for pipe_size in [PAGE, 16 * PAGE, 256 * PAGE] {
-        for piece in [1000, PAGE, PAGE + 1, 100_000] {
-            let (readers, writers) = shards::pipes(3, Some(pipe_size));
-            let mut streamer = Streamer::capture().shards(writers).start();
-            let collector = Collector::start(readers);
-            let criu = streamer.criu();
-            let content = random::bytes(piece as u64, PAGES / 2);
-            let mut pages = criu.create_file_in_pipe("pages-1.img", Some(pipe_size));
-            content
-                .chunks(piece)
-                .for_each(|piece| pages.write_all(piece).unwrap());
-            drop(pages);
-            criu.write_file("inventory.img", b"inventory");
-            drop(criu);
-            streamer.expect_success();
-            let decoded = image::decode(&collector.finish()).unwrap();
-            assert_same_bytes("pages-1.img", &decoded["pages-1.img"], &content);
-        }
-    }
-}
-
-#[test]
-fn every_shard_takes_part() {
-    let (readers, writers) = shards::pipes(4, None);
-    let mut streamer = Streamer::capture().shards(writers).start();
-    let criu = streamer.criu();
-    // No shard is read yet, so that only the room in them decides.
-    let mut pages = criu.create_file("pages-1.img");
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            pages.write_all(&vec![0; 2 * PAGES]).unwrap();
-            drop(pages);
-            criu.write_file("inventory.img", b"inventory");
-            drop(criu);
-        });
-        for shard in &readers {
-            let mut wanted = [PollFd::new(shard.as_fd(), PollFlags::POLLIN)];
-            let timeout = PollTimeout::try_from(crate::common::HANG_TIMEOUT).unwrap();
-            let ready = poll(&mut wanted, timeout).unwrap();
-            assert_eq!(ready, 1, "every shard gets data before any is read");
-        }
-        let collector = Collector::start(readers);
-        streamer.expect_success();
-        let shards = collector.finish();
-        assert_eq!(
-            image::decode(&shards).unwrap()["pages-1.img"].len(),
-            2 * PAGES
-        );
-    });
 }
 
 #[test]

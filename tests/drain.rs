@@ -5,8 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -15,13 +14,12 @@ use nix::sys::signal::Signal;
 use crate::common::child::queued;
 use crate::common::dump;
 use crate::common::image;
-use crate::common::runs;
 use crate::common::shards::{self, Collector};
 use crate::common::streamer::Streamer;
-use crate::common::{HANG_TIMEOUT, PAGE};
+use crate::common::{PAGE, wait_until};
 
 /// Longer than a capture takes here that does not wait for its readers.
-const LONG: Duration = Duration::from_millis(2500);
+const LONG: Duration = Duration::from_secs(1);
 
 /// The pages of the application that are in the image.
 const PAGES: usize = 32;
@@ -55,17 +53,11 @@ fn unread(memory: &File) -> (Streamer, OwnedFd) {
         splice(memory, Some(&mut offset), &pages, None, left, flags).expect("fill CRIU's pipe");
     }
     drop(pages);
-    for (name, content) in runs::inventory_last(&files) {
-        criu.write_file(name, content);
-    }
+    criu.write_files(&files);
     drop(criu);
 
     let reader = readers.remove(0);
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while queued(&reader) < PAGES * PAGE {
-        assert!(Instant::now() < deadline, "the memory does not come");
-        thread::yield_now();
-    }
+    wait_until("the memory", || queued(&reader) >= PAGES * PAGE);
     (streamer, reader)
 }
 
@@ -112,13 +104,12 @@ fn a_reader_that_has_everything_may_wait_for_the_end() {
     let (mut streamer, reader) = unread(&memory);
     let mut reader = File::from(reader);
     let mut shard = Vec::new();
-    let end = Instant::now() + HANG_TIMEOUT;
-    while image::decode(&[shard.clone()]).is_err() {
-        assert!(Instant::now() < end, "the image does not end");
+    wait_until("the end of the image", || {
         let mut piece = vec![0; queued(&reader)];
         reader.read_exact(&mut piece).unwrap();
         shard.extend(piece);
-    }
+        image::decode(std::slice::from_ref(&shard)).is_ok()
+    });
     streamer.expect_success();
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }

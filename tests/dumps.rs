@@ -36,14 +36,14 @@ fn refused(files: &Files, words: &[&str]) {
 #[track_caller]
 fn accepted(files: &Files) {
     let (exit, shards) = capture(files);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    exit.expect_success();
     assert_same_files(&image::decode(&shards).unwrap(), files);
 }
 
 /// A whole dump, but for these files.
 fn with<const N: usize>(files: [(&str, Vec<u8>); N]) -> Files {
     let mut dump = dump::whole();
-    dump.extend(files.map(|(name, content)| (name.to_owned(), content)));
+    dump.extend(image::files(files));
     dump
 }
 
@@ -74,15 +74,10 @@ fn what_a_dump_must_have_is_missed_by_name() {
 #[test]
 fn files_that_criu_did_not_get_to_flush_are_named() {
     let whole = dump::whole();
-    for name in ["files.img", "sk-queues.img", "pstree.img", "core-72.img"] {
+    for name in ["files.img", "sk-queues.img", "core-72.img"] {
         refused(&with([(name, Vec::new())]), &[name, "is empty"]);
     }
-    for (name, end) in [
-        ("files.img", 8 + 4),
-        ("mm-71.img", 9),
-        ("sk-queues.img", 7),
-        ("inventory.img", 5),
-    ] {
+    for (name, end) in [("files.img", 8 + 4), ("mm-71.img", 9), ("inventory.img", 5)] {
         let cut = whole[name][..end].to_vec();
         refused(&with([(name, cut)]), &[name]);
     }
@@ -117,13 +112,7 @@ fn of_a_file_sent_twice_the_last_one_is_looked_at() {
         let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
         let criu = streamer.criu();
         criu.write_file("files.img", first);
-        criu.write_file("files.img", last);
-        let others = dump::whole();
-        for (name, content) in
-            runs::inventory_last(&others).filter(|(name, _)| *name != "files.img")
-        {
-            criu.write_file(name, content);
-        }
+        criu.write_files(&with([("files.img", last.to_vec())]));
         drop(criu);
         let exit = streamer.wait();
         collector.finish();
@@ -138,9 +127,7 @@ fn of_a_file_sent_twice_the_last_one_is_looked_at() {
 fn two_dumps_at_once_are_an_error_and_not_one_image() {
     let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     let (first, second) = (streamer.criu(), streamer.criu());
-    for (name, content) in runs::inventory_last(&dump::whole()) {
-        first.write_file(name, content);
-    }
+    first.write_files(&dump::whole());
     // It may have lost its streamer by then.
     let _ = second.try_create_file("core-1.img", None);
     streamer.expect_failure(&["sends files too"]);
@@ -195,7 +182,7 @@ fn an_image_file_of_an_earlier_dump_may_be_linked_and_have_its_mode_changed() {
         fs::set_permissions(&earlier, fs::Permissions::from_mode(0o400)).unwrap();
         fs::hard_link(&earlier, directory.path().join("kept")).unwrap();
     });
-    assert!(exit.status.success(), "{}", exit.stderr);
+    exit.expect_success();
 }
 
 /// Writes what is in a directory without being of an image.
@@ -220,8 +207,7 @@ fn what_is_not_of_an_image_may_appear_beside_the_stream() {
     for i in 0..5000 {
         fs::write(directory.path().join(format!("of-others-{i}")), "").unwrap();
     }
-    let exit = capture_beside(&directory, || write_others(directory.path()));
-    assert!(exit.status.success(), "{}", exit.stderr);
+    capture_beside(&directory, || write_others(directory.path())).expect_success();
 }
 
 /// A CRIU without `--stream` would be waited for without end.
@@ -246,20 +232,13 @@ fn a_criu_that_writes_its_files_and_does_not_connect_is_told_of() {
 /// How long a capture that must not end is watched.
 const WATCHED: Duration = Duration::from_millis(300);
 
-/// Has a CRIU that stays connected send these files.
-fn send_connected(criu: &Criu, files: &Files) {
-    for (name, content) in runs::inventory_last(files) {
-        criu.write_file(name, content);
-    }
-}
-
 #[test]
 fn a_capture_waits_for_the_end_of_criu_whatever_it_has_sent() {
-    let foreign = Files::from([("inventory.img".to_owned(), b"inventory".to_vec())]);
+    let foreign = image::files([("inventory.img", "inventory")]);
     for files in [foreign, dump::whole()] {
         let (mut streamer, _collector) = runs::collect(Streamer::capture(), 2);
         let criu = streamer.criu();
-        send_connected(&criu, &files);
+        criu.write_files(&files);
         assert!(streamer.outlasts(WATCHED), "it may send more");
         drop(criu);
         streamer.expect_success();
@@ -295,16 +274,12 @@ fn criu_cpuinfo_dump() {
 
 #[test]
 fn cpuinfo_alone_is_an_image_only_where_it_was_asked_for() {
-    let cpuinfo = Files::from([("cpuinfo.img".to_owned(), dump::file([]))]);
+    let cpuinfo = image::files([("cpuinfo.img", dump::file([]))]);
     let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
     streamer.wait_for_line("socket-init");
     send_cpuinfo(&streamer);
     let exit = streamer.expect_success();
-    assert_eq!(
-        exit.progress.len(),
-        2,
-        "no application was frozen: {exit:?}"
-    );
+    assert_eq!(exit.progress.len(), 2, "nothing was frozen: {exit:?}");
     assert_same_files(&image::decode(&collector.finish()).unwrap(), &cpuinfo);
 
     // A `criu dump --cpu-cap` that failed sends it, too.

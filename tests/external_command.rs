@@ -2,25 +2,25 @@
 //! another unpacks before CRIU comes back. Each must succeed.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use crate::common::gate::Gate;
 use crate::common::image::{self, Files};
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
 use crate::common::shards::pipe;
 use crate::common::streamer::{Exit, Launch, Streamer};
 use crate::dumps;
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
 const NAME: &str = "fs.tar";
 
 fn files() -> Files {
-    Files::from([
-        ("core-1.img".to_owned(), random::bytes(1, 700)),
-        ("pages-1.img".to_owned(), random::bytes(2, 5 << 20)),
-        ("inventory.img".to_owned(), random::bytes(3, 50)),
+    image::files([
+        ("core-1.img", random::bytes(1, 700)),
+        ("pages-1.img", random::bytes(2, 5 << 20)),
+        ("inventory.img", random::bytes(3, 50)),
     ])
 }
 
@@ -31,33 +31,31 @@ fn archive() -> Vec<u8> {
 
 /// A directory with the archive, a gate, and the image's shards once they are there. Commands run
 /// in it.
-struct Place(TempDir);
+struct Place(Gate);
 
 impl Place {
     fn new() -> Self {
-        let place = Self(TempDir::new().unwrap());
+        let place = Gate::new();
         fs::write(place.path("archive"), archive()).unwrap();
-        mkfifo(&place.path("gate"), Mode::S_IRWXU).unwrap();
-        place
+        Self(place)
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
-        self.0.path().join(name)
+        self.0.path(name)
     }
 
     fn command(&self, command: &str) -> String {
-        format!("{NAME}:cd '{}'; {command}", self.0.path().display())
+        format!("{NAME}:{}", self.0.inside(command))
     }
 
     /// With this command for the external file, and the shards here.
     fn with(&self, launch: Launch, command: &str, options: &[&str]) -> Launch {
-        let dir = self.0.path().display();
         let shard = match launch.writes_shards() {
-            true => format!("cat >'{dir}'/s{{}}"),
-            false => format!("cat '{dir}'/s{{}}"),
+            true => "cat >s{}",
+            false => "cat s{}",
         };
         launch
-            .args(["--num-shards", "2", "--shard-cmd", &shard])
+            .args(["--num-shards", "2", "--shard-cmd", &self.0.inside(shard)])
             .args(["--ext-file-cmd", &self.command(command)])
             .args(options)
     }
@@ -70,8 +68,7 @@ impl Place {
 
     fn captured(options: &[&str]) -> Self {
         let place = Self::new();
-        let exit = place.capture("cat archive", options);
-        assert!(exit.status.success(), "{}", exit.stderr);
+        place.capture("cat archive", options).expect_success();
         place
     }
 
@@ -79,10 +76,6 @@ impl Place {
         let names = ["s1", "s2", "sindex"].map(|name| self.path(name));
         let found = names.iter().filter(|path| path.exists());
         found.map(|path| fs::read(path).unwrap()).collect()
-    }
-
-    fn open_gate(&self) {
-        fs::write(self.path("gate"), "go\n").unwrap();
     }
 
     #[track_caller]
@@ -139,9 +132,7 @@ fn on_capture_the_command_is_started_when_the_application_is_frozen() {
         !place.path("started").exists(),
         "the application still runs"
     );
-    for (name, content) in runs::inventory_last(&files()) {
-        criu.write_file(name, content);
-    }
+    criu.write_files(&files());
     drop(criu);
     streamer.expect_success();
     assert!(place.path("started").exists());
@@ -161,7 +152,6 @@ fn a_command_that_fails_fails_the_capture_and_its_image() {
         let place = Place::new();
         let exit = place.capture(command, &[]);
         exit.expect_failure(&[NAME, command, "exit status 4"]);
-        assert!(exit.progress.iter().all(|line| !line.starts_with('{')));
         assert!(image::decode(&place.shards()).is_err(), "{command}");
     }
 }
@@ -197,7 +187,7 @@ fn on_restore_the_command_has_ended_before_criu_can_connect() {
         assert!(streamer.outlasts(Duration::from_millis(500)));
         assert!(!streamer.progress_lines().contains(&"socket-init".into()));
         assert!(!images.path().join("inventory.img").exists());
-        place.open_gate();
+        place.0.open();
         if streamer.listens() {
             assert!(place.path("done").exists());
             runs::assert_served(&mut streamer, &files());
@@ -263,42 +253,31 @@ fn a_file_of_criu_cannot_have_the_same_name() {
     }
 }
 
+const CMD: &str = "--ext-file-cmd";
+
 #[test]
 fn a_name_is_given_once_and_a_command_is_there() {
     let place = Place::new();
     let (_other, fd) = pipe();
-    let twice = ["fs.tar:cat", "--ext-file-cmd", "fs.tar:cat"];
-    let discard = |launch: Launch| launch.args(["--shard-cmd", "cat >/dev/null"]);
-    for (launch, words) in [
+    let descriptor = format!("fs.tar:{}", fd.as_raw_fd());
+    for (options, words) in [
         (
-            discard(Streamer::capture())
-                .args(["--ext-file-cmd"])
-                .args(twice),
+            &["fs.tar:cat", CMD, "fs.tar:cat"][..],
             &["fs.tar", "twice"][..],
         ),
         (
-            discard(Streamer::capture())
-                .ext_file("fs.tar", fd)
-                .args(["--ext-file-cmd", "fs.tar:cat"]),
+            &["fs.tar:cat", "--ext-file-fds", &descriptor],
             &["fs.tar", "twice"],
         ),
-        (
-            discard(Streamer::capture()).args(["--ext-file-cmd", "fs.tar: "]),
-            &["fs.tar", "empty"],
-        ),
-        (
-            discard(Streamer::capture()).args(["--ext-file-cmd", "a/b:cat"]),
-            &["a/b"],
-        ),
-        (
-            discard(Streamer::capture()).args(["--ext-file-cmd", "fs.tar"]),
-            &["name:command"],
-        ),
+        (&["fs.tar: "], &["fs.tar", "empty"]),
+        (&["a/b:cat"], &["a/b"]),
+        (&["fs.tar"], &["name:command"]),
     ] {
-        launch
-            .images_dir(place.path("images"))
-            .run()
-            .expect_failure(words);
+        let capture = Streamer::capture().images_dir(place.path("images"));
+        let capture = capture.args(["--shard-cmd", "cat >/dev/null", CMD]);
+        let capture = capture.inherit(fd.try_clone().unwrap());
+        let exit = capture.args(options.iter().copied()).run();
+        exit.expect_failure(words);
     }
     assert!(!place.path("images").exists(), "nothing has happened");
 }

@@ -5,19 +5,14 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use crate::common::child;
 use crate::common::criu::{self, Role, read_reply, send_fds};
 use crate::common::image;
 use crate::common::keeping::Keeping;
-use crate::common::random::{Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::Streamer;
-use crate::common::{HANG_TIMEOUT, PAGE, setting};
-use nix::sys::signal::Signal;
+use crate::common::{HANG_TIMEOUT, PAGE, wait_until};
 use tempfile::TempDir;
 
 /// A capture with a shard that is collected.
@@ -152,11 +147,7 @@ fn two_extracts_into_one_directory_do_not_mix() {
         .start();
     let mut shard = File::from(writer);
     shard.write_all(&image[0][..10]).unwrap();
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while entries(dir.path()).len() < 3 {
-        assert!(Instant::now() < deadline, "no private directory");
-        thread::yield_now();
-    }
+    wait_until("a private directory", || entries(dir.path()).len() >= 3);
     let (mut second, feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &image);
     second.expect_failure(&["another streamer extracts into"]);
     feeder.finish();
@@ -165,57 +156,4 @@ fn two_extracts_into_one_directory_do_not_mix() {
     first.expect_success();
     assert_eq!(fs::read(dir.path().join("inventory.img")).unwrap(), b"new");
     assert_eq!(entries(dir.path()), ["earlier.img", "inventory.img"]);
-}
-
-/// SIGKILL at any time leaves the earlier image or none, and the next run sweeps up and goes
-/// through.
-#[test]
-fn after_a_killed_extract_the_next_one_works_and_leaves_nothing_else() {
-    let mut killed = 0;
-    // How long the last extract took that was left alone.
-    let mut usual = Duration::from_millis(10);
-    for_each_seed(0..rounds(), |seed| {
-        let mut random = Random::new(seed);
-        let dir = image_dir();
-        let files = runs::small_files(20, 20_000, seed);
-        let shards = image::encode_files(&files, 1 + random.below(3), 5000);
-        let (mut first, feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &shards);
-        thread::sleep(usual.mul_f64(random.below(1000) as f64 / 1000.0));
-        let _may_have_ended = child::send_signal(&first.pidfd(), Signal::SIGKILL);
-        let exit = first.wait();
-        feeder.finish();
-        killed += u64::from(!exit.status.success());
-        if let Ok(inventory) = fs::read(dir.path().join("inventory.img"))
-            && inventory != EARLIER
-        {
-            for (name, content) in &files {
-                let found = fs::read(dir.path().join(name)).unwrap();
-                assert!(
-                    found == *content,
-                    "seed {seed}: the inventory is in place before {name}"
-                );
-            }
-        }
-        let started = Instant::now();
-        let (mut second, feeder) = runs::feed(Streamer::extract().images_dir(dir.path()), &shards);
-        second.expect_success();
-        usual = started.elapsed();
-        feeder.finish();
-        let mut after = files;
-        after.insert("earlier.img".into(), EARLIER.into());
-        runs::assert_same_files(&runs::read_dir(dir.path()), &after);
-    });
-    crate::common::report(format_args!(
-        "killed extracts: {} rounds, {killed} killed before their end",
-        rounds()
-    ));
-    assert!(
-        killed > rounds() / 4,
-        "too few extracts were killed to tell"
-    );
-}
-
-/// `FAULT_ROUNDS` sets how many there are of each kind.
-fn rounds() -> u64 {
-    setting("FAULT_ROUNDS", 20)
 }

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::image::{self, Body, Entry, Files};
+use crate::common::image::{self, Files};
 use crate::common::indexed::{self, Indexed};
 use crate::common::runs;
-use crate::common::shards::{Collector, Feeder, pipe};
+use crate::common::shards::{Collector, pipe};
 use crate::common::streamer::Streamer;
 use sha2::{Digest, Sha256};
 
@@ -72,7 +72,7 @@ fn assert_extracts(shards: &[Vec<u8>], fixture: &Path) {
     let expected = expected_sums(fixture);
     assert_eq!(sums(&image::decode(shards).unwrap()), expected);
     let (dir, exit) = runs::extract(shards);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    exit.expect_success();
     assert_eq!(sums(&runs::read_dir(dir.path())), expected);
 }
 
@@ -113,8 +113,7 @@ fn an_image_with_an_index_arrives() {
     let (tar_reader, tar_writer) = pipe();
     let tar = Collector::start(vec![tar_reader]);
     let launch = Streamer::serve().ext_file("fs.tar", tar_writer);
-    let (streamer, ends) = indexed::serve(image.shards.len(), launch).into_parts();
-    let _feeder = Feeder::start(ends, &image.all());
+    let (streamer, _feeder) = indexed::feed(launch, &image);
     assert_serves(streamer, tar, &fixture(WITH_INDEX));
 }
 
@@ -132,27 +131,6 @@ fn an_image_with_an_index_is_read_by_all_who_know_of_none() {
         let (streamer, _feeder) = runs::feed(launch, &shards);
         assert_serves(streamer, tar, &fixture);
     }
-}
-
-/// What the data shards of an image with an index carry, and what field 100 says, and where.
-#[test]
-fn the_index_carries_all_but_the_pages() {
-    let image = with_index();
-    let entries = image::markers(&image.all()).unwrap();
-    let index = image.shards.len();
-    let mut current = "";
-    let mut used = vec![false; index];
-    for Entry { shard, body, .. } in &entries {
-        if let Body::Filename(name) = body {
-            current = name;
-        }
-        let is_spread = matches!(body, Body::FileData(_)) && current.starts_with("pages-");
-        assert_eq!(*shard < index, is_spread, "{body:?} of {current}");
-        if *shard < index {
-            used[*shard] = true;
-        }
-    }
-    assert!(used.iter().all(|used| *used), "{used:?}");
 }
 
 /// The other tests lean on the reference decoder, so it must not be easily pleased.

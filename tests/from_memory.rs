@@ -3,7 +3,7 @@
 
 use crate::common::skip;
 use crate::criu::huge_pages::HugePages;
-use crate::criu::{Application, Machine};
+use crate::criu::{Application, Machine, machine};
 use crate::readme::recipes;
 
 /// Has a recipe write down the KiB that the image takes, before and after the restore.
@@ -53,9 +53,7 @@ fn goes_through(application: &Application<'_>) {
 fn nftables_rules_come_back() {
     const PARTS: &str = "memory=64";
     const RULES: &str = "nsenter --target $PID --net nft list table inet filter";
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start_in("unshare --net", PARTS);
     application
         .run(
@@ -78,9 +76,7 @@ END
 #[test]
 fn private_huge_pages_come_back() {
     const PARTS: &str = "memory=40 private-hugetlb=16";
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let Some(huge_pages) = HugePages::reserve(32) else {
         return skip("the machine does not give huge pages");
     };

@@ -10,17 +10,15 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::common::criu::{Criu, Role};
-use crate::common::image::Files;
 use crate::common::streamer::binary;
-use crate::common::{HANG_TIMEOUT, PAGE, dump, image, runs, skip};
-use crate::criu::{Application, Machine};
+use crate::common::{dump, image, runs, skip, wait_until};
+use crate::criu::{Application, machine};
 
 /// Makes the images directory, with `capture` as the command that takes the image of a dump, and
 /// `serve` as the one that brings it to a restore.
@@ -59,9 +57,7 @@ exit 1
 
 #[test]
 fn criu_alone_checkpoints_and_restores() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
     let external_files = "
@@ -81,59 +77,23 @@ echo 'of the application' | tee a >b
 }
 
 #[test]
-fn the_hook_may_stand_in_crius_configuration_file() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+fn the_application_goes_on_when_an_upload_fails() {
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
-    let before = application.goes_on();
-    let configured = |command: &str| {
-        let elsewhere = "
-printf '%s\n' stream 'action-script criu-image-streamer' >hook.conf
-export CRIU_IMAGE_STREAMER_OPTIONS=$PWD/options
-criu COMMAND --config hook.conf --images-dir images
-";
-        elsewhere.replace("COMMAND", command)
-    };
-    let options = options("cat >app.image", "cat app.image");
-    let dump = options + &configured("dump --tree $PID");
-    application.run(&dump).success();
-    application.is_gone();
-    application.run(&configured("restore -d")).success();
-    application.goes_on_from(before);
-}
-
-#[test]
-fn the_application_goes_on_when_an_upload_fails_at_the_end() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let script = options("cat >app.image; exit 7", "cat app.image") + DUMP + " || echo $?";
-    let ran = application.run(&script).success();
-    assert_eq!(ran.stdout(), "255\n", "{}", ran.stderr());
-    let said = ran.stderr();
-    assert!(said.contains("failed with exit status 7"), "{said}");
-    application.goes_on();
-    nothing_is_left(&application);
-    application.is_unharmed();
-}
-
-#[test]
-fn the_application_goes_on_when_an_upload_fails_on_the_way() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let upload = "head -c 5000000 >app.image; exit 7";
-    let script = options(upload, "cat app.image") + DUMP + " || echo $?";
-    let ran = application.run(&script).success();
-    assert_eq!(ran.stdout(), "1\n", "{}", ran.stderr());
-    let log = machine.read("images/streamer-capture.log");
-    let log = String::from_utf8_lossy(&log);
-    assert!(log.contains("failed with exit status 7"), "{log}");
-    application.goes_on();
-    nothing_is_left(&application);
+    // CRIU sees its pipes break on the way, and its script fail at the end.
+    for (takes, status) in [("head -c 5000000", "1\n"), ("cat", "255\n")] {
+        let upload = format!("{takes} >app.image; exit 7");
+        let script = options(&upload, "cat app.image") + DUMP + " || echo $?";
+        let ran = application.run(&script).success();
+        assert_eq!(ran.stdout(), status, "{}", ran.stderr());
+        let said = match takes {
+            "cat" => ran.stderr(),
+            _ => machine.text("images/streamer-capture.log"),
+        };
+        assert!(said.contains("failed with exit status 7"), "{said}");
+        application.goes_on();
+        nothing_is_left(&application);
+    }
     application.is_unharmed();
 }
 
@@ -152,13 +112,28 @@ fn dump_that_waits() -> String {
 
 #[test]
 fn everything_is_frozen_until_the_upload_has_succeeded() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     let before = application.goes_on();
-    let script = dump_that_waits() + "touch go; wait $criu";
-    application.run(&script).success();
+    let script = dump_that_waits()
+        + r#"
+ls -l /proc/$(pgrep --exact criu-image-stre --parent 1)/fd
+touch go
+wait $criu
+"#;
+    // The streamer has nothing of CRIU's open.
+    let open = application.run(&script).success().stdout();
+    for (fd, leads_to) in [
+        ("0", "/dev/null"),
+        ("1", "streamer-capture.log"),
+        ("2", "streamer-capture.log"),
+    ] {
+        let link = format!(" {fd} -> ");
+        let mut lines = open.lines().filter(|line| line.contains(&link));
+        assert!(lines.all(|line| line.ends_with(leads_to)), "{open}");
+        assert!(open.contains(&link), "{open}");
+    }
+    assert!(!open.contains("script-"), "{open}");
     application.is_gone();
     application.run(RESTORE).success();
     application.goes_on_from(before);
@@ -166,9 +141,7 @@ fn everything_is_frozen_until_the_upload_has_succeeded() {
 
 #[test]
 fn a_streamer_that_is_killed_has_failed() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     // The other process of that name, the script, is a child of CRIU's.
     let script = dump_that_waits()
@@ -187,156 +160,24 @@ touch go
 }
 
 #[test]
-fn an_image_has_no_end_when_criu_is_killed_before_the_upload_has_ended() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let script = dump_that_waits() + "kill -KILL $criu; wait $criu || true";
-    application.run(&script).success();
-    nothing_is_left(&application);
-    let log = machine.read("images/streamer-capture.log");
-    let log = String::from_utf8_lossy(&log);
-    assert!(log.contains("did not wait for it"), "{log}");
-}
-
-#[test]
-fn the_streamer_has_nothing_of_criu_open() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=20");
-    let script = dump_that_waits()
-        + r#"
-ls -l /proc/$(pgrep --exact criu-image-stre --parent 1)/fd
-touch go
-wait $criu
-"#;
-    let open = application.run(&script).success().stdout();
-    let streams: Vec<_> = ["0", "1", "2"]
-        .map(|fd| {
-            let line = open
-                .lines()
-                .find(|line| line.contains(&format!(" {fd} -> ")));
-            line.unwrap_or_else(|| panic!("no {fd} in {open}"))
-        })
-        .into();
-    assert!(streams[0].ends_with("/dev/null"), "{open}");
-    assert!(streams[1].ends_with("streamer-capture.log"), "{open}");
-    assert!(streams[2].ends_with("streamer-capture.log"), "{open}");
-    assert!(!open.contains("script-"), "{open}");
-}
-
-/// Captures an application that goes on, into a slow shard, and returns the pages in the image.
-pub fn capture_while_running(
-    machine: &Machine,
-    application: &Application<'_>,
-    dump: &str,
-) -> Vec<u8> {
-    let extract = "
-rm -rf extracted
-criu-image-streamer --images-dir extracted extract <app.image
-cat extracted/pages-*.img >pages
-";
-    application.run("rm -f app.image ready").success();
-    application.run(dump).success();
-    application.goes_on();
-    application.run(extract).success();
-    machine.read("pages")
-}
-
-/// How many pages were written after the application had been frozen: it writes the first page
-/// first, so that none can be ahead of it, and one at most is half written. It writes `mib` MiB.
-pub fn torn(pages: &[u8], mib: usize) -> usize {
-    let word = |page: &[u8], at: usize| {
-        u64::from_le_bytes(page[at..at + 8].try_into().expect("eight bytes"))
-    };
-    let mut found: Vec<(u64, u64, u64)> = pages
-        .chunks_exact(PAGE)
-        .filter(|page| page.starts_with(b"REWRITE\0"))
-        .map(|page| (word(page, 8), word(page, 16), word(page, PAGE - 8)))
-        .collect();
-    found.sort_unstable();
-    let (number, first, _) = found[0];
-    assert_eq!(number, 0, "the first page is there");
-    assert_eq!(found.len(), mib * (1 << 20) / PAGE);
-    let ahead = found
-        .iter()
-        .filter(|(_, start, end)| (*start).max(*end) > first);
-    let half = found.iter().filter(|(_, start, end)| start != end);
-    ahead.count().max(half.count().saturating_sub(1))
-}
-
-/// MiB that the application rewrites.
-const REWRITTEN: usize = 32;
-
-#[test]
-fn an_application_may_go_on_after_a_checkpoint_through_the_hook() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start(&format!("rewrite={REWRITTEN}"));
-    let slow = r#"while [ "$(head -c 1M | tee -a app.image | wc -c)" -gt 0 ]; do sleep 0.05; done"#;
-    let dump = options(slow, "cat app.image") + DUMP + " --leave-running";
-    for _ in 0..10 {
-        let pages = capture_while_running(&machine, &application, &dump);
-        assert_eq!(torn(&pages, REWRITTEN), 0);
-    }
-    let without_hook = format!(
-        r#"
-rm -rf images; mkdir images; mkfifo ready
-criu-image-streamer --images-dir images --shard-cmd '{slow}' --progress-fd 3 capture 3>ready & streamer=$!
-grep -q -m1 socket-init ready
-criu dump --stream --images-dir images --tree $PID --leave-running
-wait $streamer
-"#
-    );
-    let is_torn = |_| {
-        let pages = capture_while_running(&machine, &application, &without_hook);
-        torn(&pages, REWRITTEN) > 0
-    };
-    // On a busy machine the application may get no time to write.
-    assert!((0..10).any(is_torn), "this test cannot fail");
-}
-
-#[test]
 fn a_wrong_option_ends_the_dump_before_anything_happens() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     let wrong = options("cat >app.image", "cat app.image")
         + "echo --num-shard 2 >>options/streamer-capture.options\n";
-    let none = "rm -rf images options; mkdir images options\n".to_owned();
-    let no_buffer = options("cat >app.image", "cat app.image")
-        + "echo --go-on-when-copied >>options/streamer-capture.options\n";
-    for (options, words) in [
-        (wrong, ["streamer-capture.options: line 4", "--num-shard"]),
-        (
-            no_buffer,
-            ["streamer-capture.options", "only with --buffer"],
-        ),
-        (
-            none,
-            ["options/streamer-capture.options", "there are no options"],
-        ),
-    ] {
-        let said = application.run(&(options + DUMP)).failure().stderr();
-        for word in words {
-            assert!(said.contains(word), "{word:?} is not in {said}");
-        }
-        assert!(!said.contains("Dumping"), "{said}");
-        nothing_is_left(&application);
+    let said = application.run(&(wrong + DUMP)).failure().stderr();
+    for word in ["streamer-capture.options: line 4", "--num-shard"] {
+        assert!(said.contains(word), "{word:?} is not in {said}");
     }
+    assert!(!said.contains("Dumping"), "{said}");
+    nothing_is_left(&application);
     application.is_unharmed();
 }
 
 /// CRIU connects by the path that it was given, and a socket's path has 107 bytes at most.
 #[test]
 fn a_long_path_is_in_the_way_only_where_criu_uses_it() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     let before = application.goes_on();
     let deep = "x".repeat(100);
@@ -351,6 +192,9 @@ fn a_long_path_is_in_the_way_only_where_criu_uses_it() {
     application.run(&inside(RESTORE.into())).success();
     application.goes_on_from(before);
 }
+
+/// Options for a capture that keeps the image beside the socket.
+const KEEP: &str = "--shard-cmd cat >image";
 
 /// A process that stands for CRIU: the images directory is its standard input.
 struct Caller {
@@ -408,8 +252,8 @@ impl Caller {
         }
     }
 
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.images_dir.path().join(name), text).unwrap();
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.images_dir.path().join(name), content).unwrap();
     }
 
     /// The options for a role, such as `capture`.
@@ -422,8 +266,21 @@ impl Caller {
         self.options_dir.path().join(name)
     }
 
-    fn command(&self, action: &str) -> Command {
-        let mut command = Command::new(binary());
+    /// A process that dumps and is connected, with these options for the capture.
+    fn dumping(words: &[&str], options: &str) -> (Self, Criu) {
+        let caller = Self::new(words);
+        let criu = caller.captures(options);
+        (caller, criu)
+    }
+
+    fn captures(&self, options: &str) -> Criu {
+        self.options("capture", options);
+        self.succeeds("pre-stream");
+        Criu::connect(self.images_dir.path(), Role::Capture)
+    }
+
+    /// This program as CRIU's script, or a command that starts it.
+    fn starts(&self, mut command: Command, action: &str) -> Command {
         command
             .env("CRIU_IMAGE_STREAMER_OPTIONS", self.options_dir.path())
             .env("CRTOOLS_SCRIPT_ACTION", action)
@@ -434,7 +291,8 @@ impl Caller {
 
     /// What the hook says at this action, and its status. Returns when nobody has its output open.
     fn hook(&self, action: &str) -> Output {
-        self.command(action).output().unwrap()
+        let mut hook = self.starts(Command::new(binary()), action);
+        hook.output().unwrap()
     }
 
     #[track_caller]
@@ -448,10 +306,6 @@ impl Caller {
     #[track_caller]
     fn fails(&self, action: &str, words: &[&str]) {
         failed(&self.hook(action), words);
-    }
-
-    fn connect(&self) -> Criu {
-        Criu::connect(self.images_dir.path(), Role::Capture)
     }
 
     fn read(&self, name: &str) -> Vec<u8> {
@@ -469,7 +323,7 @@ impl Caller {
     fn streamer_says(&self, role: &str, words: &str) {
         let log = || String::from_utf8(self.read(&format!("{role}.log"))).unwrap();
         let socket = self.images_dir.path().join(format!("{role}.sock"));
-        wait_until(|| !socket.exists());
+        wait_until("the socket goes", || !socket.exists());
         assert!(log().contains(words), "{words:?} is not in {}", log());
     }
 
@@ -489,21 +343,6 @@ impl Drop for Caller {
     }
 }
 
-fn send(criu: &Criu, files: &Files) {
-    for (name, content) in runs::inventory_last(files) {
-        criu.write_file(name, content);
-    }
-}
-
-#[track_caller]
-fn wait_until(condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    while !condition() {
-        assert!(Instant::now() < deadline, "it does not come");
-        thread::sleep(Duration::from_millis(10));
-    }
-}
-
 #[track_caller]
 fn failed(output: &Output, words: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
@@ -519,41 +358,13 @@ fn the_hook_has_something_to_do_at_two_actions_only() {
     for action in [
         "pre-dump",
         "network-lock",
-        "network-unlock",
-        "pre-restore",
-        "setup-namespaces",
-        "post-setup-namespaces",
         "post-restore",
-        "pre-resume",
-        "post-resume",
         "status-ready",
         "an action of a newer CRIU",
     ] {
         caller.succeeds(action);
     }
     assert_eq!(fs::read_dir(caller.images_dir.path()).unwrap().count(), 0);
-}
-
-#[test]
-fn the_end_of_a_dump_waits_for_the_upload_while_criu_is_connected() {
-    let caller = Caller::new(&["dump"]);
-    let options = "--num-shards 2\n--shard-cmd cat >shard-{}; until [ -e go ]; do sleep 0.02; done";
-    caller.options("capture", options);
-    caller.succeeds("pre-stream");
-    let criu = caller.connect();
-    send(&criu, &dump::whole());
-    thread::scope(|scope| {
-        let end = scope.spawn(|| caller.succeeds("post-dump"));
-        thread::sleep(Duration::from_millis(300));
-        assert!(!end.is_finished(), "the upload has not ended");
-        caller.write("go", "");
-    });
-    let shards = [caller.read("shard-1"), caller.read("shard-2")];
-    let files = image::decode(&shards).unwrap();
-    runs::assert_same_files(&files, &dump::whole());
-    let log = String::from_utf8(caller.read("streamer-capture.log")).unwrap();
-    assert!(log.contains("{\"shards\":["), "{log}");
-    assert!(!Role::Capture.socket(caller.images_dir.path()).exists());
 }
 
 #[test]
@@ -572,25 +383,19 @@ fn a_buffer_of_which_criu_has_nothing_is_told_to_have_no_use() {
 /// The application would be frozen for ever.
 #[test]
 fn a_file_that_criu_never_closes_fails_the_dump() {
-    let caller = Caller::new(&["dump"]);
-    caller.options("capture", "--shard-cmd cat >image");
-    caller.succeeds("pre-stream");
-    let criu = caller.connect();
+    let (caller, criu) = Caller::dumping(&["dump"], KEEP);
     let _forgotten = criu.create_file("of-a-plugin.img");
-    send(&criu, &dump::whole());
+    criu.write_files(&dump::whole());
     caller.fails("post-dump", &["has not closed 1 of its files"]);
 }
 
 #[test]
 fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
     for missing in ["inventory.img", "pagemap-71.img"] {
-        let caller = Caller::new(&["dump"]);
-        caller.options("capture", "--shard-cmd cat >image");
-        caller.succeeds("pre-stream");
-        let criu = caller.connect();
+        let (caller, criu) = Caller::dumping(&["dump"], KEEP);
         let mut files = dump::whole();
         files.remove(missing).unwrap();
-        send(&criu, &files);
+        criu.write_files(&files);
         caller.fails("post-dump", &[missing, "discard it"]);
         let outcome = String::from_utf8(caller.read("streamer-capture.outcome")).unwrap();
         assert!(
@@ -599,11 +404,8 @@ fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
         );
     }
     // A CRIU that goes away before has failed, whatever it has sent.
-    let caller = Caller::new(&["dump"]);
-    caller.options("capture", "--shard-cmd cat >image");
-    caller.succeeds("pre-stream");
-    let criu = caller.connect();
-    send(&criu, &dump::whole());
+    let (caller, criu) = Caller::dumping(&["dump"], KEEP);
+    criu.write_files(&dump::whole());
     drop(criu);
     caller.streamer_says("streamer-capture", "before it was at `post-dump`");
     let image = fs::read(caller.images_dir.path().join("image")).unwrap_or_default();
@@ -612,38 +414,30 @@ fn what_is_missing_when_criu_says_that_all_is_written_fails_the_dump() {
 
 #[test]
 fn no_run_takes_another_ones_outcome_for_its_own() {
-    let first = Caller::new(&["dump"]);
-    first.options("capture", "--shard-cmd cat >image");
-    first.succeeds("pre-stream");
-    let criu = first.connect();
-    send(&criu, &dump::whole());
+    let (first, criu) = Caller::dumping(&["dump"], KEEP);
+    criu.write_files(&dump::whole());
     first.succeeds("post-dump");
 
     let second = Caller::new(&["dump"]);
     let outcome = first.read("streamer-capture.outcome");
-    fs::write(
-        second.images_dir.path().join("streamer-capture.outcome"),
-        outcome,
-    )
-    .unwrap();
+    second.write("streamer-capture.outcome", &outcome);
     second.fails("post-dump", &["has not started the hook"]);
 
     // In one directory there is one streamer at a time, also while it waits for its commands.
     let upload = "--shard-cmd cat >image; touch taken; until [ -e go ]; do sleep 0.02; done";
-    second.options("capture", upload);
-    second.succeeds("pre-stream");
+    let criu = second.captures(upload);
     let third = Caller::beside(&["dump"], Arc::clone(&second.images_dir));
-    third.options("capture", "--shard-cmd cat >image");
+    third.options("capture", KEEP);
     let is_refused = || {
         third.fails("pre-stream", &["another streamer listens"]);
         third.fails("post-dump", &["has not started the hook"]);
     };
     is_refused();
-    let criu = second.connect();
-    send(&criu, &dump::whole());
+    criu.write_files(&dump::whole());
     thread::scope(|scope| {
         let end = scope.spawn(|| second.succeeds("post-dump"));
-        wait_until(|| second.images_dir.path().join("taken").exists() || end.is_finished());
+        let taken = second.images_dir.path().join("taken");
+        wait_until("the image", || taken.exists() || end.is_finished());
         is_refused();
         second.write("go", "");
     });
@@ -652,13 +446,13 @@ fn no_run_takes_another_ones_outcome_for_its_own() {
 #[test]
 fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
     let capture = Caller::new(&["dump"]);
-    capture.options("capture", "--shard-cmd cat >image");
+    capture.options("capture", KEEP);
     capture.succeeds("pre-stream");
     capture.dies_and_streamer_says("streamer-capture", "did not wait for it");
 
     let serve = Caller::new(&["restore"]);
     let shards = runs::capture(&dump::whole(), 1, None);
-    fs::write(serve.images_dir.path().join("image"), &shards[0]).unwrap();
+    serve.write("image", &shards[0]);
     serve.options("serve", "--shard-cmd cat image");
     serve.succeeds("pre-stream");
     serve.dies_and_streamer_says("streamer-serve", "it has ended without having connected");
@@ -670,7 +464,8 @@ fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
     let pid = Pid::from_raw(waits.pid as i32);
     thread::scope(|scope| {
         let hook = scope.spawn(|| waits.fails("pre-stream", &["did not wait for it"]));
-        wait_until(|| images_dir.join("begun").exists() || hook.is_finished());
+        let begun = images_dir.join("begun");
+        wait_until("a command", || begun.exists() || hook.is_finished());
         kill(pid, Signal::SIGKILL).unwrap();
     });
     waits.end();
@@ -678,7 +473,6 @@ fn a_streamer_ends_when_criu_ends_before_it_has_connected() {
 
 #[test]
 fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
-    let capture = "--shard-cmd cat >image";
     let serve = "--shard-cmd touch served; false";
     let is_served = |caller: &Caller| {
         caller.options("serve", serve);
@@ -686,24 +480,24 @@ fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
         assert!(caller.images_dir.path().join("served").exists());
     };
     let dump = Caller::new(&["dump"]);
-    dump.options("capture", capture);
+    dump.options("capture", KEEP);
     dump.options("serve", serve);
     dump.succeeds("pre-stream");
     // CRIU runs no action script when these are written.
     for words in [&["pre-dump"][..], &["cpuinfo", "dump"]] {
         let other = Caller::new(words);
-        other.options("capture", capture);
+        other.options("capture", KEEP);
         other.fails("pre-stream", &["without the hook"]);
     }
     // An images directory may be named so. CRIU's own words count, and not its parent's.
     for words in [&["restore", "-D", "checkpoint"][..], &["restore", "dump"]] {
         let restore = Caller::new(words);
-        restore.options("capture", capture);
+        restore.options("capture", KEEP);
         restore.fails("pre-stream", &["streamer-serve.options"]);
         is_served(&restore);
     }
     let engine = Caller::of_engine(&["runc", "restore", "app"]);
-    engine.options("capture", capture);
+    engine.options("capture", KEEP);
     engine.fails("pre-stream", &["streamer-serve.options"]);
     is_served(&engine);
 
@@ -711,7 +505,7 @@ fn the_command_lines_tell_a_dump_from_a_restore_and_files_where_they_do_not() {
     let unknown = Caller::of_engine(&["engine"]);
     unknown.fails("pre-stream", &["nothing tells"]);
     is_served(&unknown);
-    unknown.options("capture", capture);
+    unknown.options("capture", KEEP);
     unknown.fails("pre-stream", &["nothing tells"]);
     fs::remove_file(unknown.options_file("serve")).unwrap();
     unknown.fails("pre-stream", &["nothing tells"]);
@@ -734,7 +528,7 @@ fn options_in_the_images_directory_are_never_followed() {
             "/etc/criu-image-streamer",
         ];
         caller.fails("pre-stream", &words);
-        let mut command = caller.command("pre-stream");
+        let mut command = caller.starts(Command::new(binary()), "pre-stream");
         command.env_remove("CRIU_IMAGE_STREAMER_OPTIONS");
         let usual = format!("/etc/criu-image-streamer/{name}");
         failed(&command.output().unwrap(), &[&usual, &in_images_dir]);
@@ -754,13 +548,9 @@ mount -t tmpfs tmpfs /etc
 mkdir /etc/criu-image-streamer
 echo '--shard-cmd cat >image' >/etc/criu-image-streamer/streamer-capture.options
 ";
-    let hook = caller.command("pre-stream");
-    let mut command = Command::new("unshare");
+    let mut command = caller.starts(Command::new("unshare"), "pre-stream");
     command.args(["--mount", "bash", "-ec", &format!("{script}exec \"$0\"")]);
-    command.arg(binary()).current_dir(caller.images_dir.path());
-    for (name, value) in hook.get_envs() {
-        command.env(name, value.unwrap());
-    }
+    command.arg(binary());
     command.env_remove("CRIU_IMAGE_STREAMER_OPTIONS");
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
@@ -774,10 +564,8 @@ fn the_name_of_an_image_travels_in_an_engines_archive() {
     let stored = |name: &str| store.path().join(name).display().to_string();
     let dump = Caller::of_engine(&["runc", "checkpoint", "app"]);
     let upload = format!("--shard-cmd cat >{}", stored("$CRIU_IMAGE_NAME"));
-    dump.options("capture", &upload);
-    dump.succeeds("pre-stream");
-    let criu = dump.connect();
-    send(&criu, &dump::whole());
+    let criu = dump.captures(&upload);
+    criu.write_files(&dump::whole());
     dump.succeeds("post-dump");
     let name = String::from_utf8(dump.read("streamer-capture.name")).unwrap();
     assert!(fs::exists(stored(name.trim())).unwrap(), "{name}");
@@ -805,12 +593,9 @@ fn the_name_of_an_image_travels_in_an_engines_archive() {
 
 #[test]
 fn a_name_may_be_given_and_only_an_engine_finds_an_inventory() {
-    let caller = Caller::new(&["dump"]);
     let options = "--image-name app-1\n--shard-cmd cat >$CRIU_IMAGE_NAME";
-    caller.options("capture", options);
-    caller.succeeds("pre-stream");
-    let criu = caller.connect();
-    send(&criu, &dump::whole());
+    let (caller, criu) = Caller::dumping(&["dump"], options);
+    criu.write_files(&dump::whole());
     caller.succeeds("post-dump");
     assert_eq!(caller.read("streamer-capture.name"), b"app-1\n");
     image::decode(&[caller.read("app-1")]).unwrap();
@@ -831,7 +616,7 @@ fn an_engine_does_not_go_on_before_an_image_in_its_directory_is_whole() {
     let log = String::from_utf8(engine.read("streamer-capture.log")).unwrap();
     assert!(log.contains("an engine packs"), "{log}");
     // A released CRIU runs the script, and aborts.
-    engine.options("capture", "--shard-cmd cat >image");
+    engine.options("capture", KEEP);
     engine.succeeds("pre-stream");
     engine.dies_and_streamer_says("streamer-capture", "over RPC");
 }
@@ -845,7 +630,8 @@ fn the_images_directory_is_found_where_crius_descriptors_are_out_of_reach() {
     let images_dir = Arc::new(TempDir::with_prefix("images-").unwrap());
     let directory = images_dir.path().display().to_string();
     let caller = Caller::beside(&["dump", "-D", &directory], images_dir);
-    caller.options("capture", "--shard-cmd cat >image");
+    // What fails at once would take the socket with it.
+    caller.options("capture", "--shard-cmd cat >/dev/null");
     for path in [caller.images_dir.path(), caller.options_dir.path()] {
         std::os::unix::fs::chown(path, Some(65_534), Some(65_534)).unwrap();
     }
@@ -853,12 +639,8 @@ fn the_images_directory_is_found_where_crius_descriptors_are_out_of_reach() {
     // Not by this process: what another test forks meanwhile would keep it open for writing.
     let copied = Command::new("cp").arg(binary()).arg(&streamer).status();
     assert!(copied.unwrap().success());
-    let hook = caller.command("pre-stream");
-    let mut command = Command::new(streamer);
+    let mut command = caller.starts(Command::new(streamer), "pre-stream");
     command.uid(65_534).gid(65_534).current_dir("/");
-    for (name, value) in hook.get_envs() {
-        command.env(name, value.unwrap());
-    }
     let output = command.output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert!(Role::Capture.socket(caller.images_dir.path()).exists());
@@ -872,13 +654,12 @@ fn options_that_the_hook_cannot_follow_are_refused_by_file_and_line() {
     for (text, words) in [
         ("--shard-cmd cat\n--num-shards 99", "--num-shards"),
         ("--shard-cmd cat\n--progress-fd 2", "line 2"),
-        ("--shard-cmd cat\ncapture", "line 2"),
-        ("# none", "--shard-cmd"),
+        ("--shard-cmd cat\n--go-on-when-copied", "only with --buffer"),
     ] {
         fs::write(&file, text).unwrap();
         caller.fails("pre-stream", &[&name, words]);
     }
-    fs::write(&file, "--shard-cmd cat >image").unwrap();
+    fs::write(&file, KEEP).unwrap();
     fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
     caller.fails("pre-stream", &[&name, "other users may write to it"]);
     // The first line of a file that is none of ours must not show.

@@ -3,8 +3,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::thread;
-use std::time::Duration;
 
 use crate::common::PAGE;
 use crate::common::child;
@@ -16,7 +14,7 @@ use crate::common::random::{self, Random, for_each_seed};
 use crate::common::runs;
 use crate::common::shards;
 use crate::common::streamer::{Launch, Streamer};
-use crate::common::{report, setting};
+use crate::common::{report, setting, wait_until};
 
 /// All that receive an image, wherever they keep it.
 const LAUNCHES: [fn() -> Launch; 4] = [
@@ -33,39 +31,19 @@ const LAUNCHES: [fn() -> Launch; 4] = [
 fn assert_refused_from(from: usize, what: &str, shards: &[Vec<u8>], words: &[&str]) {
     for launch in LAUNCHES {
         let (mut streamer, _feeder) = runs::feed(launch(), shards);
+        println!("{what}");
         let exit = streamer.wait();
-        assert_eq!(
-            exit.status.code(),
-            Some(1),
-            "{what}: {}\n{}",
-            exit.status,
-            exit.stderr
-        );
-        assert!(!exit.stderr.contains("panicked"), "{what}: {}", exit.stderr);
+        exit.expect_refusal(words);
+        assert!(!exit.stderr.contains("panicked"), "{}", exit.stderr);
         let error = exit.error();
-        for word in words.iter().chain(&["shard"]) {
-            assert!(
-                error.contains(word),
-                "{what}: nothing about {word:?} in: {error}"
-            );
-        }
+        assert!(error.contains("shard"), "{error}");
         let longest = shards.iter().map(Vec::len).max().unwrap();
-        let place = place(error).unwrap_or_else(|| panic!("{what}: no place in: {error}"));
-        assert!(
-            (from..=longest).contains(&place),
-            "{what}: the wrong place ({from} is right): {error}"
-        );
-        assert!(
-            exit.stderr.chars().all(|c| c == '\n' || !c.is_control()),
-            "{what}: {:?}",
-            exit.stderr
-        );
-        assert_eq!(exit.progress, [""; 0], "{what}");
-        assert_eq!(
-            runs::read_dir(streamer.images_dir()),
-            Files::new(),
-            "{what}"
-        );
+        let place = place(error).unwrap_or_else(|| panic!("no place in: {error}"));
+        let found = (from..=longest).contains(&place);
+        assert!(found, "the wrong place ({from} is right): {error}");
+        let shown = |letter: char| letter == '\n' || !letter.is_control();
+        assert!(exit.stderr.chars().all(shown), "{:?}", exit.stderr);
+        assert_eq!(runs::read_dir(streamer.images_dir()), Files::new());
     }
 }
 
@@ -95,44 +73,28 @@ fn assert_defect(what: &str, defect: impl FnOnce(Shard) -> Shard, words: &[&str]
     assert_refused_from(from, what, &[defect(good).bytes], words);
 }
 
-/// Not one path component, or the name of something that is trusted beside an image.
+/// Not one path component, or the name of something that is trusted beside an image. An error shows
+/// no control characters to the terminal.
 #[test]
 fn names_that_no_file_of_an_image_has() {
     let too_long = "x".repeat(256);
     for name in [
-        "",
-        ".",
-        "..",
-        "/",
-        "a/b",
-        "../a.img",
-        "/tmp/a.img",
-        "a\0b",
-        "a.img/",
-        &too_long,
-        "streamer-serve.options",
-        "streamer-capture.outcome",
-        "streamer-capture.sock",
-        "parent",
-        "stats-dump",
-        "dump.log",
+        &b""[..],
+        b"..",
+        b"a/b",
+        b"/tmp/a.img",
+        b"a\0b",
+        b"\x1b]0;owned\x07/",
+        b"\xff\xfe",
+        too_long.as_bytes(),
+        b"streamer-serve.options",
+        b"parent",
+        b"dump.log",
     ] {
-        assert_defect(
-            &format!("name {name:?}"),
-            |shard| shard.filename(3, name).file_eof(4).image_eof(5),
-            &["name"],
-        );
+        let what = format!("name {:?}", String::from_utf8_lossy(name));
+        let named = |shard: Shard| shard.filename_bytes(3, name).file_eof(4).image_eof(5);
+        assert_defect(&what, named, &[]);
     }
-    assert_defect(
-        "a name that is no text",
-        |shard| {
-            shard
-                .filename_bytes(3, b"\xff\xfe")
-                .file_eof(4)
-                .image_eof(5)
-        },
-        &[],
-    );
 }
 
 #[test]
@@ -152,20 +114,6 @@ fn criu_is_refused_names_that_no_file_of_an_image_has() {
     }
 }
 
-#[test]
-fn names_with_control_characters_do_not_reach_the_terminal() {
-    assert_defect(
-        "an escape sequence",
-        |shard| {
-            shard
-                .filename(3, "\x1b]0;owned\x07/")
-                .file_eof(4)
-                .image_eof(5)
-        },
-        &["name"],
-    );
-}
-
 type Defect = (&'static str, fn(Shard) -> Shard, &'static str);
 
 /// Behind three markers of a file that is whole: frames that are none, and markers that make no
@@ -182,22 +130,6 @@ const DEFECTS: &[Defect] = &[
         |shard| shard.raw(&frame(&[0xff; 30])),
         "marker",
     ),
-    ("an empty marker", |shard| shard.raw(&frame(&[])), "marker"),
-    (
-        "a marker that says nothing",
-        |shard| shard.marker(3, &[]),
-        "marker",
-    ),
-    (
-        "a file's end that is none",
-        |shard| shard.marker(3, &[4 << 3, 0]),
-        "file_eof",
-    ),
-    (
-        "an image's end that is none",
-        |shard| shard.marker(3, &[5 << 3, 0]),
-        "image_eof",
-    ),
     (
         "data after a file's end",
         |shard| shard.data(3, b"data").image_eof(4),
@@ -207,16 +139,6 @@ const DEFECTS: &[Defect] = &[
         "a file's end twice",
         |shard| shard.file_eof(3).image_eof(4),
         "ends before",
-    ),
-    (
-        "a marker after the end",
-        |shard| shard.image_eof(3).filename(4, "b.img"),
-        "end",
-    ),
-    (
-        "the end twice",
-        |shard| shard.image_eof(3).image_eof(4),
-        "end",
     ),
     (
         "bytes after the end",
@@ -229,10 +151,8 @@ const DEFECTS: &[Defect] = &[
         "b.img",
     ),
     ("a small gap", |shard| shard.image_eof(4), "3"),
-    ("a large gap", |shard| shard.image_eof(1 << 32), "3"),
     ("the largest gap", |shard| shard.image_eof(u64::MAX), "3"),
     ("the first number again", |shard| shard.image_eof(0), "0"),
-    ("the last number again", |shard| shard.image_eof(2), "2"),
 ];
 
 #[test]
@@ -240,37 +160,20 @@ fn what_makes_no_sense_is_refused_where_it_stands() {
     for &(what, defect, word) in DEFECTS {
         assert_defect(what, defect, &[word]);
     }
-    let nothing_before = Shard::new().data(0, b"data").image_eof(1);
-    assert_refused("data before any name", &[nothing_before.bytes], &[]);
-    let twice = |seq| Shard::new().filename(seq, "a.img").bytes;
-    let (one, other) = (
-        Shard::new().filename(0, "a.img").image_eof(2),
-        Shard::new().file_eof(1).file_eof(3),
+    let first = Shard::new().filename(0, "a.img").bytes;
+    assert_refused(
+        "the same number in two shards",
+        &[first.clone(), first],
+        &[],
     );
-    for (what, shards) in [
-        (
-            "a marker after the end in another shard",
-            [one.bytes, other.bytes],
-        ),
-        ("the same number in two shards", [twice(0), twice(0)]),
-        (
-            "only ever larger numbers",
-            [twice(u64::MAX), twice(u64::MAX - 1)],
-        ),
+    let mut random = Random::new(1);
+    for (what, bytes) in [
+        ("text", b"HTTP/1.1 404 Not Found\r\n\r\n".repeat(50)),
+        ("zeros", vec![0; 100_000]),
+        ("noise", random.bytes(100_000)),
+        ("nothing", vec![]),
     ] {
-        assert_refused(what, &shards, &["shard"]);
-    }
-}
-
-#[test]
-fn data_that_is_not_there() {
-    for size in [5, 1 << 20, u32::MAX] {
-        let what = format!("{size} bytes announced, 4 there");
-        let shard = Shard::new()
-            .filename(0, "a.img")
-            .data_marker(1, size)
-            .raw(b"data");
-        assert_refused(&what, &[shard.bytes], &[]);
+        assert_refused(what, &[bytes, vec![]], &[]);
     }
 }
 
@@ -293,9 +196,9 @@ fn cuts_behind_data_that_stays_in_its_pages() {
 /// Returns when the streamer has taken all, or has ended.
 fn write_until_taken(writer: &mut File, shard: &Shard, streamer: &Streamer) {
     writer.write_all(&shard.bytes).unwrap();
-    while child::queued(&*writer) > 0 && streamer.is_running() {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("it is taken", || {
+        child::queued(&*writer) == 0 || !streamer.is_running()
+    });
 }
 
 /// A chunk behind the image's end, some of whose data is in a pipe that holds it already, or none.
@@ -342,14 +245,13 @@ fn shards_of_two_images_make_no_image() {
             let shards: Vec<_> = (0..3).map(pick).collect();
             for launch in LAUNCHES.into_iter().chain([Streamer::list as fn() -> _]) {
                 let (mut streamer, _feeder) = runs::feed(launch(), &shards);
-                let exit = streamer.expect_failure(&["shard fd", "of different images"]);
-                assert_eq!(exit.progress, [""; 0]);
+                streamer.expect_refusal(&["shard fd", "of different images"]);
                 assert_eq!(runs::read_dir(streamer.images_dir()), Files::new());
             }
         }
         for whole in [one, other] {
             let (_dir, exit) = runs::extract(&whole);
-            assert!(exit.status.success(), "{}", exit.stderr);
+            exit.expect_success();
         }
     }
 }
@@ -490,30 +392,4 @@ fn announced_bytes_cost_nothing_until_they_are_there() {
 fn an_endless_run_of_markers_that_are_never_next_is_refused_in_little_memory() {
     let waiting = (1..300_000).fold(Shard::new(), Shard::file_eof);
     assert_little_memory(64, &waiting, &["shard", "marker 0"]);
-}
-
-#[test]
-fn a_shard_that_is_not_an_image_at_all() {
-    let mut random = Random::new(1);
-    for (what, bytes) in [
-        ("text", b"HTTP/1.1 404 Not Found\r\n\r\n".repeat(50)),
-        ("zeros", vec![0; 100_000]),
-        ("noise", random.bytes(100_000)),
-        (
-            "lz4",
-            [&[0x04, 0x22, 0x4d, 0x18][..], &random.bytes(1000)].concat(),
-        ),
-    ] {
-        assert_refused(what, &[bytes], &[]);
-    }
-}
-
-#[test]
-fn an_empty_stream_is_no_image() {
-    assert_refused("nothing", &[vec![]], &[]);
-    assert_refused(
-        "nothing in three shards",
-        &[vec![], vec![], vec![]],
-        &["shard"],
-    );
 }

@@ -8,11 +8,10 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::child::Limit;
-use crate::common::criu::{Criu, Role};
 use crate::common::image::{self, Body, Files};
-use crate::common::indexed::{IS_INDEX, Indexed, capture, encode, serve};
+use crate::common::indexed::{IS_INDEX, capture, serve};
 use crate::common::keeping::Keeping;
-use crate::common::random::{self, Random};
+use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes};
 use crate::common::shards::Feeder;
 use crate::common::streamer::{Launch, Streamer};
@@ -68,22 +67,17 @@ fn criu_reads_pages_while_they_arrive_and_the_last_of_them_when_all_is_here() {
     }] {
         let files = files();
         let image = capture(&files, 1);
-        let mut serving = serve(1, launch());
-        File::from(serving.index).write_all(&image.index).unwrap();
-        let criu = serving.streamer.criu();
-        assert_eq!(serving.streamer.progress_lines(), ["socket-init"]);
+        let (mut streamer, mut shards) = serve(1, launch()).with_index(&image.index);
+        let criu = streamer.criu();
+        assert_eq!(streamer.progress_lines(), ["socket-init"]);
         // What lies in the index is here.
-        assert_same_bytes(
-            "inventory.img",
-            &criu.read_file("inventory.img").unwrap(),
-            &files["inventory.img"],
-        );
+        criu.expect_file("inventory.img", &files["inventory.img"]);
         assert_eq!(criu.read_file("none.img"), None);
         // The files come in the order of their names. The first half holds the beginnings.
         let (first, second) = image.shards[0].split_at(image.shards[0].len() / 2);
         let mut pages = criu.open_file("pages-1.img").unwrap();
         let mut ghost = criu.open_file("ghost-file-1.img").unwrap();
-        let mut shard = File::from(serving.shards.remove(0));
+        let mut shard = File::from(shards.remove(0));
         let rest = second.to_vec();
         let feeder = thread::spawn({
             let first = first.to_vec();
@@ -100,128 +94,49 @@ fn criu_reads_pages_while_they_arrive_and_the_last_of_them_when_all_is_here() {
         content.clear();
         pages.read_to_end(&mut content).unwrap();
         assert_same_bytes("pages-1.img", &content, &files["pages-1.img"][MIB..]);
-        assert_same_bytes(
-            "pages-2.img",
-            &criu.read_file("pages-2.img").unwrap(),
-            &files["pages-2.img"],
-        );
+        criu.expect_file("pages-2.img", &files["pages-2.img"]);
         feeder.join().unwrap().unwrap();
         // A CRIU that leaves before all is here has failed.
-        serving.streamer.wait_for_stats();
+        streamer.wait_for_stats();
         drop(criu);
-        let exit = serving.streamer.expect_success();
+        let exit = streamer.expect_success();
         assert_eq!(exit.progress[0], "socket-init");
         assert!(exit.progress[1].starts_with('{'), "{:?}", exit.progress);
     }
 }
 
-/// Reads all files as CRIU would. False: something was cut short, as a restore that fails sees it.
-fn restore(streamer: &Streamer, files: &Files) -> bool {
-    let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Serve) else {
-        return false;
-    };
-    for (name, expected) in files {
-        let Ok(Some(mut file)) = criu.try_open_file(name, None) else {
-            return false;
-        };
-        let mut content = Vec::new();
-        if file.read_to_end(&mut content).is_err() {
-            return false;
-        }
-        if content.len() < expected.len() {
-            assert!(expected.starts_with(&content), "{name}: wrong bytes");
-            return false;
-        }
-        assert_same_bytes(name, &content, expected);
-    }
-    true
-}
-
-/// Whatever is wrong with it, CRIU does not get the last of the pages.
-fn assert_never_restored(image: &Indexed, files: &Files, what: &str) {
-    let (mut streamer, ends) = serve(image.shards.len(), Streamer::serve()).into_parts();
-    let feeder = Feeder::start(ends, &image.all());
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while streamer.is_running() && std::time::Instant::now() < deadline {
-        if streamer
-            .progress_lines()
-            .iter()
-            .any(|line| line == "socket-init")
-        {
-            assert!(!restore(&streamer, files), "{what}: restored");
-            break;
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    let exit = streamer.wait();
-    assert_eq!(exit.status.code(), Some(1), "{what}: {}", exit.stderr);
-    exit.error();
-    assert!(
-        !exit.progress.iter().any(|line| line.starts_with('{')),
-        "{what}"
-    );
-    feeder.finish();
-}
-
-/// Two dumps of one application: the index of one fits the shards of the other.
-#[test]
-fn shards_of_two_images_are_never_restored() {
-    let files = files();
-    let image = |pid| {
-        let mut image = encode(&files, 2, &mut Random::new(7));
-        image::captured_by(&mut image.shards, pid);
-        image::captured_by(std::slice::from_mut(&mut image.index), pid);
-        image
-    };
-    let (one, other) = (image(1), image(2));
-    for shard in 0..2 {
-        let mut mixed = one.clone();
-        mixed.shards[shard] = other.shards[shard].clone();
-        assert_never_restored(&mixed, &files, &format!("shard {shard} of another image"));
-    }
-    let index = other.index;
-    assert_never_restored(&Indexed { index, ..one }, &files, "another index");
-}
-
 #[test]
 fn an_image_without_an_index_is_refused_where_one_is_expected() {
-    let files = files();
-    let shards = runs::capture(&files, 2, None);
-    let image = Indexed {
-        index: shards[0].clone(),
-        shards: vec![shards[1].clone()],
-    };
-    assert_never_restored(&image, &files, "without an index");
+    let shards = runs::capture(&files(), 2, None);
+    let (mut streamer, ends) = serve(1, Streamer::serve()).into_parts();
+    let _feeder = Feeder::start(ends, &shards);
+    streamer.expect_refusal(&["the image has no index"]);
 }
 
 #[test]
 fn criu_that_goes_before_the_image_is_whole_has_failed() {
     let files = files();
     let image = capture(&files, 1);
-    let mut serving = serve(1, Streamer::serve());
-    File::from(serving.index).write_all(&image.index).unwrap();
-    let criu = serving.streamer.criu();
-    criu.read_file("inventory.img").unwrap();
-    drop(criu);
-    serving.streamer.expect_failure(&["CRIU went away"]);
+    let (mut streamer, _shards) = serve(1, Streamer::serve()).with_index(&image.index);
+    streamer.criu().read_file("inventory.img").unwrap();
+    streamer.expect_failure(&["CRIU went away"]);
 }
 
 #[test]
 fn a_signal_closes_everything_at_once() {
     let files = files();
     let image = capture(&files, 1);
-    let mut serving = serve(1, Streamer::serve());
-    File::from(serving.index).write_all(&image.index).unwrap();
-    let criu = serving.streamer.criu();
+    let (mut streamer, _shards) = serve(1, Streamer::serve()).with_index(&image.index);
+    let criu = streamer.criu();
     let mut pages = criu.open_file("pages-1.img").unwrap();
-    serving.streamer.signal(nix::sys::signal::Signal::SIGTERM);
+    streamer.signal(nix::sys::signal::Signal::SIGTERM);
     let mut content = Vec::new();
     assert!(
         pages
             .read_to_end(&mut content)
             .is_ok_and(|bytes| bytes == 0)
     );
-    assert_eq!(serving.streamer.wait().status.code(), Some(143));
+    assert_eq!(streamer.wait().status.code(), Some(143));
     let error = criu.try_open_file("pages-2.img", None).unwrap_err();
     assert!(
         matches!(
@@ -238,18 +153,17 @@ fn what_the_reader_of_an_arriving_file_leaves_is_freed() {
     files.insert("pages-1.img".into(), random::bytes(1, 48 * MIB));
     let image = capture(&files, 1);
     for keeping in Keeping::ALL {
-        let mut serving = serve(1, keeping.serve());
-        File::from(serving.index).write_all(&image.index).unwrap();
-        let criu = serving.streamer.criu();
+        let (mut streamer, shards) = serve(1, keeping.serve()).with_index(&image.index);
+        let criu = streamer.criu();
         drop(criu.open_file("pages-1.img").unwrap());
-        let feeder = Feeder::start(serving.shards, &image.shards);
+        let feeder = Feeder::start(shards, &image.shards);
         // It comes last.
         criu.expect_file("pages-2.img", &files["pages-2.img"]);
-        serving.streamer.wait_for_stats();
-        let held = serving.streamer.image_kib();
+        streamer.wait_for_stats();
+        let held = streamer.image_kib();
         assert!(held < 24 << 10, "{keeping:?}: {held} KiB");
         drop(criu);
-        serving.streamer.expect_success();
+        streamer.expect_success();
         feeder.finish();
     }
 }
@@ -279,11 +193,10 @@ fn the_last_byte_of_the_pages_is_kept_back_whatever_chunk_it_is_in() {
             .data(4, &pages[..MIB / 2])
             .data(5, &pages[MIB / 2..])
             .data(6, last);
-        let mut serving = serve(1, Streamer::serve());
-        File::from(serving.index).write_all(&index.bytes).unwrap();
-        let criu = serving.streamer.criu();
+        let (mut streamer, mut shards) = serve(1, Streamer::serve()).with_index(&index.bytes);
+        let criu = streamer.criu();
         let mut file = criu.open_file("pages-1.img").unwrap();
-        let mut end = File::from(serving.shards.remove(0));
+        let mut end = File::from(shards.remove(0));
         end.write_all(&shard.bytes).unwrap();
         let mut content = vec![0; MIB / 2];
         file.read_exact(&mut content).unwrap();
@@ -292,7 +205,7 @@ fn the_last_byte_of_the_pages_is_kept_back_whatever_chunk_it_is_in() {
         // Ends where the streamer does.
         let _ended_or_broken = file.read_to_end(&mut content);
         assert!(content.len() < MIB + last.len(), "all of the pages");
-        serving.streamer.expect_failure(&["marker 9 is missing"]);
+        streamer.expect_failure(&["marker 9 is missing"]);
     }
 }
 
@@ -306,24 +219,20 @@ fn an_image_without_pages_is_served_when_it_is_whole() {
         .image_eof(6);
     let shard = image::Shard::new().data(4, &ghost);
     for is_whole in [true, false] {
-        let mut serving = serve(1, Streamer::serve());
-        File::from(serving.index).write_all(&index.bytes).unwrap();
-        let mut end = File::from(serving.shards.remove(0));
+        let (mut streamer, mut shards) = serve(1, Streamer::serve()).with_index(&index.bytes);
+        let mut end = File::from(shards.remove(0));
         let (first, last) = shard.bytes.split_at(shard.bytes.len() - 1);
         end.write_all(first).unwrap();
-        assert!(serving.streamer.outlasts(Duration::from_millis(300)));
-        assert_eq!(serving.streamer.progress_lines(), [""; 0]);
+        assert!(streamer.outlasts(Duration::from_millis(300)));
+        assert_eq!(streamer.progress_lines(), [""; 0]);
         if is_whole {
             end.write_all(last).unwrap();
             drop(end);
-            let criu = serving.streamer.criu();
-            criu.expect_file("ghost-file-1.img", &ghost);
-            drop(criu);
-            serving.streamer.expect_success();
+            streamer.criu().expect_file("ghost-file-1.img", &ghost);
+            streamer.expect_success();
         } else {
             drop(end);
-            let exit = serving.streamer.expect_failure(&["cut off"]);
-            assert_eq!(exit.progress, [""; 0]);
+            streamer.expect_refusal(&["cut off"]);
         }
     }
 }
@@ -345,8 +254,7 @@ fn the_index_counts_when_all_that_its_command_left_behind_has_ended() {
             .args(["--index", "--shard-cmd", &command])
             .start();
         if has_failed {
-            let exit = streamer.expect_failure(&["in the background", "exit status 4"]);
-            assert_eq!(exit.progress, [""; 0]);
+            streamer.expect_refusal(&["in the background", "exit status 4"]);
         } else {
             runs::assert_served(&mut streamer, &files);
         }
@@ -362,8 +270,6 @@ fn an_index_without_inventory_is_refused_before_criu_may_connect() {
         .data(1, b"core")
         .file_eof(2)
         .image_eof(3);
-    let mut serving = serve(1, Streamer::serve());
-    File::from(serving.index).write_all(&index.bytes).unwrap();
-    let exit = serving.streamer.expect_failure(&["inventory.img"]);
-    assert_eq!(exit.progress, [""; 0]);
+    let (mut streamer, _shards) = serve(1, Streamer::serve()).with_index(&index.bytes);
+    streamer.expect_refusal(&["inventory.img"]);
 }

@@ -1,11 +1,9 @@
 //! Ordinary users, exhausted limits: slower or a clear error, never a hang, never a wrong byte.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,10 +11,11 @@ use crate::common::child::{self, Limit};
 use crate::common::image::{self, Files, Shard};
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
-use crate::common::shards::{self, Collector, Feeder, pipe};
-use crate::common::streamer::{Launch, REFUSED_CALL, Streamer};
-use crate::common::{HANG_TIMEOUT, PAGE, root_or_skip};
+use crate::common::shards::{self, Collector, pipe};
+use crate::common::streamer::{Launch, Streamer};
+use crate::common::{PAGE, root_or_skip, wait_until};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 const NOBODY: u32 = 65_534;
@@ -106,13 +105,12 @@ fn tiny_pipes_that_cannot_be_enlarged_still_carry_everything() {
         return;
     }
     let _held = exhaust_pipe_pages();
-    let files: Files = [
-        ("empty.img".into(), vec![]),
-        ("page.img".into(), random::bytes(1, PAGE)),
-        ("pages-1.img".into(), random::bytes(2, 50 * PAGE + 7)),
-        ("inventory.img".into(), random::bytes(3, 100)),
-    ]
-    .into();
+    let files = image::files([
+        ("empty.img", vec![]),
+        ("page.img", random::bytes(1, PAGE)),
+        ("pages-1.img", random::bytes(2, 50 * PAGE + 7)),
+        ("inventory.img", random::bytes(3, 100)),
+    ]);
     for pipe_size in [PAGE, 2 * PAGE, 4 * PAGE] {
         for shard_count in [1, 3] {
             round_trip(
@@ -171,53 +169,6 @@ fn an_ordinary_user_with_many_shards_leaves_criu_pipes_of_its_own() {
     capture_beside_large_pipes(unknown_user(7), 63, Some(1 << 20));
 }
 
-/// The larger one keeps more free slots than the smaller one has at all, and yet too few for a
-/// chunk.
-#[test]
-fn a_stalled_large_shard_does_not_starve_an_empty_small_one() {
-    if !root_or_skip() {
-        return;
-    }
-    let _held = exhaust_pipe_pages();
-    let dir = open_dir();
-    let (large_reader, large_writer) = shards::pipes(1, Some(16 * PAGE));
-    let (small_reader, small_writer) = shards::pipes(1, Some(4 * PAGE));
-    let mut capture = Streamer::capture()
-        .user(NOBODY)
-        .images_dir(dir.path())
-        .shards(large_writer.into_iter().chain(small_writer))
-        .start();
-    let small = Collector::start(small_reader);
-    let mut large = File::from(large_reader.into_iter().next().unwrap());
-    let mut first = Vec::new();
-    let criu = capture.criu();
-    let files: Files = [
-        ("pages-1.img".into(), random::bytes(12, 100 * PAGE)),
-        ("inventory.img".into(), random::bytes(13, 50)),
-    ]
-    .into();
-    thread::scope(|scope| {
-        let written = scope.spawn(|| {
-            for (name, content) in runs::inventory_last(&files) {
-                criu.write_file(name, content);
-            }
-        });
-        while child::queued(&large) < 8 * PAGE {
-            assert!(!written.is_finished(), "all went to the other shard");
-            thread::sleep(Duration::from_millis(1));
-        }
-        let more_than_nine = child::queued(&large).saturating_sub(9 * PAGE);
-        first = vec![0; more_than_nine];
-        large.read_exact(&mut first).unwrap();
-    });
-    drop(criu);
-    let rest = Collector::start(vec![large.into()]);
-    capture.expect_success();
-    let mut shards = small.finish();
-    shards.push([first, rest.finish().remove(0)].concat());
-    assert_same_files(&image::decode(&shards).unwrap(), &files);
-}
-
 #[test]
 fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
     if !root_or_skip() {
@@ -227,18 +178,15 @@ fn a_limit_that_costs_speed_is_told_on_standard_error_once() {
     let dir = open_dir();
     let (mut streamer, collector) =
         runs::collect(Streamer::capture().user(NOBODY).images_dir(dir.path()), 3);
-    let criu = streamer.criu();
-    criu.write_file("pages-1.img", &vec![1; 4 << 20]);
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
+    let pages = ("pages-1.img", vec![1; 4 << 20]);
+    runs::send(
+        &streamer,
+        &image::files([pages, ("inventory.img", vec![2; 9])]),
+    );
     let exit = streamer.expect_success();
     collector.finish();
-    let about_pipes: Vec<_> = exit
-        .stderr
-        .lines()
-        .filter(|line| line.contains("pipe-user-pages-soft"))
-        .collect();
-    assert_eq!(about_pipes.len(), 1, "{}", exit.stderr);
+    let told = exit.stderr.matches("pipe-user-pages-soft").count();
+    assert_eq!(told, 1, "{}", exit.stderr);
     assert_eq!(exit.progress.len(), 3, "{:?}", exit.progress);
 }
 
@@ -252,10 +200,7 @@ fn few_descriptors_are_enough_for_files_one_after_another() {
 #[test]
 fn files_wait_for_descriptors_where_sockets_take_some() {
     const LIMIT: u64 = 256;
-    let (ours, theirs): (Vec<_>, Vec<_>) = (0..4)
-        .map(|_| UnixStream::pair().unwrap())
-        .map(|(ours, theirs)| (OwnedFd::from(ours), OwnedFd::from(theirs)))
-        .unzip();
+    let (ours, theirs): (Vec<_>, Vec<_>) = (0..4).map(|_| shards::unix_pair()).unzip();
     let mut capture = Streamer::capture()
         .limit(Limit::OpenFiles(LIMIT))
         .shards(theirs)
@@ -267,29 +212,21 @@ fn files_wait_for_descriptors_where_sockets_take_some() {
     let criu = capture.criu();
     let collector = thread::scope(|scope| {
         scope.spawn(|| {
-            for (name, content) in runs::inventory_last(&files) {
-                // A streamer that gives up is no failure of this thread.
-                let created = criu.try_create_file(name, None);
-                let written = created.and_then(|mut file| file.write_all(content));
-                if written.is_err() {
-                    return;
-                }
-            }
+            // A streamer that gives up is no failure of this thread.
+            let _gone = runs::inventory_last(&files).try_for_each(|(name, content)| {
+                let mut file = criu.try_create_file(name, None)?;
+                file.write_all(content)
+            });
         });
         // No shard is read yet, so that the files stay open.
-        let deadline = Instant::now() + HANG_TIMEOUT;
         let (mut open, mut since) = (0, Instant::now());
-        while since.elapsed() < Duration::from_millis(300) || open < LIMIT as usize / 2 {
+        wait_until("half of the descriptors are open", || {
             assert!(capture.is_running(), "it gave up");
-            assert!(
-                Instant::now() < deadline,
-                "only {open} descriptors are open"
-            );
-            thread::sleep(Duration::from_millis(10));
             if capture.open_fds() != open {
                 (open, since) = (capture.open_fds(), Instant::now());
             }
-        }
+            open >= LIMIT as usize / 2 && since.elapsed() > Duration::from_millis(300)
+        });
         Collector::start(ours)
     });
     drop(criu);
@@ -370,8 +307,7 @@ fn an_image_larger_than_the_memory_is_a_clear_error() {
         })
         .count();
     assert!(taken < 192, "an image as large as all memory is taken");
-    let exit = streamer.expect_failure(&["memory"]);
-    assert_eq!(exit.progress, [""; 0]);
+    streamer.expect_refusal(&["memory"]);
 }
 
 /// A full disk, without filling one.
@@ -404,60 +340,31 @@ fn images_come_through_where_zero_copy_calls_are_refused() {
 }
 
 #[test]
-fn external_and_regular_files_come_through_where_zero_copy_calls_are_refused() {
-    for call in REFUSABLE {
-        let content = random::bytes(1, 3 << 20);
-        let dir = TempDir::new().unwrap();
-        let shard = dir.path().join("shard");
-        let (tar_reader, tar_writer) = pipe();
-        let mut capture = Streamer::capture()
-            .limit(Limit::Refused(call))
-            .shards([File::create(&shard).unwrap().into()])
-            .ext_file("fs.tar", tar_reader)
-            .start();
-        let tar = Feeder::start(vec![tar_writer], std::slice::from_ref(&content));
-        let criu = capture.criu();
-        criu.write_file("inventory.img", b"inventory");
-        drop(criu);
-        capture.expect_success();
-        tar.finish().into_iter().for_each(Result::unwrap);
-
-        let restore = |launch: Launch| {
-            let (tar_reader, tar_writer) = pipe();
-            let tar = Collector::start(vec![tar_reader]);
-            let streamer = launch
-                .limit(Limit::Refused(call))
-                .shards([File::open(&shard).unwrap().into()])
-                .ext_file("fs.tar", tar_writer)
-                .start();
-            assert_same_bytes("fs.tar", &tar.finish()[0], &content);
-            streamer
+fn external_and_regular_files_come_through_even_where_zero_copy_calls_are_refused() {
+    let content = random::bytes(1, 3 << 20);
+    let dir = TempDir::new().unwrap();
+    let at = |name| dir.path().join(name);
+    fs::write(at("fs.tar"), &content).unwrap();
+    let open = |name| OwnedFd::from(File::open(at(name)).unwrap());
+    let create = |name| OwnedFd::from(File::create(at(name)).unwrap());
+    for call in [None, Some(libc::SYS_vmsplice), Some(libc::SYS_splice)] {
+        let limited = |launch: Launch| match call {
+            Some(call) => launch.limit(Limit::Refused(call)),
+            None => launch,
         };
-        restore(Streamer::extract()).expect_success();
-        let inventory = [("inventory.img".to_owned(), b"inventory".to_vec())].into();
-        runs::assert_served(&mut restore(Streamer::serve()), &inventory);
-    }
-}
-
-/// The tests of what the program does, once more, in a process of their own, with every streamer
-/// refused one of the calls.
-#[test]
-fn the_core_of_the_tests_passes_where_zero_copy_calls_are_refused() {
-    if std::env::var_os(REFUSED_CALL).is_some() {
-        return;
-    }
-    for call in ["vmsplice", "splice"] {
-        let tests = Command::new(std::env::current_exe().unwrap())
-            .arg("index::")
-            .args(["--skip", "real_criu"])
-            // They measure memory while the machine copies, and is busy.
-            .args(["--skip", "memory", "--skip", "no_more_is_held"])
-            .env(REFUSED_CALL, call)
-            .env("SERVING_SEEDS", "100")
-            .output()
-            .unwrap();
-        let output = String::from_utf8_lossy(&tests.stdout);
-        assert!(tests.status.success(), "{call} refused:\n{output}");
-        assert!(!output.contains(" 0 passed"), "{output}");
+        let launch = limited(Streamer::capture()).shards([create("shard")]);
+        let mut capture = launch.ext_file("fs.tar", open("fs.tar")).start();
+        let inventory = image::files([("inventory.img", *b"inventory")]);
+        runs::send(&capture, &inventory);
+        capture.expect_success();
+        for launch in [Streamer::extract, Streamer::serve] {
+            let launch = limited(launch()).shards([open("shard")]);
+            let mut streamer = launch.ext_file("fs.tar", create("copy")).start();
+            streamer.wait_for_stats();
+            // CRIU has not come yet.
+            assert_same_bytes("fs.tar", &fs::read(at("copy")).unwrap(), &content);
+            streamer.signal(Signal::SIGTERM);
+            streamer.wait();
+        }
     }
 }

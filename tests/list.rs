@@ -57,7 +57,7 @@ fn every_file_is_listed_with_its_size_and_sorted_by_name() {
     ] {
         let shards = image::encode_files(&files, count, chunk);
         let (exit, listed) = list(launch, &shards);
-        assert!(exit.status.success(), "{}", exit.stderr);
+        exit.expect_success();
         assert_eq!(listed, lines(&files), "{count} shards");
         let stats = &exit.progress[..];
         assert!(stats.len() == 1 && stats[0].contains("shards"), "{stats:?}");
@@ -112,20 +112,17 @@ fn of_a_file_sent_twice_the_last_one_counts() {
         .filename(0, "a.img")
         .data(1, &[1; 100])
         .file_eof(2)
-        .filename(3, "b.img")
-        .data(4, &[2; 5])
-        .filename(5, "a.img")
-        .data(6, &[3; 70_000])
-        .filename(7, "b.img")
-        .data(8, &[2; 6])
+        .filename(3, "a.img")
+        .data(4, &[3; 70_000])
+        .filename(5, "b.img")
+        .file_eof(6)
+        .filename(7, "a.img")
+        .data(8, &[3; 7])
         .file_eof(9)
-        .filename(10, "a.img")
-        .data(11, &[3; 7])
-        .file_eof(12)
-        .inventory_and_end(13);
+        .inventory_and_end(10);
     let (exit, listed) = list(Streamer::list(), &[image.bytes]);
-    assert!(exit.status.success(), "{}", exit.stderr);
-    assert_eq!(listed, "70007\ta.img\n11\tb.img\n9\tinventory.img\n");
+    exit.expect_success();
+    assert_eq!(listed, "70007\ta.img\n0\tb.img\n9\tinventory.img\n");
 }
 
 #[test]
@@ -135,28 +132,23 @@ fn a_name_takes_one_line_whatever_is_in_it() {
         .file_eof(1)
         .inventory_and_end(2);
     let (exit, listed) = list(Streamer::list(), &[image.bytes]);
-    assert!(exit.status.success(), "{}", exit.stderr);
+    exit.expect_success();
     assert_eq!(listed, "0\ta\\n5\\tb\\u{1b}[31m é\n9\tinventory.img\n");
 }
 
 #[test]
 fn an_image_that_is_not_whole_is_an_error_and_is_not_listed() {
     let not_listed = |shards: &[Vec<u8>], words: &[&str], what: &str| {
+        println!("{what}");
         let (exit, listed) = list(Streamer::list(), shards);
-        assert_eq!(exit.status.code(), Some(1), "{what}: {}", exit.stderr);
-        exit.expect_failure(words);
-        assert_eq!(listed, "", "{what}");
-        assert_eq!(exit.progress, [""; 0], "{what}");
+        exit.expect_refusal(words);
+        assert_eq!(listed, "");
     };
-    let files = Files::from([("a.img".to_owned(), vec![1; 30])]);
+    let files = image::files([("a.img", [1; 30])]);
     let image = image::encode_files(&files, 2, 100);
-    for (shard, bytes) in image.iter().enumerate() {
-        for cut in 0..bytes.len() {
-            let mut shards = image.clone();
-            shards[shard].truncate(cut);
-            not_listed(&shards, &["shard"], &format!("shard {shard} cut at {cut}"));
-        }
-    }
+    let mut shards = image.clone();
+    shards[1].pop();
+    not_listed(&shards, &["shard"], "a shard is cut");
     not_listed(&image[..1], &["shard"], "a shard is missing");
     let mut longer = image::inventory();
     longer[0].push(0);
@@ -243,10 +235,10 @@ fn what_would_get_into_the_lists_way_is_refused() {
     let exit = Streamer::list().stdin(both()).stdout(both()).run();
     exit.expect_failure(&["standard output", "shard fd 0"]);
     let (_reader, writer) = pipe();
-    let exit = Streamer::list()
+    Streamer::list()
         .stdin(both())
         .ext_file("fs.tar", writer)
-        .run();
-    exit.expect_failure(&["--ext-file-fds", "extract"]);
+        .run()
+        .expect_failure(&["--ext-file-fds", "extract"]);
     assert_eq!(fs::read(&stored).unwrap(), image::inventory()[0]);
 }

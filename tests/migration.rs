@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use crate::criu::Machine;
+use crate::criu::{Machine, machine};
 use crate::readme::recipes;
 
 /// Gives root another home and bash as its shell, in this machine's eyes. A mount on the real home
@@ -24,8 +24,8 @@ struct Hosts {
 impl Hosts {
     fn new() -> Option<Self> {
         let hosts = Self {
-            here: Machine::new()?,
-            there: Machine::new()?,
+            here: machine()?,
+            there: machine()?,
         };
         let cable = Command::new("ip")
             .args(["link", "add", "name", "cable", "netns", hosts.here.init()])

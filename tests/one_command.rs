@@ -6,46 +6,24 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::common::child::{Limit, wait_for_end};
+use crate::common::child::Limit;
 use crate::common::criu::{Criu, Role};
+use crate::common::gate::Gate;
 use crate::common::image::{self, Files};
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards::{Collector, pipe, pipes};
 use crate::common::streamer::{Exit, Launch, Streamer, binary};
-use crate::common::{random, root_or_skip};
+use crate::common::{random, root_or_skip, wait_until};
 use nix::sys::signal::Signal;
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
-/// A command that ends with a status when the test says so.
-struct Gate {
-    dir: TempDir,
-}
-
-impl Gate {
-    fn new() -> Self {
-        let dir = TempDir::new().unwrap();
-        mkfifo(&dir.path().join("gate"), Mode::S_IRWXU).unwrap();
-        Self { dir }
-    }
-
-    fn script(&self, then: &str) -> String {
-        format!(
-            "cd '{}'; read -r _ <gate; {then}",
-            self.dir.path().display()
-        )
-    }
-
-    fn open(&self) {
-        fs::write(self.dir.path().join("gate"), "go\n").unwrap();
-    }
-}
+/// Long enough for the end of what must not end.
+const AWHILE: Duration = Duration::from_millis(300);
 
 fn files() -> Files {
-    Files::from([
-        ("pages-1.img".to_owned(), random::bytes(1, 3 << 20)),
-        ("inventory.img".to_owned(), random::bytes(2, 50)),
+    image::files([
+        ("pages-1.img", random::bytes(1, 3 << 20)),
+        ("inventory.img", random::bytes(2, 50)),
     ])
 }
 
@@ -75,10 +53,14 @@ fn serving_with_index(dir: &Path) -> Launch {
     with(Streamer::serve(), &format!("cat '{}/s{{}}'", dir.display()))
 }
 
+/// A capture whose image is of no interest.
+fn discarding() -> Launch {
+    Streamer::capture().args(["--shard-cmd", "cat >/dev/null"])
+}
+
 fn all_launches(dir: &Path) -> [Launch; 4] {
-    let discard = ["--shard-cmd", "cat >/dev/null"];
     [
-        Streamer::capture().args(discard),
+        discarding(),
         serving(Streamer::serve(), dir),
         serving(Streamer::extract_serve(), dir),
         serving_with_index(dir),
@@ -120,11 +102,8 @@ fn a_dump_into_the_directory_is_known_for_what_it_is() {
         r"printf '\026\061\061\130...' >'{}/inventory.img'",
         images.path().display()
     );
-    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
-    let exit = capture
-        .images_dir(images.path())
-        .criu_command(&script)
-        .run();
+    let capture = discarding().images_dir(images.path());
+    let exit = capture.criu_command(&script).run();
     exit.expect_failure(&["--stream was probably forgotten"]);
 }
 
@@ -154,15 +133,12 @@ fn an_image_is_whole_only_when_the_command_has_ended_well() {
         let mut streamer = launch.criu_command(&script).start();
         let collector = Collector::start(readers);
         runs::send(&streamer, &files());
-        assert!(
-            streamer.outlasts(Duration::from_millis(300)),
-            "it waits for the command"
-        );
+        assert!(streamer.outlasts(AWHILE), "it waits for the command");
         gate.open();
         let exit = streamer.wait();
         let decoded = image::decode(&collector.finish());
         if is_whole {
-            assert!(exit.status.success(), "{}", exit.stderr);
+            exit.expect_success();
             assert_same_files(&decoded.unwrap(), &files());
             assert!(exit.progress.last().unwrap().starts_with('{'));
         } else {
@@ -177,8 +153,7 @@ fn an_image_is_whole_only_when_the_command_has_ended_well() {
 fn a_dump_that_fails_half_way_ends_with_its_own_status() {
     let gate = Gate::new();
     let script = gate.script("sleep 0.3; exit 5");
-    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
-    let mut streamer = capture.criu_command(&script).start();
+    let mut streamer = discarding().criu_command(&script).start();
     let criu = streamer.criu();
     criu.write_file("pages-1.img", &[1; 100_000]);
     gate.open();
@@ -210,10 +185,7 @@ fn when_the_transfer_fails_the_command_is_waited_for_and_not_ended() {
             }
         };
         assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
-        assert!(
-            !wait_for_end(&streamer.pidfd(), Duration::from_millis(300)),
-            "it was not waited for"
-        );
+        assert!(streamer.outlasts(AWHILE), "it was not waited for");
         gate.open();
         let exit = streamer.wait();
         let (status, word) = match signal {
@@ -221,7 +193,7 @@ fn when_the_transfer_fails_the_command_is_waited_for_and_not_ended() {
             Some(signal) => (128 + signal as i32, signal.as_str()),
         };
         assert_ended(&exit, status, &[word]);
-        assert!(gate.dir.path().join("thawed").exists());
+        assert!(gate.path("thawed").exists());
     }
 }
 
@@ -232,8 +204,7 @@ fn a_command_that_does_not_end_is_left_alone_after_a_signal() {
     // Of its standard streams the test waits for the end.
     let script = gate.script("echo done >done");
     let script = format!("exec 2>/dev/null; {script}");
-    let capture = Streamer::capture().args(["--shard-cmd", "cat >/dev/null"]);
-    let mut streamer = capture.criu_command(&script).start();
+    let mut streamer = discarding().criu_command(&script).start();
     streamer.wait_for_line("socket-init");
     streamer.signal(Signal::SIGTERM);
     let exit = streamer.wait();
@@ -244,11 +215,7 @@ fn a_command_that_does_not_end_is_left_alone_after_a_signal() {
         exit.stderr
     );
     gate.open();
-    let deadline = std::time::Instant::now() + crate::common::HANG_TIMEOUT;
-    while !gate.dir.path().join("done").exists() {
-        assert!(std::time::Instant::now() < deadline, "it was ended");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    gate.wait_for("done");
 }
 
 #[test]
@@ -261,14 +228,9 @@ fn a_restore_is_waited_for_and_its_status_counts() {
             let script = gate.script(&format!("exit {status}"));
             let mut streamer = launch.criu_command(&script).start();
             let criu = streamer.criu();
-            for (name, content) in &files() {
-                criu.expect_file(name, content);
-            }
+            criu.expect_files(&files());
             drop(criu);
-            assert!(
-                streamer.outlasts(Duration::from_millis(300)),
-                "it waits for the command"
-            );
+            assert!(streamer.outlasts(AWHILE), "it waits for the command");
             gate.open();
             let exit = streamer.wait();
             assert_eq!(exit.status.code(), Some(status), "{}", exit.stderr);
@@ -287,20 +249,18 @@ fn when_all_is_restored_an_interrupt_is_the_applications() {
         let script = format!("exec 2>/dev/null; {}", gate.script("echo done >done"));
         let mut streamer = launch.criu_command(&script).start();
         let criu = streamer.criu();
-        for (name, content) in &files() {
-            criu.expect_file(name, content);
-        }
+        criu.expect_files(&files());
         drop(criu);
-        assert!(streamer.outlasts(Duration::from_millis(300)));
+        assert!(streamer.outlasts(AWHILE));
         streamer.signal(signal);
         if signal == Signal::SIGTERM {
             assert_eq!(streamer.wait().status.code(), Some(128 + 15));
             gate.open();
         } else {
-            assert!(streamer.outlasts(Duration::from_millis(300)));
+            assert!(streamer.outlasts(AWHILE));
             gate.open();
             streamer.expect_success();
-            assert!(gate.dir.path().join("done").exists());
+            assert!(gate.path("done").exists());
         }
     }
 }
@@ -314,12 +274,12 @@ fn a_signal_after_criu_has_killed_the_application_lets_the_upload_go_on_once() {
         ("--leave-stopped", vec![Signal::SIGTERM], 128 + 15),
     ] {
         let upload = Gate::new();
-        let image = upload.dir.path().join("image");
+        let image = upload.path("image");
         let shard = format!("cat >'{}'; {}", image.display(), upload.script(":"));
         let (pid, writer) = pipe();
         let script = "echo $$ >&0; read -r _ <\"$1\"";
         let criu = Gate::new();
-        let fifo = criu.dir.path().join("gate");
+        let fifo = criu.path("gate");
         let command = [
             "--",
             "sh",
@@ -338,14 +298,13 @@ fn a_signal_after_criu_has_killed_the_application_lets_the_upload_go_on_once() {
             .unwrap();
         criu.open();
         let stat = format!("/proc/{}/stat", line.trim());
-        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let runs = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+        wait_until("the end of CRIU", || !runs());
         for (sent, signal) in signals.iter().enumerate() {
             streamer.signal(*signal);
             if status == 0 || sent + 1 < signals.len() {
                 streamer.wait_for_stderr("a second signal");
-                assert!(streamer.outlasts(Duration::from_millis(300)));
+                assert!(streamer.outlasts(AWHILE));
             }
         }
         if status == 0 {
@@ -384,31 +343,24 @@ fn as_pid_1_it_reaps_what_the_application_leaves_behind() {
         .args(["serve", "--", "sh", "-c", &script])
         .spawn()
         .unwrap();
-    let deadline = std::time::Instant::now() + crate::common::HANG_TIMEOUT;
-    while !Role::Serve.socket(&images).exists() {
-        assert!(std::time::Instant::now() < deadline, "there is no socket");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("a socket", || Role::Serve.socket(&images).exists());
     let criu = Criu::connect(&images, Role::Serve);
-    for (name, content) in &files() {
-        criu.expect_file(name, content);
-    }
+    criu.expect_files(&files());
     drop(criu);
     gate.open();
     assert_eq!(streamer.wait().unwrap().code(), Some(0));
 }
 
+/// A command's signals, descriptors, process groups and limits, and how late its sleeps end.
+const LOOK: &str = "{ grep -e SigBlk -e SigIgn /proc/self/status
+printf 'fds: '; ls -m /proc/$$/fd; ps -o pgid= -p $PPID; ps -o pgid= -p $$; echo $$
+ulimit -Sn; ulimit -Hn; cat /proc/self/timerslack_ns; } >seeing; mv seeing seen";
+
 /// `--shell-job` needs our process group. A dump that is killed leaves the application as it is, so
 /// that signals for the whole group are kept from it; a restore is a program like any other.
+/// Programs that use `select` break where descriptors may have numbers over 1023.
 #[test]
-fn a_command_starts_like_one_that_a_shell_started_in_our_process_group() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("seen");
-    let script = format!(
-        "{{ grep Sig /proc/self/status; echo fds /proc/self/fd/*; ps -o pgid= -p $$ -p $PPID; \
-         ulimit -Sn; ulimit -Hn; cat /proc/self/timerslack_ns; }} >'{}'; exit 3",
-        path.display()
-    );
+fn commands_start_like_those_of_a_shell() {
     let (_reader, leaked) = pipe();
     let number = |signal: Signal| 1_u64 << (signal as i32 - 1);
     let ending = [
@@ -418,52 +370,45 @@ fn a_command_starts_like_one_that_a_shell_started_in_our_process_group() {
         Signal::SIGTERM,
     ];
     let ending = ending.into_iter().map(number).sum::<u64>();
-    let discard = ["--shard-cmd", "cat >/dev/null"];
-    for (launch, ignored) in [
-        (Streamer::capture().args(discard), ending),
-        (serving(Streamer::serve(), dir.path()), 0),
+    let signals = |of: &str, name| {
+        let line = of.lines().find(|line| line.starts_with(name)).unwrap();
+        let all = u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
+        // Others are the business of the C library, or of the starter of this test.
+        all & (ending | number(Signal::SIGPIPE) | number(Signal::SIGCHLD))
+    };
+    let own = |file| fs::read_to_string(format!("/proc/self/{file}")).unwrap();
+    // These tests may have been started by nohup.
+    let ignored_here = signals(&own("status"), "SigIgn") & number(Signal::SIGHUP);
+    let place = Gate::new();
+    let look = place.inside(LOOK);
+    let shard_command = ["--shard-cmd", &look];
+    for (launch, ignored, group) in [
+        (discarding().criu_command(&look), ending, 0),
+        (
+            serving(Streamer::serve(), &place.path("")).criu_command(&look),
+            0,
+            0,
+        ),
+        (Streamer::capture().args(shard_command), 0, 2),
     ] {
-        let exit = launch
-            .inherit(leaked.try_clone().unwrap())
-            .limit(Limit::OpenFiles(900))
-            .limit(Limit::SoftOpenFiles(300))
-            .criu_command(&script)
-            .run();
-        assert_ended(&exit, 3, &[]);
-        let seen = fs::read_to_string(&path).unwrap();
-        let signals = |of: &str, name| {
-            let line = of.lines().find(|line| line.starts_with(name)).unwrap();
-            u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap()
-        };
-        let mask = |name| {
-            let signals = signals(&seen, name);
-            // Others are the business of the C library, or of the starter of this test.
-            signals & (ending | number(Signal::SIGPIPE) | number(Signal::SIGCHLD))
-        };
-        assert_eq!(mask("SigBlk"), 0, "{seen}");
-        // These tests may have been started by nohup.
-        let own = fs::read_to_string("/proc/self/status").unwrap();
-        let found = signals(&own, "SigIgn") & number(Signal::SIGHUP);
-        assert_eq!(mask("SigIgn"), ignored | found, "{seen}");
-        let fds = seen.lines().find(|line| line.starts_with("fds")).unwrap();
-        let extra = fds.split(' ').filter_map(|path| path.rsplit('/').next());
-        let extra: Vec<u32> = extra.filter_map(|fd| fd.parse().ok()).collect();
-        // The shell holds the directory that it lists, and may hold a copy of its standard output.
-        let ours = |fd: &u32| *fd > 2 && *fd < 10;
-        assert!(
-            extra.iter().filter(|fd| ours(fd)).count() <= 1,
-            "descriptors of the command: {fds}"
-        );
-        let numbers: Vec<_> = seen
-            .lines()
-            .skip_while(|line| line != &fds)
-            .skip(1)
-            .collect();
-        assert_eq!(numbers[0], numbers[1], "the streamer's process group");
-        assert_eq!(numbers[2..4], ["300", "900"], "limits on descriptors");
+        let launch = launch.inherit(leaked.try_clone().unwrap());
+        let launch = launch.limit(Limit::OpenFiles(900));
+        let _streamer = launch.limit(Limit::SoftOpenFiles(300)).start();
+        let seen = place.wait_for("seen");
+        fs::remove_file(place.path("seen")).unwrap();
+        assert_eq!(signals(&seen, "SigBlk"), 0, "{seen}");
+        assert_eq!(signals(&seen, "SigIgn"), ignored | ignored_here, "{seen}");
+        let mut lines = seen.lines().skip_while(|line| !line.starts_with("fds"));
+        let fds = lines.next().unwrap()["fds: ".len()..].split(", ");
+        // The shell may hold a copy of its standard output.
+        let others = fds.filter(|fd| !["0", "1", "2"].contains(fd));
+        assert!(others.count() <= 1, "{seen}");
+        let numbers: Vec<_> = lines.map(str::trim).collect();
+        // The streamer's process group, or one of the command's own.
+        assert_eq!(numbers[1], numbers[group], "{seen}");
+        assert_eq!(numbers[3..5], ["300", "900"], "limits on descriptors");
         // A restored application would keep it for life.
-        let own = fs::read_to_string("/proc/self/timerslack_ns").unwrap();
-        assert_eq!(numbers[4], own.trim(), "how late its sleeps end");
+        assert_eq!(numbers[5], own("timerslack_ns").trim());
     }
 }
 
@@ -492,17 +437,7 @@ fn an_empty_command_is_refused() {
 #[test]
 fn people_are_not_told_to_run_criu_where_it_is_started() {
     let dir = TempDir::new().unwrap();
-    for with_command in [false, true] {
-        let launch = serving(Streamer::serve(), dir.path()).args(["--progress-bar"]);
-        let launch = match with_command {
-            true => launch.criu_command("exit 3"),
-            false => launch,
-        };
-        let mut streamer = launch.start();
-        if !with_command {
-            drop(streamer.criu());
-        }
-        let said = streamer.wait().stderr;
-        assert_eq!(said.contains("run `criu restore"), !with_command, "{said}");
-    }
+    let launch = serving(Streamer::serve(), dir.path()).args(["--progress-bar"]);
+    let said = launch.criu_command("exit 3").run().stderr;
+    assert!(!said.contains("run `criu restore"), "{said}");
 }

@@ -1,5 +1,5 @@
 //! Progress lines are parsed by supervisors: exactly these, whole, in this order, and never a
-//! reason to fail. (Those of `extract` and `serve` stand in their own tests.)
+//! reason to fail.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,6 +15,21 @@ fn write_image(criu: &Criu) {
     criu.write_file("inventory.img", b"inventory");
 }
 
+/// The line with the statistics has these and nothing else.
+#[track_caller]
+fn assert_statistics(line: &str, shards: &[Vec<u8>]) {
+    let stats: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!(stats.as_object().unwrap().len(), 1, "{stats}");
+    let stats = stats["shards"].as_array().unwrap();
+    assert_eq!(stats.len(), shards.len());
+    // Markers and data, in the order of --shard-fds.
+    for (stats, shard) in stats.iter().zip(shards) {
+        assert_eq!(stats.as_object().unwrap().len(), 2, "{stats}");
+        assert_eq!(stats["size"].as_u64(), Some(shard.len() as u64));
+        assert!(stats["transfer_duration_millis"].is_u64());
+    }
+}
+
 #[test]
 fn capture_tells_of_its_socket_the_freeze_and_the_shards() {
     let (mut streamer, collector) = runs::collect(Streamer::capture(), 3);
@@ -23,31 +38,24 @@ fn capture_tells_of_its_socket_the_freeze_and_the_shards() {
     write_image(&criu);
     drop(criu);
     let exit = streamer.expect_success();
-    let [ready, frozen, stats] = &exit.progress[..] else {
-        panic!("three lines expected: {:?}", exit.progress)
-    };
-    assert_eq!(
-        (ready.as_str(), frozen.as_str()),
-        ("socket-init", "checkpoint-start")
-    );
+    assert_eq!(exit.progress[..2], ["socket-init", "checkpoint-start"]);
+    assert_eq!(exit.progress.len(), 3, "{:?}", exit.progress);
+    assert_statistics(&exit.progress[2], &collector.finish());
+}
 
-    let stats: serde_json::Value = serde_json::from_str(stats).unwrap();
-    assert_eq!(
-        stats.as_object().unwrap().keys().collect::<Vec<_>>(),
-        ["shards"]
-    );
-    let shards = collector.finish();
-    let stats = stats["shards"].as_array().unwrap();
-    assert_eq!(stats.len(), shards.len());
-    for (stats, shard) in stats.iter().zip(&shards) {
-        assert_eq!(stats.as_object().unwrap().len(), 2, "{stats}");
-        assert_eq!(
-            stats["size"].as_u64(),
-            Some(shard.len() as u64),
-            "markers and data, in the order of --shard-fds"
-        );
-        assert!(stats["transfer_duration_millis"].is_u64());
-    }
+/// The image is complete before CRIU may connect.
+#[test]
+fn a_restore_tells_of_the_shards_and_serve_of_its_socket_behind_them() {
+    let shards = image::encode([("inventory.img", &b"inventory"[..])], 3, 4);
+    let (_dir, exit) = runs::extract(&shards);
+    assert_eq!(exit.progress.len(), 1, "{:?}", exit.progress);
+    assert_statistics(&exit.progress[0], &shards);
+
+    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &shards);
+    streamer.criu().expect_file("inventory.img", b"inventory");
+    let exit = streamer.expect_success();
+    assert_eq!(exit.progress[1..], ["socket-init"]);
+    assert_statistics(&exit.progress[0], &shards);
 }
 
 /// CRIU sends `cpuinfo.img` before it freezes the application, so supervisors must not start `tar`
@@ -85,28 +93,6 @@ fn without_progress_fd_the_lines_go_to_standard_error() {
     let exit = streamer.expect_success();
     assert_eq!(exit.progress[..2], ["socket-init", "checkpoint-start"]);
     collector.finish();
-}
-
-#[test]
-fn a_capture_goes_on_when_no_program_reads_its_progress() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture().progress_reader_gone(), 1);
-    let criu = streamer.criu_when_socket_is_there();
-    write_image(&criu);
-    drop(criu);
-    streamer.expect_success();
-    assert_eq!(image::decode(&collector.finish()).unwrap().len(), 2);
-}
-
-#[test]
-fn a_restore_goes_on_when_no_program_reads_its_progress() {
-    let image = image::encode([("inventory.img", &b"inventory"[..])], 2, 100);
-    let (mut extract, _feeder) = runs::feed(Streamer::extract().progress_reader_gone(), &image);
-    extract.expect_success();
-    let (mut serve, _feeder) = runs::feed(Streamer::serve().progress_reader_gone(), &image);
-    let criu = serve.criu_when_socket_is_there();
-    criu.expect_file("inventory.img", b"inventory");
-    drop(criu);
-    serve.expect_success();
 }
 
 #[test]

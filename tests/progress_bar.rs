@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 
 use crate::common::image;
-use crate::common::runs::{self, inventory_last, sample_files};
+use crate::common::runs::{self, sample_files};
 use crate::common::shards;
 use crate::common::streamer::{Launch, Streamer, binary};
 use tempfile::TempDir;
@@ -16,10 +16,8 @@ const BAR: [&str; 1] = ["--progress-bar"];
 /// Captures an image into two shards, which are returned, and standard error with them.
 fn capture(launch: Launch) -> (Vec<Vec<u8>>, crate::common::streamer::Exit) {
     let (mut streamer, collector) = runs::collect(launch, 2);
-    let criu = streamer.criu_when_socket_is_there();
-    for (name, content) in inventory_last(&sample_files(1)) {
-        criu.write_file(name, content);
-    }
+    let criu = streamer.criu_unless_it_ends().unwrap();
+    criu.write_files(&sample_files(1));
     drop(criu);
     let exit = streamer.expect_success();
     (collector.finish(), exit)
@@ -81,12 +79,12 @@ fn nothing_is_shown_unless_asked_for() {
 #[test]
 fn standard_error_cannot_be_the_bars_and_the_progress_lines_place() {
     let (_reader, end) = shards::pipe();
-    let exit = Streamer::capture()
+    Streamer::capture()
         .progress_on_stderr()
         .shards([end])
         .args(["--progress-bar", "--progress-fd", "2"])
-        .run();
-    exit.expect_failure(&["--progress-bar", "--progress-fd"]);
+        .run()
+        .expect_failure(&["--progress-bar", "--progress-fd"]);
 
     // Under another number it is the same place.
     let dir = TempDir::new().unwrap();

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::random;
-use crate::criu::Machine;
+use crate::criu::machine;
 
 /// The texts that a reader types from.
 const TEXTS: [(&str, &str); 5] = [
@@ -89,9 +89,7 @@ fn every_recipe_brings_the_application_back() {
     let recipes = recipes("application");
     assert!(recipes.len() >= 8, "only {} recipes found", recipes.len());
     for (arguments, texts) in recipes {
-        let Some(machine) = Machine::new() else {
-            return;
-        };
+        let Some(machine) = machine() else { return };
         let (files, parts): (Vec<_>, Vec<_>) = arguments
             .split(' ')
             .partition(|word| word.starts_with("files="));
@@ -116,9 +114,7 @@ fn a_script_that_starts_criu_itself_ends_when_criu_fails_before_it_connects() {
         .filter(|text| text.contains("& streamer=$!"))
         .collect();
     assert_eq!(scripts.len(), 3, "{scripts:?}");
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=10");
     let before = application.goes_on();
     let prepare = "mkdir images && mkfifo ready\n";
@@ -138,9 +134,7 @@ fn a_script_that_starts_criu_itself_ends_when_criu_fails_before_it_connects() {
 #[test]
 fn a_flipped_bit_is_found_by_every_recipe_with_a_checksum() {
     for checked in ["'lz4 >app.lz4'", "sha256sum", "zstd -q --adapt=max=4"] {
-        let Some(machine) = Machine::new() else {
-            return;
-        };
+        let Some(machine) = machine() else { return };
         let mut recipes = recipes("application").into_iter();
         let found = recipes.find(|(_, texts)| texts[0].contains(checked));
         let (parts, texts) = found.expect("a recipe with a checksum");
@@ -199,7 +193,7 @@ fn every_recipe_is_of_a_kind_that_some_test_runs() {
 /// these very tests (as .ci/run does, which takes them from here), are only looked up by make.
 #[test]
 fn every_command_for_the_checkout_works() {
-    if Machine::new().is_none() {
+    if machine().is_none() {
         return;
     }
     let root = tempfile::tempdir().expect("a directory can be made");

@@ -11,7 +11,7 @@ use crate::common::keeping::Keeping;
 use crate::common::skip;
 use crate::criu::huge_pages::HugePages;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, RESTORE_WITH_INDEX, lazily};
-use crate::criu::{Application, Machine};
+use crate::criu::{Application, Machine, machine};
 
 /// How often an application goes through the streamer: what goes wrong here depends on who is
 /// faster.
@@ -65,7 +65,7 @@ impl Case {
         let machine = if self.own_root {
             Machine::new_on_root_file_system()
         } else {
-            Machine::new()
+            machine()
         };
         let Some(machine) = machine else {
             return;
@@ -147,18 +147,6 @@ impl Case {
     }
 }
 
-#[test]
-fn a_process_in_its_own_network_namespace() {
-    Case {
-        command: "unshare --net",
-        parts: "memory=20",
-        network: "ip link set lo up && ip link add pair type veth peer name other && ip addr add 10.7.0.1/24 dev pair && ip link set other up && ip link set pair up",
-        observe: "while ip -6 addr | grep tentative >/dev/null; do sleep 0.1; done; ip -oneline addr; ip route show table all | sort",
-        ..Case::default()
-    }
-    .goes_through();
-}
-
 // The rules themselves are lost: CRIU asks fstat for the size of nftables' image, which for a pipe
 // is 0, and restores an empty ruleset. Rules of iptables-legacy go through a child process, and are
 // restored.
@@ -191,11 +179,17 @@ ipcmk --shmem 100000
 ipcmk --queue
 head -c 30M /dev/urandom >/mnt/large
 ip link set lo up
+ip link add pair type veth peer name other
+ip addr add 10.7.0.1/24 dev pair
+ip link set other up
+ip link set pair up
 for port in $(seq 1000 1100); do iptables-legacy -A INPUT -p tcp --dport $port -j DROP; done
 ip6tables-legacy -A INPUT -p tcp --dport 99 -j DROP
 "#,
         observe: r#"
 hostname; ipcs --shmems; ipcs --queues
+while ip -6 addr | grep tentative >/dev/null; do sleep 0.1; done
+ip -oneline addr; ip route show table all | sort
 iptables-legacy-save --table filter | grep -e '^-A'; ip6tables-legacy-save --table filter | grep -e '^-A'
 cd /mnt && find . -type f | sort | xargs sha256sum
 "#,
@@ -214,29 +208,11 @@ fn deleted_files_of_many_sizes() {
     .goes_through();
 }
 
-/// CRIU dumps it first, and asks for it last.
+/// CRIU dumps the memory that they share first, and asks for it last.
 #[test]
-fn processes_that_share_memory() {
+fn a_large_tree_of_processes_that_share_memory() {
     Case {
-        parts: "shared=40 memory=5 tree=2x2",
-        ..Case::default()
-    }
-    .goes_through();
-}
-
-#[test]
-fn a_deep_tree_of_processes() {
-    Case {
-        parts: "memory=1 tree=24x1 threads=1",
-        ..Case::default()
-    }
-    .goes_through();
-}
-
-#[test]
-fn a_wide_tree_of_processes() {
-    Case {
-        parts: "memory=1 tree=3x4",
+        parts: "shared=40 memory=1 tree=3x4 threads=1",
         ..Case::default()
     }
     .goes_through();
@@ -258,9 +234,7 @@ fn a_process_with_huge_pages() {
 
 #[test]
 fn a_process_with_much_memory() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=512");
     for keeping in Keeping::ALL {
         let before = application.goes_on();
@@ -273,9 +247,7 @@ fn a_process_with_much_memory() {
 
 #[test]
 fn a_server_is_restored_to_another_port() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("listen=7000 memory=10");
     let before = application.goes_on();
     let ask = |port: u16| {

@@ -2,12 +2,13 @@
 //! it does then is not in the image, and whatever becomes of the image is not its concern. They
 //! need root; see tests/criu/mod.rs.
 
-use crate::criu::Machine;
+use crate::common::PAGE;
 use crate::criu::recipes::{EXTRACT, RESTORE};
-use crate::hook::{DUMP, capture_while_running, options, torn};
+use crate::criu::{Application, Machine, machine};
+use crate::hook::{DUMP, options};
 
 /// How often an application is captured while it changes.
-const RUNS: usize = 20;
+const RUNS: usize = 10;
 
 /// MiB that the application rewrites all the time.
 const REWRITTEN: usize = 8;
@@ -43,11 +44,45 @@ until [ -e images/streamer-capture.outcome ]; do sleep 0.05; done
     options(upload, "cat app.image") + buffered + DUMP + " --leave-running\n" + wait
 }
 
+/// Captures an application that goes on, into a slow shard, and returns the pages in the image.
+fn capture_while_running(machine: &Machine, application: &Application<'_>, dump: &str) -> Vec<u8> {
+    let extract = "
+rm -rf extracted
+criu-image-streamer --images-dir extracted extract <app.image
+cat extracted/pages-*.img >pages
+";
+    application.run("rm -f app.image ready").success();
+    application.run(dump).success();
+    application.goes_on();
+    application.run(extract).success();
+    machine.read("pages")
+}
+
+/// How many pages were written after the application had been frozen: it writes the first page
+/// first, so that none can be ahead of it, and one at most is half written. It writes `mib` MiB.
+fn torn(pages: &[u8], mib: usize) -> usize {
+    let word = |page: &[u8], at: usize| {
+        u64::from_le_bytes(page[at..at + 8].try_into().expect("eight bytes"))
+    };
+    let mut found: Vec<(u64, u64, u64)> = pages
+        .chunks_exact(PAGE)
+        .filter(|page| page.starts_with(b"REWRITE\0"))
+        .map(|page| (word(page, 8), word(page, 16), word(page, PAGE - 8)))
+        .collect();
+    found.sort_unstable();
+    let (number, first, _) = found[0];
+    assert_eq!(number, 0, "the first page is there");
+    assert_eq!(found.len(), mib * (1 << 20) / PAGE);
+    let ahead = found
+        .iter()
+        .filter(|(_, start, end)| (*start).max(*end) > first);
+    let half = found.iter().filter(|(_, start, end)| start != end);
+    ahead.count().max(half.count().saturating_sub(1))
+}
+
 #[test]
 fn what_an_application_does_when_it_goes_on_is_not_in_the_image() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     std::fs::write(machine.path("reader"), SLOW).expect("reader");
     let application = machine.start(&format!("rewrite={REWRITTEN}"));
     let succeeded = "grep -qx succeeded images/streamer-capture.outcome\n";
@@ -73,9 +108,7 @@ fn what_an_application_does_when_it_goes_on_is_not_in_the_image() {
 
 #[test]
 fn the_image_of_an_application_that_goes_on_can_be_restored() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     std::fs::write(machine.path("reader"), "lz4 >app.lz4").expect("reader");
     let application = machine.start("memory=20 tree=1x1 threads=1");
     for dump in [dump_through_hook("lz4 >app.lz4").as_str(), CAPTURE] {
@@ -91,9 +124,7 @@ fn the_image_of_an_application_that_goes_on_can_be_restored() {
 
 #[test]
 fn an_application_that_goes_on_survives_the_failure_of_its_image() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     for reader in [
         "head -c 5000000 >app.image",
@@ -115,9 +146,7 @@ fn an_application_that_goes_on_survives_the_failure_of_its_image() {
 
 #[test]
 fn a_failure_after_criu_has_gone_on_is_in_the_outcome() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     let upload = "head -c 100000 >app.image; until [ -e gone-on ]; do sleep 0.05; done; exit 7";
     let failed = "grep 'failed with exit status 7' images/streamer-capture.outcome\n";

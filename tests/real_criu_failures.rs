@@ -3,11 +3,11 @@
 //! tests/criu/mod.rs.
 
 use crate::criu::recipes::{CAPTURE, EXTRACT, RESTORE};
-use crate::criu::{Application, Machine};
+use crate::criu::{Application, machine};
 
 /// How far the image has come when something happens, in bytes of an image of some 40 MB: from
 /// nothing but the first marker to shortly before the end.
-const MOMENTS: [usize; 8] = [0, 1, 100, 5_000, 200_000, 3_000_000, 20_000_000, 40_000_000];
+const MOMENTS: [usize; 5] = [0, 100, 200_000, 20_000_000, 40_000_000];
 
 /// A later moment may find the whole rest of the image in pipes, and the application killed.
 const MOMENTS_FOR_PLAIN_DUMPS: usize = 20_000_000;
@@ -59,9 +59,7 @@ fn nothing_has_happened(application: &Application<'_>) {
 
 #[test]
 fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let dies_half_way = |dump, read: &str| {
         let said = application.run(&capture(dump, read)).failure().stderr();
@@ -82,9 +80,7 @@ fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
 /// worse for it.
 #[test]
 fn a_forgotten_stream_is_told_of_at_once_and_does_not_harm_the_dump() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
     let script = r#"
@@ -114,9 +110,7 @@ wait $streamer
 
 #[test]
 fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     for signal in ["KILL", "TERM"] {
         for bytes in MOMENTS {
@@ -138,34 +132,14 @@ fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
     application.is_unharmed();
 }
 
-/// A CRIU that fails before it connects would be waited for without end.
-#[test]
-fn the_recipe_for_supervisors_ends_when_criu_has_failed() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
-    let application = machine.start("memory=10");
-    let from_supervisor = "grep -q -m1 socket-init ready\ncriu dump";
-    let recipes = crate::readme::recipes("application");
-    let mut blocks = recipes.into_iter().flat_map(|(_, blocks)| blocks);
-    let dump = blocks.find(|block| block.contains(from_supervisor));
-    let dump = dump.expect("a recipe for supervisors");
-    let fails = dump.replace("-D images -t", "-D elsewhere -t");
-    assert_ne!(fails, dump);
-    application.run(&fails).failure();
-    application.goes_on();
-}
-
 #[test]
 fn a_restore_that_lost_its_streamer_can_be_done_again() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20 tree=1x1 threads=1");
     let before = application.goes_on();
     application.run(CAPTURE).success();
     application.is_gone();
-    for milliseconds in [0, 10, 20, 30, 40, 60, 80, 120] {
+    for milliseconds in [0, 20, 40, 80, 120] {
         let script = format!(
             r#"
 rm -rf images ready; mkdir images; mkfifo ready

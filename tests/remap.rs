@@ -4,6 +4,8 @@
 use crate::common::criu::frame;
 use crate::common::dump::{nested, number};
 use crate::common::image;
+use crate::common::indexed;
+use crate::common::random::Random;
 use crate::common::runs;
 use crate::common::shards::Feeder;
 use crate::common::streamer::Streamer;
@@ -31,13 +33,28 @@ fn files_img(sockets: &[(u64, u64, u64)]) -> Vec<u8> {
 
 /// A restore with that option and that `files.img`, if the image has one.
 fn serve(remap: &str, files_img: Option<&[u8]>) -> (Streamer, Feeder) {
-    let inventory = [("inventory.img", image::INVENTORY)];
+    let others = [
+        ("pages-1.img", &b"pages"[..]),
+        ("inventory.img", image::INVENTORY),
+    ];
     let files = files_img.map(|bytes| ("files.img", bytes));
-    let image = image::encode(files.into_iter().chain(inventory), 2, 40);
+    let image = image::encode(files.into_iter().chain(others), 2, 40);
     runs::feed(
         Streamer::serve().args(["--tcp-listen-remap", remap]),
         &image,
     )
+}
+
+/// The same of an image with an index.
+fn arrive(remap: &str, files_img: &[u8]) -> (Streamer, Feeder) {
+    let files = image::files([
+        ("files.img", files_img),
+        ("pages-1.img", b"pages"),
+        ("inventory.img", image::INVENTORY),
+    ]);
+    let image = indexed::encode(&files, 2, &mut Random::new(1));
+    let launch = Streamer::serve().args(["--tcp-listen-remap", remap]);
+    indexed::feed(launch, &image)
 }
 
 #[test]
@@ -53,11 +70,15 @@ fn the_ports_of_listening_tcp_sockets_change() {
         ])
     };
     for (remap, http, https) in [("80:65535", 65_535, 443), ("80:443,443:80", 443, 80)] {
-        let (mut streamer, _feeder) = serve(remap, Some(&sockets(80, 443)));
-        let criu = streamer.criu();
-        criu.expect_file("files.img", &sockets(http, https));
-        drop(criu);
-        streamer.expect_success();
+        let (streamer, feeder) = serve(remap, Some(&sockets(80, 443)));
+        let arriving = arrive(remap, &sockets(80, 443));
+        for (mut streamer, _feeder) in [(streamer, feeder), arriving] {
+            let criu = streamer.criu();
+            criu.expect_file("files.img", &sockets(http, https));
+            criu.expect_file("pages-1.img", b"pages");
+            drop(criu);
+            streamer.expect_success();
+        }
     }
 }
 
@@ -88,20 +109,14 @@ fn what_cannot_be_changed_is_an_error_before_criu_can_connect() {
         ("8080:90", None, &["--tcp-listen-remap", "files.img"]),
     ] {
         let (mut streamer, _feeder) = serve(remap, files_img);
-        let exit = streamer.expect_failure(words);
-        assert_eq!(exit.progress, [""; 0], "{remap}");
+        streamer.expect_refusal(words);
     }
 }
 
 #[test]
 fn without_the_option_files_img_is_not_looked_at() {
-    let files = [
-        ("files.img", &b"anything"[..]),
-        ("inventory.img", image::INVENTORY),
-    ];
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image::encode(files, 2, 40));
-    let criu = streamer.criu();
-    criu.expect_file("files.img", b"anything");
-    drop(criu);
-    streamer.expect_success();
+    let files = image::files([("files.img", "anything"), ("inventory.img", "inventory")]);
+    let image = image::encode_files(&files, 2, 40);
+    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
+    runs::assert_served(&mut streamer, &files);
 }

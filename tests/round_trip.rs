@@ -3,8 +3,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::thread;
-use std::time::Instant;
 
 use crate::common::child::queued;
 use crate::common::image::{self, Files, Shard};
@@ -13,7 +11,7 @@ use crate::common::random::Random;
 use crate::common::runs::{self, assert_same_files};
 use crate::common::shards;
 use crate::common::streamer::{Launch, Streamer};
-use crate::common::{HANG_TIMEOUT, PAGE};
+use crate::common::{PAGE, wait_until};
 
 /// Kilobytes to a megabyte of anything: random names, sizes, numbers of files.
 fn random_files(seed: u64) -> Files {
@@ -37,7 +35,7 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
         assert_same_files(&image::decode(&shards).unwrap(), &files);
 
         let (dir, exit) = runs::extract(&shards);
-        assert!(exit.status.success(), "{}", exit.stderr);
+        exit.expect_success();
         assert_same_files(&runs::read_dir(dir.path()), &files);
 
         for keeping in Keeping::ALL {
@@ -51,31 +49,16 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
 #[test]
 fn capture_connected_straight_to_serve() {
     for keeping in Keeping::ALL {
-        for (shard_count, pipe_size) in [
-            (1, None),
-            (1, Some(PAGE)),
-            (4, None),
-            (4, Some(PAGE)),
-            (32, Some(256 * PAGE)),
-        ] {
-            connect_capture_to_serve(shard_count, pipe_size, keeping);
+        for (shard_count, pipe_size) in [(1, None), (4, Some(PAGE)), (32, Some(256 * PAGE))] {
+            let files = runs::sample_files(shard_count as u64);
+            let (readers, writers) = shards::pipes(shard_count, pipe_size);
+            let mut capture = Streamer::capture().shards(writers).start();
+            let mut serve = keeping.serve().shards(readers).start();
+            capture.criu().write_files(&files);
+            capture.expect_success();
+            runs::assert_served(&mut serve, &files);
         }
     }
-}
-
-fn connect_capture_to_serve(shard_count: usize, pipe_size: Option<usize>, keeping: Keeping) {
-    let files = runs::sample_files(shard_count as u64);
-    let (readers, writers) = shards::pipes(shard_count, pipe_size);
-    let mut capture = Streamer::capture().shards(writers).start();
-    let mut serve = keeping.serve().shards(readers).start();
-    let dumping = capture.criu();
-    for (name, content) in runs::inventory_last(&files) {
-        dumping.write_file(name, content);
-    }
-    drop(dumping);
-    capture.expect_success();
-
-    runs::assert_served(&mut serve, &files);
 }
 
 /// They may be the application's own, which can still change. Those of a capture that has ended are
@@ -88,11 +71,7 @@ fn pages_of_a_capture_that_runs_are_copied() {
     let (readers, writers) = shards::pipes(2, None);
     let mut capture = Streamer::capture().shards(writers).start();
     let mut serve = Streamer::serve().shards(readers).start();
-    let dumping = capture.criu();
-    for (name, content) in runs::inventory_last(&files) {
-        dumping.write_file(name, content);
-    }
-    drop(dumping);
+    capture.criu().write_files(&files);
     capture.expect_success();
     serve.wait_for_line("socket-init");
     let copied = serve.memory_kib("VmRSS");
@@ -129,59 +108,12 @@ fn one_shard_may_come_after_the_other() {
     }
 }
 
-/// CRIU writes a page at a time into several files at once; the other side reads them all at once
-/// too.
-#[test]
-fn many_writers_and_many_readers_at_once() {
-    let mut files = Files::new();
-    for i in 0..6 {
-        files.insert(
-            format!("pages-{i}.img"),
-            crate::common::random::bytes(i, 300 * PAGE + i as usize),
-        );
-    }
-    for keeping in Keeping::ALL {
-        write_and_read_at_once(&files, keeping);
-    }
-}
-
-fn write_and_read_at_once(files: &Files, keeping: Keeping) {
-    let (readers, writers) = shards::pipes(3, None);
-    let mut capture = Streamer::capture().shards(writers).start();
-    let mut serve = keeping.serve().shards(readers).start();
-    let dumping = capture.criu();
-    thread::scope(|scope| {
-        for (name, content) in files {
-            let mut file = dumping.create_file(name);
-            scope.spawn(move || {
-                content
-                    .chunks(PAGE)
-                    .for_each(|page| file.write_all(page).unwrap())
-            });
-        }
-    });
-    dumping.write_file("inventory.img", b"inventory");
-    drop(dumping);
-    capture.expect_success();
-
-    let restoring = serve.criu();
-    restoring.expect_file("inventory.img", b"inventory");
-    thread::scope(|scope| {
-        for (name, content) in files {
-            let restoring = &restoring;
-            scope.spawn(move || restoring.expect_file(name, content));
-        }
-    });
-    drop(restoring);
-    serve.expect_success();
-}
-
 /// What came of a chunk before its turn is held in a pipe, and the rest goes straight to its file.
 #[test]
 fn a_chunk_whose_turn_comes_when_half_of_it_is_here_is_whole() {
     let content = crate::common::random::bytes(7, 200_000);
     let (before, after) = content.split_at(100_000);
-    let files = Files::from([("inventory.img".to_owned(), content.clone())]);
+    let files = image::files([("inventory.img", content.clone())]);
     let first = Shard::new().filename(0, "inventory.img").bytes;
     let marker = Shard::new().data_marker(1, content.len() as u32);
     let ahead = marker.raw(before).bytes;
@@ -192,11 +124,7 @@ fn a_chunk_whose_turn_comes_when_half_of_it_is_here_is_whole() {
         let mut streamer = launch.shards(readers).start();
         let mut writers: Vec<_> = writers.into_iter().map(File::from).collect();
         writers[1].write_all(&ahead).unwrap();
-        let deadline = Instant::now() + HANG_TIMEOUT;
-        while queued(&looking) > 0 {
-            assert!(Instant::now() < deadline, "what is ahead is not taken");
-            thread::yield_now();
-        }
+        wait_until("what is ahead is taken", || queued(&looking) == 0);
         writers[0].write_all(&first).unwrap();
         writers[1].write_all(&rest).unwrap();
         drop((writers, looking));

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::skip;
-use crate::criu::Machine;
+use crate::criu::{Machine, machine};
 use crate::readme::recipes;
 
 /// An account with a bucket, as the recipe presumes.
@@ -51,7 +51,7 @@ export AWS_ENDPOINT_URL=http://127.0.0.1:$(cat port)
 /// The recipe's two blocks, each behind what makes it an account's; `None` where there is no
 /// machine, or no server.
 fn with_a_store() -> Option<(Machine, [String; 2])> {
-    let machine = Machine::new()?;
+    let machine = machine()?;
     let home = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let found = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/s3/set-up"))
         .env("S3_HOME", home.join("s3"))

@@ -1,24 +1,23 @@
 //! What `serve` promises to CRIU: the image is complete before CRIU may connect, nothing of it is
-//! ever on disk, and the memory of a file is given back while it is sent.
+//! ever on disk, files are opened, read and left in any order, and the memory of a file is given
+//! back while it is sent.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::HANG_TIMEOUT;
 use crate::common::child::{self, Limit};
-use crate::common::image;
-use crate::common::random;
+use crate::common::dump;
+use crate::common::image::{self, Files};
+use crate::common::keeping::Keeping;
+use crate::common::random::{self, Random};
 use crate::common::runs::{self, assert_same_bytes};
 use crate::common::shards::{self, Collector, Feeder, pipe};
 use crate::common::streamer::{Launch, Streamer};
+use crate::common::{skip, wait_until};
 
 const MIB: usize = 1 << 20;
-
-fn image_of<const N: usize>(files: [(&str, &[u8]); N]) -> Vec<Vec<u8>> {
-    image::encode(files, 2, 100_000)
-}
 
 #[test]
 fn files_are_served_in_any_order_by_both_names_of_the_command() {
@@ -29,6 +28,8 @@ fn files_are_served_in_any_order_by_both_names_of_the_command() {
         for (name, content) in files.iter().rev() {
             criu.expect_file(name, content);
         }
+        assert_eq!(criu.read_file("none.img"), None);
+        let mut open = criu.open_file("inventory.img").unwrap();
         let on_disk = fs::read_dir(streamer.images_dir()).unwrap();
         let on_disk: Vec<_> = on_disk.map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(
@@ -36,142 +37,13 @@ fn files_are_served_in_any_order_by_both_names_of_the_command() {
             ["streamer-serve.sock"],
             "nothing is written to disk"
         );
+        // Files go on after CRIU has closed its connection.
         drop(criu);
+        let mut content = Vec::new();
+        open.read_to_end(&mut content).unwrap();
+        assert_same_bytes("inventory.img", &content, &files["inventory.img"]);
         streamer.expect_success();
         assert_eq!(fs::read_dir(streamer.images_dir()).unwrap().count(), 0);
-    }
-}
-
-#[test]
-fn a_file_that_does_not_exist_is_a_normal_answer() {
-    let (mut streamer, _feeder) = runs::feed(
-        Streamer::serve(),
-        &image_of([("inventory.img", b"inventory")]),
-    );
-    let criu = streamer.criu();
-    for i in 0..1000 {
-        assert_eq!(criu.read_file(&format!("file-{i}.img")), None);
-    }
-    criu.expect_file("inventory.img", b"inventory");
-    assert_eq!(criu.read_file("../inventory.img"), None);
-    drop(criu);
-    streamer.expect_success();
-}
-
-#[test]
-fn the_image_is_complete_before_criu_may_connect() {
-    let shards = image_of([("inventory.img", b"inventory")]);
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &shards);
-    let criu = streamer.criu();
-    let progress = streamer.progress_lines();
-    let [stats, ready] = &progress[..] else {
-        panic!("two lines expected: {progress:?}")
-    };
-    assert_eq!(ready, "socket-init");
-    let stats: serde_json::Value = serde_json::from_str(stats).unwrap();
-    assert_eq!(
-        stats.as_object().unwrap().keys().collect::<Vec<_>>(),
-        ["shards"]
-    );
-    for (stats, shard) in stats["shards"].as_array().unwrap().iter().zip(&shards) {
-        assert_eq!(stats.as_object().unwrap().len(), 2, "{stats}");
-        assert_eq!(stats["size"].as_u64(), Some(shard.len() as u64));
-        assert!(stats["transfer_duration_millis"].is_u64());
-    }
-    criu.read_file("inventory.img").unwrap();
-    drop(criu);
-    assert_eq!(
-        streamer.expect_success().progress,
-        progress,
-        "nothing follows"
-    );
-}
-
-#[test]
-fn a_broken_image_is_never_served() {
-    let image = image_of([("a.img", b"first"), ("inventory.img", b"inventory")]);
-    for cut_shard in 0..2 {
-        let mut shards = image.clone();
-        shards[cut_shard].pop();
-        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &shards);
-        let exit = streamer.expect_failure(&["shard"]);
-        assert_eq!(exit.progress, [""; 0]);
-    }
-}
-
-#[test]
-fn criu_may_close_a_file_having_read_some_of_it_or_nothing() {
-    let pages = random::bytes(1, 8 * MIB);
-    let image = image_of([
-        ("pages-1.img", &pages),
-        ("pages-2.img", &pages),
-        ("inventory.img", b"inventory"),
-    ]);
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-    let criu = streamer.criu();
-    drop(criu.open_file("pages-1.img").unwrap());
-    let mut some = vec![0; MIB];
-    let mut file = criu.open_file("pages-2.img").unwrap();
-    file.read_exact(&mut some).unwrap();
-    drop(file);
-    assert_same_bytes("pages-2.img", &some, &pages[..MIB]);
-    drop(criu.open_file("inventory.img").unwrap());
-    drop(criu);
-    streamer.expect_success();
-}
-
-#[test]
-fn a_later_file_can_be_read_before_an_earlier_one() {
-    let pages = random::bytes(1, 4 * MIB);
-    let image = image_of([
-        ("pages-1.img", &pages),
-        ("pages-2.img", &pages),
-        ("inventory.img", b"inventory"),
-    ]);
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-    let criu = streamer.criu();
-    let mut first = criu.open_file("pages-1.img").unwrap();
-    let mut second = criu.open_file("pages-2.img").unwrap();
-    criu.expect_file("inventory.img", b"inventory");
-    for (name, file) in [("pages-2.img", &mut second), ("pages-1.img", &mut first)] {
-        let mut content = Vec::new();
-        file.read_to_end(&mut content).unwrap();
-        assert_same_bytes(name, &content, &pages);
-    }
-    drop(criu);
-    streamer.expect_success();
-}
-
-#[test]
-fn files_go_on_after_criu_has_closed_its_connection() {
-    let pages = random::bytes(1, 4 * MIB);
-    let image = image_of([("pages-1.img", &pages), ("inventory.img", b"inventory")]);
-    let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-    let criu = streamer.criu();
-    let mut file = criu.open_file("pages-1.img").unwrap();
-    drop(criu);
-    let mut content = Vec::new();
-    file.read_to_end(&mut content).unwrap();
-    assert_same_bytes("pages-1.img", &content, &pages);
-    streamer.expect_success();
-}
-
-#[test]
-fn of_a_file_that_was_sent_twice_the_last_one_is_served() {
-    for (first, last) in [(3 * MIB, 10), (10, 3 * MIB), (0, 5), (5, 0)] {
-        let last_version = random::bytes(2, last);
-        let image = image_of([
-            ("fdinfo.img", &random::bytes(1, first)),
-            ("other.img", b"other"),
-            ("fdinfo.img", &last_version),
-            ("inventory.img", image::INVENTORY),
-        ]);
-        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
-        let criu = streamer.criu();
-        criu.expect_file("fdinfo.img", &last_version);
-        assert_eq!(criu.read_file("other.img").as_deref(), Some(&b"other"[..]));
-        drop(criu);
-        streamer.expect_success();
     }
 }
 
@@ -195,14 +67,10 @@ fn external_files_are_streamed_through_without_being_kept() {
     let mut first = File::from(writers.remove(0));
     let name_size = image::split(0, &image[0]).unwrap()[1].offset;
     first.write_all(&image[0][..name_size]).unwrap();
-    while child::queued(&first) > 0 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the name is taken", || child::queued(&first) == 0);
     let ahead = Feeder::start(writers, &image[1..]);
     let rest = Feeder::start(vec![first.into()], &[image[0][name_size..].to_vec()]);
-    while child::queued(&tar_reader) == 0 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the file comes", || child::queued(&tar_reader) > 0);
     let tar = Collector::start(vec![tar_reader]);
     assert_eq!(tar.finish()[0].len(), SIZE);
     let criu = streamer.criu();
@@ -248,15 +116,9 @@ fn memory_is_given_back(launch: Launch) {
         file.read_exact(&mut taken).unwrap();
         assert_same_bytes("pages-1.img", &taken, &pages[offset..offset + STEP]);
         let allowed = before - ((offset + STEP) >> 10) as u64 + SLACK_KIB;
-        let deadline = Instant::now() + HANG_TIMEOUT;
-        while streamer.image_kib() > allowed {
-            assert!(
-                Instant::now() < deadline,
-                "{} KiB, at most {allowed} allowed",
-                streamer.image_kib()
-            );
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(&format!("{allowed} KiB"), || {
+            streamer.image_kib() <= allowed
+        });
     }
     drop((file, criu));
     streamer.expect_success();
@@ -266,11 +128,12 @@ fn memory_is_given_back(launch: Launch) {
 #[test]
 fn firewall_rules_that_criu_does_not_restore_from_a_stream_are_told() {
     let stderr_with = |rules: &[u8]| {
-        let image = image_of([
+        let files = [
             ("nftables-12.img", rules),
             ("nftables-13.img", b""),
             ("inventory.img", b"inventory"),
-        ]);
+        ];
+        let image = image::encode(files, 2, 100_000);
         let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &image);
         let criu = streamer.criu();
         // It is told before CRIU begins.
@@ -289,4 +152,136 @@ fn firewall_rules_that_criu_does_not_restore_from_a_stream_are_told() {
     }
     assert!(!stderr.contains("nftables-13.img"), "{stderr}");
     assert_eq!(stderr_with(b""), "");
+}
+
+/// What the other tests of this module, and of others, count on.
+#[test]
+fn an_image_is_kept_where_limits_say() {
+    if !may_hold_in_pipes() {
+        return skip("without CAP_SYS_ADMIN or CAP_SYS_RESOURCE, nothing is held in pipes");
+    }
+    const SIZE: usize = 32 * MIB;
+    let pages = random::bytes(1, SIZE);
+    let files = image::files([("pages-1.img", pages.clone())]);
+    let image = image::encode_files(&files, 2, MIB);
+    let size_kib = (SIZE >> 10) as u64;
+    for keeping in Keeping::ALL {
+        let (mut streamer, _feeder) = runs::feed(keeping.serve(), &image);
+        let criu = streamer.criu();
+        let held = streamer.image_kib() - streamer.memory_kib("VmRSS");
+        let expected = match keeping {
+            // The few bytes by which a chunk exceeds a pipe are read, with what follows them.
+            Keeping::Pipes => size_kib / 8 * 7..size_kib,
+            Keeping::Memory => 0..1,
+            Keeping::Both => 32..Keeping::FEW_PIPES * 1024 + 1,
+        };
+        assert!(expected.contains(&held), "{keeping:?}: {held} KiB in pipes");
+        criu.expect_file("pages-1.img", &pages);
+        drop(criu);
+        streamer.expect_success();
+    }
+}
+
+fn may_hold_in_pipes() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = u64::from_str_radix(effective.unwrap().trim(), 16).unwrap();
+    const SYS_ADMIN: u64 = 1 << 21;
+    const SYS_RESOURCE: u64 = 1 << 24;
+    effective & (SYS_ADMIN | SYS_RESOURCE) != 0
+}
+
+/// Descriptors are for the files that CRIU has open.
+#[test]
+fn chunks_of_a_file_share_the_pipes_that_hold_them() {
+    if !may_hold_in_pipes() {
+        return;
+    }
+    let files = Files::from([("pages-1.img".into(), vec![7; 37 << 20])]);
+    let files = files.into_iter().chain(dump::whole()).collect();
+    for chunk in [64 << 10, 252 << 10] {
+        let shards = image::encode_files(&files, 2, chunk);
+        let (mut streamer, _feeder) = runs::feed(Streamer::serve(), &shards);
+        streamer.wait_for_line("socket-init");
+        let open = streamer.open_fds();
+        assert!(open < 80, "{open} descriptors");
+        runs::assert_served(&mut streamer, &files);
+    }
+}
+
+#[test]
+fn thousands_of_requests_leave_the_streamer_as_it_was() {
+    let mut random = Random::new(1);
+    let files: Files = (0..20)
+        .map(|i| (format!("file-{i}.img"), random.bytes(i * 1000)))
+        .collect();
+    let names: Vec<_> = files.keys().collect();
+    let (mut streamer, _feeder) =
+        runs::feed(Streamer::serve(), &image::encode_files(&files, 2, 10_000));
+    let criu = streamer.criu();
+    let ask = |random: &mut Random, times| {
+        for _ in 0..times {
+            let name = *random.pick(&names);
+            match random.below(4) {
+                0 => assert!(criu.open_file("nothing.img").is_none()),
+                1 => drop(criu.open_file(name).expect(name)),
+                _ => assert_same_bytes(name, &criu.read_file(name).expect(name), &files[name]),
+            }
+        }
+    };
+    ask(&mut random, 100);
+    let (fds, threads) = (settled(&streamer, |s| s.open_fds()), streamer.threads());
+    let memory = streamer.memory_kib("VmRSS");
+    ask(&mut random, 2_000);
+    assert_eq!(settled(&streamer, |s| s.open_fds()), fds);
+    assert_eq!(streamer.threads(), threads);
+    let grown = streamer.memory_kib("VmRSS").saturating_sub(memory);
+    assert!(grown < 256, "{grown} KiB more than before");
+    drop(criu);
+    streamer.expect_success();
+}
+
+/// A pipe that CRIU just closed is noticed a moment later: the least of what is seen until it stays
+/// the same for long.
+fn settled(streamer: &Streamer, look: impl Fn(&Streamer) -> usize) -> usize {
+    let mut least = look(streamer);
+    let mut since = Instant::now();
+    while since.elapsed() < Duration::from_millis(200) {
+        let now = look(streamer);
+        if now < least {
+            (least, since) = (now, Instant::now());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    least
+}
+
+/// Pages go to CRIU and are freed, so that the machine does not need the memory twice: there is no
+/// second time.
+#[test]
+fn a_page_file_asked_for_again_is_an_error_that_names_it() {
+    let pages = random::bytes(1, 4 * MIB);
+    let image = image::encode(
+        [("pages-1.img", &pages[..]), ("inventory.img", b"inventory")],
+        1,
+        MIB,
+    );
+    for keeping in Keeping::ALL {
+        let (streamer, _feeder) = runs::feed(keeping.serve(), &image);
+        ask_again_for_pages(&pages, streamer);
+    }
+}
+
+fn ask_again_for_pages(pages: &[u8], mut streamer: Streamer) {
+    let criu = streamer.criu();
+    criu.expect_file("pages-1.img", pages);
+    if let Ok(Some(mut again)) = criu.try_open_file("pages-1.img", None) {
+        let mut content = Vec::new();
+        match again.read_to_end(&mut content) {
+            Ok(_) => assert!(content.is_empty(), "bytes of a file that was given away"),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::BrokenPipe),
+        }
+    }
+    drop(criu);
+    streamer.expect_failure(&["pages-1.img"]);
 }

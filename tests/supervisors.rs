@@ -12,7 +12,7 @@ use crate::common::criu::{Criu, Role};
 use crate::common::image::Shard;
 use crate::common::shards::pipe;
 use crate::common::streamer::binary;
-use crate::criu::Machine;
+use crate::criu::machine;
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -95,9 +95,7 @@ fn safely(command: &str) -> String {
 
 #[test]
 fn the_example_ends_the_application_only_when_everything_has_succeeded() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=40 tree=2x2");
     let before = application.goes_on();
     // Early, so that CRIU sees a broken pipe, and so late that CRIU has succeeded.

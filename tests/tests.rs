@@ -51,10 +51,8 @@ mod progress_bar;
 mod remap;
 /// What was captured is what is restored.
 mod round_trip;
-/// `serve`: the whole image is there for CRIU, and only a whole one.
+/// `serve`: the whole image is there for CRIU, like a file system, and only a whole one.
 mod serve;
-/// `serve` is like a file system: files are opened, read and left in any order, at once.
-mod serving;
 /// Shard commands: success means that every command has succeeded.
 mod shard_cmd;
 /// The socket lets CRIU in, and no stranger does harm there.

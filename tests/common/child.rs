@@ -29,8 +29,6 @@ pub enum Limit {
     FileSize(u64),
     /// This system call fails with `EPERM`, as under a container engine's seccomp profile.
     Refused(libc::c_long),
-    /// A user namespace of its own, whose root is the child's user and which maps no one else.
-    OwnUserNamespace,
     /// Those of the cgroup whose `cgroup.procs` is open there.
     Cgroup(RawFd),
 }
@@ -148,7 +146,6 @@ fn set(limit: Limit) -> io::Result<()> {
             return checked(written as i64).map(drop);
         }
         Limit::Refused(call) => return refuse(call),
-        Limit::OwnUserNamespace => return enter_user_namespace(),
         Limit::OpenFiles(max) | Limit::SoftOpenFiles(max) => (libc::RLIMIT_NOFILE, max),
         Limit::AddressSpace(max) => (libc::RLIMIT_AS, max),
         Limit::FileSize(max) => (libc::RLIMIT_FSIZE, max),
@@ -200,27 +197,6 @@ fn refuse(call: libc::c_long) -> io::Result<()> {
         checked(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         let mode = libc::SECCOMP_MODE_FILTER;
         checked(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program)).map(drop)
-    }
-}
-
-/// `unshare --user` for a child that has already changed its user: `0` in there is what it was.
-fn enter_user_namespace() -> io::Result<()> {
-    // SAFETY: these calls take integers or a constant string; the buffer is a local variable.
-    unsafe {
-        // After a change of user, the files in /proc/self are root's until this is set.
-        libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
-        let user = libc::getuid();
-        checked(libc::unshare(libc::CLONE_NEWUSER))?;
-        let file = libc::open(c"/proc/self/uid_map".as_ptr(), libc::O_WRONLY);
-        let mut line = [0u8; 32];
-        let mut rest = &mut line[..];
-        // Formatting a number into a buffer allocates nothing.
-        io::Write::write_fmt(&mut rest, format_args!("0 {user} 1"))?;
-        let left = rest.len();
-        let length = line.len() - left;
-        let result = checked(libc::write(file, line.as_ptr().cast(), length) as i64);
-        libc::close(file);
-        result.map(drop)
     }
 }
 

@@ -23,6 +23,7 @@ use std::sync::{Mutex, MutexGuard};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::HANG_TIMEOUT;
+use super::image::Files;
 use super::shards::{pipe, set_pipe_size};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,13 @@ impl Criu {
             .unwrap_or_else(|e| panic!("write file {name}: {e}"));
     }
 
+    /// Capture: all of these files, in CRIU's order: `inventory.img` is the last.
+    pub fn write_files(&self, files: &Files) {
+        for (name, content) in super::runs::inventory_last(files) {
+            self.write_file(name, content);
+        }
+    }
+
     /// Serve: the pipe from which the file is to be read. None: there is no such file.
     pub fn open_file(&self, name: &str) -> Option<File> {
         self.open_file_in_pipe(name, None)
@@ -133,6 +141,14 @@ impl Criu {
         let found = self.read_file(name);
         let found = found.unwrap_or_else(|| panic!("{name} is not in the image"));
         super::runs::assert_same_bytes(name, &found, content);
+    }
+
+    /// Serve: all of these files.
+    #[track_caller]
+    pub fn expect_files(&self, files: &Files) {
+        for (name, content) in files {
+            self.expect_file(name, content);
+        }
     }
 
     /// The connection itself, for those who do not keep to the protocol.

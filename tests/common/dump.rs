@@ -88,7 +88,7 @@ pub fn open_files(ids: impl IntoIterator<Item = u64>) -> Vec<u8> {
 /// ended.
 pub fn whole() -> Files {
     let thread = file([number(1, 1)]);
-    [
+    super::image::files([
         ("pstree.img", tree(&[(71, &[71, 72]), (73, &[73])])),
         ("core-71.img", core(ALIVE)),
         ("core-72.img", thread),
@@ -105,7 +105,5 @@ pub fn whole() -> Files {
         ("files.img", open_files(1..=5)),
         ("sk-queues.img", file([])),
         ("inventory.img", inventory(&[])),
-    ]
-    .map(|(name, content)| (name.to_owned(), content))
-    .into()
+    ])
 }

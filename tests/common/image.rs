@@ -13,6 +13,12 @@ pub const MAX_MARKER: usize = 10 * 1024;
 
 pub type Files = BTreeMap<String, Vec<u8>>;
 
+/// Files of these names and contents.
+pub fn files<C: Into<Vec<u8>>, const N: usize>(files: [(&str, C); N]) -> Files {
+    let named = files.map(|(name, content)| (name.to_owned(), content.into()));
+    named.into()
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     Filename(String),

@@ -2,12 +2,14 @@
 //! served while they arrive.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::image::{self, Files, Shard};
 use super::random::Random;
 use super::runs;
-use super::shards::{self, Collector};
+use super::shards::{self, Collector, Feeder};
 use super::streamer::{Launch, Streamer};
 
 /// What any file but one with pages has in the index.
@@ -154,7 +156,19 @@ pub fn serve(shard_count: usize, launch: Launch) -> Serving {
     }
 }
 
+/// A streamer that is fed an image with an index, all at once.
+pub fn feed(launch: Launch, image: &Indexed) -> (Streamer, Feeder) {
+    let (streamer, ends) = serve(image.shards.len(), launch).into_parts();
+    (streamer, Feeder::start(ends, &image.all()))
+}
+
 impl Serving {
+    /// With the index already there; the ends of the data shards.
+    pub fn with_index(self, index: &[u8]) -> (Streamer, Vec<OwnedFd>) {
+        File::from(self.index).write_all(index).unwrap();
+        (self.streamer, self.shards)
+    }
+
     /// The ends of all shards, that of the index being the last.
     pub fn into_parts(self) -> (Streamer, Vec<OwnedFd>) {
         let ends = self.shards.into_iter().chain([self.index]);

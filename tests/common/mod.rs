@@ -4,6 +4,7 @@
 //! * [`cgroup`]: a cgroup that ends with the test;
 //! * [`criu`]: CRIU's side of the image socket;
 //! * [`dump`]: what CRIU's image files hold;
+//! * [`gate`]: a command that goes on when a test says so;
 //! * [`streamer`]: the built binary as a child process, with its descriptors, progress lines and
 //!   resource usage;
 //! * [`shards`]: pipes that are collected into or fed from memory;
@@ -22,6 +23,7 @@ pub mod cgroup;
 pub mod child;
 pub mod criu;
 pub mod dump;
+pub mod gate;
 pub mod image;
 pub mod indexed;
 pub mod keeping;
@@ -34,10 +36,20 @@ pub mod streamer;
 use std::fmt::Display;
 use std::io::Write;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long anything may take before it counts as hanging. Generous: it is reached only by a bug.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Waits for something that comes unless there is a bug.
+#[track_caller]
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
 
 /// Says why a test is not done, which is a failure where `CI` is `true`.
 pub fn skip(why: &str) {

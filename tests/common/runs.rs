@@ -30,14 +30,10 @@ pub fn sample_files(seed: u64) -> Files {
         ("pipe-and-a-byte.img", 16 * PAGE + 1),
         ("pages-1.img", PAGES),
     ];
-    let content = |(i, (name, size)): (usize, &(&str, usize))| {
-        (
-            (*name).to_owned(),
-            random::bytes(seed.wrapping_mul(1000) + i as u64, *size),
-        )
-    };
     let mut files = dump::whole();
-    files.extend(sizes.iter().enumerate().map(content));
+    for (seed, (name, size)) in (seed.wrapping_mul(1000)..).zip(sizes) {
+        files.insert(name.to_owned(), random::bytes(seed, size));
+    }
     files
 }
 
@@ -81,24 +77,16 @@ pub fn send(streamer: &Streamer, files: &Files) {
     let Ok(criu) = Criu::try_connect(streamer.images_dir(), Role::Capture) else {
         return;
     };
-    for (name, content) in inventory_last(files) {
-        let Ok(mut file) = criu.try_create_file(name, None) else {
-            return;
-        };
-        if file.write_all(content).is_err() {
-            return;
-        }
-    }
+    let _gone = inventory_last(files).try_for_each(|(name, content)| {
+        let mut file = criu.try_create_file(name, None)?;
+        file.write_all(content)
+    });
 }
 
 /// Asks for every file as CRIU does, each of which must be as here, and for a success at the end.
 #[track_caller]
 pub fn assert_served(streamer: &mut Streamer, files: &Files) {
-    let criu = streamer.criu();
-    for (name, content) in files {
-        criu.expect_file(name, content);
-    }
-    drop(criu);
+    streamer.criu().expect_files(files);
     streamer.expect_success();
 }
 
@@ -127,10 +115,15 @@ pub fn feed(launch: Launch, shards: &[Vec<u8>]) -> (Streamer, Feeder) {
 /// Extracts into a new directory.
 pub fn extract(shards: &[Vec<u8>]) -> (TempDir, Exit) {
     let dir = TempDir::with_prefix("images-").unwrap();
-    let (mut streamer, feeder) = feed(Streamer::extract().images_dir(dir.path()), shards);
+    let exit = extract_into(dir.path(), shards);
+    (dir, exit)
+}
+
+pub fn extract_into(dir: &Path, shards: &[Vec<u8>]) -> Exit {
+    let (mut streamer, feeder) = feed(Streamer::extract().images_dir(dir), shards);
     let exit = streamer.wait();
     feeder.finish();
-    (dir, exit)
+    exit
 }
 
 /// All that is in a directory. Anything but a regular file has no business there.

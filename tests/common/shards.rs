@@ -6,7 +6,9 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -33,6 +35,18 @@ pub fn set_pipe_size(end: impl AsFd, size: usize) {
     let asked = i32::try_from(size).expect("a capacity under 2 GiB");
     let got = fcntl(end.as_fd(), FcntlArg::F_SETPIPE_SZ(asked)).expect("set a pipe's capacity");
     assert!(got >= asked, "asked for a pipe of {asked} bytes, got {got}");
+}
+
+/// A pair of connected sockets.
+pub fn unix_pair() -> (OwnedFd, OwnedFd) {
+    let (one, other) = UnixStream::pair().unwrap();
+    (one.into(), other.into())
+}
+
+pub fn tcp_pair() -> (OwnedFd, OwnedFd) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (client.into(), listener.accept().unwrap().0.into())
 }
 
 /// Reads shards to their ends.

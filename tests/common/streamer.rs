@@ -26,16 +26,16 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::HANG_TIMEOUT;
 use super::child::{self, Child, Limit};
 use super::criu::{Criu, Role};
 use super::lines::Lines;
 use super::shards::pipe;
+use super::{HANG_TIMEOUT, wait_until};
 
 /// The program that is tested: a link to what cargo built, as `make install`, which some test runs,
 /// puts another build in its place.
@@ -48,12 +48,10 @@ pub fn binary() -> &'static Path {
         // Made aside and then moved, so that another run of the tests does not find it missing.
         let aside = TempDir::new_in(&dir).expect("make a directory");
         let link = aside.path().join(name);
-        let deadline = Instant::now() + HANG_TIMEOUT;
-        while let Err(why) = fs::hard_link(env!("CARGO_BIN_EXE_criu-image-streamer"), &link) {
-            // It is not there for a moment when it is replaced.
-            assert!(Instant::now() < deadline, "link the streamer: {why}");
-            thread::yield_now();
-        }
+        // It is not there for a moment when it is replaced.
+        wait_until("the streamer's binary", || {
+            fs::hard_link(env!("CARGO_BIN_EXE_criu-image-streamer"), &link).is_ok()
+        });
         fs::rename(&link, dir.join(name)).expect("move the link");
         dir.join(name)
     })
@@ -102,7 +100,7 @@ impl Launch {
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             user: None,
-            limits: refused_calls(),
+            limits: Vec::new(),
         }
     }
 
@@ -270,20 +268,8 @@ impl Launch {
     }
 }
 
-/// The variable that names a system call which every streamer of this run of the tests is refused.
-pub const REFUSED_CALL: &str = "REFUSED_CALL";
-
 /// The variable that gives every capture of this run of the tests a buffer of that size.
 pub const BUFFER: &str = "BUFFER";
-
-fn refused_calls() -> Vec<Limit> {
-    match std::env::var(REFUSED_CALL).as_deref() {
-        Err(_) => Vec::new(),
-        Ok("splice") => vec![Limit::Refused(libc::SYS_splice)],
-        Ok("vmsplice") => vec![Limit::Refused(libc::SYS_vmsplice)],
-        Ok(other) => panic!("{REFUSED_CALL}: no test refuses {other}"),
-    }
-}
 
 fn watch(child: &Child) -> Arc<AtomicBool> {
     let pidfd = child.pidfd().expect("duplicate a pidfd");
@@ -315,6 +301,7 @@ pub struct Streamer {
 /// How a streamer ended.
 #[derive(Debug, Clone)]
 pub struct Exit {
+    role: Role,
     pub status: ExitStatus,
     pub progress: Vec<String>,
     pub stderr: String,
@@ -359,19 +346,14 @@ impl Streamer {
         Criu::connect(&self.images_dir, self.role)
     }
 
-    /// Connects without progress lines to wait for: tries until it can.
-    pub fn criu_when_socket_is_there(&self) -> Criu {
-        let deadline = Instant::now() + HANG_TIMEOUT;
-        loop {
-            match Criu::try_connect(&self.images_dir, self.role) {
-                Ok(criu) => return criu,
-                Err(error) => assert!(
-                    self.is_running() && Instant::now() < deadline,
-                    "connect: {error}"
-                ),
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
+    /// Connects without progress lines to wait for, unless it ends before it listens.
+    pub fn criu_unless_it_ends(&self) -> Option<Criu> {
+        let mut criu = None;
+        wait_until("a socket", || {
+            criu = Criu::try_connect(&self.images_dir, self.role).ok();
+            criu.is_some() || !self.is_running()
+        });
+        criu
     }
 
     /// Waits until it listens, or has ended.
@@ -476,6 +458,7 @@ impl Streamer {
         self.stderr.wait_for_end(HANG_TIMEOUT);
         self.progress.wait_for_end(HANG_TIMEOUT);
         let exit = Exit {
+            role: self.role,
             status,
             progress: self.progress_lines(),
             stderr: self.stderr(),
@@ -490,7 +473,7 @@ impl Streamer {
 
     pub fn expect_success(&mut self) -> Exit {
         let exit = self.wait();
-        assert!(exit.status.success(), "it ended with {}", exit.status);
+        exit.expect_success();
         exit
     }
 
@@ -499,6 +482,11 @@ impl Streamer {
         let exit = self.wait();
         exit.expect_failure(words);
         exit
+    }
+
+    /// The same before anything was promised: no line of progress.
+    pub fn expect_refusal(&mut self, words: &[&str]) {
+        self.wait().expect_refusal(words);
     }
 
     fn report(&self) -> String {
@@ -518,10 +506,29 @@ impl Streamer {
 }
 
 impl Exit {
-    /// Exit status 1 and an error in the promised form that contains every one of `words`.
+    #[track_caller]
+    pub fn expect_success(&self) {
+        assert!(self.status.success(), "{}: {}", self.status, self.stderr);
+    }
+
+    /// A failure before anything was promised: no line of progress.
+    #[track_caller]
+    pub fn expect_refusal(&self, words: &[&str]) {
+        self.expect_failure(words);
+        assert_eq!(self.progress, [""; 0], "{}", self.stderr);
+    }
+
+    /// Exit status 1 and an error in the promised form that contains every one of `words`. The
+    /// statistics of a capture tell of a whole image.
     #[track_caller]
     pub fn expect_failure(&self, words: &[&str]) {
         assert_eq!(self.status.code(), Some(1), "{}", self.stderr);
+        let tells_of_an_image = self.progress.iter().any(|line| line.starts_with('{'));
+        assert!(
+            !tells_of_an_image || self.role == Role::Serve,
+            "{:?}",
+            self.progress
+        );
         let error = self.error();
         for word in words {
             assert!(error.contains(word), "no {word:?} in: {error}");

@@ -162,6 +162,11 @@ impl Cgroups {
     }
 }
 
+/// A machine; `None`, having said why, where none can be had.
+pub fn machine() -> Option<Machine> {
+    Machine::new()
+}
+
 impl Machine {
     /// `None`, having said why, where no machine can be had; that is never so where `CI` is `true`.
     pub fn new() -> Option<Self> {
@@ -313,6 +318,10 @@ impl Machine {
     pub fn read(&self, name: &str) -> Vec<u8> {
         std::fs::read(self.path(name))
             .unwrap_or_else(|why| panic!("read {name}: {why}\n{}", self.describe()))
+    }
+
+    pub fn text(&self, name: &str) -> String {
+        String::from_utf8_lossy(&self.read(name)).into()
     }
 
     /// Runs a script with bash, in which the first failure of a command or pipeline is the

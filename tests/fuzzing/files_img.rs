@@ -17,19 +17,20 @@ pub fn run(input: &[u8]) {
     };
     let (old, new) = (u16::from_le_bytes(*old), u16::from_le_bytes(*new));
     let expected = parse(before).filter(|entries| {
-        let sockets = entries.iter().flatten().filter_map(Part::socket);
-        let ports: Vec<_> = sockets
-            .filter_map(|socket| listening_port(socket))
-            .collect();
+        let fields = entries.iter().flatten();
+        let ports: Vec<_> = fields.filter_map(listening_port).collect();
         let has = |port: u16| ports.contains(&u64::from(port));
         has(old) && (old == new || !has(new))
     });
     match (files_img(before, old, new), expected) {
         (Ok(after), Some(mut entries)) => {
-            for socket in entries.iter_mut().flatten().filter_map(Part::socket_mut) {
-                if listening_port(socket) == Some(u64::from(old)) {
-                    for field in socket.iter_mut().filter(|field| field.number == 7) {
-                        if let Value::Number(port) = &mut field.value {
+            for entry in entries.iter_mut().flatten() {
+                if listening_port(entry) == Some(u64::from(old))
+                    && let Value::Socket(socket) = &mut entry.value
+                {
+                    let ports = socket.iter_mut().filter(|field| field.number == 7);
+                    for Field { value, .. } in ports {
+                        if let Value::Number(port) = value {
                             *port = u64::from(new);
                         }
                     }
@@ -55,64 +56,42 @@ enum Value {
     Number(u64),
     Bytes(Vec<u8>),
     Fixed(Vec<u8>),
-}
-
-/// A field of an entry.
-#[derive(Debug, PartialEq, Eq)]
-enum Part {
     Socket(Vec<Field>),
-    Other(Field),
-}
-
-impl Part {
-    fn socket(&self) -> Option<&Vec<Field>> {
-        match self {
-            Part::Socket(fields) => Some(fields),
-            Part::Other(_) => None,
-        }
-    }
-
-    fn socket_mut(&mut self) -> Option<&mut Vec<Field>> {
-        match self {
-            Part::Socket(fields) => Some(fields),
-            Part::Other(_) => None,
-        }
-    }
 }
 
 /// The entries; `None` for anything that is not exactly the format.
-fn parse(mut bytes: &[u8]) -> Option<Vec<Vec<Part>>> {
+fn parse(mut bytes: &[u8]) -> Option<Vec<Vec<Field>>> {
     if take(&mut bytes, 8)? != [0x19, 0x43, 0x56, 0x54, 0x38, 0x31, 0x30, 0x56] {
         return None;
     }
     let mut entries = Vec::new();
     while !bytes.is_empty() {
         let length = u32::from_le_bytes(take(&mut bytes, 4)?.try_into().unwrap());
-        let entry = fields(take(&mut bytes, length as usize)?)?;
-        let part = |field| match field {
-            Field {
-                number: 4,
-                value: Value::Bytes(socket),
-            } => Some(Part::Socket(fields(&socket)?)),
-            other => Some(Part::Other(other)),
-        };
-        entries.push(entry.into_iter().map(part).collect::<Option<_>>()?);
+        let mut entry = fields(take(&mut bytes, length as usize)?)?;
+        for field in entry.iter_mut().filter(|field| field.number == 4) {
+            if let Value::Bytes(socket) = &field.value {
+                field.value = Value::Socket(fields(socket)?);
+            }
+        }
+        entries.push(entry);
     }
     Some(entries)
 }
 
 /// As protobuf has it, the last value of a field counts.
-fn listening_port(socket: &[Field]) -> Option<u64> {
-    let value = |number| {
-        let numbers = socket.iter().rev().filter(|field| field.number == number);
-        numbers
-            .map(|field| &field.value)
-            .find_map(|value| match value {
-                Value::Number(number) => Some(*number),
-                _ => None,
-            })
+fn listening_port(Field { value, .. }: &Field) -> Option<u64> {
+    let Value::Socket(socket) = value else {
+        return None;
     };
-    (value(5) == Some(6) && value(6) == Some(10)).then(|| value(7))?
+    let last = |number| {
+        let values = socket.iter().rev().filter(|field| field.number == number);
+        let mut numbers = values.filter_map(|field| match field.value {
+            Value::Number(number) => Some(number),
+            _ => None,
+        });
+        numbers.next()
+    };
+    (last(5) == Some(6) && last(6) == Some(10)).then(|| last(7))?
 }
 
 fn fields(mut message: &[u8]) -> Option<Vec<Field>> {
