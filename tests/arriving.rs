@@ -394,10 +394,10 @@ fn seeds(default: u64, round: impl Fn(u64) + Sync) {
 
 #[test]
 fn readers_of_every_kind_get_a_whole_image_at_any_pace() {
-    seeds(120, a_whole_image_arrives);
+    seeds(90, a_whole_image_arrives);
 }
 
 #[test]
 fn no_reader_gets_all_pages_of_a_damaged_image() {
-    seeds(200, a_damaged_image_arrives);
+    seeds(140, a_damaged_image_arrives);
 }

@@ -35,7 +35,7 @@ use tempfile::TempDir;
 fn campaign(kind: &str, faults: &[Fault], round: impl Fn(&mut Random, Fault) -> bool) {
     let mut tally = BTreeMap::<String, [usize; 2]>::new();
     let first = setting("CAMPAIGN_FIRST_SEED", 0);
-    let seeds = first..first + setting("CAMPAIGN_ROUNDS", 150);
+    let seeds = first..first + setting("CAMPAIGN_ROUNDS", 100);
     for_each_seed(seeds, |seed| {
         let mut random = Random::new(seed);
         let fault = *random.pick(faults);

@@ -26,7 +26,7 @@ fn tiny_image(shard_count: usize) -> Vec<Vec<u8>> {
         ("b.img", b"second"),
         ("inventory.img", b"third"),
     ];
-    image::encode(files, shard_count, 3)
+    image::encode(files, shard_count, 4)
 }
 
 fn mode(path: &Path) -> u32 {

@@ -53,7 +53,7 @@ fn run_target(target: Target) {
             runs += 1;
         }
     }
-    for seed in 0..setting("FUZZ_MUTATIONS", 1500) {
+    for seed in 0..setting("FUZZ_MUTATIONS", 800) {
         let mut random = Random::new(seed);
         let (name, input) = random.pick(&seeds);
         let mut input = input.clone();

@@ -237,7 +237,7 @@ fn shards_of_two_images_make_no_image() {
     };
     for (one, other) in [(Some(1), Some(2)), (None, Some(1)), (Some(1), None)] {
         let (one, other) = (image(one), image(other));
-        for mixture in 1..7 {
+        for mixture in [1, 6] {
             let pick = |shard: usize| match mixture >> shard & 1 {
                 0 => one[shard].clone(),
                 _ => other[shard].clone(),

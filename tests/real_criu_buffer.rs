@@ -8,7 +8,7 @@ use crate::criu::{Application, Machine, machine};
 use crate::hook::{DUMP, options};
 
 /// How often an application is captured while it changes.
-const RUNS: usize = 10;
+const RUNS: usize = 5;
 
 /// MiB that the application rewrites all the time.
 const REWRITTEN: usize = 8;

@@ -7,7 +7,7 @@
 use crate::common::random::Random;
 use crate::common::setting;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, lazily};
-use crate::criu::{Machine, Ran};
+use crate::criu::{Machine, Ran, machine};
 
 /// Starts the program that changes its memory while it checks it, and checkpoints it. After a
 /// restore it goes on for `$SECONDS_LEFT`.
@@ -65,9 +65,7 @@ fn shuffled() -> Option<Machine> {
 /// It forks, moves memory, drops it and unmaps it while most of it is missing.
 #[test]
 fn memory_is_right_whatever_the_application_does_with_it() {
-    let Some(machine) = shuffled() else {
-        return;
-    };
+    let Some(machine) = shuffled() else { return };
     for run in 0..setting("LAZY_RUNS", 3) {
         let ended = restore(&machine, "").stdout();
         assert!(ended.starts_with("status 0: right"), "run {run}: {ended}");
@@ -76,9 +74,7 @@ fn memory_is_right_whatever_the_application_does_with_it() {
 
 #[test]
 fn whoever_is_killed_the_application_is_whole_or_dead() {
-    let Some(machine) = shuffled() else {
-        return;
-    };
+    let Some(machine) = shuffled() else { return };
     let mut random = Random::new(setting("LAZY_SEED", 1));
     let victims = [
         "kill -KILL $streamer",
@@ -101,9 +97,7 @@ fn whoever_is_killed_the_application_is_whole_or_dead() {
 
 #[test]
 fn an_option_that_one_side_forgot_is_named_before_anything_runs() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
     let before = application.goes_on();
     application.run(CAPTURE).success();
@@ -128,9 +122,7 @@ fn an_option_that_one_side_forgot_is_named_before_anything_runs() {
 
 #[test]
 fn an_application_that_is_restored_stopped_has_its_memory_first() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=40 tree=1x2 threads=2");
     let before = application.goes_on();
     application.run(CAPTURE).success();
@@ -145,9 +137,7 @@ fn an_application_that_is_restored_stopped_has_its_memory_first() {
 
 #[test]
 fn a_zombie_and_its_parent_come_back() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let script = format!(
         "setsid bash -c 'true & exec sleep 1000' </dev/null &>/dev/null & PID=$!
          until ps --ppid $PID -o stat= | grep -q Z; do sleep 0.05; done
@@ -164,9 +154,7 @@ fn a_zombie_and_its_parent_come_back() {
 /// `kill -KILL -$group`, as supervisors do it when their patience ends.
 #[test]
 fn nothing_runs_on_when_the_whole_group_is_killed() {
-    let Some(machine) = shuffled() else {
-        return;
-    };
+    let Some(machine) = shuffled() else { return };
     let mut random = Random::new(setting("LAZY_SEED", 1));
     for _ in 0..setting("LAZY_KILLS", 15).div_ceil(5) {
         let delay = random.below(700);
@@ -186,9 +174,7 @@ fn nothing_runs_on_when_the_whole_group_is_killed() {
 
 #[test]
 fn criu_s_hook_serves_an_application_that_runs_at_once() {
-    let Some(machine) = Machine::new() else {
-        return;
-    };
+    let Some(machine) = machine() else { return };
     let application = machine.start("memory=40 threads=2");
     let before = application.goes_on();
     application.run(CAPTURE_WITH_INDEX).success();

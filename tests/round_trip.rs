@@ -29,7 +29,7 @@ fn random_files(seed: u64) -> Files {
 #[test]
 fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
     let pipe_sizes = [Some(PAGE), None, Some(256 * PAGE)];
-    for shard_count in 1..=32 {
+    for shard_count in [1, 2, 3, 5, 8, 13, 21, 32] {
         let files = random_files(shard_count as u64);
         let shards = runs::capture(&files, shard_count, pipe_sizes[shard_count % 3]);
         assert_same_files(&image::decode(&shards).unwrap(), &files);

@@ -73,7 +73,7 @@ fn capture_by(command: &str, shards: &str) -> (Asked, Streamer) {
     let asked = Asked::new();
     let launch = Streamer::capture().args(["--shard-cmd", command, "--num-shards", shards]);
     let streamer = asked.of(launch).start();
-    let criu = streamer.criu_when_socket_is_there();
+    let criu = streamer.criu_unless_it_ends().unwrap();
     criu.write_file("pages-1.img", &random::bytes(1, 16 * MIB));
     criu.write_file("inventory.img", b"inventory");
     (asked, streamer)
@@ -111,7 +111,7 @@ fn a_capture_tells_which_shard_was_slower_than_the_others() {
 fn a_capture_tells_when_criu_was_slow() {
     let asked = Asked::new();
     let (mut streamer, collector) = runs::collect(asked.of(Streamer::capture()), 2);
-    let criu = streamer.criu_when_socket_is_there();
+    let criu = streamer.criu_unless_it_ends().unwrap();
     let mut pages = criu.create_file("pages-1.img");
     pages.write_all(&random::bytes(1, MIB)).unwrap();
     thread::sleep(SLOW);
@@ -154,7 +154,7 @@ fn a_restore_tells_when_criu_was_slow() {
     let shards = image::encode_files(&sample_files(1), 1, 64 << 10);
     let asked = Asked::new();
     let (mut streamer, feeder) = runs::feed(asked.of(Streamer::serve()), &shards);
-    let criu = streamer.criu_when_socket_is_there();
+    let criu = streamer.criu_unless_it_ends().unwrap();
     thread::sleep(SLOW);
     criu.read_file("inventory.img");
     drop(criu);

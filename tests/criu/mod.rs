@@ -162,23 +162,18 @@ impl Cgroups {
     }
 }
 
-/// A machine; `None`, having said why, where none can be had.
+/// A machine; `None`, having said why, where none can be had. That is never so where `CI` is `true`.
 pub fn machine() -> Option<Machine> {
-    Machine::new()
+    Machine::new_in(&std::env::temp_dir())
 }
 
 impl Machine {
-    /// `None`, having said why, where no machine can be had; that is never so where `CI` is `true`.
-    pub fn new() -> Option<Self> {
-        Self::new_in(&std::env::temp_dir())
-    }
-
     /// A machine that has the program `shuffler`, too; see tests/criu/shuffler.rs.
     pub fn with_shuffler() -> Option<Self> {
         if let Ok(programs) = programs() {
             compile("shuffler.rs", &programs.home.join("shuffler"), &[]);
         }
-        Self::new()
+        machine()
     }
 
     /// A machine whose directory is on the root file system, where the directory for temporary
