@@ -81,8 +81,10 @@ impl Place {
 
 const INDEX: &[&str] = &["--index"];
 
+type WayBack = (fn() -> Launch, &'static [&'static str]);
+
 /// Every way back, with the options of the capture that it needs.
-fn ways_back() -> [(fn() -> Launch, &'static [&'static str]); 4] {
+fn ways_back() -> [WayBack; 4] {
     [
         (Streamer::extract, &[]),
         (Streamer::serve, &[]),
