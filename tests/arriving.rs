@@ -1,5 +1,6 @@
-//! Images while they arrive, with an index and without: shards at any pace, readers of any kind, faults of every
-//! kind at any place. Readers get right bytes, and the last of the pages only of a whole image.
+//! Images while they arrive, with an index and without: shards at any pace, readers of any kind,
+//! faults of every kind at any place. Readers get right bytes, and the last of the pages only of a
+//! whole image.
 //!
 //! `ARRIVING_SEEDS` sets the number of rounds; a failing round prints its seed, and
 //! `ARRIVING_FIRST_SEED=<seed> ARRIVING_SEEDS=1` runs it alone.

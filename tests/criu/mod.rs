@@ -162,7 +162,8 @@ impl Cgroups {
     }
 }
 
-/// A machine; `None`, having said why, where none can be had. That is never so where `CI` is `true`.
+/// A machine; `None`, having said why, where none can be had. That is never so where `CI` is
+/// `true`.
 pub fn machine() -> Option<Machine> {
     Machine::new_in(&std::env::temp_dir())
 }
