@@ -3,6 +3,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match criu_image_streamer::run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => criu_image_streamer::exit_status(failure),
+        Err(failure) => criu_image_streamer::exit_status(failure).into(),
     }
 }

@@ -297,7 +297,7 @@ fn pages_that_the_disk_did_not_take_below_an_overlay_are_missed() {
     let pages = random::bytes(1, 6 << 20);
     let files = [("pages-1.img", &pages[..]), ("inventory.img", b"inventory")];
     let image = dir.path().join("image");
-    fs::write(&image, image::encode(files, 1, 1 << 20).remove(0)).unwrap();
+    fs::write(&image, image::encode(files, 1, 64 << 10).remove(0)).unwrap();
     let can_mount = "mount -t tmpfs none . && losetup -f && grep -q overlay /proc/filesystems";
     let run = |script: &str| {
         let mut unshare = Command::new("unshare");

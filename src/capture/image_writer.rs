@@ -145,7 +145,7 @@ impl ImageWriter {
     fn lend(&mut self, extent: &Extent, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
         let lent = match chunk.route {
-            Route::Lent => shard.lend(extent.sealed(0), chunk.slots)?,
+            Route::Lent => shard.lend(extent.sealed(), chunk.slots)?,
             _ => 0,
         };
         shard.copy_memory(&extent.bytes()[lent..])

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::Session;
+use super::{Session, create_images_dir};
 use crate::capture::{Capture, ExternalSource, HasIndex};
 use crate::cli::{BufferSize, FileEnd, Plan, Shards};
 use crate::criu::hook_caller::Caller;
@@ -10,6 +10,7 @@ use crate::criu::{Listener, Role};
 use crate::supervision::{Failure, Pumped, ShellCommand};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
+    create_images_dir(&plan.images_dir)?;
     let supervisor = &mut session.supervisor;
     let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
     plan.check_socket(Role::Capture)?;

@@ -1,15 +1,15 @@
 //! `extract`: from the shards to files, for a plain `criu restore`.
 
-use super::{ExternalFiles, Session, check_whole};
+use super::{Session, create_images_dir};
 use crate::cli::Plan;
-use crate::store::disk::{DirOrigin, DiskStore};
+use crate::store::disk::DiskStore;
 use crate::supervision::Failure;
 
-pub(super) fn run(mut plan: Plan, mut session: Session, origin: DirOrigin) -> Result<(), Failure> {
-    let external = ExternalFiles::of(&plan);
+pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
+    let origin = create_images_dir(&plan.images_dir)?;
     let store = DiskStore::new(&plan.images_dir, origin)?;
-    let (store, stats) = session.receive(plan.shards, plan.external_files, store)?;
-    check_whole(store.names(), external)?;
+    let (store, stats) = session.receive(&mut plan, store)?;
+    session.check_whole(store.names())?;
     store.commit(&session.supervisor)?;
     session.report(&mut plan.progress, &stats);
     Ok(())

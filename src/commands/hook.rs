@@ -108,7 +108,7 @@ fn start() -> Result<()> {
             report::warn(format_args!("{outcome}: {error:#}"));
         }
         hook.ended(reason.as_deref());
-        ended.map_or_else(super::conclude, |()| 0)
+        ended.map_or_else(super::exit_status, |()| 0)
     })?;
     outcome::hear(progress, Some(Milestone::SocketInit))
 }

@@ -8,16 +8,15 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result};
 
-use super::{ExternalFiles, Session, check_whole};
+use super::Session;
 use crate::cli::Plan;
 use crate::report;
 use crate::store::listing::Listing;
 use crate::supervision::{Failure, Supervisor};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
-    let external = ExternalFiles::of(&plan);
-    let (files, stats) = session.receive(plan.shards, plan.external_files, Listing::new()?)?;
-    check_whole(files.names(), external)?;
+    let (files, stats) = session.receive(&mut plan, Listing::default())?;
+    session.check_whole(files.names())?;
     session.report(&mut plan.progress, &stats);
     if let Some(output) = plan.listing {
         print(output, &files.lines(), &session.supervisor).context("writing to standard output")?;

@@ -9,7 +9,6 @@ mod serve;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -49,6 +48,8 @@ struct Session {
     statistics: Option<StatisticsFile>,
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
+    /// External files were asked for, which no store of CRIU's files sees.
+    has_external_files: bool,
 }
 
 /// Carries out a plan.
@@ -70,6 +71,7 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
         || ProgressBar::start(plan.action.direction(), labels.clone(), counters.clone());
     let session = Session {
         supervisor,
+        has_external_files: !plan.external_files.is_empty(),
         bar: plan.progress_bar.then(start_bar),
         labels,
         statistics,
@@ -77,18 +79,9 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
         lazy,
     };
     match plan.action {
-        Action::Capture => {
-            create_images_dir(&plan.images_dir)?;
-            capture::run(plan, session)
-        }
-        Action::Extract => {
-            let origin = create_images_dir(&plan.images_dir)?;
-            extract::run(plan, session, origin)
-        }
-        Action::Serve => {
-            create_images_dir(&plan.images_dir)?;
-            serve::run(plan, session)
-        }
+        Action::Capture => capture::run(plan, session),
+        Action::Extract => extract::run(plan, session),
+        Action::Serve => serve::run(plan, session),
         Action::List => list::run(plan, session),
     }
 }
@@ -97,28 +90,17 @@ impl Session {
     /// Receives an image. When this returns, all that it depends on has ended well.
     fn receive<S: Store + 'static>(
         &mut self,
-        shards: Shards,
-        external_files: Vec<(ImageName, FileEnd)>,
+        plan: &mut Plan,
         store: S,
     ) -> Result<(S, Stats), Failure> {
-        let (shards, external_files) = self.open(shards, external_files)?;
-        let received = receive::receive(
-            shards,
-            external_files,
-            store,
-            &self.counters,
-            &self.supervisor,
-        );
+        let (shards, files) = self.open(plan)?;
+        let received = receive::receive(shards, files, store, &self.counters, &self.supervisor);
         self.supervisor.conclude(received)
     }
 
     /// Our ends of the pipes of a restore.
-    fn open(
-        &mut self,
-        shards: Shards,
-        external_files: Vec<(ImageName, FileEnd)>,
-    ) -> Result<(ShardPipes, FilePipes)> {
-        let external_files = external_files
+    fn open(&mut self, plan: &mut Plan) -> Result<(ShardPipes, FilePipes)> {
+        let external_files = std::mem::take(&mut plan.external_files)
             .into_iter()
             .map(|(name, end)| {
                 let pipe = match end {
@@ -131,7 +113,7 @@ impl Session {
                 Ok((name, pipe))
             })
             .collect::<Result<_>>()?;
-        let shards = match shards {
+        let shards = match std::mem::take(&mut plan.shards) {
             Shards::Descriptors(fds) => fds
                 .into_iter()
                 .map(|(fd, label)| Ok((self.supervisor.source(fd, &label, Pumped::Shard)?, label)))
@@ -145,6 +127,16 @@ impl Session {
                 .collect::<Result<_>>()?,
         };
         Ok((shards, external_files))
+    }
+
+    /// Checks that an image of these files is something to restore from.
+    fn check_whole<'a>(&self, names: impl Iterator<Item = &'a ImageName>) -> Result<()> {
+        let names: Vec<_> = names.map(ImageName::as_str).collect();
+        ensure!(
+            !names.is_empty() || self.has_external_files,
+            "checking the image: it holds no file"
+        );
+        files::check_whole(names.into_iter())
     }
 
     /// Reports what passed, to programs and to people.
@@ -163,43 +155,10 @@ impl Session {
     }
 }
 
-/// Checks that an image is something to restore from.
-fn check_whole<'a>(
-    names: impl Iterator<Item = &'a ImageName>,
-    external: ExternalFiles,
-) -> Result<()> {
-    let names: Vec<_> = names.map(ImageName::as_str).collect();
-    ensure!(
-        !names.is_empty() || external == ExternalFiles::Some,
-        "checking the image: it holds no file"
-    );
-    files::check_whole(names.into_iter())
-}
-
-/// Whether external files were asked for, which no store of CRIU's files sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ExternalFiles {
-    None,
-    Some,
-}
-
-impl ExternalFiles {
-    fn of(plan: &Plan) -> Self {
-        match plan.external_files.is_empty() {
-            true => Self::None,
-            false => Self::Some,
-        }
-    }
-}
-
 /// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
 /// and the number of the signal that ended the program, or that of the command that runs CRIU if
 /// only that has failed, otherwise 1.
-pub fn exit_status(failure: Failure) -> ExitCode {
-    conclude(failure).into()
-}
-
-fn conclude(failure: Failure) -> u8 {
+pub fn exit_status(failure: Failure) -> u8 {
     let error = failure.error();
     report::error(error);
     let status = match (signal_behind(error), criu_failure_behind(error)) {

@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{ExternalFiles, Session, check_whole};
+use super::{Session, create_images_dir};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
@@ -15,7 +15,7 @@ use crate::listen_ports::{self, Remap};
 use crate::os::descriptor::Direction;
 use crate::os::poller::{Event, Wait};
 use crate::pace::{Activity, Pace};
-use crate::receive::{Receiver, Served};
+use crate::receive::{Assembly, Image, Indexed, Receiver};
 use crate::report;
 use crate::report::bar::ProgressBar;
 use crate::report::progress::{Milestone, Stats};
@@ -24,22 +24,14 @@ use crate::serve::{self, Server};
 use crate::store::catalog::Catalog;
 use crate::supervision::{Failure, Supervisor};
 
-pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
+pub(super) fn run(plan: Plan, mut session: Session) -> Result<(), Failure> {
+    create_images_dir(&plan.images_dir)?;
     plan.check_socket(Role::Serve)?;
     Listener::check(&plan.images_dir, Role::Serve)?;
-    let external = ExternalFiles::of(&plan);
     let has_bar = plan.progress_bar;
-    let shards = std::mem::take(&mut plan.shards);
-    let files = std::mem::take(&mut plan.external_files);
-    let (shards, files) = session.open(shards, files)?;
-    let (bar, lazy) = (session.bar.take(), session.lazy.take());
-    let (counters, supervisor) = (&session.counters, &session.supervisor);
-    let served = if plan.has_index {
-        let receiver = Receiver::with_index(shards, files, counters, supervisor);
-        Restore::run(plan, supervisor, bar, lazy, external, receiver)
-    } else {
-        let receiver = Receiver::without_index(shards, files, counters, supervisor);
-        Restore::run(plan, supervisor, bar, lazy, external, receiver)
+    let served = match plan.has_index {
+        true => Restore::<Indexed>::run(plan, &mut session),
+        false => Restore::<Assembly<Catalog>>::run(plan, &mut session),
     };
     let stats = session.supervisor.conclude(served)?;
     if has_bar {
@@ -52,11 +44,11 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
 /// A restore under way.
 struct Restore<'a, I> {
     plan: Plan,
+    session: &'a Session,
     supervisor: &'a Supervisor,
     bar: Option<ProgressBar>,
     /// With --lazy-pages, until CRIU may connect.
     lazy: Option<LazyMemory>,
-    external: ExternalFiles,
     receiver: Receiver<'a, I>,
     /// Once CRIU may connect.
     server: Option<Server<'a>>,
@@ -66,22 +58,19 @@ struct Restore<'a, I> {
     is_proven: bool,
 }
 
-impl<'a, I: Served + 'static> Restore<'a, I> {
-    fn run(
-        plan: Plan,
-        supervisor: &'a Supervisor,
-        bar: Option<ProgressBar>,
-        lazy: Option<LazyMemory>,
-        external: ExternalFiles,
-        receiver: Result<Receiver<'a, I>>,
-    ) -> Result<Stats, Failure> {
+impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
+    fn run(mut plan: Plan, session: &'a mut Session) -> Result<Stats, Failure> {
+        let (shards, files) = session.open(&mut plan)?;
+        let (bar, lazy) = (session.bar.take(), session.lazy.take());
+        let (session, supervisor) = (&*session, &session.supervisor);
+        let store = Catalog::new();
         let mut restore = Self {
             plan,
+            session,
             supervisor,
             bar,
             lazy,
-            external,
-            receiver: receiver?,
+            receiver: Receiver::new(shards, files, store, &session.counters, supervisor)?,
             server: None,
             is_known: false,
             is_proven: false,
@@ -109,8 +98,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             if wait != Wait::Now && !self.is_proven {
                 self.supervisor.check()?;
             }
-            let reading = self.receiver.reading(|| self.needed());
-            let received = self.receiver.step(&events, reading)?;
+            let received = self.receive(&events)?;
             self.judge()?;
             if self.server.is_none() && self.may_connect()? {
                 self.let_criu_connect()?;
@@ -123,10 +111,6 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             };
             if !self.is_proven {
                 wait = wait.or_until(self.supervisor.look_again());
-            }
-            // What CRIU has taken may have it wait for what is left in a shard.
-            if self.receiver.reading(|| self.needed()) != reading {
-                wait = Wait::Now;
             }
         }
         self.server.iter().try_for_each(Server::check_refused)
@@ -143,21 +127,24 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         self.receiver.keep_time(waiting);
     }
 
-    /// The files whose readers wait, and what must be whole before CRIU may connect.
-    fn needed(&self) -> Vec<ImageName> {
-        match &self.server {
+    /// Receives what there is, or what the readers that wait need, and what must be whole before
+    /// CRIU may connect.
+    fn receive(&mut self, events: &[Event]) -> Result<Activity> {
+        let needed = || match &self.server {
             Some(server) => server.starving(),
             None if self.plan.remaps.is_empty() => Vec::new(),
             None => ImageName::new(listen_ports::FILE).into_iter().collect(),
-        }
+        };
+        self.receiver.step(events, needed)
     }
 
     /// Finds out which files there are, and whether the image is whole.
     fn judge(&mut self) -> Result<()> {
         if !self.is_known && self.receiver.knows_files()? {
             self.is_known = true;
-            check_whole(self.receiver.catalog().names(), self.external)?;
-            serve::warn_of_losses(self.receiver.catalog());
+            let files = self.receiver.store();
+            self.session.check_whole(files.names())?;
+            serve::warn_of_losses(files);
         }
         // Before CRIU has come, external files are a part of what is received.
         let may_prove = self.server.is_some()
@@ -167,12 +154,10 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
             // A command may have written more before it ended.
             if self.supervisor.commands_have_succeeded() && self.receiver.is_whole()? {
                 self.supervisor.release_orphans()?;
-                self.receiver.release()?;
+                self.receiver.finish()?;
                 self.is_proven = true;
                 // The statistics say that nothing is left that could fail before CRIU comes.
-                if self.server.is_none() {
-                    remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
-                }
+                self.remap_ports()?;
                 let stats = self.receiver.stats();
                 self.plan.progress.stats(&stats);
                 if !self.plan.lazy_pages {
@@ -198,17 +183,14 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         }
         // An image that has not proved whole must not run, and with lazy pages CRIU waits for few.
         let is_prepared = !self.plan.lazy_pages
-            && (self.plan.remaps.is_empty()
-                || self.receiver.catalog().is_whole(listen_ports::FILE));
+            && (self.plan.remaps.is_empty() || self.receiver.store().is_whole(listen_ports::FILE));
         Ok(self.is_proven || is_prepared && self.receiver.keeps_back())
     }
 
     fn let_criu_connect(&mut self) -> Result<()> {
-        if !self.is_proven {
-            remap_ports(self.receiver.catalog(), &self.plan.remaps)?;
-        }
+        self.remap_ports()?;
         if let Some(lazy) = &mut self.lazy {
-            lazy.lay_out(self.receiver.catalog())?;
+            lazy.lay_out(self.receiver.store())?;
         }
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
         self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
@@ -227,7 +209,7 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
 
     fn serve(&mut self, events: &[Event]) -> Result<Activity> {
         match &mut self.server {
-            Some(server) => server.step(self.receiver.catalog(), events),
+            Some(server) => server.step(self.receiver.store(), events),
             None => Ok(Activity::Idle(Wait::Forever)),
         }
     }
@@ -255,13 +237,15 @@ impl<'a, I: Served + 'static> Restore<'a, I> {
         }
         Ok(true)
     }
-}
 
-fn remap_ports(files: &mut Catalog, remaps: &[Remap]) -> Result<()> {
-    if remaps.is_empty() {
-        return Ok(());
+    /// Changes the ports that the application listens on, unless that was done before.
+    fn remap_ports(&mut self) -> Result<()> {
+        let remaps = std::mem::take(&mut self.plan.remaps);
+        if remaps.is_empty() {
+            return Ok(());
+        }
+        change_files_img(self.receiver.store(), &remaps).context("--tcp-listen-remap")
     }
-    change_files_img(files, remaps).context("--tcp-listen-remap")
 }
 
 fn change_files_img(files: &mut Catalog, remaps: &[Remap]) -> Result<()> {

@@ -66,7 +66,7 @@ impl PagesFile {
         for run in stretches.chunk_by(|one, next| one.is_lazy == next.is_lazy) {
             let is_lazy = run[0].is_lazy;
             let parts = run.iter().map(|stretch| stretch.part);
-            let mut left = parts.clone().map(|part| part.len as usize).sum();
+            let mut left = parts.clone().map(|part| part.len).sum();
             while left > 0 {
                 let unit = unit(left, &mut take)?;
                 let len = unit.len();
@@ -76,7 +76,7 @@ impl PagesFile {
                 } else {
                     unit.into_pieces().try_for_each(|piece| eager.push(piece))?;
                 }
-                offset += len as u64;
+                offset += len;
             }
             parts
                 .filter(|_| is_lazy)
@@ -112,7 +112,7 @@ impl PagesFile {
         let Some(unit) = locked(unit).take() else {
             return Ok(None);
         };
-        let len = unit.len();
+        let len = unit.len() as usize;
         let bytes = if let Some(all) = unit.memory().next().filter(|all| all.len() == len) {
             all.bytes()
         } else {
@@ -148,14 +148,16 @@ impl PagesFile {
 }
 
 /// The next pages, up to `most` bytes of them.
-fn unit(most: usize, mut take: impl FnMut(usize) -> io::Result<Piece>) -> io::Result<FileData> {
+fn unit(most: u64, mut take: impl FnMut(usize) -> io::Result<Piece>) -> io::Result<FileData> {
+    let most = usize::try_from(most).unwrap_or(usize::MAX);
     let mut unit = FileData::default();
     loop {
-        let rest = unit.len().next_multiple_of(page_size()) - unit.len();
-        if rest == 0 && unit.len() >= SMALLEST_UNIT.min(most) {
+        let len = unit.len() as usize;
+        let rest = len.next_multiple_of(page_size()) - len;
+        if rest == 0 && len >= SMALLEST_UNIT.min(most) {
             return Ok(unit);
         }
         let wanted = if rest > 0 { rest } else { LARGEST_UNIT };
-        unit.push(take(wanted.min(most - unit.len()))?)?;
+        unit.push(take(wanted.min(most - len))?)?;
     }
 }

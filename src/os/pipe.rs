@@ -87,6 +87,16 @@ pub enum Moved {
     End,
 }
 
+impl Moved {
+    /// The bytes that moved, where it makes no difference why there are none.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Moved::Bytes(bytes) => bytes,
+            Moved::WouldBlock | Moved::End => 0,
+        }
+    }
+}
+
 impl ReadEnd {
     /// Takes a descriptor that must be the readable end of a pipe.
     ///
@@ -113,17 +123,9 @@ impl WriteEnd {
     /// # Errors
     /// When it is not a pipe, or not open for writing; the text says which.
     pub fn new(fd: OwnedFd) -> Result<Self> {
-        Self::measured(fd).map(|(end, _)| end)
-    }
-
-    /// The same, with the pipe's capacity in slots.
-    ///
-    /// # Errors
-    /// The errors of [`WriteEnd::new`].
-    pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
         let wrong_end = "the read end of a pipe, where its write end is needed";
-        let slots = check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
-        Ok((Self(End::new(fd)), slots))
+        check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
+        Ok(Self(End::new(fd)))
     }
 }
 

@@ -5,12 +5,11 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::fs::File;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::order::{AlreadyTaken, Next, Order, Place};
+use super::order::{Next, Order, Place, Reading};
 use crate::format::{Body, ImageName};
 use crate::store::external::External;
 use crate::store::{Ahead, Piece, Store};
@@ -24,44 +23,66 @@ pub(crate) enum Step {
     Data(Piece, Next),
 }
 
-/// Where the data at some place goes.
-pub(crate) enum Target<'a> {
-    /// Nowhere yet: it should wait in its shard.
-    Wait,
-    /// Into memory or a pipe of ours, and from there to [`Image::submit`].
-    Piece,
-    /// To the end of this file, and then to [`Image::written`].
-    File(&'a File, &'a ImageName),
-}
-
 /// What a receiver makes of the steps of an image.
 pub(crate) trait Image {
     type Store: Store;
+
+    /// One of the shards is an index that the image is laid out by.
+    const HAS_INDEX: bool;
+
+    fn new(store: External<Self::Store>) -> Self;
 
     fn store(&mut self) -> &mut External<Self::Store>;
 
     /// The first place that is missing. `None` while only the index can tell.
     fn next(&self) -> Option<Place>;
 
-    /// Whether nothing is missing.
+    /// True if nothing is missing.
     fn is_complete(&self) -> bool;
 
     /// Where data waits whose turn has not come.
     fn ahead(&self) -> Ahead;
-
-    fn target(&self, place: Place) -> Target<'_>;
-
-    /// This number of bytes, at the place whose turn it was, went into the current file.
-    ///
-    /// # Errors
-    /// As [`Image::submit`].
-    fn written(&mut self, bytes: u64, next: Next) -> Result<()>;
 
     /// Takes a step.
     ///
     /// # Errors
     /// When the step makes no sense at its place, or the store fails.
     fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()>;
+
+    /// True once all of the index was read.
+    fn is_index_read(&self) -> bool {
+        false
+    }
+
+    /// Finds out from the whole index what is missing of its files.
+    ///
+    /// # Errors
+    /// When that makes no sense.
+    fn lay_out(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// True if it is certain which files there are.
+    fn is_laid_out(&self) -> bool {
+        self.is_complete()
+    }
+
+    /// True if there is something that CRIU cannot do without, and does not get yet.
+    fn keeps_back(&self) -> bool {
+        false
+    }
+
+    /// What is to be read for these files, whose readers have nothing left, and for external files
+    /// with such readers: up to the last of the markers that they need next.
+    fn wanted(&self, _names: &[ImageName]) -> Reading {
+        Reading::All
+    }
+
+    /// Ends an image that has proved whole: gives CRIU what was kept back.
+    ///
+    /// # Errors
+    /// When something is missing or left over after all.
+    fn finish(&mut self) -> Result<()>;
 }
 
 /// Where a step came from.
@@ -87,7 +108,7 @@ pub(crate) struct Files<S: Store> {
     current: Option<(ImageName, S::File)>,
     /// Files that are neither complete nor current.
     open: HashMap<ImageName, S::File>,
-    is_complete: bool,
+    pub(super) is_complete: bool,
 }
 
 impl<S: Store> Files<S> {
@@ -170,6 +191,15 @@ pub(crate) struct Assembly<S: Store> {
 impl<S: Store> Image for Assembly<S> {
     type Store = S;
 
+    const HAS_INDEX: bool = false;
+
+    fn new(store: External<S>) -> Self {
+        Self {
+            files: Files::new(store),
+            order: Order::new(),
+        }
+    }
+
     fn store(&mut self) -> &mut External<S> {
         &mut self.files.store
     }
@@ -186,74 +216,21 @@ impl<S: Store> Image for Assembly<S> {
         self.files.store.ahead(self.files.current())
     }
 
-    fn target(&self, place: Place) -> Target<'_> {
-        if place != self.order.next() {
-            return match self.ahead() {
-                Ahead::Piece => Target::Piece,
-                Ahead::Shard => Target::Wait,
-            };
-        }
-        let current = self.files.current.as_ref();
-        let file = current.and_then(|(name, file)| Some((name, self.files.store.target(file)?)));
-        match file {
-            Some((name, file)) => Target::File(file, name),
-            // Data that belongs to no file is an error, which is found when it is applied.
-            None => Target::Piece,
-        }
-    }
-
-    fn written(&mut self, bytes: u64, next: Next) -> Result<()> {
-        if let Some((_, file)) = &mut self.files.current {
-            self.files.store.written(file, bytes);
-        }
-        self.pass(next)?;
-        self.catch_up()
-    }
-
     fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
-        if place == self.order.next() {
-            self.apply(&position, step)?;
-            return self.catch_up();
-        }
-        let blamed = position.clone();
-        let waiting = Waiting { position, step };
-        self.order.insert(place, waiting).map_err(|AlreadyTaken| {
-            blamed.error(format_args!("marker {} comes a second time", place.seq))
-        })
-    }
-}
-
-impl<S: Store> Assembly<S> {
-    pub(crate) fn new(store: External<S>) -> Self {
-        Self {
-            files: Files::new(store),
-            order: Order::new(),
-        }
-    }
-
-    fn catch_up(&mut self) -> Result<()> {
+        let waiting = Waiting {
+            position: position.clone(),
+            step,
+        };
+        self.order
+            .insert(place, waiting)
+            .map_err(|taken| position.error(taken))?;
         while let Some(Waiting { position, step }) = self.order.pop() {
-            self.apply(&position, step)?;
+            self.order.pass(self.files.apply(&position, step)?);
         }
         Ok(())
     }
 
-    fn apply(&mut self, position: &Position, step: Step) -> Result<()> {
-        let next = self.files.apply(position, step)?;
-        self.pass(next)
-    }
-
-    fn pass(&mut self, next: Next) -> Result<()> {
-        self.order
-            .pass(next)
-            .context("the image has more markers than can be counted")
-    }
-
-    /// Checks a complete image.
-    ///
-    /// # Errors
-    /// When something was left over, and when a file that was asked for is not in the image.
-    pub(crate) fn check(&mut self) -> Result<()> {
+    fn finish(&mut self) -> Result<()> {
         if let Some((place, Waiting { position, .. })) = self.order.pop_first() {
             bail!(position.error(format_args!(
                 "marker {} follows the end of the image",
@@ -262,7 +239,9 @@ impl<S: Store> Assembly<S> {
         }
         self.files.store.outlets().check_all_begun()
     }
+}
 
+impl<S: Store> Assembly<S> {
     pub(crate) fn into_store(self) -> S {
         self.files.store.into_behind()
     }
@@ -305,7 +284,7 @@ mod tests {
     }
 
     fn read<const N: usize>(mut image: Assembly<Catalog>, names: [&str; N]) -> [Vec<u8>; N] {
-        image.check().unwrap();
+        image.finish().unwrap();
         let mut files = image.into_store();
         names.map(|text| files.read(&name(text)).unwrap().unwrap())
     }
@@ -363,7 +342,7 @@ mod tests {
         let mut image = assembly();
         let mut steps = steps.into_iter();
         let made = steps.try_for_each(|(seq, step)| image.submit(Place::of(seq), here(), step));
-        let error = made.and_then(|()| image.check()).unwrap_err();
+        let error = made.and_then(|()| image.finish()).unwrap_err();
         format!("{error:#}")
     }
 

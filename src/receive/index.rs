@@ -15,11 +15,10 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 
-use super::assembly::{Files, Image, Position, Step, Target};
-use super::order::{Next, Place};
-use super::{Reading, Served};
+use super::assembly::{Files, Image, Position, Step};
+use super::order::{Next, Order, Place, Reading};
 use crate::criu::files;
 use crate::format::{Body, ImageName};
 use crate::store::catalog::Catalog;
@@ -49,42 +48,34 @@ struct Stream {
     /// `None` when all of it has gone there, and where a later file of the same name replaced it.
     to: Option<File<ImageName>>,
     segments: VecDeque<Segment>,
-    /// The part of the marker whose turn it is.
-    part: u32,
-    /// What came before its turn.
-    waiting: BTreeMap<Place, Arrived>,
+    /// What other shards have brought.
+    order: Order<Arrived>,
 }
 
 impl Stream {
     /// Takes the next piece, if it has come.
     fn next_in_turn(&mut self) -> Option<Piece> {
         loop {
-            let markers = match self.segments.front_mut()? {
+            let markers = match self.segments.pop_front()? {
+                Segment::Piece(piece) => return Some(piece),
                 Segment::Awaited(markers) => markers,
-                Segment::Piece(_) => match self.segments.pop_front() {
-                    Some(Segment::Piece(piece)) => return Some(piece),
-                    _ => unreachable!("a piece was in front"),
-                },
             };
-            let place = Place {
-                seq: markers.start,
-                part: self.part,
-            };
-            let arrived = self.waiting.remove(&place)?;
-            match arrived.next {
-                Next::Part => self.part += 1,
-                Next::Marker => {
-                    self.part = 0;
-                    markers.start += 1;
-                    if markers.is_empty() {
-                        self.segments.pop_front();
-                    }
-                }
+            self.order.pass_to(markers.start);
+            if self.order.next().seq == markers.end {
+                continue;
             }
-            if arrived.piece.is_some() {
-                return arrived.piece;
+            self.segments.push_front(Segment::Awaited(markers));
+            let Arrived { piece, next } = self.order.pop()?;
+            self.order.pass(next);
+            if piece.is_some() {
+                return piece;
             }
         }
+    }
+
+    /// The marker that it waits for, once all pieces in their turn were taken.
+    fn awaited(&self) -> Option<u64> {
+        self.segments.front().map(|_| self.order.next().seq)
     }
 }
 
@@ -122,16 +113,14 @@ impl Store for Layout {
             name: name.clone(),
             to: Some(self.store.create(name)?),
             segments: VecDeque::new(),
-            part: 0,
-            waiting: BTreeMap::new(),
+            order: Order::new(),
         });
         Ok(self.streams.len() - 1)
     }
 
     fn append(&mut self, file: &mut usize, piece: Piece) -> Result<()> {
-        self.streams[*file]
-            .segments
-            .push_back(Segment::Piece(piece));
+        let segments = &mut self.streams[*file].segments;
+        segments.push_back(Segment::Piece(piece));
         Ok(())
     }
 
@@ -145,54 +134,45 @@ impl Store for Layout {
 
 /// An image whose index is read first.
 pub(crate) struct Indexed {
-    /// What the index says, until all of it is here.
-    steps: Vec<(Place, Position, Step)>,
-    /// What came on other shards before.
-    waiting: BTreeMap<Place, (Position, Arrived)>,
     files: Files<Layout>,
+    /// The marker behind the last one of the index so far.
+    next: u64,
     /// In the order of their markers.
     gaps: Vec<Gap>,
-    /// The markers that have not come yet.
-    missing: BTreeMap<u64, u64>,
+    /// Data that has come before the whole index.
+    early: Vec<(Place, Position, Arrived)>,
     is_laid_out: bool,
-    /// Until it is released.
+    /// The files that wait for data, by the first marker that each lacks.
+    awaited: BTreeMap<u64, usize>,
+    /// Until the image has proved whole.
     kept_back: Option<KeptBack>,
 }
 
 impl Indexed {
-    pub(super) fn new(store: External<Catalog>) -> Self {
-        Self {
-            steps: Vec::new(),
-            waiting: BTreeMap::new(),
-            files: Files::new(Layout {
-                store,
-                streams: Vec::new(),
-                complete: HashMap::new(),
-            }),
-            gaps: Vec::new(),
-            missing: BTreeMap::new(),
-            is_laid_out: false,
-            kept_back: None,
-        }
-    }
-
     fn streams(&mut self) -> &mut Vec<Stream> {
         &mut self.files.store.streams
     }
 
-    /// Notes that the markers between the index's are data of the file that is current there.
-    fn expect(&mut self, markers: Range<u64>, position: &Position) -> Result<()> {
-        let Some(&stream) = self.files.current() else {
-            bail!(position.error(format_args!(
-                "markers {} to {} are not in the index, and belong to no file",
-                markers.start,
-                markers.end - 1
-            )));
+    /// Takes a step of the index. The markers between its own are data of the file that is current
+    /// there.
+    fn read_index(&mut self, place: Place, position: &Position, step: Step) -> Result<()> {
+        let markers = self.next..place.seq;
+        if !markers.is_empty() {
+            let Some(&stream) = self.files.current() else {
+                bail!(position.error(format_args!(
+                    "markers {} to {} are not in the index, and belong to no file",
+                    markers.start,
+                    markers.end - 1
+                )));
+            };
+            let awaited = Segment::Awaited(markers.clone());
+            self.streams()[stream].segments.push_back(awaited);
+            self.gaps.push(Gap { markers, stream });
+        }
+        self.next = match self.files.apply(position, step)? {
+            Next::Marker => place.seq.saturating_add(1),
+            Next::Part => place.seq,
         };
-        let awaited = Segment::Awaited(markers.clone());
-        self.streams()[stream].segments.push_back(awaited);
-        self.missing.insert(markers.start, markers.end);
-        self.gaps.push(Gap { markers, stream });
         Ok(())
     }
 
@@ -204,11 +184,6 @@ impl Indexed {
             is_stored && files::is_pages(streams[gap.stream].name.as_str())
         });
         of_pages.next_back().map(|gap| gap.stream)
-    }
-
-    fn is_kept_back(&self, stream: usize) -> bool {
-        let kept_back = self.kept_back.as_ref();
-        kept_back.is_some_and(|kept_back| kept_back.stream == stream)
     }
 
     fn stream_of(&self, marker: u64) -> Option<usize> {
@@ -225,76 +200,114 @@ impl Indexed {
                 place.seq
             )));
         };
-        ensure!(
-            arrived.next == Next::Part || self.arrive(place.seq),
-            position.error(format_args!("marker {} comes a second time", place.seq))
-        );
-        self.streams()[stream].waiting.insert(place, arrived);
+        let order = &mut self.streams()[stream].order;
+        order
+            .insert(place, arrived)
+            .map_err(|taken| position.error(taken))?;
         self.deliver(stream)
-    }
-
-    /// Notes that all of a marker's data is here. False if it was before.
-    fn arrive(&mut self, marker: u64) -> bool {
-        let Some((&start, &end)) = self.missing.range(..=marker).next_back() else {
-            return false;
-        };
-        if marker >= end {
-            return false;
-        }
-        self.missing.remove(&start);
-        if start < marker {
-            self.missing.insert(start, marker);
-        }
-        if marker + 1 < end {
-            self.missing.insert(marker + 1, end);
-        }
-        true
     }
 
     /// Moves on what is in its turn of a file.
     fn deliver(&mut self, number: usize) -> Result<()> {
+        if let Some(awaited) = self.streams()[number].awaited() {
+            self.awaited.remove(&awaited);
+        }
         while let Some(piece) = self.streams()[number].next_in_turn() {
             let piece = match &mut self.kept_back {
                 Some(kept_back) if kept_back.stream == number => kept_back.piece.replace(piece),
                 _ => Some(piece),
             };
-            if let Some(piece) = piece {
-                self.pass_on(number, piece)?;
-            }
+            self.pass_on(number, piece)?;
         }
         let is_kept_back = self.is_kept_back(number);
         let Layout { store, streams, .. } = &mut self.files.store;
         let stream = &mut streams[number];
-        if stream.segments.is_empty()
-            && !is_kept_back
-            && let Some(to) = stream.to.take()
-        {
+        if let Some(awaited) = stream.awaited() {
+            self.awaited.insert(awaited, number);
+        } else if !is_kept_back && let Some(to) = stream.to.take() {
             store.finish(stream.name.clone(), to)?;
         }
         Ok(())
     }
 
-    fn pass_on(&mut self, stream: usize, piece: Piece) -> Result<()> {
+    fn is_kept_back(&self, stream: usize) -> bool {
+        let kept_back = self.kept_back.as_ref();
+        kept_back.is_some_and(|kept_back| kept_back.stream == stream)
+    }
+
+    fn pass_on(&mut self, stream: usize, piece: Option<Piece>) -> Result<()> {
         let Layout { store, streams, .. } = &mut self.files.store;
-        match &mut streams[stream].to {
-            Some(to) => store.append(to, piece),
-            None => Ok(()),
+        match (piece, &mut streams[stream].to) {
+            (Some(piece), Some(to)) => store.append(to, piece),
+            _ => Ok(()),
         }
     }
 }
 
-impl Served for Indexed {
-    fn lay_out(&mut self) -> Result<()> {
-        let mut next = 0;
-        for (place, position, step) in std::mem::take(&mut self.steps) {
-            if place.seq > next {
-                self.expect(next..place.seq, &position)?;
-            }
-            next = match self.files.apply(&position, step)? {
-                Next::Marker => place.seq.saturating_add(1),
-                Next::Part => place.seq,
-            };
+impl Image for Indexed {
+    type Store = Catalog;
+
+    const HAS_INDEX: bool = true;
+
+    fn new(store: External<Catalog>) -> Self {
+        Self {
+            files: Files::new(Layout {
+                store,
+                streams: Vec::new(),
+                complete: HashMap::new(),
+            }),
+            next: 0,
+            gaps: Vec::new(),
+            early: Vec::new(),
+            is_laid_out: false,
+            awaited: BTreeMap::new(),
+            kept_back: None,
         }
+    }
+
+    fn store(&mut self) -> &mut External<Catalog> {
+        &mut self.files.store.store
+    }
+
+    fn next(&self) -> Option<Place> {
+        let awaited = self.awaited.first_key_value();
+        awaited.map(|(&marker, _)| Place::of(marker))
+    }
+
+    fn is_complete(&self) -> bool {
+        self.is_laid_out && self.awaited.is_empty()
+    }
+
+    fn ahead(&self) -> Ahead {
+        Ahead::Piece
+    }
+
+    fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
+        if position.is_of_index {
+            return self.read_index(place, &position, step);
+        }
+        let (piece, next) = match step {
+            Step::Data(piece, next) => (Some(piece), next),
+            Step::Marker(Body::Data(_)) => (None, Next::Marker),
+            Step::Marker(_) => bail!(position.error(format_args!(
+                "marker {} belongs in an index: either this is a shard of another image, or the \
+                 image has no index: serve it without --index",
+                place.seq
+            ))),
+        };
+        let arrived = Arrived { piece, next };
+        if self.is_laid_out {
+            return self.put(place, &position, arrived);
+        }
+        self.early.push((place, position, arrived));
+        Ok(())
+    }
+
+    fn is_index_read(&self) -> bool {
+        self.files.is_complete
+    }
+
+    fn lay_out(&mut self) -> Result<()> {
         self.store().outlets().check_all_begun()?;
         self.is_laid_out = true;
         let last = self.last_of_pages();
@@ -305,7 +318,7 @@ impl Served for Indexed {
         for stream in 0..self.streams().len() {
             self.deliver(stream)?;
         }
-        for (place, (position, arrived)) in std::mem::take(&mut self.waiting) {
+        for (place, position, arrived) in std::mem::take(&mut self.early) {
             self.put(place, &position, arrived)?;
         }
         Ok(())
@@ -319,99 +332,30 @@ impl Served for Indexed {
         self.kept_back.is_some()
     }
 
-    fn release(&mut self) -> Result<()> {
-        if let Some(KeptBack { stream, piece }) = self.kept_back.take() {
-            if let Some(piece) = piece {
-                self.pass_on(stream, piece)?;
-            }
-            self.deliver(stream)?;
-        }
-        Ok(())
-    }
-
     fn wanted(&self, names: &[ImageName]) -> Reading {
-        if self.kept_back.is_none() {
+        let Some(kept_back) = &self.kept_back else {
+            return Reading::All;
+        };
+        let Layout { store, streams, .. } = &self.files.store;
+        let is_wanted = |number: usize| match &streams[number].to {
+            Some(File::Stored(name)) => names.contains(name),
+            Some(File::External(number)) => store.is_starving(*number),
+            None => false,
+        };
+        // What its reader waits for is kept back until everything is here.
+        if is_wanted(kept_back.stream) && streams[kept_back.stream].awaited().is_none() {
             return Reading::All;
         }
-        let Layout { store, streams, .. } = &self.files.store;
-        let mut last = None;
-        for (number, stream) in streams.iter().enumerate() {
-            let is_wanted = match &stream.to {
-                Some(File::Stored(name)) => names.contains(name),
-                Some(File::External(number)) => store.is_starving(*number),
-                None => false,
-            };
-            match stream.segments.front() {
-                Some(Segment::Awaited(markers)) if is_wanted => {
-                    last = last.max(Some(markers.start));
-                }
-                // What its reader waits for is kept back until everything is here.
-                None if is_wanted && self.is_kept_back(number) => return Reading::All,
-                _ => {}
-            }
+        let mut awaited = self.awaited.iter().rev();
+        let last = awaited.find(|&(_, &stream)| is_wanted(stream));
+        Reading::UpTo(last.map(|(&marker, _)| marker))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if let Some(KeptBack { stream, piece }) = self.kept_back.take() {
+            self.pass_on(stream, piece)?;
+            self.deliver(stream)?;
         }
-        Reading::UpTo(last)
-    }
-}
-
-impl Image for Indexed {
-    type Store = Catalog;
-
-    fn store(&mut self) -> &mut External<Catalog> {
-        &mut self.files.store.store
-    }
-
-    fn next(&self) -> Option<Place> {
-        let missing = self.missing.first_key_value();
-        missing.map(|(&start, _)| Place::of(start))
-    }
-
-    fn is_complete(&self) -> bool {
-        self.is_laid_out && self.missing.is_empty()
-    }
-
-    fn ahead(&self) -> Ahead {
-        Ahead::Piece
-    }
-
-    fn target(&self, _place: Place) -> Target<'_> {
-        Target::Piece
-    }
-
-    fn written(&mut self, _bytes: u64, _next: Next) -> Result<()> {
-        unreachable!("an image that is served goes to no file")
-    }
-
-    fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
-        if position.is_of_index {
-            ensure!(
-                !self.is_laid_out,
-                position.error("something follows the end of the index")
-            );
-            self.steps.push((place, position, step));
-            return Ok(());
-        }
-        ensure!(
-            place.seq > 0,
-            position.error("the image has no index: serve it without --index")
-        );
-        let (piece, next) = match step {
-            Step::Data(piece, next) => (Some(piece), next),
-            Step::Marker(Body::Data(_)) => (None, Next::Marker),
-            Step::Marker(_) => bail!(position.error(format_args!(
-                "marker {} belongs in the index: this is a shard of another image",
-                place.seq
-            ))),
-        };
-        let arrived = Arrived { piece, next };
-        if self.is_laid_out {
-            return self.put(place, &position, arrived);
-        }
-        let blamed = position.clone();
-        ensure!(
-            self.waiting.insert(place, (position, arrived)).is_none(),
-            blamed.error(format_args!("marker {} comes a second time", place.seq))
-        );
         Ok(())
     }
 }

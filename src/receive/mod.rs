@@ -19,10 +19,9 @@ mod order;
 mod reader;
 mod shard_turn;
 
-use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::format::ImageName;
 use crate::os::memory;
@@ -33,26 +32,19 @@ use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
 use crate::report::times::{Clock, Phase, Waiting};
-use crate::store::catalog::Catalog;
 use crate::store::external::{External, ExternalOutputs};
 use crate::store::held_pipe::PipePool;
 use crate::store::{Ahead, Arena, Store};
 use crate::supervision::{Failure, Supervisor};
-pub(crate) use assembly::Assembly;
-use assembly::Image;
+pub(crate) use assembly::{Assembly, Image};
 pub(crate) use index::Indexed;
-use order::Place;
-use reader::{Found, ShardReader, SplicePipe};
+use order::Reading;
+use reader::ShardReader;
 use shard_turn::Turn;
 
 /// When extracting to disk: the time without progress after which early data is read into memory.
 /// It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
-
-/// How long the end of the shards is waited for after the image's end, to find out whether
-/// something follows. It is there already when the shards come from other programs' output; a
-/// supervisor may keep its write end open, and need not.
-const END_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Between two looks at the memory while it is short.
 const SHORTAGE_LOOK: Duration = Duration::from_millis(10);
@@ -66,17 +58,6 @@ const SHORTAGE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of memory that a marker takes at most while it waits for its turn.
 const MARKER_COST: u64 = 256;
-
-/// The shard that an image is laid out by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Index {
-    /// It is a shard like any other, if there is one.
-    Unused,
-    Unknown,
-    Arriving(usize),
-    /// The end of the image was read from it.
-    Read(usize),
-}
 
 /// The memory that is left, as far as was looked.
 #[derive(Debug)]
@@ -96,25 +77,20 @@ pub(crate) struct Receiver<'a, I> {
     image: I,
     /// The first shard that had a marker, and whose image that is.
     captured_by: Option<(usize, Option<CapturingProcess>)>,
-    index: Index,
+    /// The shard that the image is laid out by.
+    index: Option<usize>,
     /// When the index last went on.
     index_progress: Instant,
-    /// Until when the end of the index's shard is waited for, once all of the index is here.
-    index_end_by: Option<Instant>,
     arena: Arena,
-    /// What holds data in pipes, where that is possible.
-    pipes: Option<PipePool>,
+    /// What holds data in pipes.
+    pipes: PipePool,
     memory: MemoryBudget,
     /// Markers that were taken.
     markers: u64,
-    /// Made for the first file on disk.
-    splice_pipe: Option<SplicePipe>,
     /// How the busiest shard fared last.
     last: Turn,
     /// When the image last made progress, or there was nothing to be had.
     progress: Instant,
-    /// Until when the end of the shards is waited for, once the image has ended.
-    end_by: Option<Instant>,
     start: Option<Instant>,
     files: Counter,
     clock: Clock,
@@ -131,33 +107,14 @@ pub fn receive<S: Store + 'static>(
     counters: &Counters,
     supervisor: &Supervisor,
 ) -> Result<(S, Stats), Failure> {
-    let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
-    let image = Assembly::new(External::new(store, outlets));
-    let mut receiver = Receiver::new(shards, image, Index::Unused, counters, supervisor)?;
-    let received = receiver.receive_all();
-    let received = received.and_then(|()| receiver.image.check());
-    let stats = receiver.stats();
-    match received {
-        Ok(()) => Ok((receiver.image.into_store(), stats)),
-        Err(error) => Err(Failure::new(error, receiver.into_open())),
-    }
-}
-
-/// What is read of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reading {
-    All,
-    /// No data behind a marker that comes after this one. Shards that stand there rest.
-    UpTo(Option<u64>),
-}
-
-impl Reading {
-    /// Whether data at this place is left in its shard.
-    fn leaves(self, place: Option<Place>) -> bool {
-        match (self, place) {
-            (Reading::UpTo(last), Some(place)) => last.is_none_or(|last| place.seq > last),
-            (Reading::All, _) | (_, None) => false,
+    let mut receiver =
+        Receiver::<Assembly<S>>::new(shards, external_files, store, counters, supervisor)?;
+    match receiver.receive_all() {
+        Ok(()) => {
+            let stats = receiver.stats();
+            Ok((receiver.image.into_store(), stats))
         }
+        Err(error) => Err(Failure::new(error, receiver.into_open())),
     }
 }
 
@@ -172,47 +129,53 @@ struct Round {
 }
 
 impl<'a, I: Image> Receiver<'a, I> {
-    fn new(
+    /// Receives from these shards into a store.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn new(
         shards: Vec<(ReadEnd, String)>,
-        image: I,
-        index: Index,
+        external_files: Vec<(ImageName, WriteEnd)>,
+        store: I::Store,
         counters: &Counters,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
+        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
         let shards = shards
             .into_iter()
             .zip(&counters.shards)
             .map(|((pipe, label), bytes)| ShardReader::new(pipe, &label, Meter::new(bytes.clone())))
             .collect::<Result<Vec<_>>>()?;
+        for (index, shard) in (0..).zip(&shards) {
+            let poller = supervisor.poller();
+            poller
+                .add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)
+                .context("preparing to wait for events")?;
+        }
         let now = Instant::now();
         let mut clock = Clock::new(shards.len());
         clock.enter(Phase::Received);
-        let receiver = Self {
+        Ok(Self {
             supervisor,
             busy: vec![true; shards.len()],
             shards,
-            image,
+            image: I::new(External::new(store, outlets)),
             captured_by: None,
-            index,
+            index: None,
             index_progress: now,
-            index_end_by: None,
             arena: Arena::new(),
-            pipes: PipePool::new(),
+            pipes: PipePool::new(I::Store::AHEAD),
             memory: MemoryBudget {
                 next_look: 0,
                 short_until: None,
             },
             markers: 0,
-            splice_pipe: None,
             last: Turn::Idle,
             progress: now,
-            end_by: None,
             start: None,
             files: counters.files.clone(),
             clock,
-        };
-        receiver.watch().context("preparing to wait for events")?;
-        Ok(receiver)
+        })
     }
 
     /// All that must stay open until the reason of a failure is told.
@@ -221,7 +184,12 @@ impl<'a, I: Image> Receiver<'a, I> {
     }
 
     /// Acts on events, takes what the shards have, and sends what readers of external files take.
-    pub(crate) fn step(&mut self, events: &[Event], reading: Reading) -> Result<Activity> {
+    /// The readers of the files that `starving` names have nothing left.
+    pub(crate) fn step(
+        &mut self,
+        events: &[Event],
+        starving: impl FnOnce() -> Vec<ImageName>,
+    ) -> Result<Activity> {
         let now = Instant::now();
         self.start.get_or_insert(now);
         self.handle(events)?;
@@ -229,7 +197,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             // There was nothing to be had, which is no stall.
             self.progress = now;
         }
-        let Round { turn, found, room } = self.round(reading)?;
+        let Round { turn, found, room } = self.round(self.reading(starving))?;
         self.last = turn;
         self.check_memory()?;
         let sent = self.outlets().send()?;
@@ -244,14 +212,12 @@ impl<'a, I: Image> Receiver<'a, I> {
         }
         self.check_supply()?;
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
-        let ends = [self.end_by, self.index_end_by].map(|end| end.filter(|&end| end > now));
+        let ends = self.shards.iter().filter_map(ShardReader::end_by);
         Ok(Activity::Idle(
             Wait::Forever
-                .or_until(self.outlets().transfers().try_again())
                 .or_until(stall)
                 .or_until(self.memory.short_until)
-                .or_until(ends[0])
-                .or_until(ends[1]),
+                .or_until(ends.filter(|&end| end > now).min()),
         ))
     }
 
@@ -262,19 +228,19 @@ impl<'a, I: Image> Receiver<'a, I> {
     fn receive_all(&mut self) -> Result<()> {
         let mut pace = Pace::new();
         let (mut events, mut wait) = (Vec::new(), Wait::Now);
-        while !self.image.is_complete() || self.is_sending() || !self.have_ended()? {
+        while !self.is_whole()? || self.is_sending() {
             self.supervisor
                 .poller()
                 .wait(wait, &mut events)
                 .context("waiting for the shards")?;
-            let activity = self.step(&events, Reading::All)?;
+            let activity = self.step(&events, Vec::new)?;
             self.keep_time(match activity {
                 Activity::Idle(_) => Waiting::ForShards,
                 _ => Waiting::No,
             });
             wait = pace.after(activity);
         }
-        Ok(())
+        self.finish()
     }
 
     /// Until this is called again, it counts as this that the time goes by.
@@ -304,26 +270,13 @@ impl<'a, I: Image> Receiver<'a, I> {
         }
     }
 
-    fn watch(&self) -> io::Result<()> {
-        for (index, shard) in (0..).zip(&self.shards) {
-            let poller = self.supervisor.poller();
-            poller.add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)?;
-        }
-        Ok(())
-    }
-
     fn handle(&mut self, events: &[Event]) -> Result<()> {
         for event in events {
             let index = event.id as usize;
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Shard => {
-                    self.busy[index] = true;
-                    if event.hung_up {
-                        self.shards[index].hang_up();
-                    }
-                }
-                Watched::External => self.outlets().transfers().made_room(event.id),
+                Watched::Shard => self.busy[index] = true,
+                Watched::External => self.outlets().transfers().made_room(event.id, false),
                 _ => {}
             }
         }
@@ -361,28 +314,9 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(round)
     }
 
-    /// Fails if a shard is of another image than the first: their markers may fit together.
-    fn check_origin(&mut self, shard: usize, origin: Option<CapturingProcess>) -> Result<()> {
-        let first = self.captured_by.get_or_insert((shard, origin.clone()));
-        let told = |origin: &Option<CapturingProcess>| match origin {
-            Some(process) => process.to_string(),
-            None => "a streamer that leaves no name".into(),
-        };
-        ensure!(
-            first.1 == origin,
-            "putting the image together: {} and {} are of different images, captured by {} and by \
-             {}: give all shards of one capture",
-            self.shards[first.0].label(),
-            self.shards[shard].label(),
-            told(&first.1),
-            told(&origin)
-        );
-        Ok(())
-    }
-
     /// Whether a shard stands at data that is left in it. The index is needed for everything else.
     fn rests(&self, shard: usize, reading: Reading) -> bool {
-        reading.leaves(self.shards[shard].chunk()) && self.index != Index::Arriving(shard)
+        reading.leaves(self.shards[shard].chunk()) && self.index != Some(shard)
     }
 
     /// Looks at the memory that is left, and fails before an image that is kept takes the last of
@@ -419,9 +353,10 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.shards.iter().map(ShardReader::offset).sum()
     }
 
-    /// Whether the image has made no progress for a while.
-    fn is_stalled(&self) -> bool {
-        self.progress.elapsed() >= STALL
+    /// True if data on its way to disk is taken before its turn: the image has made no progress
+    /// for a while, and there is memory.
+    fn takes_early_data(&self) -> bool {
+        self.progress.elapsed() >= STALL && self.memory.short_until.is_none()
     }
 
     /// Fails if the index cannot come any more.
@@ -429,12 +364,12 @@ impl<'a, I: Image> Receiver<'a, I> {
         // The index says so in its first marker.
         let is_no_index = |shard: &ShardReader| shard.has_ended() || shard.last_seq().is_some();
         match self.index {
-            Index::Arriving(index) if self.shards[index].has_ended() => bail!(
+            Some(index) if self.shards[index].has_ended() && !self.image.is_index_read() => bail!(
                 "putting the image together: {}, its index, was cut off at byte {}",
                 self.shards[index].label(),
                 self.shards[index].offset()
             ),
-            Index::Unknown if self.shards.iter().all(is_no_index) => {
+            None if self.shards.iter().all(is_no_index) => {
                 bail!("putting the image together: no shard is an index: serve it without --index")
             }
             _ => Ok(()),
@@ -475,116 +410,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         )
     }
 
-    /// Whether the shards have ended, or have been given the time to.
-    ///
-    /// # Errors
-    /// When something follows the end of the image.
-    fn have_ended(&mut self) -> Result<bool> {
-        let mut all_ended = true;
-        for shard in &mut self.shards {
-            let has_more = shard.chunk().is_some() || !shard.is_read_out();
-            if has_more || shard.read(&mut self.arena, 1)? == Found::Something {
-                bail!(
-                    shard.error(
-                        "something follows the end of the image: is the shard of another one?"
-                    )
-                );
-            }
-            all_ended &= shard.has_ended();
-        }
-        let now = Instant::now();
-        let end = *self.end_by.get_or_insert(now + END_PATIENCE);
-        Ok(all_ended || now >= end)
-    }
-}
-
-/// An image in memory that is served.
-pub(crate) trait Served: Image<Store = Catalog> {
-    /// Finds out from the whole index which files there are, and what is missing of them.
-    ///
-    /// # Errors
-    /// When the index makes no sense.
-    fn lay_out(&mut self) -> Result<()>;
-
-    /// Whether it is certain which files there are.
-    fn is_laid_out(&self) -> bool;
-
-    /// Whether there is something that CRIU cannot do without, and does not get yet.
-    fn keeps_back(&self) -> bool;
-
-    /// Gives CRIU what was kept back: the image has proved whole.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    fn release(&mut self) -> Result<()>;
-
-    /// What is to be read for these files, whose readers have nothing left, and for external files
-    /// with such readers: up to the last of the markers that they need next.
-    fn wanted(&self, names: &[ImageName]) -> Reading;
-}
-
-/// Without an index, files are known and served when all of the image is here.
-impl Served for Assembly<Catalog> {
-    fn lay_out(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn is_laid_out(&self) -> bool {
-        self.is_complete()
-    }
-
-    fn keeps_back(&self) -> bool {
-        false
-    }
-
-    fn release(&mut self) -> Result<()> {
-        self.check()
-    }
-
-    fn wanted(&self, _names: &[ImageName]) -> Reading {
-        Reading::All
-    }
-}
-
-impl<'a> Receiver<'a, Indexed> {
-    /// Receives from these shards, of which one is the index.
-    ///
-    /// # Errors
-    /// When there are no descriptors left.
-    pub(crate) fn with_index(
-        shards: Vec<(ReadEnd, String)>,
-        external_files: Vec<(ImageName, WriteEnd)>,
-        counters: &Counters,
-        supervisor: &'a Supervisor,
-    ) -> Result<Self> {
-        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
-        let image = Indexed::new(External::new(Catalog::new(), outlets));
-        Self::new(shards, image, Index::Unknown, counters, supervisor)
-    }
-}
-
-impl<'a> Receiver<'a, Assembly<Catalog>> {
-    /// Receives from these shards, each of which is like any other.
-    ///
-    /// # Errors
-    /// When there are no descriptors left.
-    pub(crate) fn without_index(
-        shards: Vec<(ReadEnd, String)>,
-        external_files: Vec<(ImageName, WriteEnd)>,
-        counters: &Counters,
-        supervisor: &'a Supervisor,
-    ) -> Result<Self> {
-        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
-        let image = Assembly::new(External::new(Catalog::new(), outlets));
-        Self::new(shards, image, Index::Unused, counters, supervisor)
-    }
-}
-
-impl<I: Served> Receiver<'_, I> {
-    pub(crate) fn catalog(&mut self) -> &mut Catalog {
-        self.image.store().behind()
-    }
-
     /// Finds out which files there are, as soon as that is certain: once all of the index, or of an
     /// image without one, was read, and its shard has ended, or was given the time to. False until
     /// then.
@@ -592,56 +417,65 @@ impl<I: Served> Receiver<'_, I> {
     /// # Errors
     /// When the index makes no sense.
     pub(crate) fn knows_files(&mut self) -> Result<bool> {
+        if !I::HAS_INDEX {
+            return self.is_whole();
+        }
         if !self.image.is_laid_out()
-            && let Index::Read(index) = self.index
+            && self.image.is_index_read()
+            && let Some(index) = self.index
+            && self.shards[index].is_over(&mut self.arena, &self.pipes)?
+            && self.supervisor.command_has_succeeded(index)
         {
-            let now = Instant::now();
-            let end = *self.index_end_by.get_or_insert(now + END_PATIENCE);
-            if (self.shards[index].has_ended() || now >= end)
-                && self.supervisor.command_has_succeeded(index)
-            {
-                self.image.lay_out()?;
-            }
+            self.image.lay_out()?;
         }
-        match self.index {
-            Index::Unused => self.is_whole(),
-            _ => Ok(self.image.is_laid_out()),
-        }
+        Ok(self.image.is_laid_out())
     }
 
     /// What is to be read: all that there is, or, while memory is short, what is needed next of
     /// these files, whose readers wait.
-    pub(crate) fn reading(&self, names: impl FnOnce() -> Vec<ImageName>) -> Reading {
+    fn reading(&self, starving: impl FnOnce() -> Vec<ImageName>) -> Reading {
         let index_may_come = self.index_progress.elapsed() < INDEX_PATIENCE;
-        if self.memory.short_until.is_none() || self.index == Index::Unused {
+        if self.memory.short_until.is_none() || !I::HAS_INDEX {
             Reading::All
         } else if self.image.is_laid_out() {
-            self.image.wanted(&names())
-        } else if index_may_come || matches!(self.index, Index::Read(_)) {
+            self.image.wanted(&starving())
+        } else if index_may_come || self.image.is_index_read() {
             Reading::UpTo(None)
         } else {
             Reading::All
         }
     }
 
-    /// Whether all of the image has come, and nothing follows it.
+    /// True if all of the image has come, and nothing follows it: the shards have ended, or have
+    /// been given the time to.
     ///
     /// # Errors
-    /// When something does.
+    /// When something follows.
     pub(crate) fn is_whole(&mut self) -> Result<bool> {
-        Ok(self.image.is_complete() && self.have_ended()?)
+        let mut is_whole = self.image.is_complete();
+        if is_whole {
+            for shard in &mut self.shards {
+                is_whole &= shard.is_over(&mut self.arena, &self.pipes)?;
+            }
+        }
+        Ok(is_whole)
     }
 
     /// Gives CRIU what was kept back: the image has proved whole.
     ///
     /// # Errors
     /// When something is missing or left over after all.
-    pub(crate) fn release(&mut self) -> Result<()> {
-        self.image.release()
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        self.image.finish()
     }
 
-    /// Whether there is something that CRIU cannot do without, and does not get yet.
+    /// True if there is something that CRIU cannot do without, and does not get yet.
     pub(crate) fn keeps_back(&self) -> bool {
         self.image.keeps_back()
+    }
+
+    /// The files of an image that is served, or of the store that it goes to.
+    pub(crate) fn store(&mut self) -> &mut I::Store {
+        self.image.store().behind()
     }
 }

@@ -4,6 +4,7 @@
 //! comes before its turn waits here.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// A place in the image: the marker's position, and which part of its data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,9 +29,33 @@ pub(crate) enum Next {
     Marker,
 }
 
-/// The place was passed, or something waits there already.
+/// What is read of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AlreadyTaken;
+pub(crate) enum Reading {
+    All,
+    /// No data behind a marker that comes after this one. Shards that stand there rest.
+    UpTo(Option<u64>),
+}
+
+impl Reading {
+    /// True if data at this place is left in its shard.
+    pub(super) fn leaves(self, place: Option<Place>) -> bool {
+        match (self, place) {
+            (Reading::UpTo(last), Some(place)) => last.is_none_or(|last| place.seq > last),
+            (Reading::All, _) | (_, None) => false,
+        }
+    }
+}
+
+/// The place of this marker has had its turn, or something waits there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AlreadyTaken(u64);
+
+impl fmt::Display for AlreadyTaken {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "marker {} comes a second time", self.0)
+    }
+}
 
 /// The place whose turn it is, and what waits for later ones.
 #[derive(Debug)]
@@ -58,7 +83,7 @@ impl<T> Order<T> {
     /// When this place has had its turn, or is taken.
     pub(crate) fn insert(&mut self, place: Place, what: T) -> Result<(), AlreadyTaken> {
         if place < self.next || self.waiting.contains_key(&place) {
-            return Err(AlreadyTaken);
+            return Err(AlreadyTaken(place.seq));
         }
         self.waiting.insert(place, what);
         Ok(())
@@ -74,17 +99,20 @@ impl<T> Order<T> {
         self.waiting.pop_first()
     }
 
-    /// The turn passes on. `None`: there are no more places.
-    #[must_use]
-    pub(crate) fn pass(&mut self, next: Next) -> Option<()> {
+    /// The turn passes on. One part at a time, it gets to no end of numbers.
+    pub(crate) fn pass(&mut self, next: Next) {
         self.next = match next {
             Next::Part => Place {
-                seq: self.next.seq,
-                part: self.next.part.checked_add(1)?,
+                part: self.next.part + 1,
+                ..self.next
             },
-            Next::Marker => Place::of(self.next.seq.checked_add(1)?),
+            Next::Marker => Place::of(self.next.seq + 1),
         };
-        Some(())
+    }
+
+    /// The turn passes on to this marker, if it is behind.
+    pub(crate) fn pass_to(&mut self, seq: u64) {
+        self.next = self.next.max(Place::of(seq));
     }
 }
 
@@ -101,7 +129,7 @@ mod tests {
         }
         for next in [Next::Marker, Next::Part, Next::Marker, Next::Marker] {
             assert_eq!(order.pop(), Some(order.next()));
-            order.pass(next).unwrap();
+            order.pass(next);
         }
         assert_eq!(order.next(), Place::of(3));
         assert_eq!((order.pop(), order.pop_first()), (None, None));
@@ -111,16 +139,9 @@ mod tests {
     fn a_place_is_taken_once() {
         let mut order = Order::new();
         order.insert(Place::of(1), 'a').unwrap();
-        assert_eq!(order.insert(Place::of(1), 'b'), Err(AlreadyTaken));
-        order.pass(Next::Marker).unwrap();
-        assert_eq!(order.insert(Place::of(0), 'c'), Err(AlreadyTaken));
+        assert_eq!(order.insert(Place::of(1), 'b'), Err(AlreadyTaken(1)));
+        order.pass(Next::Marker);
+        assert_eq!(order.insert(Place::of(0), 'c'), Err(AlreadyTaken(0)));
         assert_eq!(order.pop(), Some('a'));
-    }
-
-    #[test]
-    fn there_is_an_end_to_counting() {
-        let mut order = Order::<()>::new();
-        order.next = Place::of(u64::MAX);
-        assert_eq!(order.pass(Next::Marker), None);
     }
 }

@@ -1,86 +1,49 @@
 //! A shard's stream, cut into markers and their data.
 //!
-//! Data should not come to memory at all, so that only as much is read as the next marker takes,
-//! and the data behind it is spliced: to a file, or to a pipe of ours that holds it. Small chunks
-//! are read together with their markers. For what is held, the shard's pipe is emptied into one of
-//! ours first ([`ShardReader::empty`]).
+//! What a shard's pipe has is taken out of it in one call ([`ShardReader::fill`]), as a rule into a
+//! pipe of ours: from there markers are read, and data is spliced to a pipe that holds it. So data
+//! comes to memory only where it is small, together with its markers.
 //!
-//! Where nothing can be held, what a pipe has is read in one call, markers and data together,
-//! straight to where the data stays. The data of a chunk is then a part of that memory, found in
-//! place. One large read for a full pipe costs half the CPU of reading marker, data, marker, data,
-//! because each read but the last meets the pipe's writer, woken by the one before, at the pipe's
-//! mutex.
+//! Where nothing can be held, that one call reads to memory, markers and data together, straight to
+//! where the data stays: a chunk's data is then a part of that memory, found in place.
+//!
+//! The first call that takes something wakes the shard's writer, which then writes with the pipe's
+//! mutex held, block by block, and each further call would spin for one of its blocks. With calls
+//! for each marker and each chunk that was over 70% of the samples of a receiving streamer, and is
+//! 15% with one (`restore/4-shards-64KiB-blocks-kept`, 2026-11-26).
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::order::{Next, Place};
 use crate::format::marker::{self, BadMarker};
-use crate::format::{Body, ImageName, Marker};
-use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
+use crate::format::{Body, Marker};
+use crate::os::pipe::{self, Moved, ReadEnd};
 use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
-use crate::store::held_pipe::{Filled, HeldPipe, PipePool, WORTH_HOLDING};
+use crate::store::held_pipe::{HeldPipe, PipePool, WORTH_HOLDING};
 use crate::store::{Arena, Extent};
 
-/// Bytes read ahead among small chunks. What is less is read and not spliced.
+/// Bytes read ahead among small chunks. Less than that is read and not spliced.
 const AHEAD: usize = WORTH_HOLDING;
 
-/// What one look at a pipe brought.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Found {
-    Something,
-    /// Nothing now, or nothing ever again.
-    Nothing,
-}
+/// How long a stream's end is waited for behind the end of the image or of its index, to find out
+/// whether something follows. It is there already when the shards come from other programs' output;
+/// a supervisor may keep its write end open, and need not.
+const END_PATIENCE: Duration = Duration::from_millis(200);
 
-/// A pipe of our own between a shard's pipe and a file.
-///
-/// A pipe is locked while it is read, and copying into a file takes long: the shard's writer could
-/// not write meanwhile, and then we would wait for it. Moving references to a pipe of our own first
-/// takes 0.12 CPU s/GB off the 0.2 spent so.
-pub(super) struct SplicePipe {
-    read: ReadEnd,
-    write: WriteEnd,
-}
-
-impl SplicePipe {
-    /// # Errors
-    /// When no more descriptors can be had.
-    pub(super) fn new() -> Result<Self> {
-        let (read, write) = pipe::new()?;
-        pipe::grow(&write, pipe::LARGEST).context("preparing a pipe")?;
-        Ok(Self { read, write })
-    }
-
-    /// Moves up to `most` bytes to the end of a file.
-    fn splice(&self, from: &ReadEnd, to: &File, most: usize) -> io::Result<Moved> {
-        let moved = pipe::splice(from, &self.write, most)?;
-        if let Moved::Bytes(mut left) = moved {
-            while left > 0 {
-                match pipe::splice(&self.read, to, left)? {
-                    Moved::Bytes(bytes) => left -= bytes,
-                    Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
-                }
-            }
-        }
-        Ok(moved)
-    }
-}
-
-/// What came of holding data.
+/// The outcome of holding data.
 #[derive(Debug)]
 pub(super) enum Holding {
     /// All of a chunk's data, or as much as fits into a pipe.
     Piece(HeldPipe, Next),
-    /// Some of the data, which is not whole yet.
-    Some,
-    /// Nothing came.
-    Nothing,
+    /// More of the chunk's data, but not all.
+    Begun,
+    /// Nothing is left of what was taken out of the shard's pipe.
+    Drained,
     /// It should be read to memory: it is too small, or a limit is reached.
     Refused,
 }
@@ -97,24 +60,21 @@ pub(crate) struct ShardReader {
     pipe: ReadEnd,
     /// Bytes that the pipe holds at most.
     capacity: usize,
-    /// What the pipe was emptied of, and was not taken yet. Made for the first data that is held.
-    emptied: Option<HeldPipe>,
-    /// The pipe had nothing when it was last to be emptied.
-    is_dry: bool,
     label: Rc<str>,
-    /// What was read and not taken yet.
+    /// What was taken out of the pipe, and not read or spliced yet. Made when it is needed.
+    intake: Option<HeldPipe>,
+    /// What was read and not taken yet. It precedes what the intake has.
     ahead: VecDeque<Extent>,
     chunk: Option<OpenChunk>,
     /// Data of the current chunk, on its way into this pipe.
     held: Option<HeldPipe>,
     /// Its pages are as good as their data: they will not change, and hold little else.
-    may_hold: bool,
-    /// Bytes of the last marker with data, if that was large: the next one takes as many, as a
-    /// rule.
-    last_large: Option<usize>,
-    /// The pipe's writers are gone: what is in it is the last of the stream.
-    hung_up: bool,
+    may_splice: bool,
+    /// The last marker with data had so much that the next one has too, as a rule.
+    is_among_large: bool,
     ended: bool,
+    /// Until when the end is waited for, once nothing else should come.
+    end_by: Option<Instant>,
     last_seq: Option<u64>,
     /// Bytes of the stream taken so far.
     taken: u64,
@@ -127,24 +87,24 @@ impl ShardReader {
     /// # Errors
     /// When the pipe cannot be made non-blocking.
     pub(super) fn new(pipe: ReadEnd, label: &str, meter: Meter) -> Result<Self> {
-        let pipe = pipe
-            .nonblocking()
-            .with_context(|| format!("preparing {label}"))?;
-        let slots =
-            pipe::grow(&pipe, pipe::LARGEST).with_context(|| format!("preparing {label}"))?;
+        let prepare = || {
+            let pipe = pipe.nonblocking()?;
+            let slots = pipe::grow(&pipe, pipe::LARGEST)?;
+            Ok::<_, std::io::Error>((pipe, slots))
+        };
+        let (pipe, slots) = prepare().with_context(|| format!("preparing {label}"))?;
         Ok(Self {
             pipe,
             capacity: slots * pipe::slot(),
-            emptied: None,
-            is_dry: false,
             label: label.into(),
+            intake: None,
             ahead: VecDeque::new(),
             chunk: None,
             held: None,
-            may_hold: true,
-            last_large: None,
-            hung_up: false,
+            may_splice: true,
+            is_among_large: false,
             ended: false,
+            end_by: None,
             last_seq: None,
             taken: 0,
             meter,
@@ -168,14 +128,9 @@ impl ShardReader {
         self.capacity
     }
 
-    /// Notes that the pipe's writers are gone.
-    pub(super) fn hang_up(&mut self) {
-        self.hung_up = true;
-    }
-
-    /// Whether everything was taken, up to the end of the stream.
+    /// True if everything was taken, up to the end of the stream.
     pub(super) fn has_ended(&self) -> bool {
-        self.ended && self.ahead.is_empty()
+        self.ended
     }
 
     /// The position of the last marker taken; positions on a shard only grow.
@@ -198,9 +153,152 @@ impl ShardReader {
         self.chunk.as_ref().map(|chunk| chunk.place)
     }
 
-    /// Bytes of the current chunk's data that are still to be taken.
-    pub(super) fn left_of_chunk(&self) -> usize {
+    fn left_of_chunk(&self) -> usize {
         self.chunk.as_ref().map_or(0, |chunk| chunk.left)
+    }
+
+    /// True if data may be spliced and held in pipes.
+    pub(super) fn may_splice(&self) -> bool {
+        self.may_splice
+    }
+
+    /// True if a pipe holds a part of the current chunk's data, to which the rest belongs.
+    pub(super) fn is_holding(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Takes out of the shard's pipe what it has, in one call: into a pipe of ours if `splices`,
+    /// or to memory. Returns false if there is nothing now, or nothing ever again. Called when
+    /// what was taken out before is not enough to go on.
+    ///
+    /// Up to the first marker little is read, and nothing spliced: the marker says whether the
+    /// pages are those of an application that may run again. These must not look to their capture
+    /// as if they had been copied.
+    ///
+    /// # Errors
+    /// When there is no memory, or the stream was cut off.
+    pub(super) fn fill(
+        &mut self,
+        splices: bool,
+        arena: &mut Arena,
+        pipes: &PipePool,
+    ) -> Result<bool> {
+        let is_first = self.last_seq.is_none();
+        if splices && !is_first && self.intake.is_none() {
+            self.intake = pipes.make(self.capacity);
+        }
+        let moved = match &mut self.intake {
+            Some(intake) if splices => intake.take(&self.pipe, self.capacity),
+            _ => {
+                let most = if splices && is_first {
+                    AHEAD
+                } else {
+                    self.capacity
+                };
+                let mut moved = Moved::WouldBlock;
+                let read = arena.fill(most, |buffer| {
+                    moved = pipe::read(&self.pipe, buffer)?;
+                    Ok(moved.bytes())
+                });
+                read.map(|extent| {
+                    self.ahead.extend((!extent.is_empty()).then_some(extent));
+                    moved
+                })
+            }
+        };
+        let moved = moved.with_context(|| format!("reading {}", self.label))?;
+        self.meter.add(moved.bytes());
+        if moved == Moved::End {
+            self.ended = true;
+            if let Some(chunk) = &self.chunk {
+                bail!(self.error(format_args!(
+                    "the stream ends {} bytes before the end of its chunk: it was cut off",
+                    chunk.left
+                )));
+            }
+            if !self.ahead.is_empty() {
+                bail!(self.error("the stream ends within a marker: it was cut off"));
+            }
+        }
+        Ok(moved.bytes() > 0)
+    }
+
+    /// True if the stream has ended behind the end of the image or of its index, or was given the
+    /// time to.
+    ///
+    /// # Errors
+    /// When something follows.
+    pub(super) fn is_over(&mut self, arena: &mut Arena, pipes: &PipePool) -> Result<bool> {
+        let is_drained = self.ahead.is_empty() && self.intake().is_none();
+        if self.chunk.is_some() || !is_drained || self.fill(false, arena, pipes)? {
+            bail!(
+                self.error("something follows the end of the image: is the shard of another one?")
+            );
+        }
+        let now = Instant::now();
+        let end = *self.end_by.get_or_insert(now + END_PATIENCE);
+        Ok(self.ended || now >= end)
+    }
+
+    /// Until when the end is waited for.
+    pub(super) fn end_by(&self) -> Option<Instant> {
+        self.end_by
+    }
+
+    /// The pipe of ours, if it has something.
+    fn intake(&mut self) -> Option<&mut HeldPipe> {
+        self.intake.as_mut().filter(|intake| intake.len() > 0)
+    }
+
+    /// Reads up to `most` bytes of what was taken out of the shard's pipe. Returns false if nothing
+    /// is left of it.
+    fn read(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
+        let label = self.label();
+        let Some(intake) = self.intake() else {
+            return Ok(false);
+        };
+        let extent = arena
+            .fill(most.min(intake.len()), |buffer| intake.read(buffer))
+            .with_context(|| format!("reading {label}"))?;
+        self.ahead.push_back(extent);
+        Ok(true)
+    }
+
+    /// Reads more for the next marker. Returns false if what was taken out of the shard's pipe is
+    /// not enough.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(super) fn read_for_marker(&mut self, arena: &mut Arena) -> Result<bool> {
+        let mut most = AHEAD;
+        if self.is_among_large {
+            // No more than the marker, so that all of the data behind it can be spliced.
+            let bytes = self.ahead.iter().flat_map(Extent::bytes).copied();
+            let begun: Vec<_> = bytes.take(marker::LENGTH).collect();
+            most = match begun.first_chunk() {
+                None => marker::LENGTH - begun.len(),
+                Some(field) => {
+                    let read: usize = self.ahead.iter().map(Extent::len).sum();
+                    marker::LENGTH + u32::from_le_bytes(*field) as usize - read
+                }
+            };
+        }
+        self.read(arena, most)
+    }
+
+    /// Reads data of the current chunk that is not held.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(super) fn read_data(&mut self, arena: &mut Arena) -> Result<bool> {
+        let left = self.left_of_chunk();
+        // Behind the end of a large chunk there is another one.
+        let most = if self.is_among_large {
+            left
+        } else {
+            left.max(AHEAD)
+        };
+        self.read(arena, most)
     }
 
     /// Takes the marker that comes next, if all of it was read. If data follows it, it becomes the
@@ -223,15 +321,13 @@ impl ShardReader {
         }
         if self.last_seq.is_none() {
             // Its pages may be the application's own.
-            self.may_hold &= !marker
-                .origin
-                .as_ref()
-                .is_some_and(CapturingProcess::may_be_running);
+            let origin = marker.origin.as_ref();
+            self.may_splice &= !origin.is_some_and(CapturingProcess::may_be_running);
         }
         self.last_seq = Some(marker.seq);
         if let Body::Data(left @ 1..) = marker.body {
             let left = left as usize;
-            self.last_large = (left >= AHEAD).then_some(size);
+            self.is_among_large = left >= AHEAD;
             self.chunk = Some(OpenChunk {
                 place: Place::of(marker.seq),
                 left,
@@ -272,8 +368,7 @@ impl ShardReader {
 
     /// Takes the data of the current chunk that was read, as far as it lies together.
     pub(super) fn take_data(&mut self) -> Option<(Extent, Next)> {
-        let left = self.chunk.as_ref()?.left;
-        let extent = self.take_front(left)?;
+        let extent = self.take_front(self.left_of_chunk())?;
         let next = self.advance_chunk(extent.len());
         Some((extent, next))
     }
@@ -289,222 +384,32 @@ impl ShardReader {
         Next::Part
     }
 
-    /// Whether nothing of what was read is left.
-    pub(super) fn is_read_out(&self) -> bool {
-        self.ahead.is_empty()
-    }
-
-    /// How much to read for the next marker when data should rather be spliced: behind a large
-    /// chunk, exactly what the marker takes, as far as that is known.
-    pub(super) fn ahead_for_marker(&self) -> usize {
-        let Some(expected) = self.last_large else {
-            return AHEAD;
-        };
-        let bytes = self.ahead.iter().flat_map(Extent::bytes).copied();
-        let begun: Vec<_> = bytes.take(marker::LENGTH).collect();
-        match begun.first_chunk() {
-            None => expected.max(marker::LENGTH) - begun.len(),
-            Some(field) => {
-                let read: usize = self.ahead.iter().map(Extent::len).sum();
-                let frame = u32::from_le_bytes(*field) as usize;
-                (marker::LENGTH + frame).saturating_sub(read).max(1)
-            }
-        }
-    }
-
-    /// How much to read for data that is not to be spliced.
-    pub(super) fn ahead_for_data(&self) -> usize {
-        let left = self.left_of_chunk();
-        // The end of a large chunk that took more slots than its pipe had.
-        if self.last_large.is_some() {
-            return left;
-        }
-        left.max(AHEAD)
-    }
-
-    /// Whether data may be held in pipes.
-    pub(super) fn may_hold(&self) -> bool {
-        self.may_hold
-    }
-
-    /// Whether a pipe holds a part of the current chunk's data, to which the rest belongs.
-    pub(super) fn is_holding(&self) -> bool {
-        self.held.is_some()
-    }
-
-    /// Empties the shard's pipe into one of ours, from which everything is taken then, unless that
-    /// still holds something. False where no such pipe can be had, and before the first marker,
-    /// which tells whether the pages are those of an application that may run again: they must not
-    /// look as if they had been copied.
-    ///
-    /// The first call that takes something wakes the shard's writer, which then writes with the
-    /// pipe's mutex held, block by block, and each further call would spin for one of its blocks.
-    /// With calls for each marker and each chunk that was over 70% of the samples of a receiving
-    /// streamer, and is 15% with this (`restore/4-shards-64KiB-blocks-kept`, 2026-11-26).
-    ///
-    /// # Errors
-    /// Those of `splice`; none for open pipes.
-    pub(super) fn empty(&mut self, holder: &mut PipePool) -> Result<bool> {
-        if self.last_seq.is_none() {
-            return Ok(false);
-        }
-        let emptied = match &mut self.emptied {
-            Some(emptied) => emptied,
-            none => match holder.hold(self.capacity) {
-                Some(held) => none.insert(held),
-                None => return Ok(false),
-            },
-        };
-        if emptied.len() > 0 {
-            return Ok(true);
-        }
-        let moved = emptied
-            .take(&self.pipe, self.capacity)
-            .with_context(|| format!("reading {}", self.label))?;
-        self.hung_up |= moved == Moved::End;
-        self.is_dry = emptied.len() == 0;
-        Ok(true)
-    }
-
-    /// Notes that what the pipe was emptied of is not enough to go on.
-    ///
-    /// # Errors
-    /// When the stream was cut off.
-    pub(super) fn expect_more(&mut self) -> Result<()> {
-        if self.is_dry {
-            self.check_for_end()?;
-        }
-        Ok(())
-    }
-
-    /// Whether something is left of what the pipe was emptied of.
-    pub(super) fn has_emptied(&self) -> bool {
-        self.emptied.as_ref().is_some_and(|held| held.len() > 0)
-    }
-
-    /// What is left of what the pipe was emptied of.
-    fn emptied(&mut self) -> Option<&mut HeldPipe> {
-        self.emptied.as_mut().filter(|held| held.len() > 0)
-    }
-
     /// Moves data of the current chunk into a pipe that holds it.
     ///
     /// # Errors
-    /// When the stream was cut off.
-    pub(super) fn hold(&mut self, holder: &mut PipePool) -> Result<Holding> {
+    /// Those of `splice`; none for pipes of ours.
+    pub(super) fn hold(&mut self, pipes: &mut PipePool) -> Result<Holding> {
         let left = self.left_of_chunk();
-        let mut held = match self.held.take() {
-            Some(held) => held,
-            None if !self.may_hold || left < WORTH_HOLDING => return Ok(Holding::Refused),
-            None => match holder.hold(left) {
-                Some(held) => held,
-                None => return Ok(Holding::Refused),
-            },
+        let Some(intake) = self.intake.as_mut().filter(|intake| intake.len() > 0) else {
+            return Ok(Holding::Drained);
         };
-        let filled = match self.emptied() {
-            Some(emptied) => held.absorb(emptied, left),
-            None => held.fill(&self.pipe, left),
+        let is_worth = self.may_splice && left >= WORTH_HOLDING;
+        let begun = self.held.take();
+        let Some(mut held) = begun.or_else(|| is_worth.then(|| pipes.hold(left)).flatten()) else {
+            return Ok(Holding::Refused);
         };
-        let filled = filled.with_context(|| format!("reading {}", self.label))?;
-        let chunk = self.chunk.as_mut().expect("data belongs to a chunk");
-        match filled {
-            Filled::Moved(Moved::Bytes(bytes)) => {
-                self.meter.add(bytes);
-                self.taken += bytes as u64;
-                chunk.left -= bytes;
-                if chunk.left == 0 {
-                    self.chunk = None;
-                    return Ok(Holding::Piece(held, Next::Marker));
-                }
-                self.held = Some(held);
-                return Ok(Holding::Some);
-            }
-            Filled::Full => {
-                self.may_hold &= !held.is_wasteful();
-                chunk.place.part += 1;
-                return Ok(Holding::Piece(held, Next::Part));
-            }
-            Filled::Moved(Moved::WouldBlock) => {}
-            Filled::Moved(Moved::End) => self.hung_up = true,
+        let bytes = held
+            .absorb(intake, left)
+            .with_context(|| format!("reading {}", self.label))?;
+        self.taken += bytes as u64;
+        if bytes == 0 {
+            // All of its slots are taken.
+            self.may_splice &= !held.is_wasteful();
+        } else if bytes < left {
+            self.chunk.as_mut().expect("data belongs to a chunk").left -= bytes;
+            self.held = Some(held);
+            return Ok(Holding::Begun);
         }
-        self.held = Some(held);
-        self.check_for_end()?;
-        Ok(Holding::Nothing)
-    }
-
-    /// Reads what the pipe holds, up to `most` bytes, in one call. Called when what was read before
-    /// is not enough to go on.
-    ///
-    /// # Errors
-    /// When there is no memory, or the stream was cut off.
-    pub(super) fn read(&mut self, arena: &mut Arena, most: usize) -> Result<Found> {
-        let most = most.min(self.capacity);
-        let mut block = arena
-            .reserve(most)
-            .with_context(|| format!("keeping {most} bytes in memory beside {}", arena.live()))?;
-        let moved = match self.emptied() {
-            Some(emptied) => emptied.read(block.unfilled()).map(Moved::Bytes),
-            None => pipe::read(&self.pipe, block.unfilled()),
-        };
-        let moved = moved.with_context(|| format!("reading {}", self.label))?;
-        if let Moved::Bytes(bytes) = moved {
-            block.filled(bytes);
-            self.ahead.push_back(arena.seal(block));
-            self.meter.add(bytes);
-            return Ok(Found::Something);
-        }
-        arena.seal(block);
-        self.hung_up |= moved == Moved::End;
-        self.check_for_end()?;
-        Ok(Found::Nothing)
-    }
-
-    /// Moves data of the current chunk to the end of a file, which `name` names in errors; `None`
-    /// when the pipe is empty.
-    ///
-    /// # Errors
-    /// When the file cannot take it, and when the stream was cut off.
-    pub(super) fn splice(
-        &mut self,
-        pipe: &SplicePipe,
-        to: &File,
-        name: &ImageName,
-    ) -> Result<Option<Next>> {
-        let left = self.left_of_chunk();
-        let moved = match self.emptied() {
-            Some(emptied) => emptied.send(to, left),
-            None => pipe.splice(&self.pipe, to, left),
-        };
-        let moved = moved.with_context(|| format!("writing {name}"))?;
-        match moved {
-            Moved::Bytes(bytes) => {
-                self.meter.add(bytes);
-                self.taken += bytes as u64;
-                return Ok(Some(self.advance_chunk(bytes)));
-            }
-            Moved::WouldBlock => {}
-            Moved::End => self.hung_up = true,
-        }
-        self.check_for_end()?;
-        Ok(None)
-    }
-
-    /// Notes that nothing more comes, if that is so.
-    ///
-    /// # Errors
-    /// When the stream ends within a marker or a chunk.
-    fn check_for_end(&mut self) -> Result<()> {
-        self.ended |= self.hung_up;
-        match &self.chunk {
-            _ if !self.ended => Ok(()),
-            Some(chunk) => bail!(self.error(format_args!(
-                "the stream ends {} bytes before the end of its chunk: it was cut off",
-                chunk.left
-            ))),
-            None if !self.ahead.is_empty() => {
-                bail!(self.error("the stream ends within a marker: it was cut off"))
-            }
-            None => Ok(()),
-        }
+        Ok(Holding::Piece(held, self.advance_chunk(bytes)))
     }
 }

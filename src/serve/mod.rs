@@ -160,8 +160,9 @@ impl<'a> Server<'a> {
         if self.is_missed {
             return Ok(Activity::Idle(Wait::Now));
         }
-        let wait = Wait::Forever.or_until(self.transfers.try_again());
-        Ok(Activity::Idle(wait.or_until(self.clients.grace_ends())))
+        Ok(Activity::Idle(
+            Wait::Forever.or_until(self.clients.grace_ends()),
+        ))
     }
 
     /// Gives transfers what has come of their files since.
@@ -171,11 +172,7 @@ impl<'a> Server<'a> {
             .iter_mut()
             .filter(|transfer| transfer.is_open())
         {
-            let more = files.take_more(&transfer.name);
-            transfer.add_all(more.data)?;
-            if more.is_whole {
-                transfer.close();
-            }
+            transfer.add(files.take_more(&transfer.name))?;
         }
         Ok(())
     }
@@ -220,12 +217,7 @@ impl<'a> Server<'a> {
                 }
                 Watched::Client => self.answer(files, event.id)?,
                 Watched::Memory => drop(self.memory_is_in_place()?),
-                Watched::Transfer => {
-                    self.transfers.made_room(event.id);
-                    if event.hung_up {
-                        self.transfers.hang_up(event.id);
-                    }
-                }
+                Watched::Transfer => self.transfers.made_room(event.id, event.hung_up),
                 _ => {}
             }
         }
@@ -264,7 +256,7 @@ impl<'a> Server<'a> {
                     let name = requested
                         .take()
                         .context("a descriptor came without a name")?;
-                    let (pipe, slots) = WriteEnd::measured(fd).with_context(|| {
+                    let pipe = WriteEnd::new(fd).with_context(|| {
                         format!("{} sent something wrong for {name}", connection.peer())
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
@@ -278,7 +270,7 @@ impl<'a> Server<'a> {
                              once"
                         )
                     })?;
-                    opened.push(Transfer::new(name, pipe, slots, taken));
+                    opened.push(Transfer::new(name, pipe, taken)?);
                     Ok(true)
                 }
             },

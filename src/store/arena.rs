@@ -149,11 +149,11 @@ impl Extent {
         unsafe { self.region.mapping.bytes(self.range()) }
     }
 
-    /// The bytes behind the first `skip`, for a pipe.
-    pub(crate) fn sealed(&self, skip: usize) -> Sealed<'_> {
+    /// The bytes, for a pipe.
+    pub(crate) fn sealed(&self) -> Sealed<'_> {
         // SAFETY: sealed memory is never handed out again. When the extent is dropped, its pages
         // are discarded or unmapped, or stay as they are.
-        unsafe { Sealed::new(&self.bytes()[skip..]) }
+        unsafe { Sealed::new(self.bytes()) }
     }
 }
 
@@ -268,6 +268,21 @@ impl Arena {
         Ok(Block { extent, filled: 0 })
     }
 
+    /// Memory for up to `len` bytes, as far as `fill` fills it, which returns how far.
+    ///
+    /// # Errors
+    /// `ENOMEM`, and those of `fill`.
+    pub(crate) fn fill(
+        &mut self,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<Extent> {
+        let mut block = self.reserve(len)?;
+        let filled = fill(block.unfilled())?;
+        block.filled(filled);
+        Ok(self.seal(block))
+    }
+
     /// What was filled of a block. The rest is taken back: the next block comes from there if
     /// nothing was handed out meanwhile.
     pub fn seal(&mut self, block: Block) -> Extent {
@@ -294,11 +309,11 @@ mod tests {
     use crate::os::memory::page_size;
 
     fn filled(arena: &mut Arena, len: usize, byte: u8) -> Extent {
-        let mut block = arena.reserve(len).unwrap();
-        let len = block.unfilled().len();
-        block.unfilled().fill(byte);
-        block.filled(len);
-        arena.seal(block)
+        let fill = |buffer: &mut [u8]| {
+            buffer.fill(byte);
+            Ok(buffer.len())
+        };
+        arena.fill(len, fill).unwrap()
     }
 
     /// Bytes of a region that take memory.

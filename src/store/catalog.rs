@@ -8,20 +8,19 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::rc::Rc;
 
 use anyhow::Result;
 
-use super::transfer::{FileBody, Remaining};
-use super::{Ahead, Arena, Extent, FileData, Piece, Store};
+use super::transfer::FileBody;
+use super::{Ahead, Arena, FileData, Piece, Store};
 use crate::criu::files;
 use crate::format::ImageName;
 
 /// The largest file that can be asked for more than once, in bytes.
-pub(crate) const LARGEST_KEPT: usize = 1 << 20;
+pub(crate) const LARGEST_KEPT: u64 = 1 << 20;
 
 /// What is kept in all for being asked for again, in bytes.
-const MOST_KEPT: usize = 16 << 20;
+const MOST_KEPT: u64 = 16 << 20;
 
 /// What has become of a file.
 #[derive(Debug)]
@@ -29,11 +28,11 @@ enum State {
     /// It is not whole yet, and was not asked for.
     Arriving(Box<FileData>),
     /// It was asked for before it was whole. This is here and not taken yet.
-    Requested(Box<More>),
+    Requested(Box<FileBody>),
     /// It is whole, and was not asked for yet.
     Complete(FileData),
     /// It was sent at least once, and is kept.
-    Kept(Rc<FileData>),
+    Kept(Box<[u8]>),
     /// It was sent, and freed.
     Gone,
 }
@@ -46,20 +45,12 @@ pub(crate) enum Lookup {
     Gone,
 }
 
-/// What has come of a file since it was asked for.
-#[derive(Debug, Default)]
-pub(crate) struct More {
-    pub(crate) data: FileData,
-    /// This is the last of it.
-    pub(crate) is_whole: bool,
-}
-
 /// The files by name.
 #[derive(Debug, Default)]
 pub struct Catalog {
     files: BTreeMap<ImageName, State>,
     /// Bytes in kept files.
-    kept: usize,
+    kept: u64,
     /// For copies.
     arena: Arena,
 }
@@ -87,8 +78,8 @@ impl Catalog {
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Those that are kept stay for the
-    /// next time, in memory.
+    /// Takes a file's contents for sending, if they are there. Of those that are kept this is a
+    /// copy.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -96,59 +87,53 @@ impl Catalog {
         let Some(state) = self.files.get_mut(name) else {
             return Ok(None);
         };
+        let is_pages = files::is_pages(name.as_str());
         let (next, data) = match std::mem::replace(state, State::Gone) {
-            State::Gone => return Ok(None),
-            requested @ State::Requested(_) => {
-                *state = requested;
+            gone @ (State::Gone | State::Requested(_)) => {
+                *state = gone;
                 return Ok(None);
             }
-            State::Arriving(contents) => {
-                // A pipe has no way to say "failed": any other file than pages, which CRIU counts,
-                // would look complete if it was cut short.
-                let (beginning, ready) = if files::is_pages(name.as_str()) {
-                    (*contents, FileData::default())
+            State::Arriving(data) => {
+                *state = State::Requested(Box::new(FileBody {
+                    data: *data,
+                    is_whole: false,
+                }));
+                return Ok(Some(self.take_more(name)));
+            }
+            State::Complete(data) => {
+                let size = data.len();
+                if is_pages || size > LARGEST_KEPT || self.kept + size > MOST_KEPT {
+                    (State::Gone, data)
                 } else {
-                    (FileData::default(), *contents)
-                };
-                let is_whole = false;
-                let data = ready;
-                *state = State::Requested(Box::new(More { data, is_whole }));
-                let data = Remaining::Once(beginning);
-                return Ok(Some(FileBody { data, is_whole }));
-            }
-            State::Complete(contents) => {
-                let size = contents.len();
-                let keep = size <= LARGEST_KEPT
-                    && self.kept + size <= MOST_KEPT
-                    && !files::is_pages(name.as_str());
-                if !keep {
-                    let (data, is_whole) = (Remaining::Once(contents), true);
-                    return Ok(Some(FileBody { data, is_whole }));
+                    self.kept += size;
+                    let bytes = data.into_bytes()?;
+                    let copy = FileData::copy_of(&bytes, &mut self.arena)?;
+                    (State::Kept(bytes.into()), copy)
                 }
-                self.kept += size;
-                kept(Rc::new(contents.into_memory(&mut self.arena)?))
             }
-            State::Kept(contents) => kept(contents),
+            State::Kept(bytes) => {
+                let copy = FileData::copy_of(&bytes, &mut self.arena)?;
+                (State::Kept(bytes), copy)
+            }
         };
         *state = next;
         let is_whole = true;
         Ok(Some(FileBody { data, is_whole }))
     }
 
-    /// Takes what has come of a file since it was asked for.
-    pub(crate) fn take_more(&mut self, name: &ImageName) -> More {
-        let Some(state) = self.files.get_mut(name) else {
-            return More::default();
-        };
-        match state {
-            State::Requested(more) if more.is_whole || files::is_pages(name.as_str()) => {
+    /// Takes what has come of a file since it was asked for. A pipe has no way to say "failed": any
+    /// other file than pages, which CRIU counts, would look complete if it was cut short, and is
+    /// taken when it is whole.
+    pub(crate) fn take_more(&mut self, name: &ImageName) -> FileBody {
+        match self.files.get_mut(name) {
+            Some(State::Requested(more)) if more.is_whole || files::is_pages(name.as_str()) => {
                 let more = std::mem::take(&mut **more);
                 if more.is_whole {
-                    *state = State::Gone;
+                    self.files.insert(name.clone(), State::Gone);
                 }
                 more
             }
-            _ => More::default(),
+            _ => FileBody::default(),
         }
     }
 
@@ -171,41 +156,31 @@ impl Catalog {
     /// # Errors
     /// `ENOMEM`.
     pub fn read(&mut self, name: &ImageName) -> io::Result<Option<Vec<u8>>> {
-        let contents = match self.files.get_mut(name) {
-            Some(State::Complete(contents)) => {
-                *contents = std::mem::take(contents).into_memory(&mut self.arena)?;
-                contents
+        Ok(match self.files.get_mut(name) {
+            Some(State::Complete(data)) => {
+                let bytes = std::mem::take(data).into_bytes()?;
+                *data = FileData::copy_of(&bytes, &mut self.arena)?;
+                Some(bytes)
             }
-            Some(State::Kept(contents)) => &**contents,
-            _ => return Ok(None),
-        };
-        let bytes = contents.memory().flat_map(Extent::bytes);
-        Ok(Some(bytes.copied().collect()))
+            Some(State::Kept(bytes)) => Some(bytes.to_vec()),
+            _ => None,
+        })
     }
 
     /// Adds a file with these bytes. One of the same name is replaced.
     ///
     /// # Errors
     /// `ENOMEM`.
-    pub fn write(&mut self, name: ImageName, mut bytes: &[u8]) -> io::Result<()> {
-        let mut contents = FileData::default();
-        while !bytes.is_empty() {
-            let mut block = self.arena.reserve(bytes.len())?;
-            let unfilled = block.unfilled();
-            let (front, rest) = bytes.split_at(unfilled.len());
-            unfilled.copy_from_slice(front);
-            block.filled(front.len());
-            contents.push(Piece::Memory(self.arena.seal(block)))?;
-            bytes = rest;
-        }
-        self.files.insert(name, State::Complete(contents));
+    pub fn write(&mut self, name: ImageName, bytes: &[u8]) -> io::Result<()> {
+        let data = FileData::copy_of(bytes, &mut self.arena)?;
+        self.insert(name, data);
         Ok(())
     }
 
     /// The size of a file that was not asked for yet.
     pub(crate) fn size(&self, name: &ImageName) -> Option<u64> {
         match self.files.get(name) {
-            Some(State::Complete(contents)) => Some(contents.len() as u64),
+            Some(State::Complete(contents)) => Some(contents.len()),
             _ => None,
         }
     }
@@ -231,14 +206,6 @@ impl Catalog {
     pub fn names(&self) -> impl Iterator<Item = &ImageName> {
         self.files.keys()
     }
-}
-
-fn kept(contents: Rc<FileData>) -> (State, Remaining) {
-    let remaining = Remaining::Kept {
-        data: Rc::clone(&contents),
-        sent: 0,
-    };
-    (State::Kept(contents), remaining)
 }
 
 /// A file can be asked for before it is whole.
@@ -300,10 +267,6 @@ mod tests {
         assert_eq!(catalog.arena.live(), 6);
     }
 
-    fn bytes(contents: &FileData) -> Vec<u8> {
-        contents.memory().flat_map(Extent::bytes).copied().collect()
-    }
-
     #[test]
     fn pages_are_taken_as_they_come_and_other_files_when_they_are_whole() {
         let mut catalog = Catalog::new();
@@ -316,22 +279,22 @@ mod tests {
         for (name, beginning) in [(&pages, &b"first"[..]), (&ghost, b"")] {
             assert_eq!(catalog.look_up(name), Lookup::Present);
             let body = catalog.take(name).unwrap().unwrap();
-            let Remaining::Once(contents) = body.data else {
-                panic!("it is kept");
-            };
-            assert_eq!((&bytes(&contents)[..], body.is_whole), (beginning, false));
+            assert!(!body.is_whole);
+            assert_eq!(body.data.into_bytes().unwrap(), beginning);
             assert!(catalog.take(name).unwrap().is_none(), "it is under way");
             let piece = Piece::in_memory(b", second");
             catalog.append(&mut name.clone(), piece).unwrap();
         }
         for (name, more) in [(&pages, &b", second"[..]), (&ghost, b"")] {
             let found = catalog.take_more(name);
-            assert_eq!((&bytes(&found.data)[..], found.is_whole), (more, false));
+            assert!(!found.is_whole);
+            assert_eq!(found.data.into_bytes().unwrap(), more);
             catalog.finish(name.clone(), name.clone()).unwrap();
         }
         for (name, rest) in [(&pages, &b""[..]), (&ghost, b"first, second")] {
             let found = catalog.take_more(name);
-            assert_eq!((&bytes(&found.data)[..], found.is_whole), (rest, true));
+            assert!(found.is_whole);
+            assert_eq!(found.data.into_bytes().unwrap(), rest);
             assert_eq!(catalog.look_up(name), Lookup::Gone);
         }
     }
@@ -339,7 +302,7 @@ mod tests {
     #[test]
     fn small_files_are_kept_until_they_weigh_too_much_and_pages_never() {
         let mut catalog = Catalog::new();
-        let large = vec![1; LARGEST_KEPT];
+        let large = vec![1; LARGEST_KEPT as usize];
         let several: Vec<_> = (0..=MOST_KEPT / LARGEST_KEPT)
             .map(|number| name(&format!("{number:02}.img")))
             .collect();
@@ -348,15 +311,17 @@ mod tests {
         }
         assert_eq!(catalog.look_up(&name("none.img")), Lookup::Absent);
         let (last, first) = several.split_last().unwrap();
-        for name in first {
-            assert!(catalog.take(name).unwrap().is_some());
-            assert_eq!(catalog.look_up(name), Lookup::Present);
+        for name in [first, first].concat() {
+            let body = catalog.take(&name).unwrap().unwrap();
+            assert!(body.data.into_bytes().unwrap() == large);
+            assert_eq!(catalog.look_up(&name), Lookup::Present);
         }
         for name in [last, &name("pages-1.img")] {
             assert!(catalog.take(name).unwrap().is_some());
             assert_eq!(catalog.look_up(name), Lookup::Gone);
             assert!(catalog.take(name).unwrap().is_none());
         }
-        assert_eq!(catalog.arena.live(), MOST_KEPT);
+        assert_eq!(catalog.kept, MOST_KEPT);
+        assert_eq!(catalog.arena.live(), 0);
     }
 }

@@ -125,13 +125,10 @@ impl DiskStore {
         supervisor.check()?;
         self.flush_each()?;
         supervisor.check()?;
-        let mut commit = Commit {
-            store: &self,
-            done: Vec::new(),
-        };
-        let result = commit.run();
+        let mut moves = self.moves().context("looking for an earlier image")?;
+        let result = self.carry_out(&mut moves);
         if result.is_err() {
-            self.keep_private = !commit.undo();
+            self.keep_private = !self.undo(&moves);
         }
         result
     }
@@ -290,109 +287,100 @@ struct Move {
     name: ImageName,
     /// Of the new file, or, if there is none, a number that no file has.
     number: u64,
+    is_new: bool,
     /// Something of that name was there, and is now set aside.
     replaced: bool,
     /// The new file is in place.
     placed: bool,
 }
 
-/// The moves of a commit, so far.
-struct Commit<'a> {
-    store: &'a DiskStore,
-    done: Vec<Move>,
+fn is_inventory(name: &ImageName) -> bool {
+    name.as_str() == INVENTORY
 }
 
-impl Commit<'_> {
-    fn run(&mut self) -> Result<()> {
-        let store = self.store;
-        let flush = || flush(&store.images).context("flushing the images directory to disk");
-        let is_inventory = |name: &ImageName| name.as_str() == INVENTORY;
-        let leftovers = self.leftovers().context("looking for an earlier image")?;
-        let leftovers = leftovers.into_iter().zip(store.next_number..);
-        let new = store.complete.iter();
-        let new = new.map(|(name, &number)| (name.clone(), number, true));
-        let files = leftovers
-            .map(|(name, number)| (name, number, false))
-            .chain(new);
-        let mut files: Vec<_> = files.collect();
+impl DiskStore {
+    /// The moves of a commit: of the new files, and of CRIU's files of an earlier image that the
+    /// new one does not have.
+    fn moves(&self) -> nix::Result<Vec<Move>> {
+        let step = |name, number, is_new| Move {
+            name,
+            number,
+            is_new,
+            replaced: false,
+            placed: false,
+        };
+        let new = self.complete.iter();
+        let mut moves: Vec<_> = new
+            .map(|(name, &number)| step(name.clone(), number, true))
+            .collect();
+        // External files alone are no image, and leave an earlier one as it is.
+        if self.names().any(|name| files::is_image_file(name.as_str())) {
+            let names = names(self.images.as_fd(), ".")?.into_iter();
+            let leftovers = names
+                .filter_map(|name| ImageName::new(name.to_str().ok()?).ok())
+                .filter(|name| !self.complete.contains_key(name) && self.images.is_criu_file(name));
+            let numbered = leftovers.zip(self.next_number..);
+            moves.extend(numbered.map(|(name, number)| step(name, number, false)));
+        }
         // An inventory is the first to go, and the last to come.
-        files.sort_by_key(|(name, ..)| !is_inventory(name));
-        for (name, number, _) in &files {
-            self.set_aside(name, *number)?;
-            if is_inventory(name) {
+        moves.sort_by_key(|step| !is_inventory(&step.name));
+        Ok(moves)
+    }
+
+    fn carry_out(&self, moves: &mut [Move]) -> Result<()> {
+        let flush = || flush(&self.images).context("flushing the images directory to disk");
+        for step in &mut *moves {
+            self.set_aside(step)?;
+            if is_inventory(&step.name) {
                 flush()?;
             }
         }
-        for (index, (name, _, is_new)) in files.iter().enumerate().rev() {
-            if is_inventory(name) {
+        for step in moves.iter_mut().rev() {
+            if is_inventory(&step.name) {
                 flush()?;
             }
-            if *is_new {
-                self.place(index)?;
+            if step.is_new {
+                self.place(step)?;
             }
         }
         flush()
     }
 
-    /// CRIU's files of an earlier image that the new one does not have. External files alone are no
-    /// image, and leave an earlier one as it is.
-    fn leftovers(&self) -> nix::Result<Vec<ImageName>> {
-        let (images, complete) = (&self.store.images, &self.store.complete);
-        let mut new = complete.keys();
-        if !new.any(|name| files::is_image_file(name.as_str())) {
-            return Ok(Vec::new());
-        }
-        let names = names(images.as_fd(), ".")?.into_iter();
-        let names = names.filter_map(|name| ImageName::new(name.to_str().ok()?).ok());
-        let leftovers =
-            names.filter(|name| !complete.contains_key(name) && images.is_criu_file(name));
-        Ok(leftovers.collect())
-    }
-
     /// Moves an earlier file of this name out of the way.
-    fn set_aside(&mut self, name: &ImageName, number: u64) -> Result<()> {
-        let images = &self.store.images;
-        let replaced = match fstatat(images, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Err(Errno::ENOENT) => false,
+    fn set_aside(&self, step: &mut Move) -> Result<()> {
+        let name = &step.name;
+        match fstatat(&self.images, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Err(Errno::ENOENT) => return Ok(()),
             Err(error) => {
                 return Err(error).with_context(|| format!("looking for an earlier {name}"));
             }
-            Ok(stat) => {
-                ensure!(
-                    file_type(&stat) != SFlag::S_IFDIR,
-                    "--images-dir: a directory named {name} is in the way of the file: move it"
-                );
-                let (private, aside) = (&self.store.private, aside(number));
-                renameat(images, name.as_str(), private, aside.as_str())
-                    .with_context(|| format!("setting the earlier {name} aside"))?;
-                true
-            }
-        };
-        self.done.push(Move {
-            name: name.clone(),
-            number,
-            replaced,
-            placed: false,
-        });
+            Ok(stat) => ensure!(
+                file_type(&stat) != SFlag::S_IFDIR,
+                "--images-dir: a directory named {name} is in the way of the file: move it"
+            ),
+        }
+        let aside = aside(step.number);
+        renameat(&self.images, name.as_str(), &self.private, aside.as_str())
+            .with_context(|| format!("setting the earlier {name} aside"))?;
+        step.replaced = true;
         Ok(())
     }
 
-    fn place(&mut self, index: usize) -> Result<()> {
-        let (store, step) = (self.store, &mut self.done[index]);
-        let (number, name) = (step.number.to_string(), step.name.as_str());
-        renameat(&store.private, number.as_str(), &store.images, name)
-            .with_context(|| format!("moving {} into place", step.name))?;
+    fn place(&self, step: &mut Move) -> Result<()> {
+        let (number, name) = (step.number.to_string(), &step.name);
+        renameat(&self.private, number.as_str(), &self.images, name.as_str())
+            .with_context(|| format!("moving {name} into place"))?;
         step.placed = true;
         Ok(())
     }
 
     /// Puts everything back, `inventory.img` last, and only if nothing is missing. Returns false
     /// if something is.
-    fn undo(&mut self) -> bool {
-        let (images, private) = (&self.store.images, &self.store.private);
+    fn undo(&self, moves: &[Move]) -> bool {
+        let (images, private) = (&self.images, &self.private);
         let mut all = true;
-        for step in self.done.iter().rev() {
-            if step.name.as_str() == INVENTORY && !all {
+        for step in moves.iter().rev() {
+            if is_inventory(&step.name) && !all {
                 return false;
             }
             let (name, number) = (step.name.as_str(), step.number.to_string());
@@ -432,10 +420,6 @@ impl Store for DiskStore {
             .with_context(|| format!("creating {name} in --images-dir"))?;
         let file = File::from(fd);
         Ok(StagedFile { file, number })
-    }
-
-    fn target<'a>(&'a self, file: &'a StagedFile) -> Option<&'a File> {
-        Some(&file.file)
     }
 
     fn append(&mut self, file: &mut StagedFile, piece: Piece) -> Result<()> {

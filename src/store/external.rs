@@ -5,19 +5,18 @@
 //! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
 //! reached, because supervisors wait for the reader's end while the image still comes in.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::transfer::{FileBody, Remaining, Round, Transfer, Transfers};
+use super::transfer::{FileBody, Round, Transfer, Transfers};
 use super::{Ahead, FileData, Piece, Store};
 use crate::format::ImageName;
-use crate::os::pipe::{self, WriteEnd};
+use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Poller, Watched};
 
 /// What is held for readers before the image waits for them, in bytes.
-const MOST_BEHIND: usize = 4 << 20;
+const MOST_BEHIND: u64 = 4 << 20;
 
 /// How long ago a reader that is waited for has taken something.
 const AT_WORK: Duration = Duration::from_millis(200);
@@ -51,12 +50,8 @@ impl ExternalOutputs {
         let mut transfers = Transfers::new(Watched::External);
         let mut all = Vec::new();
         for (name, pipe) in files {
-            let slots = pipe::slots(&pipe).with_context(|| format!("preparing {name}"))?;
-            let nothing_yet = FileBody {
-                data: Remaining::Once(FileData::default()),
-                is_whole: false,
-            };
-            let transfer = Transfer::new(name.clone(), pipe, slots, nothing_yet);
+            let transfer = Transfer::new(name.clone(), pipe, FileBody::default())
+                .with_context(|| format!("preparing {name}"))?;
             transfers.start(transfer, poller, &mut Round::default())?;
             let has_begun = false;
             all.push(ExternalFile { name, has_begun });
@@ -83,21 +78,14 @@ impl ExternalOutputs {
         Ok(Some(number))
     }
 
-    /// Adds to what is sent of a file.
+    /// Adds to what is sent of a file, unless its reader has left.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn append(&mut self, number: usize, data: Piece) -> Result<()> {
+    pub(crate) fn add(&mut self, number: usize, more: FileBody) -> Result<()> {
         match self.transfers.get_mut(number as u64) {
-            Some(transfer) => Ok(transfer.add(data)?),
+            Some(transfer) => Ok(transfer.add(more)?),
             None => Ok(()),
-        }
-    }
-
-    /// All of a file is here.
-    pub(crate) fn finish(&mut self, number: usize) {
-        if let Some(transfer) = self.transfers.get_mut(number as u64) {
-            transfer.close();
         }
     }
 
@@ -137,7 +125,7 @@ impl ExternalOutputs {
             .transfers
             .iter()
             .filter(|transfer| transfer.took.is_some_and(|took| took.elapsed() < AT_WORK));
-        at_work.map(Transfer::left).sum::<usize>() > MOST_BEHIND
+        at_work.map(Transfer::left).sum::<u64>() > MOST_BEHIND
     }
 
     /// Whether a file's reader waits for something that has not come.
@@ -205,39 +193,33 @@ impl<S: Store> Store for External<S> {
         }
     }
 
-    fn target<'a>(&'a self, file: &'a Self::File) -> Option<&'a fs::File> {
-        match file {
-            File::External(_) => None,
-            File::Stored(file) => self.behind.target(file),
-        }
-    }
-
-    fn written(&mut self, file: &mut Self::File, bytes: u64) {
-        if let File::Stored(file) = file {
-            self.behind.written(file, bytes);
-        }
-    }
-
     fn append(&mut self, file: &mut Self::File, piece: Piece) -> Result<()> {
         match file {
-            File::External(number) => self.outlets.append(*number, piece),
+            File::External(number) => {
+                let mut body = FileBody::default();
+                body.data.push(piece)?;
+                self.outlets.add(*number, body)
+            }
             File::Stored(file) => self.behind.append(file, piece),
         }
     }
 
     fn finish(&mut self, name: ImageName, file: Self::File) -> Result<()> {
         match file {
-            File::External(number) => self.outlets.finish(number),
-            File::Stored(file) => self.behind.finish(name, file)?,
+            File::External(number) => {
+                let data = FileData::default();
+                let is_whole = true;
+                self.outlets.add(number, FileBody { data, is_whole })
+            }
+            File::Stored(file) => self.behind.finish(name, file),
         }
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::os::pipe::Moved;
+    use crate::os::pipe::{self, Moved};
     use crate::store::catalog::Catalog;
 
     #[test]
@@ -272,7 +254,7 @@ mod tests {
             if let Moved::Bytes(bytes) = pipe::read(&first_read, &mut buffer).unwrap() {
                 taken += bytes;
             }
-            store.outlets.transfers().made_room(0);
+            store.outlets.transfers().made_room(0, false);
             store.outlets.send().unwrap();
         }
         assert!(!store.outlets.is_sending());

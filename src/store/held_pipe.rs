@@ -7,8 +7,8 @@
 //!
 //! A pipe holds one chunk, and then those of the same file that follow it, up to what its reader's
 //! pipe takes at a time: so each file can be taken out in its order whatever other files do. The
-//! price is a descriptor for each. Where the user's pipes are limited, or descriptors are few,
-//! there is no holding, and what comes after the limit goes to memory.
+//! price is a descriptor for each. Where the user's pipes are limited, or descriptors are few, no
+//! image is kept in pipes, and what comes after the limit goes to memory.
 
 use std::fs::File;
 use std::io;
@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::Ahead;
 use crate::os::pipe::{self, BothEnds, LARGEST, Moved, Source, slot};
 
 /// A chunk that is worth a pipe, in bytes. Making one takes as long as copying about this much.
@@ -26,6 +27,9 @@ pub(crate) const WORTH_HOLDING: usize = 32 << 10;
 /// Descriptors left for everything else, at least: for the files that CRIU has open at the same
 /// time, above all.
 const OTHER_DESCRIPTORS: usize = 512;
+
+/// Pipes for an image that goes on to files: each holds a chunk until it is whole.
+const FEW: usize = 64;
 
 /// How many pipes there may be under a limit of descriptors. A restore of many processes opens many
 /// files at a time, and needs a quarter of a large limit.
@@ -43,17 +47,24 @@ pub(crate) struct PipePool {
 }
 
 impl PipePool {
-    /// `None` where nothing can be held.
-    pub(crate) fn new() -> Option<Self> {
-        let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-        let most = most_pipes(usize::try_from(descriptors).unwrap_or(usize::MAX));
-        (most > 0 && pipe::are_unlimited()).then(|| Self {
-            most,
+    /// A pool for an image that is kept, or for one that goes on to files.
+    pub(crate) fn new(ahead: Ahead) -> Self {
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let for_keeping = match pipe::are_unlimited() {
+            true => most_pipes(descriptors),
+            false => 0,
+        };
+        Self {
+            most: match ahead {
+                Ahead::Piece => for_keeping,
+                Ahead::Shard => for_keeping.max(FEW.min(descriptors / 4)),
+            },
             open: Arc::default(),
-        })
+        }
     }
 
-    /// Whether there may be another pipe.
+    /// True if there may be another pipe.
     pub(crate) fn has_room(&self) -> bool {
         self.open.load(Ordering::Relaxed) < self.most
     }
@@ -64,13 +75,19 @@ impl PipePool {
             return None;
         }
         // Data that does not begin with a page takes one slot more.
-        let wanted = (bytes + slot()).min(LARGEST);
-        let Ok((pipe, capacity)) = BothEnds::new(wanted) else {
+        let pipe = self.make(bytes + slot());
+        if pipe.is_none() {
             self.most = 0;
-            return None;
-        };
+        }
+        pipe
+    }
+
+    /// A new pipe for what passes through, whatever is held; `None` where it would have next to no
+    /// room.
+    pub(crate) fn make(&self, bytes: usize) -> Option<HeldPipe> {
+        let wanted = bytes.min(LARGEST);
+        let (pipe, capacity) = BothEnds::new(wanted).ok()?;
         if capacity < wanted.min(WORTH_HOLDING) {
-            self.most = 0;
             return None;
         }
         self.open.fetch_add(1, Ordering::Relaxed);
@@ -93,60 +110,36 @@ pub struct HeldPipe {
     open: Arc<AtomicUsize>,
 }
 
-/// What filling a pipe led to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Filled {
-    Moved(Moved),
-    /// It has no free slot left.
-    Full,
-}
-
 impl HeldPipe {
     pub(crate) fn len(&self) -> usize {
         self.len as usize
     }
 
-    /// Whether the slots are poorly filled, on the whole: each keeps a page, however little it
+    /// True if the slots are poorly filled, on the whole: each keeps a page, however little it
     /// holds.
     pub(crate) fn is_wasteful(&self) -> bool {
         self.len < self.capacity / 4 * 3
     }
 
-    /// Takes up to `most` bytes out of a pipe.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for open pipes.
-    pub(crate) fn fill(&mut self, from: &impl Source, most: usize) -> io::Result<Filled> {
-        let moved = self.take(from, most)?;
-        // The kernel looks for data before it looks for room.
-        if moved == Moved::WouldBlock && pipe::available(from)? > 0 {
-            return Ok(Filled::Full);
-        }
-        Ok(Filled::Moved(moved))
-    }
-
-    /// The same for a pipe that has room.
+    /// Takes up to `most` bytes out of a pipe. This one must have room.
     ///
     /// # Errors
     /// Those of `splice`; none for open pipes.
     pub(crate) fn take(&mut self, from: &impl Source, most: usize) -> io::Result<Moved> {
         let moved = pipe::splice(from, &self.pipe, most)?;
-        if let Moved::Bytes(bytes) = moved {
-            self.len += bytes as u32;
-        }
+        self.len += moved.bytes() as u32;
         Ok(moved)
     }
 
-    /// Takes over up to `most` bytes of what another one holds, behind its own.
+    /// Takes over up to `most` bytes of another one that holds something, behind its own. Returns
+    /// how many: none if all of its slots are taken.
     ///
     /// # Errors
     /// Those of `splice`; none for open pipes.
-    pub(crate) fn absorb(&mut self, other: &mut Self, most: usize) -> io::Result<Filled> {
-        let filled = self.fill(&other.pipe, most.min(other.len()))?;
-        if let Filled::Moved(Moved::Bytes(bytes)) = filled {
-            other.len -= bytes as u32;
-        }
-        Ok(filled)
+    pub(crate) fn absorb(&mut self, other: &mut Self, most: usize) -> io::Result<usize> {
+        let bytes = self.take(&other.pipe, most.min(other.len()))?.bytes();
+        other.len -= bytes as u32;
+        Ok(bytes)
     }
 
     /// Takes over all that another one holds, or as much as the largest pipe has room for.
@@ -161,20 +154,18 @@ impl HeldPipe {
         if wanted > self.capacity as usize {
             self.capacity = (pipe::grow(&self.pipe, wanted)? * slot()) as u32;
         }
-        while other.len() > 0 && self.absorb(other, usize::MAX)? != Filled::Full {}
+        while other.len() > 0 && self.absorb(other, usize::MAX)? > 0 {}
         Ok(())
     }
 
-    /// Moves what the target takes, up to `most` bytes.
+    /// Moves what the target takes.
     ///
     /// # Errors
     /// `EPIPE` when the target's reader is gone.
-    pub(crate) fn send(&mut self, to: impl AsFd, most: usize) -> io::Result<Moved> {
-        let moved = pipe::splice(&self.pipe, to, most.min(self.len()))?;
-        if let Moved::Bytes(bytes) = moved {
-            self.len -= bytes as u32;
-        }
-        Ok(moved)
+    pub(crate) fn send(&mut self, to: impl AsFd) -> io::Result<usize> {
+        let bytes = pipe::splice(&self.pipe, to, self.len())?.bytes();
+        self.len -= bytes as u32;
+        Ok(bytes)
     }
 
     /// Moves all of it to the end of a file.
@@ -183,9 +174,8 @@ impl HeldPipe {
     /// When the file cannot take it.
     pub(super) fn write_to(&mut self, file: &File) -> io::Result<()> {
         while self.len() > 0 {
-            match self.send(file, usize::MAX)? {
-                Moved::Bytes(_) => {}
-                Moved::WouldBlock | Moved::End => return Err(io::ErrorKind::WriteZero.into()),
+            if self.send(file)? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
             }
         }
         Ok(())
@@ -197,12 +187,12 @@ impl HeldPipe {
     /// Those of `read`; none for an open pipe.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = buffer.len().min(self.len());
-        match pipe::read(&self.pipe, &mut buffer[..most])? {
-            Moved::Bytes(bytes) => {
+        match pipe::read(&self.pipe, &mut buffer[..most])?.bytes() {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            bytes => {
                 self.len -= bytes as u32;
                 Ok(bytes)
             }
-            Moved::WouldBlock | Moved::End => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 }
@@ -249,12 +239,9 @@ mod tests {
         let bytes: Vec<u8> = (0..50_000u32).map(|number| number as u8).collect();
         let mut first = holder(2).hold(50_000).unwrap();
         let from = filled(&bytes);
-        assert_eq!(
-            first.fill(&from, 20_000).unwrap(),
-            Filled::Moved(Moved::Bytes(20_000))
-        );
+        assert_eq!(first.take(&from, 20_000).unwrap(), Moved::Bytes(20_000));
         let mut second = holder(2).hold(50_000).unwrap();
-        while let Filled::Moved(Moved::Bytes(_)) = second.fill(&from, 30_000).unwrap() {}
+        while let Moved::Bytes(_) = second.take(&from, 30_000).unwrap() {}
         first.append(&mut second).unwrap();
         assert_eq!((first.len(), second.len()), (50_000, 0));
         assert!(contents(&mut first) == bytes);
@@ -291,16 +278,17 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pipe_is_told_from_an_empty_source() {
-        let (read, write) = pipe::new().unwrap();
-        pipe::grow(&write, 1 << 20).unwrap();
-        let mut held = holder(1).hold(WORTH_HOLDING).unwrap();
+    fn a_pipe_that_scraps_fill_takes_no_more_and_is_wasteful() {
+        let mut holder = holder(2);
+        let mut source = holder.hold(100 * slot()).unwrap();
         let scraps = filled(&[1; 100]);
         for _ in 0..100 {
             // One byte of each page, as a writer that splices scraps leaves them.
-            pipe::splice(&scraps, &write, 1).unwrap();
+            source.take(&scraps, 1).unwrap();
         }
-        while held.fill(&read, 1000).unwrap() != Filled::Full {}
+        let mut held = holder.hold(WORTH_HOLDING).unwrap();
+        while held.absorb(&mut source, 1000).unwrap() > 0 {}
+        assert!(source.len() > 0);
         assert!(held.is_wasteful());
     }
 }

@@ -1,34 +1,23 @@
 //! The names and sizes of an image's files. Their contents go nowhere.
 //!
-//! Data is spliced to /dev/null and never copied to memory: 0.1 CPU s/GB, in 3.5 MB.
+//! Data passes through our pipes and is never copied to memory.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::fs::File;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::{Ahead, Piece, Store};
 use crate::format::ImageName;
 
 /// Counts files, and keeps nothing of them.
+#[derive(Default)]
 pub struct Listing {
-    nowhere: File,
     /// Bytes of each file that is complete.
     sizes: BTreeMap<ImageName, u64>,
 }
 
 impl Listing {
-    /// # Errors
-    /// When there is no /dev/null.
-    pub fn new() -> Result<Self> {
-        let nowhere = File::options().write(true).open("/dev/null");
-        Ok(Self {
-            nowhere: nowhere.context("opening /dev/null")?,
-            sizes: BTreeMap::new(),
-        })
-    }
-
     /// The names of the files that are complete.
     pub fn names(&self) -> impl Iterator<Item = &ImageName> {
         self.sizes.keys()
@@ -54,14 +43,6 @@ impl Store for Listing {
 
     fn create(&mut self, _name: &ImageName) -> Result<u64> {
         Ok(0)
-    }
-
-    fn target<'a>(&'a self, _file: &'a u64) -> Option<&'a File> {
-        Some(&self.nowhere)
-    }
-
-    fn written(&mut self, file: &mut u64, bytes: u64) {
-        *file += bytes;
     }
 
     fn append(&mut self, file: &mut u64, piece: Piece) -> Result<()> {

@@ -1,8 +1,8 @@
 //! Where the files of an image go on restore: into memory, to disk, or to the reader of an external
 //! file; or nowhere, to be listed.
 //!
-//! A store says where the next bytes of a file go, and the receiver puts them there. How they came
-//! and in which order is not the store's business.
+//! A store is given the files of an image, piece by piece, each file in its order. How the pieces
+//! came is not its business.
 
 mod arena;
 pub mod catalog;
@@ -12,8 +12,6 @@ pub(crate) mod held_pipe;
 pub mod listing;
 mod piece;
 pub(crate) mod transfer;
-
-use std::fs::File;
 
 use anyhow::Result;
 
@@ -44,15 +42,6 @@ pub trait Store {
     /// # Errors
     /// When there is no place for it.
     fn create(&mut self, name: &ImageName) -> Result<Self::File>;
-
-    /// The file that data is moved to the end of, and then told with [`Store::written`]. `None`: it
-    /// is to be appended as pieces.
-    fn target<'a>(&'a self, _file: &'a Self::File) -> Option<&'a File> {
-        None
-    }
-
-    /// This number of bytes went to the target.
-    fn written(&mut self, _file: &mut Self::File, _bytes: u64) {}
 
     /// Appends a piece to the file.
     ///

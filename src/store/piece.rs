@@ -17,11 +17,8 @@ impl Piece {
     /// A piece in memory of its own, for tests.
     #[cfg(test)]
     pub(crate) fn in_memory(bytes: &[u8]) -> Self {
-        let mut arena = Arena::new();
-        let mut block = arena.reserve(bytes.len()).unwrap();
-        block.unfilled().copy_from_slice(bytes);
-        block.filled(bytes.len());
-        Piece::Memory(arena.seal(block))
+        let data = FileData::copy_of(bytes, &mut Arena::new()).unwrap();
+        data.into_pieces().next().expect("it is not empty")
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -38,12 +35,7 @@ impl Piece {
     pub(crate) fn split_front(&mut self, len: usize, arena: &mut Arena) -> io::Result<Self> {
         Ok(Piece::Memory(match self {
             Piece::Memory(extent) => extent.split_front(len),
-            Piece::Pipe(held) => {
-                let mut block = arena.reserve(len)?;
-                let bytes = held.read(block.unfilled())?;
-                block.filled(bytes);
-                arena.seal(block)
-            }
+            Piece::Pipe(held) => arena.fill(len, |buffer| held.read(buffer))?,
         }))
     }
 
@@ -89,13 +81,30 @@ impl FileData {
         Ok(())
     }
 
+    /// A copy of these bytes in memory.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(crate) fn copy_of(mut bytes: &[u8], arena: &mut Arena) -> io::Result<Self> {
+        let mut data = Self::default();
+        while !bytes.is_empty() {
+            let extent = arena.fill(bytes.len(), |buffer| {
+                buffer.copy_from_slice(&bytes[..buffer.len()]);
+                Ok(buffer.len())
+            })?;
+            bytes = &bytes[extent.len()..];
+            data.push(Piece::Memory(extent))?;
+        }
+        Ok(data)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Bytes in all.
-    pub(crate) fn len(&self) -> usize {
-        self.0.iter().map(Piece::len).sum()
+    /// Bytes in all. Pipes may hold more than our addresses reach.
+    pub(crate) fn len(&self) -> u64 {
+        self.0.iter().map(|piece| piece.len() as u64).sum()
     }
 
     /// The extents at the front, up to the first pipe.
@@ -125,22 +134,18 @@ impl FileData {
         })
     }
 
-    /// Drops the pipe at the front.
-    pub(crate) fn drop_front_pipe(&mut self) {
-        self.0.pop_front();
-    }
-
-    /// Drops the first `bytes`, which lie in memory.
+    /// Drops the first `bytes`, which lie in memory, or the pipe at the front if it is empty.
     pub(crate) fn drop_front(&mut self, mut bytes: usize) {
-        while bytes > 0
-            && let Some(Piece::Memory(front)) = self.0.front_mut()
-        {
-            let part = bytes.min(front.len());
-            bytes -= part;
-            drop(front.split_front(part));
-            if front.is_empty() {
-                self.0.pop_front();
+        while let Some(front) = self.0.front_mut() {
+            if let Piece::Memory(extent) = front {
+                let part = bytes.min(extent.len());
+                bytes -= part;
+                drop(extent.split_front(part));
             }
+            if front.len() > 0 {
+                return;
+            }
+            self.0.pop_front();
         }
     }
 
@@ -149,25 +154,34 @@ impl FileData {
         self.0.into_iter()
     }
 
-    /// Copies what pipes hold to memory.
+    /// Copies all of it, and frees it.
     ///
     /// # Errors
-    /// `ENOMEM`.
-    pub(crate) fn into_memory(self, arena: &mut Arena) -> io::Result<Self> {
-        let mut copied = Self::default();
+    /// Those of `read`; none for pipes of ours.
+    pub(crate) fn into_bytes(self) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(self.len()).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let mut bytes = vec![0; len];
+        let mut rest = &mut *bytes;
         for piece in self.0 {
-            match piece {
-                Piece::Memory(_) => copied.push(piece)?,
-                Piece::Pipe(mut held) => {
-                    while held.len() > 0 {
-                        let mut block = arena.reserve(held.len())?;
-                        let bytes = held.read(block.unfilled())?;
-                        block.filled(bytes);
-                        copied.push(Piece::Memory(arena.seal(block)))?;
-                    }
-                }
-            }
+            let (front, behind) = rest.split_at_mut(piece.len());
+            piece.read(front)?;
+            rest = behind;
         }
-        Ok(copied)
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_as_they_went_in() {
+        let bytes: Vec<u8> = (0..200_000u32).map(|number| number as u8).collect();
+        let data = FileData::copy_of(&bytes, &mut Arena::new()).unwrap();
+        // More than 32 bits of it can be counted, whatever an address has.
+        let len: u64 = data.len();
+        assert_eq!(len, 200_000);
+        assert!(data.into_bytes().unwrap() == bytes);
     }
 }

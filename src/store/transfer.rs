@@ -6,111 +6,22 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 
-use super::{FileData, Piece};
+use super::{Extent, FileData};
 use crate::format::ImageName;
 use crate::os::memory::Sealed;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, Moved, WriteEnd, slot};
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, WriteEnd, slot};
 use crate::os::poller::{Interest, Poller, Watched};
 use crate::pace::Activity;
 
 /// The most pieces of memory that one call takes (`UIO_MAXIOV` of the kernel).
 const MOST_PIECES: usize = 1024;
 
-/// How long a full pipe is left alone if no event comes, should the kernel have ended a call for
-/// another reason than a full pipe.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// What is left to send of a file.
-#[derive(Debug)]
-pub(crate) enum Remaining {
-    /// Freed while it is sent.
-    Once(FileData),
-    /// Kept for the next time; `sent` bytes of it are sent.
-    Kept { data: Rc<FileData>, sent: usize },
-}
-
-impl Remaining {
-    fn left(&self) -> usize {
-        match self {
-            Remaining::Once(data) => data.len(),
-            Remaining::Kept { data, sent } => data.len() - sent,
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        match self {
-            Remaining::Once(data) => data.is_empty(),
-            Remaining::Kept { .. } => self.left() == 0,
-        }
-    }
-
-    /// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number
-    /// of slots.
-    ///
-    /// # Errors
-    /// Those of `splice` and `vmsplice`.
-    fn send(&mut self, to: &WriteEnd, slots: usize) -> io::Result<Sent> {
-        if let Remaining::Once(data) = self
-            && let Some(held) = data.front_pipe()?
-        {
-            let offered = held.len();
-            let bytes = bytes_of(held.send(to, usize::MAX)?);
-            if bytes == offered {
-                data.drop_front_pipe();
-            }
-            let slots = bytes.div_ceil(slot());
-            return Ok(Sent {
-                offered,
-                bytes,
-                slots,
-            });
-        }
-        let pieces = self.memory(slots);
-        let offered = pieces.iter().map(|piece| piece.bytes().len()).sum();
-        let bytes = bytes_of(pipe::vmsplice(to, &pieces)?);
-        let slots = slots_for(&pieces, bytes);
-        match self {
-            Remaining::Once(data) => data.drop_front(bytes),
-            Remaining::Kept { sent, .. } => *sent += bytes,
-        }
-        Ok(Sent {
-            offered,
-            bytes,
-            slots,
-        })
-    }
-
-    /// The memory at the front: as much as fits into a pipe of this number of slots.
-    fn memory(&self, slots: usize) -> Vec<Sealed<'_>> {
-        let (data, mut skip) = match self {
-            Remaining::Once(data) => (data, 0),
-            Remaining::Kept { data, sent } => (&**data, *sent),
-        };
-        let mut room = slots * slot();
-        let mut pieces = Vec::new();
-        for extent in data.memory() {
-            if extent.len() <= skip {
-                skip -= extent.len();
-                continue;
-            }
-            if room == 0 || pieces.len() == slots.min(MOST_PIECES) {
-                break;
-            }
-            let piece = extent.sealed(std::mem::take(&mut skip));
-            room = room.saturating_sub(piece.bytes().len());
-            pieces.push(piece);
-        }
-        pieces
-    }
-}
-
-/// What came of one call.
+/// The outcome of one call.
 struct Sent {
     /// Bytes that the pipe could have taken.
     offered: usize,
@@ -120,18 +31,46 @@ struct Sent {
     slots: usize,
 }
 
-fn bytes_of(moved: Moved) -> usize {
-    match moved {
-        Moved::Bytes(bytes) => bytes,
-        Moved::WouldBlock | Moved::End => 0,
+/// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number of
+/// slots.
+///
+/// # Errors
+/// Those of `splice` and `vmsplice`.
+fn send_front(data: &mut FileData, to: &WriteEnd, slots: usize) -> io::Result<Sent> {
+    if let Some(held) = data.front_pipe()? {
+        let offered = held.len();
+        let bytes = held.send(to)?;
+        data.drop_front(0);
+        return Ok(Sent {
+            offered,
+            bytes,
+            slots: bytes.div_ceil(slot()),
+        });
     }
+    let mut room = slots * slot();
+    let fits = |extent: &&Extent| {
+        let has_room = room > 0;
+        room = room.saturating_sub(extent.len());
+        has_room
+    };
+    let extents = data.memory().take(slots.min(MOST_PIECES));
+    let pieces: Vec<_> = extents.take_while(fits).map(Extent::sealed).collect();
+    let offered = pieces.iter().map(|piece| piece.bytes().len()).sum();
+    let bytes = pipe::vmsplice(to, &pieces)?.bytes();
+    let slots = slots_for(&pieces, bytes);
+    data.drop_front(bytes);
+    Ok(Sent {
+        offered,
+        bytes,
+        slots,
+    })
 }
 
-/// What of a file is here to be sent.
-#[derive(Debug)]
+/// What is here of a file to be sent.
+#[derive(Debug, Default)]
 pub(crate) struct FileBody {
-    pub(crate) data: Remaining,
-    /// More is to come where it is not.
+    pub(crate) data: FileData,
+    /// Nothing more is to come.
     pub(crate) is_whole: bool,
 }
 
@@ -154,13 +93,11 @@ pub(crate) struct Transfer {
     pub(crate) name: ImageName,
     pipe: WriteEnd,
     slots: usize,
-    data: Remaining,
+    body: FileBody,
     /// Bytes that are here and not sent.
-    left: usize,
-    is_whole: bool,
+    left: u64,
     /// The reader closed the pipe.
     hung_up: bool,
-    grown: bool,
     /// The pipe is full: it is left alone until its reader makes room.
     is_full: bool,
     /// When its reader last took a part of what was here.
@@ -168,62 +105,53 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
-    /// Sends into a pipe with this number of slots.
-    pub(crate) fn new(name: ImageName, pipe: WriteEnd, slots: usize, body: FileBody) -> Self {
-        Self {
+    /// Sends into a pipe, which is made larger unless it holds the whole file.
+    ///
+    /// # Errors
+    /// Those of `F_GETPIPE_SZ`; none for an open pipe.
+    pub(crate) fn new(name: ImageName, pipe: WriteEnd, body: FileBody) -> io::Result<Self> {
+        let left = body.data.len();
+        let is_small = body.is_whole && left <= (DEFAULT_SLOTS * slot()) as u64;
+        let slots = match is_small {
+            true => pipe::slots(&pipe)?,
+            false => pipe::grow(&pipe, LARGEST)?,
+        };
+        Ok(Self {
             name,
             pipe,
             slots,
-            left: body.data.left(),
-            data: body.data,
-            is_whole: body.is_whole,
+            body,
+            left,
             hung_up: false,
-            grown: false,
             is_full: false,
             took: None,
-        }
+        })
     }
 
-    /// Nothing is to come any more.
-    pub(crate) fn close(&mut self) {
-        self.is_whole = true;
+    /// Adds what has come since.
+    ///
+    /// # Errors
+    /// Those of `splice`; none for pipes of ours.
+    pub(crate) fn add(&mut self, more: FileBody) -> io::Result<()> {
+        self.body.is_whole |= more.is_whole;
+        self.left += more.data.len();
+        let mut pieces = more.data.into_pieces();
+        pieces.try_for_each(|piece| self.body.data.push(piece))
     }
 
-    /// Whether more is to come.
+    /// True if more is to come.
     pub(crate) fn is_open(&self) -> bool {
-        !self.is_whole
+        !self.body.is_whole
     }
 
     /// Bytes that are here and not sent.
-    pub(crate) fn left(&self) -> usize {
+    pub(crate) fn left(&self) -> u64 {
         self.left
     }
 
-    /// Whether the reader waits for something that has not come.
+    /// True if the reader waits for something that has not come.
     pub(crate) fn is_starving(&self) -> bool {
         self.is_open() && self.left == 0
-    }
-
-    /// Adds to what is sent once.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add(&mut self, piece: Piece) -> io::Result<()> {
-        match &mut self.data {
-            Remaining::Once(data) => {
-                self.left += piece.len();
-                data.push(piece)
-            }
-            Remaining::Kept { .. } => unreachable!("what is kept is complete"),
-        }
-    }
-
-    /// Adds all of this to what is sent once.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add_all(&mut self, data: FileData) -> io::Result<()> {
-        data.into_pieces().try_for_each(|piece| self.add(piece))
     }
 
     /// Sends as much as the pipe takes, and counts it.
@@ -238,36 +166,30 @@ impl Transfer {
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
     fn send(&mut self, round: &mut Round) -> io::Result<SendResult> {
-        if !self.grown && (self.is_open() || self.left > DEFAULT_SLOTS * slot()) {
-            self.grown = true;
-            self.slots = pipe::grow(&self.pipe, LARGEST)?;
-        }
         if self.hung_up {
             return Ok(SendResult::ReaderGone);
         }
         let mut filled = 0;
-        while !self.data.is_empty() {
-            match self.data.send(&self.pipe, self.slots) {
-                Ok(sent) => {
-                    filled += sent.slots;
-                    self.left -= sent.bytes;
-                    let is_all = self.data.is_empty();
-                    if sent.bytes < sent.offered || !is_all && pipe::is_full(&self.pipe)? {
-                        if filled > 0 {
-                            self.took = Some(Instant::now());
-                            round.filled += filled;
-                            round.room += self.slots;
-                        }
-                        return Ok(SendResult::Full);
-                    }
-                }
+        while !self.body.data.is_empty() {
+            let sent = match send_front(&mut self.body.data, &self.pipe, self.slots) {
                 Err(error) if error.raw_os_error() == Some(Errno::EPIPE as i32) => {
                     return Ok(SendResult::ReaderGone);
                 }
-                Err(error) => return Err(error),
+                sent => sent?,
+            };
+            filled += sent.slots;
+            self.left -= sent.bytes as u64;
+            let has_more = !self.body.data.is_empty();
+            if sent.bytes < sent.offered || has_more && pipe::is_full(&self.pipe)? {
+                if filled > 0 {
+                    self.took = Some(Instant::now());
+                    round.filled += filled;
+                    round.room += self.slots;
+                }
+                return Ok(SendResult::Full);
             }
         }
-        Ok(match self.is_whole {
+        Ok(match self.body.is_whole {
             true => SendResult::Done,
             false => SendResult::Waiting,
         })
@@ -315,8 +237,6 @@ pub(crate) struct Transfers {
     kind: Watched,
     all: BTreeMap<u64, Transfer>,
     next_id: u64,
-    /// When full pipes are tried again.
-    try_again: Instant,
 }
 
 impl Transfers {
@@ -326,7 +246,6 @@ impl Transfers {
             kind,
             all: BTreeMap::new(),
             next_id: 0,
-            try_again: Instant::now(),
         }
     }
 
@@ -375,25 +294,13 @@ impl Transfers {
         self.all.is_empty()
     }
 
-    /// Notes that a pipe may have room again.
-    pub(crate) fn made_room(&mut self, id: u64) {
+    /// Notes that a pipe may have room again, and that its reader has closed it, which is found out
+    /// otherwise only if there is something to send.
+    pub(crate) fn made_room(&mut self, id: u64, hung_up: bool) {
         if let Some(transfer) = self.all.get_mut(&id) {
             transfer.is_full = false;
+            transfer.hung_up |= hung_up;
         }
-    }
-
-    /// Notes that the reader closed a pipe, which is found out otherwise only if there is something
-    /// to send.
-    pub(crate) fn hang_up(&mut self, id: u64) {
-        if let Some(transfer) = self.all.get_mut(&id) {
-            transfer.hung_up = true;
-        }
-    }
-
-    /// When full pipes are tried again, if there are any.
-    pub(crate) fn try_again(&self) -> Option<Instant> {
-        let is_any_full = self.all.values().any(|transfer| transfer.is_full);
-        is_any_full.then_some(self.try_again)
     }
 
     /// Sends what the pipes take.
@@ -401,15 +308,10 @@ impl Transfers {
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
     pub(crate) fn send(&mut self) -> Result<Round> {
-        let now = Instant::now();
-        let all_again = now >= self.try_again;
-        if all_again {
-            self.try_again = now + TRY_AGAIN;
-        }
         let mut round = Round::default();
         let mut over = Vec::new();
         for (&id, transfer) in &mut self.all {
-            if (!transfer.is_full || transfer.hung_up || all_again) && round.note(transfer)? {
+            if !transfer.is_full && round.note(transfer)? {
                 over.push(id);
             }
         }
@@ -437,27 +339,27 @@ fn slots_for(pieces: &[Sealed], mut bytes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Arena;
+    use crate::os::pipe::Moved;
     use crate::store::held_pipe::PipePool;
+    use crate::store::{Ahead, Arena, Piece};
 
     fn data(sizes: &[usize]) -> (FileData, Vec<u8>) {
         let mut arena = Arena::new();
         let mut data = FileData::default();
         let mut expected = Vec::new();
         for (&size, byte) in sizes.iter().zip(1..) {
-            let mut block = arena.reserve(size).unwrap();
-            assert_eq!(block.unfilled().len(), size);
-            block.unfilled().fill(byte);
-            block.filled(size);
-            data.push(Piece::Memory(arena.seal(block))).unwrap();
-            expected.extend(std::iter::repeat_n(byte, size));
+            let bytes = vec![byte; size];
+            let part = FileData::copy_of(&bytes, &mut arena).unwrap();
+            part.into_pieces()
+                .for_each(|piece| data.push(piece).unwrap());
+            expected.extend(bytes);
         }
         (data, expected)
     }
 
     /// The same bytes in pipes, each in as many slots as a pipe of the smallest size has, and more.
     fn in_pipes(sizes: &[usize]) -> (FileData, Vec<u8>) {
-        let mut holder = PipePool::new().expect("pages can be held here");
+        let mut holder = PipePool::new(Ahead::Piece);
         let mut data = FileData::default();
         let mut expected = Vec::new();
         for (&size, byte) in sizes.iter().zip(1..) {
@@ -476,17 +378,17 @@ mod tests {
         (data, expected)
     }
 
-    fn transfer(pipe: WriteEnd, data: Remaining) -> Transfer {
+    fn transfer(pipe: WriteEnd, data: FileData) -> Transfer {
         let name = ImageName::new("pages-1.img").unwrap();
         let is_whole = true;
-        Transfer::new(name, pipe, DEFAULT_SLOTS, FileBody { data, is_whole })
+        Transfer::new(name, pipe, FileBody { data, is_whole }).unwrap()
     }
 
     /// Sends to a reader that takes a little at a time.
-    fn sent(cursor: Remaining) -> Vec<u8> {
+    fn sent(data: FileData) -> Vec<u8> {
         let (read, write) = pipe::new().unwrap();
         let read = read.nonblocking().unwrap();
-        let mut transfer = transfer(write, cursor);
+        let mut transfer = transfer(write, data);
         let mut received = Vec::new();
         let mut buffer = vec![0; 3 * slot() + 7];
         loop {
@@ -504,23 +406,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sent_once_is_freed_and_what_is_kept_stays() {
+    fn memory_is_sent_in_its_order() {
         let (data, expected) = data(&[5, 70_000, 4096, 1, 300_000]);
-        let kept = Rc::new(data);
-        for _ in 0..2 {
-            let cursor = Remaining::Kept {
-                data: Rc::clone(&kept),
-                sent: 0,
-            };
-            assert!(sent(cursor) == expected);
-        }
-        let once = Remaining::Once(Rc::into_inner(kept).unwrap());
-        assert!(sent(once) == expected);
+        assert!(sent(data) == expected);
     }
 
     #[test]
     fn pipes_and_memory_come_in_their_order() {
-        if PipePool::new().is_none() {
+        if !PipePool::new(Ahead::Piece).has_room() {
             return;
         }
         let (mut all, mut expected) = in_pipes(&[40_000, 600_000, 70_000, 600_000]);
@@ -529,23 +422,23 @@ mod tests {
                 .for_each(|piece| all.push(piece).unwrap());
             expected.extend(bytes);
         }
-        assert!(sent(Remaining::Once(all)) == expected);
+        assert!(sent(all) == expected);
     }
 
     #[test]
     fn an_empty_pipe_is_filled_by_one_call() {
-        if PipePool::new().is_none() {
+        if !PipePool::new(Ahead::Piece).has_room() {
             return;
         }
         let (read, write) = pipe::new().unwrap();
         let (data, expected) = in_pipes(&[500_000; 20]);
-        let mut transfer = transfer(write, Remaining::Once(data));
+        let mut transfer = transfer(write, data);
         let mut sent = 0;
         while transfer.left() > 0 {
             let progress = transfer.send(&mut Round::default()).unwrap();
             let available = pipe::available(&read).unwrap();
             let left = expected.len() - sent - available;
-            assert_eq!(transfer.left(), left);
+            assert_eq!(transfer.left(), left as u64);
             let full = LARGEST.min(pipe::max_size()) - 2 * slot();
             assert!(left == 0 || available > full, "{progress:?}: {available}");
             let mut buffer = vec![0; available];
@@ -562,23 +455,22 @@ mod tests {
     #[test]
     fn a_full_pipe_is_left_alone_until_it_has_room_whatever_comes_for_it() {
         let (read, write) = pipe::new().unwrap();
-        let (data, _) = data(&[2 * LARGEST]);
-        let mut transfer = transfer(write, Remaining::Once(data));
-        transfer.is_whole = false;
+        let (large, _) = data(&[2 * LARGEST]);
+        let mut transfer = transfer(write, large);
+        transfer.body.is_whole = false;
         let mut transfers = Transfers::new(Watched::Transfer);
         let poller = Poller::new().unwrap();
         let mut round = Round::default();
         transfers.start(transfer, &poller, &mut round).unwrap();
         assert!(round.filled > 0);
-        // Far off.
-        transfers.try_again += TRY_AGAIN * 1000;
 
         let mut buffer = vec![0; LARGEST];
         pipe::read(&read, &mut buffer).unwrap();
         let transfer = transfers.get_mut(0).unwrap();
-        transfer.add(Piece::in_memory(b"more")).unwrap();
+        let (data, is_whole) = (data(&[4]).0, false);
+        transfer.add(FileBody { data, is_whole }).unwrap();
         assert_eq!(transfers.send().unwrap().filled, 0);
-        transfers.made_room(0);
+        transfers.made_room(0, false);
         assert!(transfers.send().unwrap().filled > 0);
     }
 
@@ -587,7 +479,7 @@ mod tests {
         let (read, write) = pipe::new().unwrap();
         drop(read);
         let (data, _) = data(&[100]);
-        let mut transfer = transfer(write, Remaining::Once(data));
+        let mut transfer = transfer(write, data);
         let sent = transfer.send(&mut Round::default()).unwrap();
         assert_eq!(sent, SendResult::ReaderGone);
     }
