@@ -1,7 +1,7 @@
 //! `list`: from the shards to nowhere, to know what is in an image, and that it is whole.
 //!
-//! Nothing is listed before that is certain: who reads the list and not the exit status must not
-//! take a broken image for a whole one.
+//! Nothing is listed before that is certain: a script that reads the list and not the exit status
+//! must not take a broken image for a whole one.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,4 +1,4 @@
-//! What the subcommands do: each wires its parts, and reports. No other module knows all parts.
+//! The subcommands: each wires its parts, and reports. No other module knows all parts.
 
 mod capture;
 mod extract;
@@ -38,7 +38,7 @@ type ShardPipes = Vec<(ReadEnd, String)>;
 /// The external files of a restore.
 type FilePipes = Vec<(ImageName, WriteEnd)>;
 
-/// What all subcommands share.
+/// The parts that all subcommands share.
 struct Session {
     supervisor: Supervisor,
     counters: Counters,
@@ -139,7 +139,7 @@ impl Session {
         files::check_whole(names.into_iter())
     }
 
-    /// Reports what passed, to programs and to people.
+    /// Reports the statistics, to programs and to people.
     fn report(&mut self, progress: &mut Progress, stats: &Stats) {
         progress.stats(stats);
         if let Some(bar) = self.bar.take() {

@@ -116,7 +116,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         self.server.iter().try_for_each(Server::check_refused)
     }
 
-    /// Until the next round, it counts as this that the time goes by.
+    /// Counts the time until the next round as a wait, if it is one.
     fn keep_time(&mut self, received: Activity) {
         let waiting = match (&self.server, received) {
             (None, Activity::Idle(_)) => Waiting::ForShards,
@@ -127,8 +127,8 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         self.receiver.keep_time(waiting);
     }
 
-    /// Receives what there is, or what the readers that wait need, and what must be whole before
-    /// CRIU may connect.
+    /// Receives everything, or, while memory is short, the data that waiting readers need, and that
+    /// must be here before CRIU may connect.
     fn receive(&mut self, events: &[Event]) -> Result<Activity> {
         let needed = || match &self.server {
             Some(server) => server.starving(),
@@ -174,9 +174,9 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         }
     }
 
-    /// Whether all is here that must be before CRIU may connect: what the commands of external
-    /// files unpack; the files of which something must be known by then; and all of the image, if
-    /// it has no pages that CRIU must wait for.
+    /// True if everything is here that must be before CRIU may connect: files that the commands of
+    /// external files unpack; image files of which something must be known by then; and all of the
+    /// image, if it has no pages that CRIU must wait for.
     fn may_connect(&mut self) -> Result<bool> {
         if !self.is_known || !self.supervisor.file_commands_have_succeeded() {
             return Ok(false);
@@ -194,7 +194,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         }
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
         self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
-        self.receiver.is_served();
+        self.receiver.start_serving();
         self.plan.progress.reached(Milestone::SocketInit);
         if self.plan.progress_bar && self.plan.criu.is_none() {
             let image = match self.is_proven {
@@ -214,7 +214,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         }
     }
 
-    /// Whether CRIU, the readers of external files and the application have all that they want.
+    /// True if CRIU, the readers of external files and the application have everything they want.
     ///
     /// # Errors
     /// When CRIU has left before the image has proved whole.

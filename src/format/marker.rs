@@ -1,4 +1,4 @@
-//! Markers: the frames that tell what the bytes on a shard are.
+//! Markers: the frames that say what the bytes on a shard are.
 //!
 //! `proto/image.proto` draws the layout of a shard; docs/protocol.md, section 2, is its
 //! specification.

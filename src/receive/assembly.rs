@@ -14,16 +14,16 @@ use crate::format::{Body, ImageName};
 use crate::store::external::External;
 use crate::store::{Ahead, Piece, Store};
 
-/// One step in the making of the image.
+/// One step in the making of an image.
 #[derive(Debug)]
 pub(crate) enum Step {
     /// A marker that no data follows.
     Marker(Body),
-    /// Some of the data behind a marker, and whether more of it comes.
+    /// Some of the data behind a marker, and the kind of step that follows it.
     Data(Piece, Next),
 }
 
-/// What a receiver makes of the steps of an image.
+/// An image in the making, to which a receiver submits its steps.
 pub(crate) trait Image {
     type Store: Store;
 
@@ -40,7 +40,7 @@ pub(crate) trait Image {
     /// True if nothing is missing.
     fn is_complete(&self) -> bool;
 
-    /// Where data waits whose turn has not come.
+    /// The place in which early data waits.
     fn ahead(&self) -> Ahead;
 
     /// Takes a step.
@@ -72,7 +72,7 @@ pub(crate) trait Image {
         false
     }
 
-    /// What is to be read for these files, whose readers have nothing left, and for external files
+    /// The data to read for these files, whose readers have nothing left, and for external files
     /// with such readers: up to the last of the markers that they need next.
     fn wanted(&self, _names: &[ImageName]) -> Reading {
         Reading::All
@@ -85,7 +85,7 @@ pub(crate) trait Image {
     fn finish(&mut self) -> Result<()>;
 }
 
-/// Where a step came from.
+/// The origin of a step.
 #[derive(Debug, Clone)]
 pub(crate) struct Position {
     /// The name of the shard in errors.
@@ -182,7 +182,7 @@ struct Waiting {
     step: Step,
 }
 
-/// An image in the making, all of whose steps have their turn.
+/// An image without an index, all of whose steps come in one order.
 pub(crate) struct Assembly<S: Store> {
     files: Files<External<S>>,
     order: Order<Waiting>,

@@ -25,7 +25,7 @@ use crate::store::catalog::Catalog;
 use crate::store::external::{External, File};
 use crate::store::{Ahead, Piece, Store};
 
-/// A piece of a file's data, and what comes next.
+/// A piece of a file's data that another shard has brought, and the kind of step that follows it.
 #[derive(Debug)]
 struct Arrived {
     /// `None` for a chunk without data.
@@ -48,7 +48,7 @@ struct Stream {
     /// `None` when all of it has gone there, and where a later file of the same name replaced it.
     to: Option<File<ImageName>>,
     segments: VecDeque<Segment>,
-    /// What other shards have brought.
+    /// Data from other shards.
     order: Order<Arrived>,
 }
 
@@ -207,7 +207,7 @@ impl Indexed {
         self.deliver(stream)
     }
 
-    /// Moves on what is in its turn of a file.
+    /// Moves on the pieces of a file whose turn it is.
     fn deliver(&mut self, number: usize) -> Result<()> {
         if let Some(awaited) = self.streams()[number].awaited() {
             self.awaited.remove(&awaited);
@@ -342,7 +342,7 @@ impl Image for Indexed {
             Some(File::External(number)) => store.is_starving(*number),
             None => false,
         };
-        // What its reader waits for is kept back until everything is here.
+        // Its reader waits for the piece that is kept back until everything is here.
         if is_wanted(kept_back.stream) && streams[kept_back.stream].awaited().is_none() {
             return Reading::All;
         }

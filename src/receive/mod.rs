@@ -46,25 +46,26 @@ use shard_turn::Turn;
 /// It is longer than other processes take to fill the pipe that the image waits for.
 const STALL: Duration = Duration::from_millis(20);
 
-/// Between two looks at the memory while it is short.
+/// The time between two looks at the memory while it is short.
 const SHORTAGE_LOOK: Duration = Duration::from_millis(10);
 
-/// How long shards rest while memory is short and the index does not go on. A single writer, such
-/// as a live capture, may block on a data shard before it finishes the index.
+/// The longest rest of shards while memory is short and the index does not go on. A single writer,
+/// such as a live capture, may block on a data shard before it finishes the index.
 const INDEX_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long shards rest while memory is short and the image on its way to disk does not go on.
+/// The longest rest of shards while memory is short and the image on its way to disk does not go
+/// on.
 const SHORTAGE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of memory that a marker takes at most while it waits for its turn.
 const MARKER_COST: u64 = 256;
 
-/// The memory that is left, as far as was looked.
+/// The next look at the memory that is left.
 #[derive(Debug)]
 struct MemoryBudget {
-    /// Look again when this number of bytes is taken.
+    /// Due when this number of bytes is taken.
     next_look: u64,
-    /// Look again then, too, while memory is short.
+    /// Due at this time as well, while memory is short.
     short_until: Option<Instant>,
 }
 
@@ -75,28 +76,28 @@ pub(crate) struct Receiver<'a, I> {
     /// The shards that may have something.
     busy: Vec<bool>,
     image: I,
-    /// The first shard that had a marker, and whose image that is.
+    /// The first shard that had a marker, and the process that captured it.
     captured_by: Option<(usize, Option<CapturingProcess>)>,
     /// The shard that the image is laid out by.
     index: Option<usize>,
-    /// When the index last went on.
+    /// The time at which the index last went on.
     index_progress: Instant,
     arena: Arena,
-    /// What holds data in pipes.
+    /// The pipes that hold data.
     pipes: PipePool,
     memory: MemoryBudget,
     /// Markers that were taken.
     markers: u64,
-    /// How the busiest shard fared last.
+    /// The last turn of the busiest shard.
     last: Turn,
-    /// When the image last made progress, or there was nothing to be had.
+    /// The time at which the image last made progress, or there was nothing to be had.
     progress: Instant,
     start: Option<Instant>,
     files: Counter,
     clock: Clock,
 }
 
-/// Receives a whole image into a store. Returns what passed through each shard, too.
+/// Receives a whole image into a store. Returns the statistics of each shard, too.
 ///
 /// # Errors
 /// When the image is damaged, incomplete or too large for the store.
@@ -118,9 +119,9 @@ pub fn receive<S: Store + 'static>(
     }
 }
 
-/// What came of a round of turns.
+/// The outcome of a round of turns.
 struct Round {
-    /// How the busiest shard fared.
+    /// The turn of the busiest shard.
     turn: Turn,
     /// Bytes that were taken.
     found: u64,
@@ -178,7 +179,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         })
     }
 
-    /// All that must stay open until the reason of a failure is told.
+    /// Everything that must stay open until the reason of a failure is reported.
     pub(crate) fn into_open(self) -> (Vec<ShardReader>, I) {
         (self.shards, self.image)
     }
@@ -243,19 +244,19 @@ impl<'a, I: Image> Receiver<'a, I> {
         self.finish()
     }
 
-    /// Until this is called again, it counts as this that the time goes by.
+    /// Counts the time until the next call as this wait.
     pub(crate) fn keep_time(&mut self, waiting: Waiting) {
         let shards = self.shards.iter().zip(&self.busy);
         let slow = shards.map(|(shard, busy)| !busy && !shard.has_ended());
         self.clock.wait(waiting, slow);
     }
 
-    /// CRIU can connect from now on.
-    pub(crate) fn is_served(&mut self) {
+    /// Notes that CRIU can connect from now on.
+    pub(crate) fn start_serving(&mut self) {
         self.clock.enter(Phase::Served);
     }
 
-    /// Whether readers of external files still have to take something.
+    /// True if readers of external files still have to take something.
     pub(crate) fn is_sending(&mut self) -> bool {
         self.outlets().is_sending()
     }
@@ -314,7 +315,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(round)
     }
 
-    /// Whether a shard stands at data that is left in it. The index is needed for everything else.
+    /// True if a shard stands at data that is left in it. The index never rests.
     fn rests(&self, shard: usize, reading: Reading) -> bool {
         reading.leaves(self.shards[shard].chunk()) && self.index != Some(shard)
     }
@@ -431,7 +432,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(self.image.is_laid_out())
     }
 
-    /// What is to be read: all that there is, or, while memory is short, what is needed next of
+    /// The data to read: everything, or, while memory is short, the data that is needed next for
     /// these files, whose readers wait.
     fn reading(&self, starving: impl FnOnce() -> Vec<ImageName>) -> Reading {
         let index_may_come = self.index_progress.elapsed() < INDEX_PATIENCE;

@@ -1,7 +1,7 @@
-//! Puts in order what arrives out of order.
+//! Puts the parts of an image in order.
 //!
-//! Shards run ahead of each other: one waits in a compressor's block, another in the network. What
-//! comes before its turn waits here.
+//! Shards run ahead of each other: one waits in a compressor's block, another in the network. A
+//! part that comes early waits here.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,7 +20,7 @@ impl Place {
     }
 }
 
-/// What comes next in the image.
+/// The kind of step that comes next in the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Next {
     /// Another part of the same marker's data.
@@ -29,7 +29,7 @@ pub(crate) enum Next {
     Marker,
 }
 
-/// What is read of an image.
+/// The part of an image that is to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reading {
     All,
@@ -57,7 +57,7 @@ impl fmt::Display for AlreadyTaken {
     }
 }
 
-/// The place whose turn it is, and what waits for later ones.
+/// The place whose turn it is, and the parts that wait for later ones.
 #[derive(Debug)]
 pub(crate) struct Order<T> {
     next: Place,
@@ -89,12 +89,12 @@ impl<T> Order<T> {
         Ok(())
     }
 
-    /// Takes what waits at the place whose turn it is.
+    /// Takes the part that waits at the place whose turn it is.
     pub(crate) fn pop(&mut self) -> Option<T> {
         self.waiting.remove(&self.next)
     }
 
-    /// Takes the first of all that waits.
+    /// Takes the first part that waits.
     pub(crate) fn pop_first(&mut self) -> Option<(Place, T)> {
         self.waiting.pop_first()
     }

@@ -30,7 +30,7 @@ use crate::store::{Arena, Extent};
 /// Bytes read ahead among small chunks. Less than that is read and not spliced.
 const AHEAD: usize = WORTH_HOLDING;
 
-/// How long a stream's end is waited for behind the end of the image or of its index, to find out
+/// The longest wait for a stream's end behind the end of the image or of its index, to find out
 /// whether something follows. It is there already when the shards come from other programs' output;
 /// a supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
@@ -61,9 +61,10 @@ pub(crate) struct ShardReader {
     /// Bytes that the pipe holds at most.
     capacity: usize,
     label: Rc<str>,
-    /// What was taken out of the pipe, and not read or spliced yet. Made when it is needed.
+    /// A pipe of ours with the data that was taken out of the shard's, and not read or spliced yet.
+    /// Made when it is needed.
     intake: Option<HeldPipe>,
-    /// What was read and not taken yet. It precedes what the intake has.
+    /// Bytes that were read and not taken yet. They precede those of the intake.
     ahead: VecDeque<Extent>,
     chunk: Option<OpenChunk>,
     /// Data of the current chunk, on its way into this pipe.
@@ -73,7 +74,7 @@ pub(crate) struct ShardReader {
     /// The last marker with data had so much that the next one has too, as a rule.
     is_among_large: bool,
     ended: bool,
-    /// Until when the end is waited for, once nothing else should come.
+    /// The end of the wait for the stream's end, once nothing else should come.
     end_by: Option<Instant>,
     last_seq: Option<u64>,
     /// Bytes of the stream taken so far.
@@ -240,7 +241,7 @@ impl ShardReader {
         Ok(self.ended || now >= end)
     }
 
-    /// Until when the end is waited for.
+    /// The end of the wait for the stream's end, once it has begun.
     pub(super) fn end_by(&self) -> Option<Instant> {
         self.end_by
     }

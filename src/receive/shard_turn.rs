@@ -12,7 +12,7 @@ use crate::format::Body;
 use crate::os::process::CapturingProcess;
 use crate::store::{Ahead, Piece};
 
-/// How far a shard got in one turn.
+/// The outcome of one shard's turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Turn {
     /// It has nothing now.
@@ -28,7 +28,7 @@ pub(super) enum Turn {
 enum Flow {
     /// It moved something, and there may be more.
     Moved,
-    /// What was taken out of the shard's pipe is not enough to go on.
+    /// It needs more than was taken out of the shard's pipe.
     Drained,
     /// The shard is ahead of the others.
     Ahead,

@@ -48,7 +48,7 @@ pub(crate) struct Server<'a> {
     refused: BTreeSet<ImageName>,
 }
 
-/// Says what CRIU will not restore of these files, whatever is served.
+/// Warns of files that CRIU will not restore, whatever is served.
 pub(crate) fn warn_of_losses(files: &Catalog) {
     let is_lost =
         |name: &&ImageName| files::is_nftables(name.as_str()) && files.holds_something(name);
@@ -68,7 +68,7 @@ impl<'a> Server<'a> {
         lazy: Option<LazyMemory>,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        // It ends when it has restored everything; what it still wants, its connection tells.
+        // It ends when it has restored everything; its connection shows what it still wants.
         supervisor.let_caller_end();
         supervisor
             .poller()
@@ -91,17 +91,17 @@ impl<'a> Server<'a> {
         })
     }
 
-    /// Whether all clients have come and gone, and have all they wanted.
+    /// True if all clients have come and gone, and have everything they wanted.
     pub(crate) fn is_done(&self) -> bool {
         self.clients.all_gone() && self.transfers.is_empty()
     }
 
-    /// All that must stay open until the reason of a failure is told.
+    /// Everything that must stay open until the reason of a failure is reported.
     pub(crate) fn into_open(self) -> (Clients, Transfers) {
         (self.clients, self.transfers)
     }
 
-    /// Whether a reader waits for something that has not come yet.
+    /// True if a reader waits for something that has not come yet.
     pub(crate) fn is_starving(&self) -> bool {
         self.transfers.iter().any(Transfer::is_starving)
     }
@@ -165,7 +165,7 @@ impl<'a> Server<'a> {
         ))
     }
 
-    /// Gives transfers what has come of their files since.
+    /// Gives transfers the data of their files that has come since.
     fn take_more(&mut self, files: &mut Catalog) -> Result<()> {
         for transfer in self
             .transfers
@@ -177,7 +177,7 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Notes what was sent. CRIU may close a pipe early, which is no error.
+    /// Frees files whose readers have left. CRIU may close a pipe early, which is no error.
     fn note(&mut self, files: &mut Catalog, round: &Round) {
         for name in &round.left_by_readers {
             files.forget(name);
@@ -198,7 +198,7 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Whether the application has all of its memory; true without --lazy-pages.
+    /// True if the application has all of its memory, and without --lazy-pages.
     ///
     /// # Errors
     /// When it has lost some of it, and was killed.
@@ -292,7 +292,7 @@ fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -
     let criu = peer.pid();
     match lazy {
         Some(lazy) => lazy.before_file(criu, file),
-        // Only its command line tells, if at all; later it looks for its daemon, and fails.
+        // Only its command line shows it, if at all; later it looks for its daemon, and fails.
         None if file == files::INVENTORY => {
             let command_line = command_line_of(criu as u32);
             let is_lazy = |argument: &[u8]| argument.starts_with(b"--lazy");

@@ -10,8 +10,8 @@
 //! small ones (2026-11-29).
 //!
 //! Memory is mapped in regions, and handed out front to back in the order in which data arrives,
-//! whichever file and shard it belongs to: small files share a page, and what arrived together, and
-//! is mostly sent together, lies together.
+//! whichever file and shard it belongs to: small files share a page, and data that arrives
+//! together, and is mostly sent together, lies together.
 //!
 //! An [`Extent`] owns its bytes, and gives them back when it is dropped. They are never written to
 //! again and never handed out twice, because a pipe may hold references to their pages long after.
@@ -60,7 +60,7 @@ impl Region {
         }
     }
 
-    /// Takes back what was handed out but never written to.
+    /// Takes back a range that was handed out but never written to.
     fn take_back(&self, range: Range<usize>) {
         self.live.fetch_sub(range.len(), Ordering::Relaxed);
         let mut in_use = self.in_use();
@@ -69,8 +69,8 @@ impl Region {
         }
     }
 
-    /// Gives a range back to the kernel that nothing refers to any more. The lock is held
-    /// meanwhile: a huge page that is found unused must not be handed out before it is discarded.
+    /// Gives a range back to the kernel that nothing refers to any more. The lock is held until
+    /// then: a huge page that is found unused must not be handed out before it is discarded.
     fn release(&self, range: Range<usize>) {
         self.live.fetch_sub(range.len(), Ordering::Relaxed);
         let mut in_use = self.in_use();
@@ -84,7 +84,7 @@ impl Region {
                 continue;
             };
             // SAFETY: no byte of a huge page that is not in use belongs to an extent or a block,
-            // and the part belongs to the caller, who is done with it.
+            // and the part belongs to the caller, which is done with it.
             unsafe { self.mapping.discard(unused) };
         }
     }
@@ -134,7 +134,7 @@ impl Extent {
         front
     }
 
-    /// Adds what lies right behind it in memory. What lies elsewhere comes back.
+    /// Adds an extent that lies right behind it in memory. One that lies elsewhere comes back.
     pub(crate) fn join(&mut self, mut next: Extent) -> Option<Extent> {
         if !Arc::ptr_eq(&self.region, &next.region) || self.range().end != next.range().start {
             return Some(next);
@@ -200,13 +200,13 @@ impl Block {
         populate(self.unfilled());
     }
 
-    /// Cuts off what is filled.
+    /// Cuts off the filled part.
     pub(crate) fn take_filled(&mut self) -> Extent {
         let filled = std::mem::take(&mut self.filled);
         self.extent.split_front(filled)
     }
 
-    /// Whether nothing is left to fill.
+    /// True if nothing is left to fill.
     pub(crate) fn is_full(&self) -> bool {
         self.filled == self.extent.len()
     }
@@ -225,7 +225,7 @@ impl Arena {
         Self::default()
     }
 
-    /// Another one, for another thread. What either hands out counts for both.
+    /// Another one, for another thread. Both count in [`Arena::live`].
     pub(crate) fn sibling(&self) -> Self {
         Self {
             region: None,
@@ -283,8 +283,8 @@ impl Arena {
         Ok(self.seal(block))
     }
 
-    /// What was filled of a block. The rest is taken back: the next block comes from there if
-    /// nothing was handed out meanwhile.
+    /// The filled part of a block. The rest is taken back: the next block comes from there if
+    /// nothing was handed out in between.
     pub fn seal(&mut self, block: Block) -> Extent {
         let Block {
             extent: mut rest,
@@ -318,7 +318,7 @@ mod tests {
 
     /// Bytes of a region that take memory.
     fn resident(region: &Region) -> usize {
-        // SAFETY: nothing writes to the region meanwhile; only its address is used.
+        // SAFETY: nothing writes to the region for as long; only its address is used.
         let bytes = unsafe { region.mapping.bytes(0..REGION) };
         let mut pages = vec![0u8; REGION / page_size()];
         let start = bytes.as_ptr().cast_mut().cast();

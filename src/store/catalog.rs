@@ -1,4 +1,4 @@
-//! The files of an image in memory, and what has become of each: served once or kept.
+//! The files of an image in memory, and the fate of each: served once or kept.
 //!
 //! Some CRIUs read a small file twice. Files of up to [`LARGEST_KEPT`] are therefore kept when
 //! sent, as long as they come to no more than [`MOST_KEPT`] together. CRIU's files other than
@@ -19,15 +19,15 @@ use crate::format::ImageName;
 /// The largest file that can be asked for more than once, in bytes.
 pub(crate) const LARGEST_KEPT: u64 = 1 << 20;
 
-/// What is kept in all for being asked for again, in bytes.
+/// The most that is kept in all, in bytes.
 const MOST_KEPT: u64 = 16 << 20;
 
-/// What has become of a file.
+/// The fate of a file.
 #[derive(Debug)]
 enum State {
     /// It is not whole yet, and was not asked for.
     Arriving(Box<FileData>),
-    /// It was asked for before it was whole. This is here and not taken yet.
+    /// It was asked for before it was whole. This part is here and not taken yet.
     Requested(Box<FileBody>),
     /// It is whole, and was not asked for yet.
     Complete(FileData),
@@ -37,7 +37,7 @@ enum State {
     Gone,
 }
 
-/// What a request finds.
+/// The answer to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lookup {
     Present,
@@ -60,7 +60,7 @@ impl Catalog {
         Self::default()
     }
 
-    /// Whether a file has contents that were not sent and freed. One that is not whole yet has.
+    /// True if a file has contents that were not sent and freed. One that is not whole yet has.
     pub(crate) fn holds_something(&self, name: &ImageName) -> bool {
         match self.files.get(name) {
             Some(State::Complete(contents)) => !contents.is_empty(),
@@ -78,8 +78,7 @@ impl Catalog {
         }
     }
 
-    /// Takes a file's contents for sending, if they are there. Of those that are kept this is a
-    /// copy.
+    /// Takes a file's contents for sending, if they are there: a copy if the file is kept.
     ///
     /// # Errors
     /// `ENOMEM`.
@@ -121,9 +120,9 @@ impl Catalog {
         Ok(Some(FileBody { data, is_whole }))
     }
 
-    /// Takes what has come of a file since it was asked for. A pipe has no way to say "failed": any
-    /// other file than pages, which CRIU counts, would look complete if it was cut short, and is
-    /// taken when it is whole.
+    /// Takes the data of a file that has come since it was asked for. A pipe has no way to say
+    /// "failed": any other file than pages, which CRIU counts, would look complete if it was cut
+    /// short, and is taken when it is whole.
     pub(crate) fn take_more(&mut self, name: &ImageName) -> FileBody {
         match self.files.get_mut(name) {
             Some(State::Requested(more)) if more.is_whole || files::is_pages(name.as_str()) => {
@@ -137,14 +136,13 @@ impl Catalog {
         }
     }
 
-    /// Whether all of a file is here, or there is no such file.
+    /// True if all of a file is here, or there is no such file.
     pub(crate) fn is_whole(&self, name: &str) -> bool {
         let named = self.files.iter().find(|(found, _)| found.as_str() == name);
         !matches!(named, Some((_, State::Arriving(_) | State::Requested(_))))
     }
 
-    /// The reader of a file that is not whole yet is gone: what is here of it and what comes is
-    /// freed.
+    /// Frees the data of a file that is not whole yet, whose reader is gone, and all that comes.
     pub(crate) fn forget(&mut self, name: &ImageName) {
         if let Some(state @ State::Requested(_)) = self.files.get_mut(name) {
             *state = State::Gone;

@@ -7,13 +7,13 @@
 //! if a move fails. If anything goes wrong before, the private directory goes, and nothing has
 //! changed.
 //!
-//! CRIU opens optional files by name, and would take those that an earlier image has left for the
-//! new image's. So they are set aside in the same way: afterwards the directory holds the new
-//! image's files and no other of CRIU's. What CRIU does not open when it restores stays: logs,
-//! sockets, statistics (`stats-dump`), a `parent` link, a user's files.
+//! CRIU opens optional files by name, and would take an earlier image's for the new image's. So
+//! they are set aside in the same way: afterwards the directory holds the new image's files and no
+//! other of CRIU's. Files that CRIU does not open when it restores stay: logs, sockets, statistics
+//! (`stats-dump`), a `parent` link, a user's files.
 //!
-//! What a streamer that was killed could not remove, the next one removes: a lock on the images
-//! directory shows that no streamer uses it.
+//! A streamer that is killed leaves its private directory, which the next one removes: a lock on
+//! the images directory shows that no streamer uses it.
 //!
 //! Moving does not follow a planted symbolic link at the destination but replaces it;
 //! all paths are relative to the open directory. A directory in the way is an error.
@@ -41,11 +41,11 @@ use crate::os::descriptor::flush;
 use crate::report;
 use crate::supervision::Supervisor;
 
-/// How the name of a private directory starts; the number of the process follows.
+/// The start of a private directory's name; the number of the process follows.
 const PRIVATE: &str = ".criu-image-streamer.";
 
-/// Files flushed at a time. Each flush empties the disk's cache, for which the kernel joins those
-/// that wait: 50,000 files took 1.6 s, and one after another 137 s (ext4, 2026-11-29).
+/// Files flushed at a time. Each flush empties the disk's cache, for which the kernel joins
+/// flushes that wait: 50,000 files took 1.6 s, and one after another 137 s (ext4, 2026-11-29).
 const FLUSHERS: usize = 8;
 
 /// The history of an images directory, which decides the mode of the files in it.
@@ -54,7 +54,7 @@ pub enum DirOrigin {
     /// It was made for this image: its files are for their owner alone.
     Made,
     /// It was there: its maker decides who may enter. As with CRIU's own files, the umask
-    /// decides who may read those in it, as the root of a user namespace must be able to.
+    /// decides who may read its files, as the root of a user namespace must be able to.
     Found,
 }
 
@@ -244,7 +244,7 @@ impl Images {
         let mut start = Vec::new();
         if let Ok(fd) = openat(self, name.as_str(), flags, Mode::empty()) {
             let mut file = File::from(fd).take(files::MAGIC_LENGTH as u64);
-            // What cannot be read is not known to be CRIU's.
+            // A file that cannot be read is not known to be CRIU's.
             let _ = file.read_to_end(&mut start);
         }
         start

@@ -1,8 +1,8 @@
-//! External files, in front of another store: what belongs to them goes to their readers' pipes.
+//! External files, in front of another store: their data goes to their readers' pipes.
 //!
-//! What a reader does not take is held, and never stops the image: a supervisor may read a second
-//! external file before the first. A reader that is slow, but takes something now and then, is
-//! waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
+//! Data that a reader does not take is held, and never stops the image: a supervisor may read a
+//! second external file before the first. A reader that is slow, but takes something now and then,
+//! is waited for once [`MOST_BEHIND`] are held. A pipe is closed as soon as its file's own end was
 //! reached, because supervisors wait for the reader's end while the image still comes in.
 
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::format::ImageName;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Poller, Watched};
 
-/// What is held for readers before the image waits for them, in bytes.
+/// Bytes that are held for readers before the image waits for them.
 const MOST_BEHIND: u64 = 4 << 20;
 
-/// How long ago a reader that is waited for has taken something.
+/// A reader that has taken nothing for longer than this is not waited for.
 const AT_WORK: Duration = Duration::from_millis(200);
 
 /// A file of the image: an external one, by its number, or one of the store behind.
@@ -119,7 +119,7 @@ impl ExternalOutputs {
         Ok(round)
     }
 
-    /// Whether much is held for readers that are at work.
+    /// True if much is held for readers that are at work.
     pub(crate) fn is_behind(&self) -> bool {
         let at_work = self
             .transfers
@@ -128,13 +128,13 @@ impl ExternalOutputs {
         at_work.map(Transfer::left).sum::<u64>() > MOST_BEHIND
     }
 
-    /// Whether a file's reader waits for something that has not come.
+    /// True if a file's reader waits for something that has not come.
     pub(crate) fn is_starving(&self, number: usize) -> bool {
         let transfer = self.transfers.get(number as u64);
         transfer.is_some_and(Transfer::is_starving)
     }
 
-    /// Whether readers still have to take something of what is here.
+    /// True if readers still have to take something that is here.
     pub(crate) fn is_sending(&self) -> bool {
         let mut files = (0..).zip(&self.files);
         files.any(|(number, file)| file.has_begun && self.transfers.get(number).is_some())
@@ -156,7 +156,7 @@ impl<S> External<S> {
         &mut self.outlets
     }
 
-    /// Whether the reader of an external file waits for something that has not come.
+    /// True if the reader of an external file waits for something that has not come.
     pub(crate) fn is_starving(&self, number: usize) -> bool {
         self.outlets.is_starving(number)
     }
@@ -171,8 +171,8 @@ impl<S> External<S> {
 }
 
 impl<S: Store> External<S> {
-    /// Where data waits while `current` is the file whose turn it is. While it is an external one,
-    /// what is ahead may be more of it, which would fill the memory to no avail.
+    /// The place in which early data waits while `current` is the file whose turn it is. While it
+    /// is an external one, early data may be more of it, which would fill the memory to no avail.
     pub(crate) fn ahead(&self, current: Option<&File<S::File>>) -> Ahead {
         match current {
             Some(File::External(_)) => Ahead::Shard,

@@ -8,7 +8,7 @@
 //! A pipe holds one chunk, and then those of the same file that follow it, up to what its reader's
 //! pipe takes at a time: so each file can be taken out in its order whatever other files do. The
 //! price is a descriptor for each. Where the user's pipes are limited, or descriptors are few, no
-//! image is kept in pipes, and what comes after the limit goes to memory.
+//! image is kept in pipes, and data beyond the limit goes to memory.
 
 use std::fs::File;
 use std::io;
@@ -31,7 +31,7 @@ const OTHER_DESCRIPTORS: usize = 512;
 /// Pipes for an image that goes on to files: each holds a chunk until it is whole.
 const FEW: usize = 64;
 
-/// How many pipes there may be under a limit of descriptors. A restore of many processes opens many
+/// The number of pipes that a limit of descriptors allows. A restore of many processes opens many
 /// files at a time, and needs a quarter of a large limit.
 fn most_pipes(descriptors: usize) -> usize {
     descriptors.saturating_sub(OTHER_DESCRIPTORS.max(descriptors / 4))
@@ -40,9 +40,9 @@ fn most_pipes(descriptors: usize) -> usize {
 /// Makes the pipes, as far as limits allow.
 #[derive(Debug)]
 pub(crate) struct PipePool {
-    /// How many pipes there may be.
+    /// The number of pipes that may be open.
     most: usize,
-    /// How many there are.
+    /// The number of pipes that are open.
     open: Arc<AtomicUsize>,
 }
 
@@ -82,8 +82,8 @@ impl PipePool {
         pipe
     }
 
-    /// A new pipe for what passes through, whatever is held; `None` where it would have next to no
-    /// room.
+    /// A new pipe that data passes through, beyond any limit of ours; `None` where it would have
+    /// next to no room.
     pub(crate) fn make(&self, bytes: usize) -> Option<HeldPipe> {
         let wanted = bytes.min(LARGEST);
         let (pipe, capacity) = BothEnds::new(wanted).ok()?;

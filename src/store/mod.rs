@@ -20,7 +20,7 @@ pub use piece::{FileData, Piece};
 
 use crate::format::ImageName;
 
-/// Where data waits whose turn has not come.
+/// The place in which early data waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ahead {
     /// As a piece, which it becomes anyway.
@@ -34,7 +34,7 @@ pub trait Store {
     /// A file that is being received.
     type File;
 
-    /// Where data waits whose turn has not come.
+    /// The place in which early data waits.
     const AHEAD: Ahead;
 
     /// Starts a file. One of the same name that is complete is replaced.

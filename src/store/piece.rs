@@ -1,4 +1,4 @@
-//! What a file is made of, front to back: memory, and pipes that hold pages.
+//! The pieces of a file, front to back: memory, and pipes that hold pages.
 
 use std::collections::VecDeque;
 use std::io;
@@ -62,7 +62,7 @@ impl Piece {
 pub struct FileData(VecDeque<Piece>);
 
 impl FileData {
-    /// Adds a piece. What a pipe holds is moved into that of the last piece while there is room.
+    /// Adds a piece. One in a pipe moves into the pipe of the last piece, as far as there is room.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.

@@ -31,7 +31,7 @@ struct Sent {
     slots: usize,
 }
 
-/// Sends what lies at the front, memory or a pipe: as much as fits into a pipe of this number of
+/// Sends the front of the data, memory or a pipe: as much as fits into a pipe of this number of
 /// slots.
 ///
 /// # Errors
@@ -66,7 +66,7 @@ fn send_front(data: &mut FileData, to: &WriteEnd, slots: usize) -> io::Result<Se
     })
 }
 
-/// What is here of a file to be sent.
+/// The part of a file that is here to be sent.
 #[derive(Debug, Default)]
 pub(crate) struct FileBody {
     pub(crate) data: FileData,
@@ -74,7 +74,7 @@ pub(crate) struct FileBody {
     pub(crate) is_whole: bool,
 }
 
-/// What came of sending.
+/// The outcome of sending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SendResult {
     /// All is sent.
@@ -100,7 +100,7 @@ pub(crate) struct Transfer {
     hung_up: bool,
     /// The pipe is full: it is left alone until its reader makes room.
     is_full: bool,
-    /// When its reader last took a part of what was here.
+    /// The time at which its reader last took something.
     pub(crate) took: Option<Instant>,
 }
 
@@ -128,7 +128,7 @@ impl Transfer {
         })
     }
 
-    /// Adds what has come since.
+    /// Adds the data that has come since.
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
@@ -196,7 +196,7 @@ impl Transfer {
     }
 }
 
-/// What came of one round of sending.
+/// The outcome of one round of sending.
 #[derive(Debug, Default)]
 pub(crate) struct Round {
     /// Slots that were filled of pipes that are full now.
@@ -210,14 +210,14 @@ pub(crate) struct Round {
 }
 
 impl Round {
-    /// What it was for the pace of the loop; `None` if no pipe was filled.
+    /// The activity by which the loop paces itself; `None` if no pipe was filled.
     pub(crate) fn activity(&self) -> Option<Activity> {
         let (sent, room) = (self.filled as u64, self.room as u64);
         (sent > 0).then_some(Activity::Emptied { sent, room })
     }
 
-    /// Notes how far a transfer came, and tells whether it is over.
-    fn note(&mut self, transfer: &mut Transfer) -> Result<bool> {
+    /// Sends a part of a file, and notes the outcome. Returns true if the transfer is over.
+    fn send(&mut self, transfer: &mut Transfer) -> Result<bool> {
         let result = transfer
             .send(self)
             .with_context(|| format!("sending {}", transfer.name))?;
@@ -262,7 +262,7 @@ impl Transfers {
     ) -> Result<()> {
         let id = self.next_id;
         self.next_id += 1;
-        if !round.note(&mut transfer)? {
+        if !round.send(&mut transfer)? {
             poller
                 .add(&transfer.pipe, self.kind, id, Interest::WritableEdge)
                 .with_context(|| {
@@ -303,7 +303,7 @@ impl Transfers {
         }
     }
 
-    /// Sends what the pipes take.
+    /// Sends as much as the pipes take.
     ///
     /// # Errors
     /// Those of `splice` and `vmsplice` but for a broken pipe.
@@ -311,7 +311,7 @@ impl Transfers {
         let mut round = Round::default();
         let mut over = Vec::new();
         for (&id, transfer) in &mut self.all {
-            if !transfer.is_full && round.note(transfer)? {
+            if !transfer.is_full && round.send(transfer)? {
                 over.push(id);
             }
         }
