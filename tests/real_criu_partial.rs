@@ -1,9 +1,12 @@
 //! A real CRIU that delivers less than a dump, and says so nowhere: the streamer does. They need
 //! root; see tests/criu/mod.rs.
 
+use std::time::{Duration, Instant};
+
 use crate::common::runs::read_dir;
 use crate::criu::recipes::EXTRACT;
 use crate::criu::{Application, Machine, machine};
+use crate::hook::{DUMP, options};
 
 /// A capture, and a script around CRIU, which is to print CRIU's status.
 fn capture(criu: &str) -> String {
@@ -79,6 +82,27 @@ fn a_dump_whose_memory_goes_elsewhere_is_refused_at_once() {
         );
         is_refused(&machine, &application, &criu, &[option]);
     }
+}
+
+/// CRIU waits for its hook there, with the application frozen.
+#[test]
+fn under_the_hook_a_dump_to_a_page_server_fails_at_once_and_the_application_goes_on() {
+    let Some(machine) = machine() else { return };
+    let application = machine.start("memory=10");
+    let server = "
+mkdir elsewhere
+criu page-server --images-dir elsewhere --port 7071 --daemon --pidfile server.pid
+";
+    let dump = format!("{DUMP} --page-server --address 127.0.0.1 --port 7071");
+    let script = options("cat >app.image", "cat app.image") + server + &dump;
+    let begin = Instant::now();
+    application.run(&script).failure();
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    let log = machine.read("images/streamer-capture.log");
+    let log = String::from_utf8_lossy(&log);
+    assert!(log.contains("CRIU was given --page-server"), "{log}");
+    application.goes_on();
+    application.is_unharmed();
 }
 
 /// The message that describes them has over 2 MiB.
