@@ -20,7 +20,7 @@ use crate::listen_ports::Remap;
 use crate::os::memory;
 use descriptor::FdNumber;
 pub(crate) use image_name::StoredAs;
-pub(crate) use plan::{Action, FileEnd, Plan, Shards};
+pub(crate) use plan::{Action, Endpoint, Plan};
 
 /// The command line, as typed.
 #[derive(Debug, PartialEq, Eq, StructOpt)]

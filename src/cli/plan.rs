@@ -45,33 +45,10 @@ impl Action {
     }
 }
 
-/// Where the shards go to, or come from.
-pub(crate) enum Shards {
-    /// With their names in messages.
-    Descriptors(Vec<(OwnedFd, String)>),
-    Commands(Vec<ShellCommand>),
-}
-
-impl Shards {
-    /// Their names in messages.
-    pub(crate) fn labels(&self) -> Vec<String> {
-        match self {
-            Shards::Descriptors(fds) => fds.iter().map(|(_, label)| label.clone()).collect(),
-            Shards::Commands(commands) => commands.iter().map(ShellCommand::label).collect(),
-        }
-    }
-}
-
-/// Where an external file comes from, or goes to.
-pub(crate) enum FileEnd {
+/// Where a shard or an external file goes to, or comes from.
+pub(crate) enum Endpoint {
     Descriptor(OwnedFd),
     Command(ShellCommand),
-}
-
-impl Default for Shards {
-    fn default() -> Self {
-        Shards::Descriptors(Vec::new())
-    }
 }
 
 /// A checked command line.
@@ -79,7 +56,8 @@ pub(crate) struct Plan {
     pub(crate) action: Action,
     /// Empty where none is needed: by `list`.
     pub(crate) images_dir: PathBuf,
-    pub(crate) shards: Shards,
+    /// With their names in messages.
+    pub(crate) shards: Vec<(Endpoint, String)>,
     /// The last of the shards is an index.
     pub(crate) has_index: bool,
     /// The application runs before its memory is filled in.
@@ -87,7 +65,7 @@ pub(crate) struct Plan {
     pub(crate) buffer: Option<BufferSize>,
     /// The CRIU that waits in its hook may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
-    pub(crate) external_files: Vec<(ImageName, FileEnd)>,
+    pub(crate) external_files: Vec<(ImageName, Endpoint)>,
     pub(crate) remaps: Vec<Remap>,
     /// Where `list` writes to; `None`: nowhere.
     pub(crate) listing: Option<OwnedFd>,
@@ -108,21 +86,22 @@ impl Plan {
         check_files(&args)?;
         let image_name = args.image_name.take().map(|StoredAs(name)| name);
         let commands = shard_commands(&args, image_name.as_deref())?;
-        let claimed = claim(&args, action)?;
-        let of_fds = claimed.external_files.into_iter();
-        let of_fds = of_fds.map(|(name, fd)| (name, FileEnd::Descriptor(fd)));
-        let of_commands = args.ext_file_cmd.into_iter().map(|(name, text)| {
+        let mut claimed = claim(&args, action)?;
+        for command in commands {
+            let label = command.label();
+            claimed.shards.push((Endpoint::Command(command), label));
+        }
+        for (name, text) in args.ext_file_cmd {
             let command = ShellCommand::for_file(name.clone(), text, image_name.as_deref());
-            (name, FileEnd::Command(command))
-        });
+            claimed
+                .external_files
+                .push((name, Endpoint::Command(command)));
+        }
         Ok(Self {
             action,
-            external_files: of_fds.chain(of_commands).collect(),
+            external_files: claimed.external_files,
             images_dir: args.images_dir.unwrap_or_default(),
-            shards: match commands {
-                Some(commands) => Shards::Commands(commands),
-                None => Shards::Descriptors(claimed.shards),
-            },
+            shards: claimed.shards,
             has_index: args.index || args.index_fd.is_some(),
             lazy_pages: args.lazy_pages,
             buffer: args.buffer,
@@ -219,8 +198,8 @@ fn check_files(args: &Args) -> Result<()> {
 
 /// The descriptors that the command line named.
 struct Claimed {
-    shards: Vec<(OwnedFd, String)>,
-    external_files: Vec<(ImageName, OwnedFd)>,
+    shards: Vec<(Endpoint, String)>,
+    external_files: Vec<(ImageName, Endpoint)>,
     listing: Option<OwnedFd>,
     progress: Option<OwnedFd>,
 }
@@ -246,10 +225,7 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
     // Without a standard output, or with /dev/null there, the exit status is what is wanted.
     let lists = action == Action::List && !STDOUT.was_closed_at_start();
     let listing = lists.then_some(STDOUT);
-    let progress = match args.progress_fd {
-        None if args.progress_bar || STDERR.was_closed_at_start() => None,
-        given => Some(given.unwrap_or(STDERR)),
-    };
+    let progress = progress_fd(args)?;
     let mut checks = Checks::new();
     for (fd, label, option) in &shards {
         checks.check(*fd, option, label, Purpose::Image(shards_go))?;
@@ -265,10 +241,6 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
         checks.check(fd, "list", "standard output", Purpose::Text)?;
     }
     if let Some(fd) = progress {
-        ensure!(
-            !args.progress_bar || !fd.is_stderr(),
-            "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
-        );
         checks.check(
             fd,
             "--progress-fd",
@@ -278,9 +250,9 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
     }
     let shards = shards
         .into_iter()
-        .map(|(fd, label, _)| Ok((fd.claim()?, label)));
+        .map(|(fd, label, _)| Ok((Endpoint::Descriptor(fd.claim()?), label)));
     let files = args.ext_file_fds.iter();
-    let files = files.map(|(name, fd)| Ok((name.clone(), fd.claim()?)));
+    let files = files.map(|(name, fd)| Ok((name.clone(), Endpoint::Descriptor(fd.claim()?))));
     Ok(Claimed {
         shards: shards.collect::<Result<_>>()?,
         external_files: files.collect::<Result<_>>()?,
@@ -289,10 +261,23 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
     })
 }
 
+/// The descriptor for progress lines, if there is to be one.
+fn progress_fd(args: &Args) -> Result<Option<FdNumber>> {
+    let fd = match args.progress_fd {
+        None if args.progress_bar || STDERR.was_closed_at_start() => return Ok(None),
+        given => given.unwrap_or(STDERR),
+    };
+    ensure!(
+        !args.progress_bar || !fd.is_stderr(),
+        "--progress-bar: progress fd {fd} is standard error, where the bar is drawn: give --progress-fd another one, or none"
+    );
+    Ok(Some(fd))
+}
+
 /// The commands that take or bring the shards, if any.
-fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Option<Vec<ShellCommand>>> {
+fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Vec<ShellCommand>> {
     let Some(text) = &args.shard_cmd else {
-        return Ok(None);
+        return Ok(Vec::new());
     };
     ensure!(!text.trim().is_empty(), "--shard-cmd: the command is empty");
     let count = args.num_shards.unwrap_or(1);
@@ -304,8 +289,9 @@ fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Option<Vec<Sh
         !args.index || text.contains("{}"),
         "--index: the command has no {{}}, so that the index would go where the other shard goes"
     );
-    let commands = ShellCommand::for_shards(text, count, args.index, image_name);
-    Ok(Some(commands))
+    Ok(ShellCommand::for_shards(
+        text, count, args.index, image_name,
+    ))
 }
 
 /// The first item whose key an earlier one has.

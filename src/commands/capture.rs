@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-use super::{Session, create_images_dir};
+use super::{Session, create_images_dir, writer};
 use crate::capture::{Capture, ExternalSource, HasIndex};
-use crate::cli::{BufferSize, FileEnd, Plan, Shards};
+use crate::cli::{BufferSize, Endpoint, Plan};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
-use crate::supervision::{Failure, Pumped, ShellCommand};
+use crate::supervision::{Failure, Pumped};
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
@@ -15,35 +15,22 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
     plan.check_socket(Role::Capture)?;
     let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
-    let external_files = plan
-        .external_files
-        .into_iter()
-        .map(|(name, end)| {
-            let source = match end {
-                FileEnd::Descriptor(fd) => ExternalSource::Pipe(supervisor.source(
-                    fd,
-                    name.as_str(),
-                    Pumped::ExternalFile,
-                )?),
-                FileEnd::Command(command) => ExternalSource::Command(command),
-            };
-            Ok((name, source))
-        })
-        .collect::<Result<_>>()?;
-    let shards = match plan.shards {
-        Shards::Descriptors(fds) => {
-            let pipe =
-                |(fd, label): (_, String)| Ok((supervisor.sink(fd, &label, Pumped::Shard)?, label));
-            fds.into_iter().map(pipe).collect::<Result<_>>()?
-        }
-        Shards::Commands(commands) => {
-            let pipe = |command: ShellCommand| {
-                let label = command.label();
-                Ok((supervisor.start_reader(command)?, label))
-            };
-            commands.into_iter().map(pipe).collect::<Result<_>>()?
-        }
-    };
+    let mut external_files = Vec::new();
+    for (name, end) in plan.external_files {
+        let kind = Pumped::ExternalFile;
+        let source = match end {
+            Endpoint::Descriptor(fd) => {
+                ExternalSource::Pipe(supervisor.source(fd, name.as_str(), kind)?)
+            }
+            Endpoint::Command(command) => ExternalSource::Command(command),
+        };
+        external_files.push((name, source));
+    }
+    let shards = plan.shards.into_iter().map(|(end, label)| {
+        let pipe = writer(supervisor, end, &label, Pumped::Shard)?;
+        Ok((pipe, label))
+    });
+    let shards = shards.collect::<Result<_>>()?;
     let captured = Capture {
         images_dir: &plan.images_dir,
         listener,

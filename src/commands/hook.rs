@@ -45,8 +45,9 @@ use crate::criu::{Listener, Role};
 use crate::os::descriptor::open_directory;
 use crate::os::process;
 use crate::report;
+use crate::report::milestone::Milestone;
 use crate::report::outcome::{self, Hook, NO_ANSWER};
-use crate::report::progress::{Milestone, Progress};
+use crate::report::progress::Progress;
 use crate::supervision::Failure;
 
 /// Names the directory of the files of options.

@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Action, FileEnd, Plan, Shards};
+use crate::cli::{Action, Endpoint, Plan};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::lazy::LazyMemory;
@@ -26,9 +26,7 @@ use crate::report::progress::{Progress, Stats};
 use crate::report::statistics::StatisticsFile;
 use crate::store::Store;
 use crate::store::disk::DirOrigin;
-use crate::supervision::{
-    Failure, Interrupted, Pumped, Supervisor, criu_failure_behind, signal_behind,
-};
+use crate::supervision::{Ending, Failure, Pumped, Supervisor};
 
 pub(crate) use hook::run as run_hook;
 
@@ -61,7 +59,7 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
             .context("preparing to watch CRIU")?;
     }
     raise_descriptor_limit();
-    let labels = plan.shards.labels();
+    let labels: Vec<_> = plan.shards.iter().map(|(_, label)| label.clone()).collect();
     let counters = Counters::new(labels.len());
     let lazy = || LazyMemory::new(&counters.filled).context("--lazy-pages");
     let lazy = plan.lazy_pages.then(lazy).transpose()?;
@@ -100,33 +98,21 @@ impl Session {
 
     /// Our ends of the pipes of a restore.
     fn open(&mut self, plan: &mut Plan) -> Result<(ShardPipes, FilePipes)> {
-        let external_files = std::mem::take(&mut plan.external_files)
-            .into_iter()
-            .map(|(name, end)| {
-                let pipe = match end {
-                    FileEnd::Descriptor(fd) => {
-                        self.supervisor
-                            .sink(fd, name.as_str(), Pumped::ExternalFile)?
-                    }
-                    FileEnd::Command(command) => self.supervisor.start_reader(command)?,
-                };
-                Ok((name, pipe))
-            })
-            .collect::<Result<_>>()?;
-        let shards = match std::mem::take(&mut plan.shards) {
-            Shards::Descriptors(fds) => fds
-                .into_iter()
-                .map(|(fd, label)| Ok((self.supervisor.source(fd, &label, Pumped::Shard)?, label)))
-                .collect::<Result<_>>()?,
-            Shards::Commands(commands) => commands
-                .into_iter()
-                .map(|command| {
-                    let label = command.label();
-                    Ok((self.supervisor.start_writer(command)?, label))
-                })
-                .collect::<Result<_>>()?,
-        };
-        Ok((shards, external_files))
+        let supervisor = &mut self.supervisor;
+        let mut files = Vec::new();
+        for (name, end) in std::mem::take(&mut plan.external_files) {
+            let pipe = writer(supervisor, end, name.as_str(), Pumped::ExternalFile)?;
+            files.push((name, pipe));
+        }
+        let shards = std::mem::take(&mut plan.shards).into_iter();
+        let shards = shards.map(|(end, label)| {
+            let pipe = match end {
+                Endpoint::Descriptor(fd) => supervisor.source(fd, &label, Pumped::Shard)?,
+                Endpoint::Command(command) => supervisor.start_writer(command)?,
+            };
+            Ok((pipe, label))
+        });
+        Ok((shards.collect::<Result<_>>()?, files))
     }
 
     /// Checks that an image of these files is something to restore from.
@@ -155,17 +141,26 @@ impl Session {
     }
 }
 
+/// A pipe to an endpoint, which errors call `label`.
+fn writer(
+    supervisor: &mut Supervisor,
+    end: Endpoint,
+    label: &str,
+    pumped: Pumped,
+) -> Result<WriteEnd> {
+    match end {
+        Endpoint::Descriptor(fd) => supervisor.sink(fd, label, pumped),
+        Endpoint::Command(command) => supervisor.start_reader(command),
+    }
+}
+
 /// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
 /// and the number of the signal that ended the program, or that of the command that runs CRIU if
 /// only that has failed, otherwise 1.
 pub fn exit_status(failure: Failure) -> u8 {
     let error = failure.error();
     report::error(error);
-    let status = match (signal_behind(error), criu_failure_behind(error)) {
-        (Some(Interrupted(signal)), _) => 128 + signal as u8,
-        (None, Some(failed)) => failed.status,
-        (None, None) => 1,
-    };
+    let status = Ending::behind(error).map_or(1, Ending::exit_status);
     drop(failure);
     status
 }

@@ -29,7 +29,7 @@ use nix::unistd::{Pid, setsid};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::userfaultfd;
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::uninterrupted;
 use crate::os::process::{fields_of, start_of};
 
 /// The time between two looks at processes that were killed.

@@ -10,13 +10,21 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::fsync;
 
-use super::pipe::uninterrupted;
-
 /// The direction of data, seen from this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Direction {
     In,
     Out,
+}
+
+/// Repeats a system call for as long as signals interrupt it.
+pub(crate) fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match attempt() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
 }
 
 /// Waits until one of the wanted things can be done with a descriptor, or something has happened to

@@ -26,7 +26,7 @@ use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 use rustix::thread::CapabilitySet;
 
-use super::descriptor::{FdKind, flags, poll};
+use super::descriptor::{FdKind, flags, poll, uninterrupted};
 use super::memory::{Sealed, page_size};
 
 /// Slots of a pipe of the default size (`PIPE_DEF_BUFFERS` in the kernel).
@@ -396,16 +396,6 @@ fn moved(attempt: impl FnMut() -> nix::Result<usize>) -> io::Result<Moved> {
         Ok(bytes) => Ok(Moved::Bytes(bytes)),
         Err(Errno::EAGAIN) => Ok(Moved::WouldBlock),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// Repeats a system call for as long as signals interrupt it.
-pub fn uninterrupted<T>(mut attempt: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
-    loop {
-        match attempt() {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
     }
 }
 

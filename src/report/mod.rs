@@ -4,6 +4,7 @@
 
 pub(crate) mod bar;
 pub mod meter;
+pub(crate) mod milestone;
 pub(crate) mod notice;
 pub(crate) mod outcome;
 pub(crate) mod progress;

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 
 use crate::os::descriptor::poll;
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::uninterrupted;
 
 /// The longest time that a full pipe may hold up the transfer for each piece of a line, in
 /// milliseconds.

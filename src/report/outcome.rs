@@ -18,8 +18,8 @@ use nix::fcntl::{OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
+use super::milestone::Milestone;
 use super::notice::write_text;
-use super::progress::Milestone;
 
 /// The end of a streamer that has done all it had to.
 const SUCCESS: &str = "succeeded";

@@ -32,6 +32,7 @@ use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signal::SigHandler;
 use nix::unistd::Pid;
 
+use super::ending::Ending;
 use super::program::{self, End, Inherited};
 use super::signals::Signals;
 use crate::os::descriptor::{Direction, poll};
@@ -69,26 +70,6 @@ impl CriuCommand {
         let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
         format!("`{}`", words.join(" "))
     }
-}
-
-/// An error that stands for the failure of the command alone; the exit status is then its own.
-#[derive(Debug, Clone)]
-pub(crate) struct CriuFailed {
-    what: String,
-    pub(crate) status: u8,
-}
-
-impl std::fmt::Display for CriuFailed {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(&self.what)
-    }
-}
-
-impl std::error::Error for CriuFailed {}
-
-/// The failure of the command that led to an error, if one did.
-pub(crate) fn criu_failure_behind(error: &Error) -> Option<&CriuFailed> {
-    error.chain().find_map(|cause| cause.downcast_ref())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,7 +139,8 @@ impl RunningCriu {
                 }
             }
         }
-        self.failure().map_or(Ok(()), |failed| Err(failed.into()))
+        let failure = self.failure();
+        failure.map_or(Ok(()), |end| Err(self.error(end, "")))
     }
 
     /// Takes note of its end, if that is the next one.
@@ -179,14 +161,19 @@ impl RunningCriu {
         }
     }
 
-    fn failure(&self) -> Option<CriuFailed> {
+    /// How it has failed, if it has.
+    fn failure(&self) -> Option<End> {
         match self.state.get() {
             CriuState::Ended(End::Exited(0)) | CriuState::Running | CriuState::Left => None,
-            CriuState::Ended(end) => Some(CriuFailed {
-                what: format!("{} {end}", self.text),
-                status: end.status(),
-            }),
+            CriuState::Ended(end) => Some(end),
         }
+    }
+
+    /// The error for such a failure, with what it led to.
+    fn error(&self, end: End, led_to: &str) -> Error {
+        let message = format!("{} {end}{led_to}", self.text);
+        let status = end.status();
+        Ending::Criu { message, status }.into()
     }
 
     /// True if the application is dead, and its image all that is left of it, as far as
@@ -206,11 +193,7 @@ impl RunningCriu {
         let end = Instant::now() + EXPLAIN_TIMEOUT;
         while !self.has_ended() && Instant::now() < end && self.wait(Some(end)).is_ok() {}
         match self.failure() {
-            Some(failed) => CriuFailed {
-                what: format!("{}: {error:#}", failed.what),
-                ..failed
-            }
-            .into(),
+            Some(end) => self.error(end, &format!(": {error:#}")),
             None => error,
         }
     }

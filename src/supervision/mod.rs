@@ -16,6 +16,7 @@
 
 mod command;
 mod criu_command;
+mod ending;
 mod program;
 mod pump;
 mod signals;
@@ -41,13 +42,13 @@ use crate::os::poller::{Interest, Poller, Wait, Watched};
 use crate::report;
 use command::Commands;
 pub(crate) use command::ShellCommand;
+pub(crate) use criu_command::CriuCommand;
 use criu_command::RunningCriu;
-pub(crate) use criu_command::{CriuCommand, criu_failure_behind};
+pub(crate) use ending::Ending;
 use program::Inherited;
 use pump::PumpFailure;
 pub(crate) use pump::Pumped;
 use signals::Signals;
-pub(crate) use signals::{Interrupted, signal_behind};
 
 /// The interval at which commands that are to end are checked: no signal comes when a process
 /// leaves a command's group.
@@ -231,12 +232,12 @@ impl Supervisor {
     /// The reason behind an error that shows that CRIU is gone.
     pub(crate) fn explain_by_criu(&self, error: Error) -> Error {
         match self.criu.get() {
-            Some(criu) if !is_final(&error) => criu.explain(error),
+            Some(criu) if Ending::behind(&error).is_none() => criu.explain(error),
             _ => error,
         }
     }
 
-    /// Fails if the transfer must not go on: a signal came ([`Interrupted`]), the CRIU that has
+    /// Fails if the transfer must not go on: a signal came ([`Ending::Signal`]), the CRIU that has
     /// started it is gone, or a pump or a command has failed.
     pub fn check(&self) -> Result<()> {
         let signalled = self.signals.check();
@@ -353,7 +354,7 @@ impl Supervisor {
             match self.check() {
                 // ^C was for the application in the foreground, and CRIU has got it too. Its own
                 // end may have come with it.
-                Err(error) if signal_behind(&error) == Some(Interrupted(libc::SIGINT)) => continue,
+                Err(error) if signal_behind(&error) == Some(libc::SIGINT) => continue,
                 Err(error) if signal_behind(&error).is_some() => {
                     criu.leave();
                     return Err(error);
@@ -375,16 +376,19 @@ impl Supervisor {
     /// The reason behind an error: a pipe that broke did so because of what was at its far end.
     fn explain(&self, error: Error, commands: &Commands) -> Error {
         match self.check_pumps() {
-            _ if is_final(&error) => error,
+            _ if Ending::behind(&error).is_some() => error,
             Err(reason) => reason,
             Ok(()) => commands.explain(error),
         }
     }
 }
 
-/// True if no other reason is behind an error.
-fn is_final(error: &Error) -> bool {
-    signal_behind(error).is_some() || criu_failure_behind(error).is_some()
+/// The signal that led to an error, if one did.
+fn signal_behind(error: &Error) -> Option<i32> {
+    match Ending::behind(error)? {
+        Ending::Signal(signal) => Some(*signal),
+        Ending::Criu { .. } => None,
+    }
 }
 
 #[cfg(test)]

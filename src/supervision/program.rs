@@ -19,7 +19,7 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
 use nix::unistd::Pid;
 
 use super::signals::is_ignored;
-use crate::os::pipe::uninterrupted;
+use crate::os::descriptor::uninterrupted;
 use crate::os::process::close_range;
 
 /// Settings that this process was started with and changes for itself. Programs inherit them, and

@@ -10,7 +10,6 @@
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
-use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,25 +18,7 @@ use std::ptr;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-/// An error that stands for a signal; the exit status is then 128 and the signal's number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Interrupted(pub(crate) i32);
-
-impl fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let name = Signal::try_from(self.0).map_or("a signal", Signal::as_str);
-        write!(f, "ended by {name}")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
-/// The signal that led to an error, if one did.
-pub(crate) fn signal_behind(error: &anyhow::Error) -> Option<Interrupted> {
-    error
-        .chain()
-        .find_map(|cause| cause.downcast_ref().copied())
-}
+use super::ending::Ending;
 
 /// The signals that came.
 pub(super) struct Signals {
@@ -65,13 +46,13 @@ impl Signals {
         })
     }
 
-    /// Fails with [`Interrupted`] if a signal came that ends the transfer.
+    /// Fails with [`Ending::Signal`] if a signal came that ends the transfer.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         while let Some(info) = self.descriptor.read_signal()? {
             let number = info.ssi_signo as i32;
             if number != Signal::SIGCHLD as i32 {
                 self.has_ended_us.set(true);
-                return Err(Interrupted(number).into());
+                return Err(Ending::Signal(number).into());
             }
         }
         Ok(())
