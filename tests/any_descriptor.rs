@@ -20,7 +20,6 @@ use crate::common::shards::{Collector, Feeder, pipe, pipes, tcp_pair, unix_pair}
 use crate::common::streamer::{Exit, Streamer, binary};
 use crate::common::{PAGE, root_or_skip, skip, wait_until};
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, vmsplice};
-use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use tempfile::TempDir;
 
@@ -303,19 +302,6 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
             reason,
         ]);
     }
-}
-
-/// The same when CRIU is done and only the descriptor is behind.
-#[test]
-fn a_signal_ends_the_wait_for_the_last_bytes() {
-    let (ours, _unread) = unix_pair();
-    let mut streamer = Streamer::capture().shards([ours]).start();
-    runs::send(
-        &streamer,
-        &image::files([("inventory.img", vec![0; 400_000])]),
-    );
-    streamer.signal(Signal::SIGTERM);
-    assert_eq!(streamer.wait().status.code(), Some(128 + 15));
 }
 
 /// A connection whose queue takes far more than its peer's kernel does.

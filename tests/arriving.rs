@@ -98,12 +98,12 @@ fn read_all(
             thread::sleep(Duration::from_micros(random.next() % 1000));
         }
         if random.one_in(10) {
-            assert!(criu.try_open_file("none.img", None)?.is_none());
+            assert!(criu.try_open_file("none.img")?.is_none());
         }
         if open.is_empty() || (open.len() < 3 && random.one_in(3)) {
             match names.next() {
                 Some(name) => {
-                    let file = criu.try_open_file(name, None)?;
+                    let file = criu.try_open_file(name)?;
                     let size = files[name].len();
                     let leaves = match patience {
                         Patience::All => false,

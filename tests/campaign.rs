@@ -651,7 +651,7 @@ fn read_all(criu: &Criu, files: &Files, die_after: Option<usize>, fault: Fault) 
         if die_after == Some(i) {
             return false;
         }
-        let Ok(file) = criu.try_open_file(name, None) else {
+        let Ok(file) = criu.try_open_file(name) else {
             return false;
         };
         if fault == Fault::StandsStill && i == 0 {

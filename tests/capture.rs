@@ -203,7 +203,7 @@ fn stalled_capture(launch: Launch, criu: impl FnOnce(&Criu)) -> Files {
 #[test]
 fn a_stalled_shard_does_not_stop_criu_whatever_pages_hold() {
     for pipe_size in [None, Some(256 * PAGE)] {
-        for piece in [10, 100, 1000, 2100, PAGE + 1] {
+        for piece in [10, 1000, PAGE + 1] {
             let content = random::bytes(piece as u64, (1000 * piece).min(PAGES));
             let decoded = stalled_capture(Streamer::capture(), |criu| {
                 for round in 0..5 {

@@ -72,27 +72,23 @@ fn a_stranger_who_asks_for_a_file_and_leaves_takes_nothing_with_it() {
         100_000,
     );
     for keeping in Keeping::ALL {
-        let (streamer, _feeder) = runs::feed(keeping.serve(), &image);
-        strangers_leave(streamer, &pages);
-    }
-}
-
-fn strangers_leave(mut streamer: Streamer, pages: &[u8]) {
-    streamer.wait_for_line("socket-init");
-    let socket = Role::Serve.socket(streamer.images_dir());
-    for sends_file in [false, true] {
-        let mut stranger = UnixStream::connect(&socket).unwrap();
-        stranger.write_all(&criu::request("pages-1.img")).unwrap();
-        assert!(read_reply(&mut stranger).unwrap());
-        if sends_file {
-            let null = File::open("/dev/null").unwrap().into();
-            send_fds(&stranger, &[&null]).unwrap();
+        let (mut streamer, _feeder) = runs::feed(keeping.serve(), &image);
+        streamer.wait_for_line("socket-init");
+        let socket = Role::Serve.socket(streamer.images_dir());
+        for sends_file in [false, true] {
+            let mut stranger = UnixStream::connect(&socket).unwrap();
+            stranger.write_all(&criu::request("pages-1.img")).unwrap();
+            assert!(read_reply(&mut stranger).unwrap());
+            if sends_file {
+                let null = File::open("/dev/null").unwrap().into();
+                send_fds(&stranger, &[&null]).unwrap();
+            }
         }
+        let criu = streamer.criu();
+        assert!(criu.read_file("pages-1.img").unwrap() == pages);
+        drop(criu);
+        streamer.expect_success();
     }
-    let criu = streamer.criu();
-    assert!(criu.read_file("pages-1.img").unwrap() == pages);
-    drop(criu);
-    streamer.expect_success();
 }
 
 #[test]

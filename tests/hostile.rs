@@ -349,7 +349,7 @@ fn serve_mixture((mut streamer, feeder): (Streamer, shards::Feeder)) -> Option<F
         let criu = Criu::try_connect(streamer.images_dir(), Role::Serve).ok();
         for name in dump(0, true).keys() {
             let mut content = Vec::new();
-            let file = criu.as_ref().map(|criu| criu.try_open_file(name, None));
+            let file = criu.as_ref().map(|criu| criu.try_open_file(name));
             if let Some(Ok(Some(mut file))) = file {
                 let _ = file.read_to_end(&mut content);
             }

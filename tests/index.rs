@@ -137,7 +137,7 @@ fn a_signal_closes_everything_at_once() {
             .is_ok_and(|bytes| bytes == 0)
     );
     assert_eq!(streamer.wait().status.code(), Some(143));
-    let error = criu.try_open_file("pages-2.img", None).unwrap_err();
+    let error = criu.try_open_file("pages-2.img").unwrap_err();
     assert!(
         matches!(
             error.kind(),

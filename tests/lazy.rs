@@ -114,7 +114,7 @@ fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
     let (mut streamer, _feeder) = serve(&[lazy, (700, 10, PRESENT)], &pages);
     let criu = streamer.criu();
     criu.expect_file("inventory.img", image::INVENTORY);
-    assert!(criu.try_open_file("pagemap-7.img", None).is_err());
+    assert!(criu.try_open_file("pagemap-7.img").is_err());
     streamer.expect_failure(&["without its own --lazy-pages"]);
     assert!(!std::path::Path::new("lazy-pages.socket").exists());
 }

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::child::{self, Limit};
-use crate::common::image::{self, Files, Shard};
+use crate::common::image::{self, Files};
 use crate::common::random;
 use crate::common::runs::{self, assert_same_bytes, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
@@ -275,39 +275,10 @@ fn a_restore_with_more_large_files_open_than_descriptors_is_a_clear_error() {
     let criu = serve.criu();
     let open: Vec<_> = files
         .keys()
-        .map_while(|name| criu.try_open_file(name, None).ok().flatten())
+        .map_while(|name| criu.try_open_file(name).ok().flatten())
         .collect();
     serve.expect_failure(&["descriptors", "ulimit -n"]);
     assert!(open.len() < 64, "all of them are open");
-}
-
-/// In limits in which a small image is restored. With few descriptors, nothing is held in pipes.
-#[test]
-fn an_image_larger_than_the_memory_is_a_clear_error() {
-    const MIB: u64 = 1 << 20;
-    let launch = || {
-        let launch = Streamer::serve().limit(Limit::OpenFiles(256));
-        launch.limit(Limit::AddressSpace(192 * MIB))
-    };
-    let files = runs::sample_files(2);
-    let (mut streamer, _feeder) = runs::feed(launch(), &image::encode_files(&files, 1, 100_000));
-    runs::assert_served(&mut streamer, &files);
-
-    let (readers, mut writers) = shards::pipes(1, None);
-    let mut streamer = launch().shards(readers).start();
-    let mut shard = File::from(writers.remove(0));
-    let begin = Shard::new().filename(0, "pages-1.img").bytes;
-    shard.write_all(&begin).unwrap();
-    let content = vec![1; MIB as usize];
-    let taken = (1..=192)
-        .take_while(|&seq| {
-            shard
-                .write_all(&Shard::new().data(seq, &content).bytes)
-                .is_ok()
-        })
-        .count();
-    assert!(taken < 192, "an image as large as all memory is taken");
-    streamer.expect_refusal(&["memory"]);
 }
 
 /// A full disk, without filling one.

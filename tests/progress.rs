@@ -83,25 +83,3 @@ fn the_checkpoint_starts_with_the_first_file_other_than_cpuinfo() {
     shard.read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(streamer.expect_success().progress.len(), 3);
 }
-
-#[test]
-fn without_progress_fd_the_lines_go_to_standard_error() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture().progress_on_stderr(), 1);
-    let criu = streamer.criu();
-    write_image(&criu);
-    drop(criu);
-    let exit = streamer.expect_success();
-    assert_eq!(exit.progress[..2], ["socket-init", "checkpoint-start"]);
-    collector.finish();
-}
-
-#[test]
-fn nothing_else_is_said_to_a_progress_pipe_when_it_fails() {
-    let (mut streamer, collector) = runs::collect(Streamer::capture(), 1);
-    let criu = streamer.criu();
-    criu.write_file("pages-1.img", &[1; 100]);
-    drop(criu);
-    let exit = streamer.expect_failure(&["inventory.img"]);
-    assert_eq!(exit.progress, ["socket-init", "checkpoint-start"]);
-    collector.finish();
-}

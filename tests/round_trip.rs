@@ -46,21 +46,6 @@ fn any_image_through_any_number_of_shards_and_any_pipe_comes_back() {
     }
 }
 
-#[test]
-fn capture_connected_straight_to_serve() {
-    for keeping in Keeping::ALL {
-        for (shard_count, pipe_size) in [(1, None), (4, Some(PAGE)), (32, Some(256 * PAGE))] {
-            let files = runs::sample_files(shard_count as u64);
-            let (readers, writers) = shards::pipes(shard_count, pipe_size);
-            let mut capture = Streamer::capture().shards(writers).start();
-            let mut serve = keeping.serve().shards(readers).start();
-            capture.criu().write_files(&files);
-            capture.expect_success();
-            runs::assert_served(&mut serve, &files);
-        }
-    }
-}
-
 /// They may be the application's own, which can still change. Those of a capture that has ended are
 /// held as they are.
 #[test]

@@ -267,21 +267,17 @@ fn a_page_file_asked_for_again_is_an_error_that_names_it() {
         MIB,
     );
     for keeping in Keeping::ALL {
-        let (streamer, _feeder) = runs::feed(keeping.serve(), &image);
-        ask_again_for_pages(&pages, streamer);
-    }
-}
-
-fn ask_again_for_pages(pages: &[u8], mut streamer: Streamer) {
-    let criu = streamer.criu();
-    criu.expect_file("pages-1.img", pages);
-    if let Ok(Some(mut again)) = criu.try_open_file("pages-1.img", None) {
-        let mut content = Vec::new();
-        match again.read_to_end(&mut content) {
-            Ok(_) => assert!(content.is_empty(), "bytes of a file that was given away"),
-            Err(error) => assert_eq!(error.kind(), ErrorKind::BrokenPipe),
+        let (mut streamer, _feeder) = runs::feed(keeping.serve(), &image);
+        let criu = streamer.criu();
+        criu.expect_file("pages-1.img", &pages);
+        if let Ok(Some(mut again)) = criu.try_open_file("pages-1.img") {
+            let mut content = Vec::new();
+            match again.read_to_end(&mut content) {
+                Ok(_) => assert!(content.is_empty(), "bytes of a file that was given away"),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::BrokenPipe),
+            }
         }
+        drop(criu);
+        streamer.expect_failure(&["pages-1.img"]);
     }
-    drop(criu);
-    streamer.expect_failure(&["pages-1.img"]);
 }

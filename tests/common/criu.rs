@@ -102,26 +102,18 @@ impl Criu {
 
     /// Serve: the pipe from which the file is to be read. None: there is no such file.
     pub fn open_file(&self, name: &str) -> Option<File> {
-        self.open_file_in_pipe(name, None)
-    }
-
-    /// Serve: the same, with a pipe of that many bytes.
-    pub fn open_file_in_pipe(&self, name: &str, pipe_size: Option<usize>) -> Option<File> {
-        self.try_open_file(name, pipe_size)
+        self.try_open_file(name)
             .unwrap_or_else(|e| panic!("request file {name}: {e}"))
     }
 
     /// Serve: the same, for a streamer that may be gone.
-    pub fn try_open_file(&self, name: &str, pipe_size: Option<usize>) -> io::Result<Option<File>> {
+    pub fn try_open_file(&self, name: &str) -> io::Result<Option<File>> {
         let mut turn = self.turn();
         turn.write_all(&request(name))?;
         if !read_reply(&mut turn)? {
             return Ok(None);
         }
         let (read_end, write_end) = pipe();
-        if let Some(size) = pipe_size {
-            set_pipe_size(&write_end, size);
-        }
         send_fds(&turn, &[&write_end])?;
         Ok(Some(File::from(read_end)))
     }
