@@ -97,8 +97,8 @@ impl<'a> Server<'a> {
     }
 
     /// Everything that must stay open until the reason of a failure is reported.
-    pub(crate) fn into_open(self) -> (Clients, Transfers) {
-        (self.clients, self.transfers)
+    pub(crate) fn into_open(self) -> (Option<Listener>, Clients, Transfers) {
+        (self.listener, self.clients, self.transfers)
     }
 
     /// True if a reader waits for something that has not come yet.
