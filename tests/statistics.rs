@@ -74,21 +74,33 @@ impl Asked {
     }
 }
 
-/// A capture by commands of an image of 16 MiB, of which CRIU sends all at once.
-fn capture_by(command: &str, shards: &str) -> (Asked, Streamer) {
+/// A capture by commands of an image of 16 MiB, of which CRIU sends all at once. The shards for
+/// which `is_slow` holds, in a shell, take nothing for a while.
+fn capture_by(is_slow: &str, shards: &str) -> (Asked, Streamer) {
+    let pages = random::bytes(1, 16 * MIB);
     let asked = Asked::new();
-    let launch = Streamer::capture().args(["--shard-cmd", command, "--num-shards", shards]);
+    let go = asked.dir.path().join("go");
+    let command = format!(
+        "! {is_slow} || until [ -e {} ]; do sleep 0.02; done; cat >/dev/null",
+        go.display()
+    );
+    let launch = Streamer::capture().args(["--shard-cmd", &command, "--num-shards", shards]);
     let streamer = asked.of(launch).start();
     let criu = streamer.criu_unless_it_ends().unwrap();
-    criu.write_file("pages-1.img", &random::bytes(1, 16 * MIB));
-    criu.write_file("inventory.img", b"inventory");
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            criu.write_file("pages-1.img", &pages);
+            criu.write_file("inventory.img", b"inventory");
+        });
+        thread::sleep(SLOW);
+        fs::write(&go, "").unwrap();
+    });
     (asked, streamer)
 }
 
 #[test]
 fn a_capture_tells_when_all_shards_were_too_slow() {
-    let command = format!("sleep {}; cat >/dev/null", SLOW.as_secs_f64());
-    let (asked, mut streamer) = capture_by(&command, "2");
+    let (asked, mut streamer) = capture_by("true", "2");
     asked.expect(
         &mut streamer,
         &["frozen"],
@@ -99,11 +111,7 @@ fn a_capture_tells_when_all_shards_were_too_slow() {
 
 #[test]
 fn a_capture_tells_which_shard_was_slower_than_the_others() {
-    let command = format!(
-        "[ {{}} != 2 ] || sleep {}; cat >/dev/null",
-        SLOW.as_secs_f64()
-    );
-    let (asked, mut streamer) = capture_by(&command, "4");
+    let (asked, mut streamer) = capture_by("[ {} = 2 ]", "4");
     let statistics = asked.expect(
         &mut streamer,
         &["frozen", "written"],
