@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::common::PAGE;
 use crate::common::criu::Criu;
-use crate::common::image::{self, Body, Entry, Files, files};
+use crate::common::image::{self, Body, Files, files};
 use crate::common::indexed;
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
@@ -272,65 +272,6 @@ fn every_shard_says_whose_it_is_even_if_it_gets_nothing_else() {
             "an origin is longer"
         );
         assert_same_files(&image::decode(&shards).unwrap(), &inventory);
-    }
-}
-
-/// The markers of a capture to one shard, while `pause` passes between two pieces of what CRIU
-/// sends.
-fn markers_of(launch: Launch, pause: Duration) -> Vec<Entry> {
-    let (mut streamer, collector) = runs::collect(launch, 1);
-    let criu = streamer.criu();
-    let pages = random::bytes(1, PAGES / PAGE * PAGE);
-    let mut files: Vec<_> = ["pages-1.img", "pagemap-71.img", "files.img"]
-        .map(|name| criu.create_file(name))
-        .into();
-    for (i, piece) in pages.chunks(3 * PAGE).enumerate() {
-        files[0].write_all(piece).unwrap();
-        if i % 16 == 0 {
-            files[1].write_all(&[i as u8; 1000]).unwrap();
-            files[2].write_all(&[i as u8; PAGE]).unwrap();
-            thread::sleep(pause);
-        }
-    }
-    drop(files);
-    criu.write_file("inventory.img", b"inventory");
-    drop(criu);
-    streamer.expect_success();
-    let shards = collector.finish();
-    assert_eq!(image::decode(&shards).unwrap()["pages-1.img"], pages);
-    image::markers(&shards).unwrap()
-}
-
-/// What a store that keeps equal blocks once needs. Where a file's chunks lie between those of
-/// others is left to chance.
-#[test]
-fn images_of_the_same_memory_look_the_same_whatever_came_when() {
-    let content = |markers: &[Entry]| {
-        let named = markers.iter().scan(String::new(), |current, entry| {
-            if let Body::Filename(name) = &entry.body {
-                current.clone_from(name);
-            }
-            Some((current.clone(), entry.body.clone(), entry.data.clone()))
-        });
-        let mut named: Vec<_> = named.collect();
-        named.sort_by(|(a, ..), (b, ..)| a.cmp(b));
-        named
-    };
-    let expected = markers_of(Streamer::capture(), Duration::ZERO);
-    assert!(expected.len() < 40, "{} markers", expected.len());
-    let buffered = || Streamer::capture().args(["--buffer", "64M"]);
-    for (launch, pause) in [
-        (Streamer::capture(), Duration::from_millis(10)),
-        (buffered(), Duration::ZERO),
-        (buffered(), Duration::from_millis(10)),
-    ] {
-        let markers = markers_of(launch, pause);
-        assert!(content(&markers) == content(&expected), "{markers:?}");
-        for two in markers.windows(2) {
-            let begin = two[1].offset - two[0].data.len();
-            let is_large = two[0].data.len() > 4 * PAGE;
-            assert!(!is_large || begin.is_multiple_of(PAGE), "{two:?}");
-        }
     }
 }
 

@@ -41,7 +41,6 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::chunk::MARKER_SLOTS;
 use crate::os::pipe::slot;
 
 const KIB: u64 = 1 << 10;
@@ -118,7 +117,7 @@ fn most_slots<S: Slots>(shards: &[S]) -> usize {
         return usize::MAX;
     }
     let mean = shards.iter().map(S::given).sum::<u64>() / shards.len() as u64;
-    MARKER_SLOTS + (mean / 8).max(64 * KIB) as usize / slot()
+    1 + (mean / 8).max(64 * KIB) as usize / slot()
 }
 
 /// The most bytes that a shard may have got while several others have got far less. The one with

@@ -3,8 +3,7 @@
 //! The application is frozen until CRIU has handed over its last page, and CRIU is as fast as what
 //! takes the pages. Spliced, they wait for the shards: 1 GiB waits 10 s for shards that take 100
 //! MB/s. Copied to memory it takes a third of a second. So with a buffer the pages are copied as
-//! fast as CRIU gives them, and the shards are fed from the copy, unit by unit (see
-//! [`super::source`]), in the order in which these were complete.
+//! fast as CRIU gives them, and the shards are fed from the copy, in the order in which it came.
 //!
 //! Everything goes through the buffer, small files and external ones too: nothing in it is a page
 //! of the application's any more, and CRIU waits for no shard, whatever it sends. Files are looked
@@ -20,7 +19,7 @@
 //! **When it is full**, CRIU waits, as it does without a buffer, until the shards have taken some.
 //! Its size is fixed when it starts, by the memory that there is then.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use anyhow::{Context, Result};
 
@@ -29,7 +28,7 @@ use super::image_writer::Activity;
 use super::prefault::Prefault;
 use super::source::{LARGEST_COPIED, Look, Source};
 use crate::os::memory;
-use crate::os::pipe::{self, Moved, slot};
+use crate::os::pipe::{self, LARGEST, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
 /// The size of the buffer however scarce memory is, in bytes, unless less is asked for.
@@ -38,43 +37,10 @@ const LEAST: u64 = 2 << 20;
 /// Bytes read at a time. The writer fills the rest of its pipe until then.
 const READ: usize = 256 << 10;
 
-/// A unit of a source, or what has come of one.
+/// Bytes of a source, or its end.
 struct Piece {
     source: u64,
-    extents: VecDeque<Extent>,
-    bytes: usize,
-    /// The file has no bytes after these.
-    is_last: bool,
-}
-
-impl Piece {
-    fn new(source: u64) -> Self {
-        Self {
-            source,
-            extents: VecDeque::new(),
-            bytes: 0,
-            is_last: false,
-        }
-    }
-
-    /// Adds to the end. What lies side by side in memory becomes one extent.
-    fn push(&mut self, extent: Extent) {
-        self.bytes += extent.len();
-        let rest = match self.extents.back_mut() {
-            Some(last) => last.join(extent),
-            None => Some(extent),
-        };
-        self.extents.extend(rest);
-    }
-
-    /// The slots that references to it take.
-    fn slots(&self) -> usize {
-        let slots = |extent: &Extent| {
-            let before = extent.bytes().as_ptr().addr() % slot();
-            (before + extent.len()).div_ceil(slot())
-        };
-        self.extents.iter().map(slots).sum()
-    }
+    data: Option<Extent>,
 }
 
 /// The memory for all files.
@@ -86,18 +52,13 @@ pub(super) struct Buffer {
     size: usize,
     /// A file that was to be copied has found no room.
     has_been_full: bool,
-    /// At multiples of this number of bytes files are cut into pieces.
-    unit: usize,
-    /// Of each source the piece that is not complete.
-    begun: HashMap<u64, Piece>,
-    /// In the order in which they were complete.
+    /// In the order in which they came.
     pieces: VecDeque<Piece>,
 }
 
 impl Buffer {
-    /// Holds up to `most` bytes, and a page at least, as far as there is memory. Files are cut at
-    /// multiples of `unit` bytes.
-    pub(super) fn new(most: u64, unit: usize) -> Self {
+    /// Holds up to `most` bytes, and a page at least, as far as there is memory.
+    pub(super) fn new(most: u64) -> Self {
         let available = memory::available().unwrap_or(u64::MAX);
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
@@ -108,8 +69,6 @@ impl Buffer {
             block: None,
             size,
             has_been_full: false,
-            unit,
-            begun: HashMap::new(),
             pieces: VecDeque::new(),
         };
         buffer.ask_for_pages();
@@ -149,23 +108,18 @@ impl Buffer {
         let available = match look.with_context(|| format!("capturing {}", source.name))? {
             Look::Empty => return Ok(Activity::Idle),
             Look::Ended => {
-                let last = self.begun.remove(&source.id);
-                let mut last = last.unwrap_or_else(|| Piece::new(source.id));
-                last.is_last = true;
-                self.pieces.push_back(last);
+                self.end(source.id);
                 return Ok(Activity::Complete);
             }
             Look::Bytes(available) => available,
         };
         let mut left = available;
         while left > 0 {
-            match self.read(source, left.min(READ).min(source.left_of(self.unit)))? {
+            match self.read(source, left.min(READ))? {
                 Some(Moved::Bytes(bytes)) => left -= bytes,
                 Some(Moved::WouldBlock | Moved::End) => return Err(source.ended_early(left)),
                 None => {
                     self.has_been_full = true;
-                    self.pieces
-                        .extend(self.begun.drain().map(|(_, piece)| piece));
                     if left == available {
                         return Ok(Activity::NoRoom);
                     }
@@ -193,12 +147,7 @@ impl Buffer {
         };
         source.copied(extent.bytes());
         source.moved(extent.len());
-        let id = source.id;
-        let piece = self.begun.entry(id).or_insert_with(|| Piece::new(id));
-        piece.push(extent);
-        if source.left_of(self.unit) == self.unit {
-            self.pieces.extend(self.begun.remove(&id));
-        }
+        self.push(source.id, extent);
         Ok(Some(moved))
     }
 
@@ -211,52 +160,73 @@ impl Buffer {
         match self.arena.reserve(len.min(room)) {
             Ok(block) => Ok(Some(block)),
             // The shards will take what is here.
-            Err(_) if !self.pieces.is_empty() || !self.begun.is_empty() => Ok(None),
+            Err(_) if !self.pieces.is_empty() => Ok(None),
             Err(error) => Err(error).context("--buffer: getting memory for it"),
         }
     }
 
-    /// The number of the source of the first piece, and a chunk of that; of no bytes where a file
-    /// ends with a unit.
-    pub(super) fn next(&self) -> Option<(u64, Chunk)> {
-        let piece = self.pieces.front()?;
-        let (route, slots) = if piece.bytes <= LARGEST_COPIED {
-            (Route::Copied, piece.bytes.div_ceil(slot()))
-        } else {
-            (Route::Lent, piece.slots())
+    /// Adds to the end. What lies side by side in memory becomes one piece.
+    fn push(&mut self, source: u64, extent: Extent) {
+        let rest = match self.pieces.back_mut() {
+            Some(Piece {
+                source: last,
+                data: Some(before),
+            }) if *last == source => before.join(extent),
+            _ => Some(extent),
         };
-        let chunk = Chunk {
-            bytes: piece.bytes,
-            slots,
-            route,
-            is_last: piece.is_last,
-        };
-        Some((piece.source, chunk))
+        let piece = rest.map(|extent| Piece {
+            source,
+            data: Some(extent),
+        });
+        self.pieces.extend(piece);
     }
 
-    /// Takes the first bytes of the first piece out, and the piece with its last.
-    pub(super) fn take(&mut self, bytes: usize) -> Vec<Extent> {
-        let piece = self.pieces.front_mut().expect("a chunk was found here");
-        piece.bytes -= bytes;
-        let mut taken = Vec::new();
-        let mut left = bytes;
-        while left > 0 {
-            let front = piece.extents.front_mut();
-            let front = front.expect("the piece has these bytes");
-            let part = front.split_front(left.min(front.len()));
-            left -= part.len();
-            taken.push(part);
-            if front.is_empty() {
-                piece.extents.pop_front();
-            }
+    /// All of a source has come.
+    fn end(&mut self, source: u64) {
+        self.pieces.push_back(Piece { source, data: None });
+    }
+
+    /// The number of the source of the first piece, and a chunk of that; none of its end.
+    pub(super) fn next(&self) -> Option<(u64, Option<Chunk>)> {
+        let Piece { source, data } = self.pieces.front()?;
+        let Some(extent) = data else {
+            return Some((*source, None));
+        };
+        let bytes = extent.len().min(LARGEST);
+        let (route, slots) = if bytes <= LARGEST_COPIED {
+            (Route::Copied, bytes.div_ceil(slot()))
+        } else {
+            let before = extent.bytes().as_ptr().addr() % slot();
+            (Route::Lent, (before + bytes).div_ceil(slot()))
+        };
+        let is_end = |next: &Piece| next.source == *source && next.data.is_none();
+        let chunk = Chunk {
+            bytes,
+            slots,
+            route,
+            is_last: bytes == extent.len() && self.pieces.get(1).is_some_and(is_end),
+        };
+        Some((*source, Some(chunk)))
+    }
+
+    /// Takes the bytes of a chunk out, and the end of the file behind its last one.
+    pub(super) fn take(&mut self, chunk: &Chunk) -> Extent {
+        let front = self
+            .pieces
+            .front_mut()
+            .and_then(|piece| piece.data.as_mut());
+        let front = front.expect("a chunk was found here");
+        let taken = front.split_front(chunk.bytes);
+        if front.is_empty() {
+            self.pieces.pop_front();
         }
-        if piece.bytes == 0 {
+        if chunk.is_last {
             self.pieces.pop_front();
         }
         taken
     }
 
-    /// Takes the first piece out, which does not count, or is empty.
+    /// Takes out what does not count, or is done with.
     pub(super) fn skip(&mut self) {
         self.pieces.pop_front();
     }

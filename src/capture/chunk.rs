@@ -5,11 +5,7 @@
 //! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
 //! [`Route`] the number of slots is certain.
 
-/// The most slots that a chunk's markers take: padded, they can end in a second one.
-pub(super) const MARKER_SLOTS: usize = 2;
-
-/// The most that they take where they are not padded, in bytes: two names of up to 255, and the
-/// origin.
+/// The most that a chunk's markers take, in bytes: two names of up to 255, and the origin.
 const MARKERS: usize = 1024;
 
 /// How a chunk's bytes get from the source to the shard.

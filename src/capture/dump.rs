@@ -145,13 +145,6 @@ impl Dump {
         }
     }
 
-    /// Gives all sources a turn.
-    pub(super) fn wake_all(&mut self) {
-        for id in self.sources.keys().copied().collect::<Vec<_>>() {
-            self.wake(id);
-        }
-    }
-
     /// Notes that a source's pipe holds the last of it.
     pub(super) fn writer_gone(&mut self, id: u64) {
         if let Some(source) = self.sources.get_mut(&id) {

@@ -14,20 +14,20 @@ use anyhow::{Context, Result};
 use super::balancer::{self, Choice, Patience, Placement, Slots};
 use super::buffer::Buffer;
 use super::capacity;
-use super::chunk::{Chunk, MARKER_SLOTS, Route};
+use super::chunk::{Chunk, Route};
 use super::shard::{Flushed, Shard};
 use super::source::Source;
 use super::staging::Staging;
 use crate::format::{Body, Marker};
-use crate::os::pipe::{LARGEST, slot};
+use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
 use crate::report;
 use crate::report::progress::Stats;
 use crate::report::times::Times;
 use crate::store::Extent;
 
-/// The fewest slots of a unit.
-const SMALLEST_UNIT: usize = 8;
+/// The slots that the markers of a chunk take.
+const MARKER_SLOTS: usize = 1;
 
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
@@ -67,7 +67,6 @@ pub(super) struct ImageWriter {
     /// The number of the index.
     index: Option<usize>,
     staging: Staging,
-    unit: usize,
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
@@ -82,13 +81,8 @@ impl ImageWriter {
     pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
-        let smallest = smallest.map_or(1, |shard| shard.slots());
         Ok(Self {
-            staging: Staging::new(smallest)?,
-            unit: match shards.len() {
-                1 => (smallest / 4).max(SMALLEST_UNIT) * slot(),
-                _ => LARGEST,
-            },
+            staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
             index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
             origins: vec![CapturingProcess::own(); shards.len()],
             shards,
@@ -101,12 +95,6 @@ impl ImageWriter {
 
     pub(super) fn shards(&self) -> &[Shard] {
         &self.shards
-    }
-
-    /// At multiples of this number of bytes files are cut into chunks. A single shard has room for
-    /// one if it is half empty.
-    pub(super) fn unit(&self) -> usize {
-        self.unit
     }
 
     /// The slots of the staging pipe.
@@ -134,14 +122,14 @@ impl ImageWriter {
         let Some(Placement { shard, slots }) = self.place(among, wanted)? else {
             return Ok(Activity::NoRoom);
         };
-        chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
+        chunk.cut(slots - MARKER_SLOTS, slot());
         if buffer.is_none() && chunk.route != Route::Direct {
             chunk.shorten(self.staging.fill(source, chunk.bytes)?);
         }
         self.name_file(source, shard);
         self.mark(shard, Body::Data(chunk.bytes as u32));
         match buffer {
-            Some(buffer) => self.lend(&buffer.take(chunk.bytes), &chunk, shard)?,
+            Some(buffer) => self.lend(&buffer.take(&chunk), &chunk, shard)?,
             None => self.move_chunk(source, &chunk, shard)?,
         }
         source.given += chunk.bytes;
@@ -154,19 +142,13 @@ impl ImageWriter {
 
     /// Lends memory of the buffer's to a shard. Copied chunks go into its queue, and so does a rest
     /// for which there is no room after all.
-    fn lend(&mut self, extents: &[Extent], chunk: &Chunk, shard: usize) -> Result<()> {
+    fn lend(&mut self, extent: &Extent, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
-        let mut lent = 0;
-        if chunk.route == Route::Lent {
-            let memory: Vec<_> = extents.iter().map(|extent| extent.sealed()).collect();
-            lent = shard.lend(&memory, chunk.slots)?;
-        }
-        for extent in extents {
-            let (_, rest) = extent.bytes().split_at(lent.min(extent.len()));
-            lent -= extent.len() - rest.len();
-            shard.copy_memory(rest)?;
-        }
-        Ok(())
+        let lent = match chunk.route {
+            Route::Lent => shard.lend(extent.sealed(), chunk.slots)?,
+            _ => 0,
+        };
+        shard.copy_memory(&extent.bytes()[lent..])
     }
 
     /// Moves all of a chunk. A rest for which there is no room after all goes into the queue.
@@ -262,9 +244,7 @@ impl ImageWriter {
             self.name_file(source, shard);
             self.mark_end(source, shard);
         }
-        // With one shard, each chunk names its file, so that the number of markers does not depend
-        // on which files' chunks came between.
-        if self.current != Some(source.id) || self.shards.len() == 1 {
+        if self.current != Some(source.id) {
             self.mark(self.index.unwrap_or(shard), Body::File(source.name.clone()));
             self.current = Some(source.id);
             source.is_named = true;
@@ -358,7 +338,7 @@ mod tests {
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
         let mut source = Source::new(name, read, slots, Owner::Criu);
-        let Ready::Chunk(chunk) = source.inspect(usize::MAX, staging, false).unwrap() else {
+        let Ready::Chunk(chunk) = source.inspect(staging).unwrap() else {
             panic!("a full pipe is ready");
         };
         (source, pages, chunk)
@@ -388,7 +368,7 @@ mod tests {
             }
             assert_eq!(image_writer.flush().unwrap(), Flushed::All);
             assert!(arrived.ends_with(&pages[..moved]), "{route:?}");
-            assert!((1..slot() + 100).contains(&(arrived.len() - foreign - moved)));
+            assert!((1..100).contains(&(arrived.len() - foreign - moved)));
         }
     }
 
@@ -421,10 +401,7 @@ mod tests {
         fill();
         source.holds_pages();
         for route in [Route::Direct, Route::Staged] {
-            let Ready::Chunk(chunk) = source
-                .inspect(usize::MAX, image_writer.staging(), false)
-                .unwrap()
-            else {
+            let Ready::Chunk(chunk) = source.inspect(image_writer.staging()).unwrap() else {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);

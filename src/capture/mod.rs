@@ -151,20 +151,18 @@ impl Capture<'_> {
             shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
         }
         let clock = Clock::new(shards.len());
-        let image_writer = ImageWriter::new(shards, self.has_index)?;
-        let unit = image_writer.unit();
         let mut capture = CaptureLoop {
             supervisor,
             listener: Some(self.listener),
             clients: Clients::up_to(1),
             dump: Dump::default(),
             stray_files: StrayFiles::look(self.images_dir),
-            buffer: self.buffer.map(|most| Buffer::new(most, unit)),
+            buffer: self.buffer.map(Buffer::new),
             goes_on_when_copied: self.goes_on_when_copied,
             caller: self.caller,
             called: None,
             leaves_inventory: self.leaves_inventory,
-            image_writer,
+            image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
             file_commands: Vec::new(),
@@ -238,10 +236,6 @@ impl CaptureLoop<'_> {
             // Nothing is left of what CRIU has sent before its hook called.
             if self.called.is_some() && events.is_empty() {
                 self.clients.dismiss();
-            }
-            // Not all kernels tell when more is written to a pipe that holds something.
-            if events.is_empty() && wait != Wait::Now {
-                self.dump.wake_all();
             }
             let heard = self.hear_criu(&events)?;
             let moved = self.move_data()?;
@@ -344,9 +338,6 @@ impl CaptureLoop<'_> {
             wait = Wait::Until(Instant::now() + CHECK_INTERVAL);
         } else if !self.is_frozen {
             wait = wait.or_until(Some(self.stray_files.next_listing()));
-        }
-        if self.dump.open_files() > 0 {
-            wait = wait.or_until(Some(Instant::now() + CHECK_INTERVAL));
         }
         Ok(wait)
     }
@@ -572,14 +563,10 @@ impl CaptureLoop<'_> {
         let mut chunks = 0;
         loop {
             match source
-                .inspect(
-                    self.image_writer.unit(),
-                    self.image_writer.staging(),
-                    chunks > 0,
-                )
+                .inspect(self.image_writer.staging())
                 .with_context(|| format!("capturing {}", source.name))?
             {
-                Ready::Empty | Ready::Held => return Ok(Activity::Idle),
+                Ready::Empty => return Ok(Activity::Idle),
                 Ready::Filling => return Ok(Activity::Busy),
                 Ready::Ended => return self.image_writer.end_file(source),
                 Ready::Chunk(chunk) => {
@@ -612,14 +599,14 @@ impl CaptureLoop<'_> {
                 buffer.skip();
                 continue;
             };
-            let given = match chunk.bytes {
-                0 => self.image_writer.end_file(source)?,
-                _ => self.image_writer.give(source, chunk, Some(buffer))?,
+            let given = match chunk {
+                Some(chunk) => self.image_writer.give(source, chunk, Some(buffer))?,
+                None => self.image_writer.end_file(source)?,
             };
             match given {
                 Activity::NoRoom => return Ok(activity.max(given)),
                 Activity::Complete => {
-                    if chunk.bytes == 0 {
+                    if chunk.is_none() {
                         buffer.skip();
                     }
                     if let Some(source) = self.dump.take(id) {

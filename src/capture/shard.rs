@@ -20,8 +20,7 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 
 use super::balancer::Slots;
-use super::source::LARGEST_COPIED;
-use crate::format::{self, Body, Marker};
+use crate::format::Marker;
 use crate::os::memory::Sealed;
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 use crate::report::meter::Meter;
@@ -130,14 +129,9 @@ impl Shard {
         &self.label
     }
 
-    /// Queues a marker. A large chunk of data begins at a page of the shard.
+    /// Queues a marker.
     pub(super) fn mark(&mut self, marker: Marker) {
-        let start = self.queue.len();
-        let is_large = matches!(marker.body, Body::Data(bytes) if bytes as usize > LARGEST_COPIED);
         marker.encode(&mut self.queue);
-        if is_large {
-            format::pad(&mut self.queue, start, self.meter.bytes());
-        }
     }
 
     /// Writes the queue as far as there is room.
@@ -181,17 +175,17 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// Puts references to memory behind all that is queued, which take this number of slots.
-    /// Returns how many bytes these are: all, if the slots were free.
+    /// Puts references to memory behind all that is queued, which take this number of slots at
+    /// most. Returns how many bytes these are: all, if the slots were free.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn lend(&mut self, memory: &[Sealed], slots: usize) -> Result<usize> {
+    pub(super) fn lend(&mut self, memory: Sealed, slots: usize) -> Result<usize> {
         if self.flush()? == Flushed::Partly {
             return Ok(0);
         }
-        let len: usize = memory.iter().map(|piece| piece.bytes().len()).sum();
-        let lent = pipe::vmsplice(&self.pipe, memory).map_err(|error| self.broken(error))?;
+        let len = memory.bytes().len();
+        let lent = pipe::vmsplice(&self.pipe, &[memory]).map_err(|error| self.broken(error))?;
         let bytes = match lent {
             Moved::Bytes(bytes) => bytes,
             Moved::WouldBlock | Moved::End => 0,
@@ -299,6 +293,7 @@ impl AsFd for Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Body;
     use crate::format::ImageName;
 
     /// xorshift64.

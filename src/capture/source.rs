@@ -2,13 +2,8 @@
 //!
 //! CRIU's small files must be cheap, its page files fast. A pipe keeps its 64 KiB until it has
 //! shown that it carries much; then it gets the most that the kernel allows. A file is moved when
-//! it has ended, when its pipe is half full, or when nothing more came during a nap; otherwise it
-//! is left to fill.
-//!
-//! With one shard, files are cut at multiples of a unit, and less is moved only at a file's end, or
-//! when its writer would have to wait for room (its pipe is full of partial pages). So the same
-//! memory makes the same image, and a store that keeps equal blocks once has next to nothing to add
-//! for the second.
+//! it has ended, when its pipe is half full, or when nothing more came during a nap (its writer is
+//! slow, or the pipe is full of partial pages); otherwise it is left to fill.
 //!
 //! A pipe that holds as many bytes as fit into its slots holds whole pages only. A source that was
 //! once seen so full, and ever since held a multiple of a page, hands over memory, page by page.
@@ -57,8 +52,6 @@ pub(super) enum Ready {
     Empty,
     /// Leave it to fill until after the next nap.
     Filling,
-    /// Leave it until an event comes: it has a part of a unit, and room for more.
-    Held,
     /// It has ended.
     Ended,
 }
@@ -106,9 +99,10 @@ pub(super) struct Source {
 impl Source {
     /// `slots` is the capacity of the pipe.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
-        let is_of_criu = owner == Owner::Criu;
-        let is_pages = is_of_criu && files::is_pages(name.as_str());
-        let framing = is_of_criu.then(|| Framing::of(name.as_str())).flatten();
+        let framing = match owner {
+            Owner::Criu => Framing::of(name.as_str()),
+            Owner::External => None,
+        };
         Self {
             id: 0,
             name,
@@ -124,7 +118,7 @@ impl Source {
             last_seen: 0,
             moved: 0,
             given: 0,
-            whole_pages: is_pages,
+            whole_pages: false,
             framing,
         }
     }
@@ -157,28 +151,18 @@ impl Source {
         self.pipe = None;
     }
 
-    /// Decides which chunk to give to a shard, up to the end of a `unit`. If it `flows`, it has
-    /// given one in this turn. `staging` is the staging pipe's number of slots.
-    pub(super) fn inspect(
-        &mut self,
-        unit: usize,
-        staging: usize,
-        flows: bool,
-    ) -> io::Result<Ready> {
+    /// Decides which chunk to give to a shard. `staging` is the staging pipe's number of slots.
+    pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
         let seen = self.last_seen;
         Ok(match self.look()? {
             Look::Empty => Ready::Empty,
             Look::Ended => Ready::Ended,
             Look::Bytes(available) => {
-                let left = self.left_of(unit);
                 let half_full = available * 2 >= self.slots * slot();
-                let is_enough = self.has_ended || half_full || (flows && available >= left);
-                if !is_enough && available != seen {
-                    Ready::Filling
-                } else if !is_enough && available < left && pipe::has_room(self.pipe()) {
-                    Ready::Held
+                if self.has_ended || half_full || available == seen {
+                    Ready::Chunk(self.chunk(available, staging, slot()))
                 } else {
-                    Ready::Chunk(self.chunk(available, left, staging, slot()))
+                    Ready::Filling
                 }
             }
         })
@@ -204,20 +188,18 @@ impl Source {
         Ok(Look::Bytes(available))
     }
 
-    /// The bytes that are missing from the unit that was begun.
-    pub(super) fn left_of(&self, unit: usize) -> usize {
-        unit - self.moved % unit
-    }
-
-    /// A chunk of what is there, up to the end of a unit. That a file ends with a unit is told by a
-    /// marker of its own, whether or not it is known yet.
-    fn chunk(&self, available: usize, left: usize, staging: usize, slot: usize) -> Chunk {
-        let mut bytes = available.min(left);
-        let pages = bytes.div_ceil(slot);
-        let (route, slots) = if self.framing.as_ref().is_some_and(|it| !it.is_over()) {
-            bytes = bytes.min(staging * slot).min(LARGEST_READ);
-            (Route::Copied, bytes.div_ceil(slot))
-        } else if bytes <= LARGEST_COPIED {
+    fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
+        if self.framing.as_ref().is_some_and(|it| !it.is_over()) {
+            let bytes = available.min(staging * slot).min(LARGEST_READ);
+            return Chunk {
+                bytes,
+                slots: bytes.div_ceil(slot),
+                route: Route::Copied,
+                is_last: self.has_ended && bytes == available,
+            };
+        }
+        let pages = available.div_ceil(slot);
+        let (route, slots) = if available <= LARGEST_COPIED {
             (Route::Copied, pages)
         } else if self.whole_pages {
             (Route::Direct, pages)
@@ -225,10 +207,10 @@ impl Source {
             (Route::Staged, staging.min(self.slots))
         };
         Chunk {
-            bytes,
+            bytes: available,
             slots,
             route,
-            is_last: self.has_ended && bytes == available && bytes < left,
+            is_last: self.has_ended,
         }
     }
 
@@ -306,50 +288,14 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_left_to_fill_until_it_has_no_room() {
+    fn a_source_is_left_to_fill_until_nothing_more_comes() {
         let (mut source, write) = source();
-        assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
-            Ready::Empty
-        );
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Empty);
         pipe::write(&write, b"abc").unwrap();
-        assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
-            Ready::Filling
-        );
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
         pipe::write(&write, b"def").unwrap();
-        assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
-            Ready::Filling
-        );
-        assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
-            Ready::Held
-        );
-        pipe::resize(&write, slot()).unwrap();
-        assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
-            chunk(6, 1, Route::Copied)
-        );
-    }
-
-    #[test]
-    fn a_source_is_held_back_until_a_unit_is_there() {
-        let (mut source, write) = source();
-        let unit = 3 * slot();
-        let page = vec![0; slot()];
-        pipe::write(&write, &page).unwrap();
-        assert_eq!(
-            source.inspect(unit, STAGING, false).unwrap(),
-            Ready::Filling
-        );
-        assert_eq!(source.inspect(unit, STAGING, false).unwrap(), Ready::Held);
-        for _ in 0..3 {
-            pipe::write(&write, &page).unwrap();
-        }
-        let whole = chunk(unit, 3, Route::Copied);
-        assert_eq!(source.inspect(unit, STAGING, true).unwrap(), whole);
-        assert_eq!(source.inspect(unit, STAGING, false).unwrap(), whole);
+        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
+        assert_eq!(source.inspect(STAGING).unwrap(), chunk(6, 1, Route::Copied));
     }
 
     #[test]
@@ -357,7 +303,7 @@ mod tests {
         let (mut source, write) = source();
         pipe::write(&write, b"abc").unwrap();
         source.has_ended = true;
-        let Ready::Chunk(mut chunk) = source.inspect(usize::MAX, STAGING, false).unwrap() else {
+        let Ready::Chunk(mut chunk) = source.inspect(STAGING).unwrap() else {
             panic!("nothing to move");
         };
         assert!(chunk.is_last);
@@ -369,10 +315,10 @@ mod tests {
     fn only_a_large_file_gets_a_large_pipe() {
         let (mut source, write) = source();
         pipe::write(&write, &vec![0; LARGE * slot() - 1]).unwrap();
-        source.inspect(usize::MAX, STAGING, false).unwrap();
+        source.inspect(STAGING).unwrap();
         assert_eq!(pipe::slots(&write).unwrap(), DEFAULT_SLOTS);
         pipe::write(&write, &[0; 1]).unwrap();
-        source.inspect(usize::MAX, STAGING, false).unwrap();
+        source.inspect(STAGING).unwrap();
         assert!(
             pipe::slots(&write).unwrap() > DEFAULT_SLOTS
                 || pipe::grow(&write, pipe::LARGEST).unwrap() == DEFAULT_SLOTS
@@ -384,25 +330,24 @@ mod tests {
         let (mut source, write) = source();
         // Whatever becomes of the pipe, it is looked at as one that has not grown.
         source.is_grown = true;
-        source.whole_pages = false;
         let (full, page) = (DEFAULT_SLOTS * slot(), slot());
         pipe::write(&write, &vec![0; full - page]).unwrap();
         assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
+            source.inspect(STAGING).unwrap(),
             chunk(full - page, DEFAULT_SLOTS, Route::Staged)
         );
         assert_eq!(
-            source.inspect(usize::MAX, 8, false).unwrap(),
+            source.inspect(8).unwrap(),
             chunk(full - page, 8, Route::Staged)
         );
         pipe::write(&write, &vec![0; page]).unwrap();
         assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
+            source.inspect(STAGING).unwrap(),
             chunk(full, DEFAULT_SLOTS, Route::Direct)
         );
         pipe::read(source.pipe(), &mut [0; 10]).unwrap();
         assert_eq!(
-            source.inspect(usize::MAX, STAGING, false).unwrap(),
+            source.inspect(STAGING).unwrap(),
             chunk(full - 10, DEFAULT_SLOTS, Route::Staged)
         );
     }

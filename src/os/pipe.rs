@@ -210,14 +210,6 @@ pub(crate) fn is_full(pipe: &WriteEnd) -> io::Result<bool> {
     Ok(poll(pipe, PollFlags::POLLOUT, PollTimeout::ZERO)?.is_empty())
 }
 
-/// True if a pipe has a free slot; false also where another user's pipe does not tell.
-pub(crate) fn has_room(pipe: &ReadEnd) -> bool {
-    let path = format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd());
-    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    open(path.as_str(), flags, Mode::empty())
-        .is_ok_and(|write| room(write).is_ok_and(|bytes| bytes > 0))
-}
-
 /// The capacity of a pipe in slots.
 ///
 /// # Errors
