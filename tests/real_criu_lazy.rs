@@ -139,7 +139,7 @@ fn an_application_that_is_restored_stopped_has_its_memory_first() {
 fn a_zombie_and_its_parent_come_back() {
     let Some(machine) = machine() else { return };
     let script = format!(
-        "setsid bash -c 'true & exec sleep 1000' </dev/null &>/dev/null & PID=$!
+        "setsid bash -c 'sleep 0.5 & exec sleep 1000' </dev/null &>/dev/null & PID=$!
          until ps --ppid $PID -o stat= | grep -q Z; do sleep 0.05; done
          {CAPTURE}
          wait $PID || true
