@@ -105,7 +105,7 @@ deb: build
 	mv $(ROOT)/usr/share/zsh/site-functions $(ROOT)/usr/share/zsh/vendor-completions
 	gzip -9n $(ROOT)/usr/share/man/man1/criu-image-streamer.1
 	install -D -m 644 LICENSE $(ROOT)/usr/share/doc/criu-image-streamer/copyright
-	install -D -m 644 -t $(ROOT)/usr/share/doc/criu-image-streamer/docs docs/*.md
+	install -D -m 644 -t $(ROOT)/usr/share/doc/criu-image-streamer/docs docs/*.md docs/*.svg
 	install -m 644 -t $(ROOT)/usr/share/doc/criu-image-streamer README.md
 	strip --strip-unneeded $(ROOT)/usr/bin/criu-image-streamer
 	mkdir $(ROOT)/DEBIAN

@@ -278,6 +278,7 @@ fn the_debian_package_holds_the_same() {
         "share/doc/criu-image-streamer/docs/protocol.md",
         "share/doc/criu-image-streamer/docs/recipes.md",
         "share/doc/criu-image-streamer/docs/reference.md",
+        "share/doc/criu-image-streamer/docs/timelines.svg",
     ];
     assert_files(&tree.path().join("usr"), &expected);
     assert_runs(&tree.path().join("usr/bin/criu-image-streamer"));
