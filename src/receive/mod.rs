@@ -276,7 +276,13 @@ impl<'a, I: Image> Receiver<'a, I> {
             let index = event.id as usize;
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Shard => self.busy[index] = true,
+                // A shard of an earlier image brings events for as long as a process that is being
+                // started has it open, too.
+                Watched::Shard => {
+                    if let Some(busy) = self.busy.get_mut(index) {
+                        *busy = true;
+                    }
+                }
                 Watched::External => self.outlets().transfers().made_room(event.id, false),
                 _ => {}
             }
