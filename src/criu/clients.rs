@@ -35,6 +35,8 @@ pub struct AskedFor {
     pub cpuinfo: bool,
     /// The option with which the application's memory stays out of the stream.
     pub memory_elsewhere: Option<&'static str>,
+    /// A restore whose memory is filled in afterwards.
+    pub lazy_pages: bool,
 }
 
 /// CRIU's options with which the application's memory stays out of the stream.
@@ -60,6 +62,7 @@ impl AskedFor {
         Self {
             cpuinfo: arguments_in(command_line).any(|argument| argument == b"cpuinfo"),
             memory_elsewhere: arguments_in(command_line).find_map(option),
+            lazy_pages: arguments_in(command_line).any(|it| it.starts_with(b"--lazy")),
         }
     }
 }
@@ -287,6 +290,7 @@ mod tests {
     fn a_command_line_tells_what_criu_was_asked_for() {
         let asked_for = |line: &str| AskedFor::by(line.replace(' ', "\0").as_bytes());
         assert!(asked_for("criu cpuinfo dump --stream").cpuinfo);
+        assert!(asked_for("criu restore --stream --lazy-pages").lazy_pages);
         for (line, option) in [
             ("criu dump --lazy-pages --stream", "--lazy-pages"),
             ("criu dump --stream --lazy", "--lazy-pages"),

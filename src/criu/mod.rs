@@ -26,7 +26,7 @@ pub(crate) mod hook_caller;
 mod listener;
 pub(crate) mod messages;
 
-pub(crate) use clients::Clients;
+pub(crate) use clients::{AskedFor, Clients};
 pub use connection::{Connection, Message, Receipt, proto};
 pub(crate) use listener::listen;
 pub use listener::{Listener, Role};

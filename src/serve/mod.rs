@@ -17,12 +17,11 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::criu::files;
-use crate::criu::{Clients, Connection, Listener, Message};
+use crate::criu::{AskedFor, Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::lazy::LazyMemory;
 use crate::os::pipe::WriteEnd;
 use crate::os::poller::{Event, Interest, Wait, Watched};
-use crate::os::process::{arguments_in, command_line_of};
 use crate::pace::Activity;
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
@@ -233,6 +232,7 @@ impl<'a> Server<'a> {
             ..
         } = self;
         let mut prepared = Ok(());
+        let asked_for = clients.asked_for(client);
         let mut opened = Vec::new();
         let answered = clients.next_requests(
             client,
@@ -241,7 +241,7 @@ impl<'a> Server<'a> {
             {
                 Message::Request(name) => {
                     if prepared.is_ok() {
-                        prepared = prepare(lazy.as_mut(), connection, &name);
+                        prepared = prepare(lazy.as_mut(), connection, asked_for, &name);
                     }
                     if prepared.is_err() {
                         return Ok(false);
@@ -287,23 +287,22 @@ impl<'a> Server<'a> {
 }
 
 /// Prepares for the memory that the CRIU of this connection leaves to be filled in, if it does.
-fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -> Result<()> {
-    let peer = getsockopt(connection, PeerCredentials).context("asking who asks")?;
-    let criu = peer.pid();
-    match lazy {
-        Some(lazy) => lazy.before_file(criu, file),
-        // Only its command line shows it, if at all; later it looks for its daemon, and fails.
-        None if file == files::INVENTORY => {
-            let command_line = command_line_of(criu as u32);
-            let is_lazy = |argument: &[u8]| argument.starts_with(b"--lazy");
-            ensure!(
-                !arguments_in(&command_line).any(is_lazy),
-                "`criu restore` runs with --lazy-pages: give `serve` the same option"
-            );
-            Ok(())
-        }
-        None => Ok(()),
+fn prepare(
+    lazy: Option<&mut LazyMemory>,
+    connection: &Connection,
+    asked_for: AskedFor,
+    file: &str,
+) -> Result<()> {
+    if let Some(lazy) = lazy {
+        let peer = getsockopt(connection, PeerCredentials).context("asking who asks")?;
+        return lazy.before_file(peer.pid(), file);
     }
+    // Only its command line shows it, if at all; later it looks for its daemon, and fails.
+    ensure!(
+        file != files::INVENTORY || !asked_for.lazy_pages,
+        "`criu restore` runs with --lazy-pages: give `serve` the same option"
+    );
+    Ok(())
 }
 
 /// The name of a file that can be sent.
