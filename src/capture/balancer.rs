@@ -111,13 +111,14 @@ pub(super) fn choose<S: Slots>(shards: &mut [S], wanted: usize) -> io::Result<Ch
     })
 }
 
-/// The most slots of a chunk and its markers: few as long as the shards have got little.
+/// The most slots of a chunk and its markers: few as long as the shards have got little. With an
+/// eighth of the mean, 100 MB over 16 `lz4` were up to 1.28 times the mean.
 fn most_slots<S: Slots>(shards: &[S]) -> usize {
     if let [_] = shards {
         return usize::MAX;
     }
     let mean = shards.iter().map(S::given).sum::<u64>() / shards.len() as u64;
-    1 + (mean / 8).max(64 * KIB) as usize / slot()
+    1 + (mean / 16).max(64 * KIB) as usize / slot()
 }
 
 /// The most bytes that a shard may have got while several others have got far less. The one with
@@ -129,7 +130,7 @@ fn most_without_others<S: Slots>(shards: &[S]) -> u64 {
         0..=2 => total / 2,
         count => (total - fewest) / (count - 1),
     };
-    usual + usual / 8 + 256 * KIB
+    usual + usual / 16 + 256 * KIB
 }
 
 /// The most bytes that a shard may have got and not be ahead: some more than the one with the
@@ -387,7 +388,7 @@ mod tests {
                 is_far: false,
             };
             assert_eq!(beside_full(free, 43), ahead);
-            assert_eq!(beside_full(free, 47), ahead);
+            assert_eq!(beside_full(free, 45), ahead);
         }
     }
 
@@ -436,9 +437,24 @@ mod tests {
     /// Readers of these speeds, in slots for each millisecond, of which some begin after a time,
     /// and a source of so many MiB: when all of it was given, in ms, and the bytes of each shard.
     fn simulate(speeds: &[usize], late: &[u64], mib: u64) -> (u64, Vec<u64>) {
+        simulate_readers(speeds.len(), mib, |milli, shards| {
+            for (index, (shard, speed)) in shards.iter_mut().zip(speeds).enumerate() {
+                if late.get(index).is_none_or(|&late| milli >= late) {
+                    shard.real = (shard.real + speed).min(shard.slots);
+                }
+            }
+        })
+    }
+
+    /// Readers that do this in each millisecond.
+    fn simulate_readers(
+        count: usize,
+        mib: u64,
+        mut read: impl FnMut(u64, &mut [Fake]),
+    ) -> (u64, Vec<u64>) {
         let start = Instant::now();
         let mut patience = Patience::default();
-        let mut shards = vec![Fake::new(256, 256).given(0); speeds.len()];
+        let mut shards = vec![Fake::new(256, 256).given(0); count];
         let mut left = mib * MIB;
         for milli in 0.. {
             let now = start + Duration::from_millis(milli);
@@ -467,11 +483,7 @@ mod tests {
             if left == 0 {
                 return (milli, shards.iter().map(|shard| shard.given).collect());
             }
-            for (index, (shard, speed)) in shards.iter_mut().zip(speeds).enumerate() {
-                if late.get(index).is_none_or(|&late| milli >= late) {
-                    shard.real = (shard.real + speed).min(shard.slots);
-                }
-            }
+            read(milli, &mut shards);
         }
         unreachable!("some shard takes something")
     }
@@ -495,6 +507,29 @@ mod tests {
             let (_, given) = simulate(&vec![60; count], &[], 96);
             assert!(largest_over_mean(&given) < 1.15, "{given:?}");
         }
+    }
+
+    #[test]
+    fn small_images_are_even_over_compressors_that_take_blocks_by_turns() {
+        // Of 4 MiB, for 12 ms of one of two processors, one compressor after the other.
+        let mut blocks = [0; 16];
+        let mut left = [0; 16];
+        let (_, given) = simulate_readers(16, 96, |_, shards| {
+            for ((shard, block), left) in shards.iter_mut().zip(&mut blocks).zip(&mut left) {
+                if *left > 0 {
+                    continue;
+                }
+                let taken = (shard.slots - shard.real).min(1024 - *block);
+                shard.real += taken;
+                *block += taken;
+                if *block == 1024 {
+                    (*block, *left) = (0, 12);
+                }
+            }
+            let busy = left.iter_mut().filter(|left| **left > 0);
+            busy.take(2).for_each(|left| *left -= 1);
+        });
+        assert!(largest_over_mean(&given) < 1.2, "{given:?}");
     }
 
     #[test]
