@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 
 pub use crate::criu::proto::ImgStreamerRequestEntry;
-use crate::criu::{Connection, Message, Receipt};
+use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 pub use crate::format::proto::{Marker, marker};
 use crate::listen_ports::{self, Remap};
@@ -66,7 +66,7 @@ pub struct CriuMessages(Connection);
 
 impl CriuMessages {
     pub fn new(socket: OwnedFd) -> Self {
-        Self(Connection::new(socket, "the fuzzer".into()))
+        Self(Connection::new(socket).expect("it is a UNIX socket"))
     }
 
     /// Appends the names that were requested since the last call. Each request is answered, as on
@@ -79,22 +79,19 @@ impl CriuMessages {
         exists: Option<fn(&str) -> bool>,
         requests: &mut Vec<String>,
     ) -> Result<()> {
-        loop {
-            let receipt = self.0.receive()?;
-            while let Some(message) = self.0.next_message()? {
-                let Message::Request(name) = message else {
-                    continue;
-                };
-                match exists {
-                    Some(exists) => self.0.reply(exists(&name))?,
-                    None => self.0.expect_descriptor(),
-                }
-                requests.push(name);
-            }
-            if receipt != Receipt::Something {
+        let file = || ImageName::new("file").expect("it is a name");
+        self.0.hear(usize::MAX, |connection, message| {
+            let Message::Request(name) = message else {
                 return Ok(());
+            };
+            match exists {
+                Some(exists) => connection.reply(exists(&name).then(file))?,
+                None => connection.expect_pipe(file()),
             }
-        }
+            requests.push(name);
+            Ok(())
+        })?;
+        Ok(())
     }
 }
 

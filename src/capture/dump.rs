@@ -37,25 +37,19 @@ pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
     Ok(Source::new(name, pipe, slots, Owner::External))
 }
 
-/// Takes what CRIU says: the name of a file, which is kept in `requested`, and then its pipe, which
-/// makes a source of the two.
+/// Takes what CRIU says: the name of a file, and then its pipe, which makes a source of the two.
 pub(super) fn file_of_criu(
     connection: &mut Connection,
-    requested: &mut Option<ImageName>,
     message: Message,
 ) -> Result<Option<Source>> {
     match message {
         Message::Request(name) => {
             let name = ImageName::new(&name)
                 .with_context(|| format!("{} sent a file named {name:?}", connection.peer()))?;
-            *requested = Some(name);
-            connection.expect_descriptor();
+            connection.expect_pipe(name);
             Ok(None)
         }
-        Message::Descriptor(fd) => {
-            let name = requested
-                .take()
-                .context("a descriptor came without a name")?;
+        Message::Pipe(name, fd) => {
             let (pipe, slots) = ReadEnd::measured(fd).with_context(|| {
                 format!("{} sent something wrong for {name}", connection.peer())
             })?;

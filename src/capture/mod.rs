@@ -40,7 +40,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
-use crate::criu::{Clients, Connection, Listener, hook_caller};
+use crate::criu::{Clients, CommandLine, Connection, Listener, hook_caller};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
 use crate::os::pipe::{ReadEnd, WriteEnd};
@@ -382,8 +382,9 @@ impl CaptureLoop<'_> {
         if self.dump.open_files() >= self.most_open {
             return Ok(Activity::NoRoom);
         }
-        let asked_for = self.clients.asked_for(id);
-        if let Some(option) = asked_for.memory_elsewhere {
+        let command_line = self.clients.command_line(id);
+        let is_of_cpuinfo = command_line.is_some_and(CommandLine::is_of_cpuinfo);
+        if let Some(option) = command_line.and_then(CommandLine::memory_elsewhere) {
             bail!(
                 "capturing the image: CRIU was given {option}, so the application's memory stays out of the stream, and the image can never be whole; dump without that option"
             );
@@ -393,19 +394,19 @@ impl CaptureLoop<'_> {
         let taken = self.clients.next_requests(
             id,
             CALLS_PER_TURN,
-            |connection: &mut Connection, requested: &mut Option<ImageName>, message| {
+            |connection: &mut Connection, message| {
                 if let Some(caller) = hook_caller::call_in(&message) {
                     call = Some(caller.to_owned());
                     return Ok(false);
                 }
-                let source = dump::file_of_criu(connection, requested, message)?;
+                let source = dump::file_of_criu(connection, message)?;
                 let is_open = source.is_some();
                 opened.extend(source);
                 Ok(is_open)
             },
         );
         let mut activity = Activity::Idle;
-        self.dump.expect_cpuinfo(asked_for.cpuinfo);
+        self.dump.expect_cpuinfo(is_of_cpuinfo);
         for source in opened {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;

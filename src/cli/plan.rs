@@ -14,8 +14,8 @@ use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
 use super::{Args, BufferSize, Command, StoredAs};
-use crate::criu::Role;
-use crate::criu::hook_caller::{self, Caller};
+use crate::criu::hook_caller::Caller;
+use crate::criu::{CommandLine, Role};
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
@@ -140,7 +140,7 @@ fn split(command: Command) -> (Action, Vec<OsString>) {
 /// The command that runs CRIU; `None` where there are no words.
 fn criu_command(words: Vec<OsString>) -> Option<CriuCommand> {
     let line: Vec<_> = words.iter().map(|word| word.as_bytes()).collect();
-    let lets_live = hook_caller::lets_live(&line.join(&0));
+    let lets_live = CommandLine(line.join(&0)).lets_live();
     CriuCommand::new(words, lets_live)
 }
 

@@ -120,7 +120,10 @@ fn start() -> Result<()> {
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
     let directory = images_dir_of(&caller)?;
-    let enough = caller.lets_live().then_some(Milestone::MemoryCopied);
+    let enough = caller
+        .command_line()
+        .lets_live()
+        .then_some(Milestone::MemoryCopied);
     let streamer = caller.call(&directory).context(NO_ANSWER)?;
     outcome::hear(streamer, enough)
 }
@@ -136,7 +139,7 @@ fn options_dir() -> PathBuf {
 /// to be restored: it is started only where a command line says so.
 fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
     let has_options = |role: Role| options_dir.join(role.file_name(OPTIONS)).exists();
-    match caller.role() {
+    match caller.command_line().role() {
         Some(role) => Ok(role),
         None if has_options(Role::Serve) && !has_options(Role::Capture) => Ok(Role::Serve),
         None => bail!(
@@ -149,7 +152,7 @@ fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
 fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role) -> Result<Plan> {
     // It would not ask how the streamer ended.
     ensure!(
-        !caller.takes_no_dump(),
+        !caller.command_line().takes_no_dump(),
         "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
     );
     let images_dir = caller.images_dir();

@@ -15,100 +15,22 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
 
-use super::{Connection, Listener, Message, Receipt};
-use crate::format::ImageName;
+use super::{CommandLine, Connection, Listener, Message, Receipt};
 use crate::os::poller::{Interest, Poller, Watched};
-use crate::os::process::{arguments_in, command_line_of};
 use crate::report;
 
 /// The time to go on listening after a client that asked for nothing has left.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// CRIU's task, as far as its command line showed it when it connected. Under RPC, in another PID
-/// namespace, and once CRIU has ended it shows nothing; nothing is assumed then.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct AskedFor {
-    /// cpuinfo.img alone.
-    pub cpuinfo: bool,
-    /// The option with which the application's memory stays out of the stream.
-    pub memory_elsewhere: Option<&'static str>,
-    /// A restore whose memory is filled in afterwards.
-    pub lazy_pages: bool,
-}
-
-/// CRIU's options with which the application's memory stays out of the stream.
-const MEMORY_ELSEWHERE: [&str; 3] = ["--lazy-pages", "--page-server", "--prev-images-dir"];
-
-/// Bytes of an option that distinguish it from all others.
-const MIN_OPTION: usize = "--lazy".len();
-
-impl AskedFor {
-    fn of(connection: &Connection) -> Self {
-        let peer = getsockopt(connection, PeerCredentials).ok();
-        Self::by(&peer.map_or_else(Vec::new, |peer| command_line_of(peer.pid() as u32)))
-    }
-
-    /// CRIU takes the beginning of an option for the option.
-    fn by(command_line: &[u8]) -> Self {
-        let option = |argument: &[u8]| {
-            let name = argument.split(|&byte| byte == b'=').next()?;
-            let is_meant = |option: &&&str| option.as_bytes().starts_with(name);
-            let option = MEMORY_ELSEWHERE.iter().find(is_meant);
-            option.copied().filter(|_| name.len() >= MIN_OPTION)
-        };
-        Self {
-            cpuinfo: arguments_in(command_line).any(|argument| argument == b"cpuinfo"),
-            memory_elsewhere: arguments_in(command_line).find_map(option),
-            lazy_pages: arguments_in(command_line).any(|it| it.starts_with(b"--lazy")),
-        }
-    }
-}
-
-struct Client {
-    connection: Connection,
-    /// The file that it asked for and has not sent a descriptor for yet.
-    requested: Option<ImageName>,
-    has_spoken: bool,
-    asked_for: AskedFor,
-}
-
-impl Client {
-    fn is_between_requests(&self) -> bool {
-        self.requested.is_none() && !self.connection.is_within_message()
-    }
-
-    /// Answers what has come, in up to `turn` system calls.
-    fn hear(
-        &mut self,
-        turn: usize,
-        has_spoken: &mut bool,
-        answer: &mut impl FnMut(&mut Connection, &mut Option<ImageName>, Message) -> Result<bool>,
-    ) -> Result<Receipt> {
-        for _ in 0..turn {
-            let receipt = self.connection.receive()?;
-            while let Some(message) = self.connection.next_message()? {
-                *has_spoken |= answer(&mut self.connection, &mut self.requested, message)?;
-            }
-            if receipt != Receipt::Something {
-                return Ok(receipt);
-            }
-        }
-        Ok(Receipt::Something)
-    }
-}
-
-/// All clients, each with what it asked for last.
+/// All clients.
 pub struct Clients {
-    clients: HashMap<u64, Client>,
+    clients: HashMap<u64, Connection>,
     next_id: u64,
     /// How many may ask for files.
     most: usize,
-    /// How many have asked for files, and how many of these are connected.
+    /// How many have asked for files.
     spoken: usize,
-    speaking: usize,
     /// When the wait for another client is over, and why.
     give_up: Option<(Instant, &'static str)>,
 }
@@ -121,7 +43,6 @@ impl Clients {
             next_id: 0,
             most,
             spoken: 0,
-            speaking: 0,
             give_up: None,
         }
     }
@@ -138,21 +59,14 @@ impl Clients {
                 .add(&connection, kind, id, Interest::Readable)
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
-            let client = Client {
-                asked_for: AskedFor::of(&connection),
-                connection,
-                requested: None,
-                has_spoken: false,
-            };
-            self.clients.insert(id, client);
+            self.clients.insert(id, connection);
         }
         Ok(())
     }
 
-    /// The task of a client; nothing of one that has left.
-    pub fn asked_for(&self, id: u64) -> AskedFor {
-        let client = self.clients.get(&id);
-        client.map_or_else(AskedFor::default, |client| client.asked_for)
+    /// The command line of a client, unless it has left.
+    pub(crate) fn command_line(&self, id: u64) -> Option<&CommandLine> {
+        self.clients.get(&id).map(Connection::command_line)
     }
 
     /// No client is connected.
@@ -167,7 +81,7 @@ impl Clients {
 
     /// Clients have asked for files, and all of these are gone.
     pub fn all_gone(&self) -> bool {
-        self.spoken > 0 && self.speaking == 0
+        self.spoken > 0 && !self.clients.values().any(|client| client.has_spoken)
     }
 
     /// The command that runs CRIU, which has `ended`, if no client has asked for a file. One may
@@ -184,14 +98,13 @@ impl Clients {
     /// Ends all conversations: nothing more is to come.
     pub fn dismiss(&mut self) {
         self.clients.clear();
-        self.speaking = 0;
     }
 
     /// Takes the connection of a client that has asked for no file, to go on with it elsewhere.
     pub(crate) fn take(&mut self, id: u64, poller: &Poller) -> Option<OwnedFd> {
         let client = self.clients.remove(&id)?;
-        poller.remove(&client.connection);
-        Some(client.connection.into())
+        poller.remove(&client);
+        Some(client.into())
     }
 
     /// Closes the connections that have asked for no file.
@@ -223,34 +136,33 @@ impl Clients {
         &mut self,
         id: u64,
         turn: usize,
-        mut answer: impl FnMut(&mut Connection, &mut Option<ImageName>, Message) -> Result<bool>,
+        mut answer: impl FnMut(&mut Connection, Message) -> Result<bool>,
     ) -> Result<()> {
         let Some(client) = self.clients.get_mut(&id) else {
             return Ok(());
         };
-        let mut has_spoken = client.has_spoken;
-        let heard = client.hear(turn, &mut has_spoken, &mut answer);
-        if has_spoken && !client.has_spoken {
-            client.has_spoken = true;
-            self.spoken += 1;
-            self.speaking += 1;
-            ensure!(
-                self.spoken <= self.most,
-                "{} sends files too: two dumps in one image would mix their files; give each its own streamer",
-                client.connection.peer()
-            );
-        }
-        let is_between = client.is_between_requests();
+        let had_spoken = client.has_spoken;
+        let heard = client.hear(turn, |client, message| {
+            client.has_spoken |= answer(client, message)?;
+            Ok(())
+        });
+        let has_spoken = client.has_spoken;
+        self.spoken += usize::from(has_spoken && !had_spoken);
+        ensure!(
+            self.spoken <= self.most,
+            "{} sends files too: two dumps in one image would mix their files; give each its own streamer",
+            client.peer()
+        );
         let error = match heard {
-            Ok(Receipt::Closed) if is_between || !has_spoken => None,
-            Ok(Receipt::Closed) => Some(anyhow!(
+            Ok(Receipt::Closed) if has_spoken && client.is_within_request() => Some(anyhow!(
                 "{} went away in the middle of a request: it was killed, or crashed",
-                client.connection.peer()
+                client.peer()
             )),
+            Ok(Receipt::Closed) => None,
             Ok(_) => return Ok(()),
             Err(error) => Some(error),
         };
-        self.remove(id);
+        self.clients.remove(&id);
         match error {
             Some(error) if has_spoken => return Err(error),
             Some(error) => report::warn(format_args!("dropped a client: {error:#}")),
@@ -274,33 +186,5 @@ impl Clients {
 
     fn give_up_after_grace(&mut self, why: &'static str) {
         self.give_up = Some((Instant::now() + RECONNECT_TIMEOUT, why));
-    }
-
-    fn remove(&mut self, id: u64) {
-        let gone = self.clients.remove(&id);
-        self.speaking -= usize::from(gone.is_some_and(|client| client.has_spoken));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_command_line_tells_what_criu_was_asked_for() {
-        let asked_for = |line: &str| AskedFor::by(line.replace(' ', "\0").as_bytes());
-        assert!(asked_for("criu cpuinfo dump --stream").cpuinfo);
-        assert!(asked_for("criu restore --stream --lazy-pages").lazy_pages);
-        for (line, option) in [
-            ("criu dump --lazy-pages --stream", "--lazy-pages"),
-            ("criu dump --stream --lazy", "--lazy-pages"),
-            ("criu dump --stream --page-server", "--page-server"),
-            ("criu dump --prev-images-dir=a", "--prev-images-dir"),
-        ] {
-            assert_eq!(asked_for(line).memory_elsewhere, Some(option), "{line}");
-        }
-        for line in ["", "criu dump --stream -t 7 --", "criu swrk 3"] {
-            assert_eq!(asked_for(line), AskedFor::default(), "{line:?}");
-        }
     }
 }

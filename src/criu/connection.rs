@@ -13,6 +13,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use prost::Message as _;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
@@ -24,6 +26,8 @@ pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/criu.rs"));
 }
 
+use super::CommandLine;
+use crate::format::ImageName;
 use proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
 
 /// A message's length field, in bytes.
@@ -54,32 +58,44 @@ pub enum Receipt {
 pub enum Message {
     /// It opens the file of this name (unchecked).
     Request(String),
-    /// The descriptor that belongs to the request before.
-    Descriptor(OwnedFd),
+    /// The pipe of the file that it opened before.
+    Pipe(ImageName, OwnedFd),
 }
 
 /// A peer that was let in.
 #[derive(Debug)]
 pub struct Connection {
     peer: String,
+    pid: i32,
+    command_line: CommandLine,
     received: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
     /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the
     /// connection knows that nothing of it is kept.
     stream: OwnedFd,
-    expects_descriptor: bool,
+    /// The file whose pipe comes next.
+    requested: Option<ImageName>,
+    /// A file was opened over it.
+    pub(super) has_spoken: bool,
 }
 
 impl Connection {
-    /// Speaks over `stream` (non-blocking) with a peer that error messages call `peer`.
-    pub fn new(stream: OwnedFd, peer: String) -> Self {
-        Self {
-            peer,
+    /// Speaks over `stream` (non-blocking).
+    ///
+    /// # Errors
+    /// When it is no UNIX socket.
+    pub fn new(stream: OwnedFd) -> Result<Self> {
+        let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
+        Ok(Self {
+            peer: format!("process {} (user {})", peer.pid(), peer.uid()),
+            pid: peer.pid(),
+            command_line: CommandLine::of(peer.pid() as u32),
             received: Vec::new(),
             descriptors: VecDeque::new(),
             stream,
-            expects_descriptor: false,
-        }
+            requested: None,
+            has_spoken: false,
+        })
     }
 
     /// The peer's name in messages.
@@ -87,12 +103,43 @@ impl Connection {
         &self.peer
     }
 
+    /// The peer's PID.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The peer's command line when it connected.
+    pub(crate) fn command_line(&self) -> &CommandLine {
+        &self.command_line
+    }
+
+    /// Gives what comes to `answer`, in up to `turn` system calls.
+    ///
+    /// # Errors
+    /// Those of `answer`, and when the peer does not keep to the protocol.
+    pub fn hear(
+        &mut self,
+        turn: usize,
+        mut answer: impl FnMut(&mut Self, Message) -> Result<()>,
+    ) -> Result<Receipt> {
+        for _ in 0..turn {
+            let receipt = self.receive()?;
+            while let Some(message) = self.next_message()? {
+                answer(self, message)?;
+            }
+            if receipt != Receipt::Something {
+                return Ok(receipt);
+            }
+        }
+        Ok(Receipt::Something)
+    }
+
     /// Takes what waits in the socket, as far as one system call does: bytes, and the descriptors
     /// that came with them, close-on-exec.
     ///
     /// # Errors
     /// When `recvmsg` fails, and when the kernel dropped descriptors for which there was no room.
-    pub fn receive(&mut self) -> Result<Receipt> {
+    fn receive(&mut self) -> Result<Receipt> {
         let mut buffer = [0; READ_SIZE];
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let mut space = [MaybeUninit::uninit(); CONTROL_SIZE];
@@ -125,13 +172,12 @@ impl Connection {
     ///
     /// # Errors
     /// When the peer does not keep to the protocol.
-    pub fn next_message(&mut self) -> Result<Option<Message>> {
-        if self.expects_descriptor {
-            if self.received.is_empty() {
-                return Ok(None);
-            }
+    fn next_message(&mut self) -> Result<Option<Message>> {
+        if self.requested.is_some() && self.received.is_empty() {
+            return Ok(None);
+        }
+        if let Some(name) = self.requested.take() {
             self.received.remove(0);
-            self.expects_descriptor = false;
             let fd = self.descriptors.pop_front();
             let fd = fd.with_context(|| {
                 format!("{} sent a byte where it had to send a pipe", self.peer)
@@ -141,7 +187,7 @@ impl Connection {
                 "{} sent several descriptors where it had to send one pipe",
                 self.peer
             );
-            return Ok(Some(Message::Descriptor(fd)));
+            return Ok(Some(Message::Pipe(name, fd)));
         }
         let Some(field) = self.received.first_chunk::<LENGTH>() else {
             return self.nothing_yet();
@@ -173,22 +219,23 @@ impl Connection {
         Ok(None)
     }
 
-    /// True if a part of a message was received, or a reply's descriptor is still to come.
-    pub fn is_within_message(&self) -> bool {
-        self.expects_descriptor || !self.received.is_empty()
+    /// True if a part of a message was received, or a file's pipe is still to come.
+    pub(super) fn is_within_request(&self) -> bool {
+        self.requested.is_some() || !self.received.is_empty()
     }
 
-    /// The next thing to come is a descriptor.
-    pub fn expect_descriptor(&mut self) {
-        self.expects_descriptor = true;
+    /// The next thing to come is the pipe of this file.
+    pub fn expect_pipe(&mut self, name: ImageName) {
+        self.requested = Some(name);
     }
 
-    /// Answers a request on restore. If the file exists, the pipe for it comes next.
+    /// Answers a request on restore: with the file, if it exists. Its pipe comes next.
     ///
     /// # Errors
     /// When the peer is gone, or takes no answers. CRIU waits for each answer before it asks again,
     /// so that the socket always has room for one.
-    pub fn reply(&mut self, exists: bool) -> Result<()> {
+    pub fn reply(&mut self, file: Option<ImageName>) -> Result<()> {
+        let exists = file.is_some();
         let message = frame(&ImgStreamerReplyEntry { exists });
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let sent = retry_on_intr(|| send(&self.stream, &message, flags))
@@ -198,7 +245,7 @@ impl Connection {
             "answering {}: it does not read the answers",
             self.peer
         );
-        self.expects_descriptor = exists;
+        self.requested = file;
         Ok(())
     }
 }

@@ -13,8 +13,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::socket::sockopt::PeerCredentials;
-use nix::sys::socket::{Shutdown, getsockopt, shutdown};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::{Mode, umask};
 
 use super::Connection;
@@ -108,9 +107,7 @@ impl Listener {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error).context("accepting CRIU's connection"),
         };
-        let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
-        let peer = format!("process {} (user {})", peer.pid(), peer.uid());
-        Ok(Some(Connection::new(stream.into(), peer)))
+        Connection::new(stream.into()).map(Some)
     }
 }
 

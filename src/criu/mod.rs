@@ -15,10 +15,11 @@
 //! go on.
 //!
 //! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`hook_caller`] is a CRIU that
-//! has started this program. [`files`] knows image files by name, [`framing`] by their
+//! has started this program, and [`CommandLine`] shows what a CRIU is at. [`files`] knows image files by name, [`framing`] by their
 //! bytes, and [`messages`] takes them apart.
 
 mod clients;
+mod command_line;
 mod connection;
 pub(crate) mod files;
 pub(crate) mod framing;
@@ -26,7 +27,8 @@ pub(crate) mod hook_caller;
 mod listener;
 pub(crate) mod messages;
 
-pub(crate) use clients::{AskedFor, Clients};
+pub(crate) use clients::Clients;
+pub(crate) use command_line::CommandLine;
 pub use connection::{Connection, Message, Receipt, proto};
 pub(crate) use listener::listen;
 pub use listener::{Listener, Role};

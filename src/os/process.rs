@@ -122,16 +122,6 @@ pub(crate) fn go_on_in_background(log: OwnedFd, work: impl FnOnce() -> u8) -> Re
     Ok(())
 }
 
-/// The command line of a process, with a NUL behind each argument; empty where it cannot be read.
-pub(crate) fn command_line_of(pid: u32) -> Vec<u8> {
-    std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()
-}
-
-/// The arguments of a command line.
-pub(crate) fn arguments_in(command_line: &[u8]) -> impl Iterator<Item = &[u8]> {
-    command_line.split(|&byte| byte == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

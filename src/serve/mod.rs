@@ -13,11 +13,9 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Error, Result, bail, ensure};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::criu::files;
-use crate::criu::{AskedFor, Clients, Connection, Listener, Message};
+use crate::criu::{Clients, Connection, Listener, Message};
 use crate::format::ImageName;
 use crate::lazy::LazyMemory;
 use crate::os::pipe::WriteEnd;
@@ -232,30 +230,26 @@ impl<'a> Server<'a> {
             ..
         } = self;
         let mut prepared = Ok(());
-        let asked_for = clients.asked_for(client);
         let mut opened = Vec::new();
         let answered = clients.next_requests(
             client,
             TURN,
-            |connection: &mut Connection, requested: &mut Option<ImageName>, message| match message
-            {
+            |connection: &mut Connection, message| match message {
                 Message::Request(name) => {
                     if prepared.is_ok() {
-                        prepared = prepare(lazy.as_mut(), connection, asked_for, &name);
+                        prepared = prepare(lazy.as_mut(), connection, &name);
                     }
                     if prepared.is_err() {
                         return Ok(false);
                     }
-                    *requested = present(files, refused, &name);
-                    connection.reply(requested.is_some())?;
+                    let file = present(files, refused, &name);
+                    let is_absent = file.is_none();
+                    connection.reply(file)?;
                     // A peer that then sends something else than a pipe is not CRIU, and harms no
                     // one.
-                    Ok(requested.is_none())
+                    Ok(is_absent)
                 }
-                Message::Descriptor(fd) => {
-                    let name = requested
-                        .take()
-                        .context("a descriptor came without a name")?;
+                Message::Pipe(name, fd) => {
                     let pipe = WriteEnd::new(fd).with_context(|| {
                         format!("{} sent something wrong for {name}", connection.peer())
                     })?;
@@ -287,19 +281,13 @@ impl<'a> Server<'a> {
 }
 
 /// Prepares for the memory that the CRIU of this connection leaves to be filled in, if it does.
-fn prepare(
-    lazy: Option<&mut LazyMemory>,
-    connection: &Connection,
-    asked_for: AskedFor,
-    file: &str,
-) -> Result<()> {
+fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -> Result<()> {
     if let Some(lazy) = lazy {
-        let peer = getsockopt(connection, PeerCredentials).context("asking who asks")?;
-        return lazy.before_file(peer.pid(), file);
+        return lazy.before_file(connection.pid(), file);
     }
     // Only its command line shows it, if at all; later it looks for its daemon, and fails.
     ensure!(
-        file != files::INVENTORY || !asked_for.lazy_pages,
+        file != files::INVENTORY || !connection.command_line().has_lazy_pages(),
         "`criu restore` runs with --lazy-pages: give `serve` the same option"
     );
     Ok(())
