@@ -36,10 +36,8 @@ mod serve;
 mod store;
 mod supervision;
 
-use std::io::Write;
-
 pub use cli::Args;
-use cli::{ParseResult, Plan};
+use cli::Plan;
 pub use commands::exit_status;
 pub use supervision::Failure;
 
@@ -49,16 +47,7 @@ pub use supervision::Failure;
 /// When not all of it worked.
 pub fn run() -> Result<(), Failure> {
     match cli::parse()? {
-        ParseResult::Args(args) => commands::run(Plan::new(*args)?),
-        ParseResult::Hook => commands::run_hook(),
-        ParseResult::Text(text) => {
-            // A reader such as `head` may have seen enough.
-            let _ = writeln!(std::io::stdout(), "{text}");
-            Ok(())
-        }
-        ParseResult::Usage(text) => {
-            report::tell(text);
-            std::process::exit(1)
-        }
+        Some(args) => commands::run(Plan::new(args)?),
+        None => commands::run_hook(),
     }
 }

@@ -290,17 +290,14 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
         (
             Streamer::capture(),
             terminal(),
-            "is a terminal, and an image is no text: redirect it",
+            "is a terminal, which cannot carry an image: redirect it",
         ),
         (Streamer::serve(), terminal(), "is a terminal"),
     ];
     for (launch, end, reason) in refused {
         let fd = end.as_raw_fd();
-        launch.shards([end]).run().expect_refusal(&[
-            "--shard-fds",
-            &format!("shard fd {fd}"),
-            reason,
-        ]);
+        let named = format!("--shard-fds {fd}");
+        launch.shards([end]).run().expect_refusal(&[&named, reason]);
     }
 }
 

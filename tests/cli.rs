@@ -63,7 +63,7 @@ fn help_and_version_need_nothing_else() {
     assert!(version.contains(env!("CARGO_PKG_VERSION")), "{version}");
 }
 
-/// Who types only the name wants to know what comes next, and did nothing wrong.
+/// Who types only the name wants to know what comes next.
 #[test]
 fn without_arguments_the_usage_is_told_in_a_few_lines() {
     let told = |args: &[&str]| {
@@ -76,16 +76,15 @@ fn without_arguments_the_usage_is_told_in_a_few_lines() {
     assert!(!told(&["-D", "/tmp", "capture", "-x"]).is_empty());
     let usage = told(&[]);
     assert!(usage.lines().count() <= 15, "{usage}");
-    assert!(!usage.contains("Error"), "{usage}");
+    let error = "criu-image-streamer Error: a subcommand is missing\n\n";
+    assert!(usage.starts_with(error), "{usage}");
     for word in ["Usage: criu-image-streamer ", "--help"]
         .iter()
         .chain(&NAMES)
     {
         assert!(usage.contains(word), "{word} is not in {usage}");
     }
-    // Who typed something did, and is told the same.
-    let error = "criu-image-streamer Error: a subcommand is missing\n\n";
-    assert_eq!(told(&["-D", "/tmp"]), format!("{error}{usage}"));
+    assert_eq!(told(&["-D", "/tmp"]), usage);
 }
 
 #[test]
@@ -168,19 +167,19 @@ fn two_names_of_one_file_are_refused() {
         // Shards and external files.
         (
             "streamer -D images capture -s 3,4 3>app.img 4>>app.img",
-            "shard fd 3",
+            "--shard-fds 3",
         ),
         (
             ": >app.img; ln app.img link; streamer -D images capture -s 3,4 3>app.img 4>link",
-            "shard fd 3",
+            "--shard-fds 3",
         ),
         (
             "streamer -D images capture -e fs.tar:3 3<whole >>whole",
-            "shard fd 1",
+            "--shard-fds 1",
         ),
         (
             "mkfifo fifo; exec 5<>fifo 3<fifo 4>fifo; streamer -D images capture -s 4 -e fs.tar:3",
-            "shard fd 4",
+            "--shard-fds 4",
         ),
     ];
     for (script, other) in refused {

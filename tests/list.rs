@@ -233,7 +233,7 @@ fn what_would_get_into_the_lists_way_is_refused() {
             .unwrap()
     };
     let exit = Streamer::list().stdin(both()).stdout(both()).run();
-    exit.expect_failure(&["standard output", "shard fd 0"]);
+    exit.expect_failure(&["standard output", "--shard-fds 0"]);
     let (_reader, writer) = pipe();
     Streamer::list()
         .stdin(both())

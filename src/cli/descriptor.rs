@@ -99,15 +99,10 @@ impl FdNumber {
             Direction::In => (OFlag::O_WRONLY, format!("{self}<file"), "reading"),
         };
         let kind = self.kind();
-        match kind {
-            FdKind::Terminal => bail!(
-                "{what} is a terminal, and an image is no text: redirect it to a pipe or file, such as {redirect}, or give --shard-fds or --shard-cmd"
-            ),
-            FdKind::Directory | FdKind::Special => bail!(
-                "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}"
-            ),
-            _ => {}
-        }
+        ensure!(
+            !matches!(kind, FdKind::Terminal | FdKind::Directory | FdKind::Special),
+            "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}"
+        );
         let flags = self.flags()?;
         ensure!(
             flags & OFlag::O_ACCMODE != wrong_mode && !flags.contains(OFlag::O_PATH),
@@ -136,7 +131,7 @@ pub(super) enum Purpose {
     Text,
 }
 
-/// The descriptors named so far, each with its option, and the files that they lead to.
+/// The descriptors named so far, and the files that they lead to, each with what has named it.
 pub(super) struct Checks {
     numbers: HashMap<FdNumber, String>,
     files: HashMap<FileId, String>,
@@ -151,16 +146,14 @@ impl Checks {
         }
     }
 
-    /// Checks a descriptor that `option` names; `what` is it in errors.
+    /// Checks a descriptor that was `named` so, by an option.
     pub(super) fn check(
         &mut self,
         number: FdNumber,
-        option: &str,
-        what: &str,
+        named: String,
         purpose: Purpose,
     ) -> Result<()> {
-        let named = format!("{option}: {what}");
-        if let Some(other) = self.numbers.insert(number, option.to_owned()) {
+        if let Some(other) = self.numbers.insert(number, named.clone()) {
             bail!("{named} is used twice (also by {other}): give each its own descriptor");
         }
         ensure!(
@@ -176,7 +169,7 @@ impl Checks {
             Purpose::Text => Direction::Out,
         };
         if let Some(file) = number.file(direction)
-            && let Some(other) = self.files.insert(file, what.to_owned())
+            && let Some(other) = self.files.insert(file, named.clone())
         {
             bail!(
                 "{named} leads to the same file, pipe or socket as {other}, and they would get into each other's way: redirect one of them elsewhere"

@@ -39,20 +39,6 @@ Options:
 
 {after-help}";
 
-/// For a subcommand that may have a command behind it.
-pub(super) const COMMAND_TEMPLATE: &str = "\
-{about}
-
-Usage: {usage}
-
-Arguments:
-{positionals}
-
-Options:
-{unified}
-
-{after-help}";
-
 pub(super) const EXAMPLES: &str = "\
 Examples:
 

@@ -9,12 +9,10 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
 
 use super::options::read_text;
 use crate::report::outcome;
@@ -69,13 +67,11 @@ impl StoredAs {
     ///
     /// # Errors
     /// When what is there is no file with a name.
-    pub(crate) fn left(directory: impl AsFd) -> Result<Option<Self>> {
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file = match openat(directory, FILE, flags, Mode::empty()) {
-            Err(Errno::ENOENT) => return Ok(None),
-            file => File::from(file.context(FILE)?),
+    pub(crate) fn left(images_dir: &Path) -> Result<Option<Self>> {
+        let Some(name) = read_text(&images_dir.join(FILE), MAX_NAME as u64 + 1).context(FILE)?
+        else {
+            return Ok(None);
         };
-        let name = read_text(file, MAX_NAME as u64 + 1).context(FILE)?;
         let name = name.strip_suffix('\n').unwrap_or(&name);
         let name = name.parse().map_err(anyhow::Error::msg).context(FILE)?;
         Ok(Some(name))
@@ -85,21 +81,17 @@ impl StoredAs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
-
-    fn left(place: &Path) -> Result<Option<StoredAs>> {
-        StoredAs::left(File::open(place).unwrap())
-    }
+    use nix::sys::stat::Mode;
 
     #[test]
     fn a_restore_finds_the_name_that_a_capture_left() {
         let place = tempfile::TempDir::new().unwrap();
         let directory = File::open(place.path()).unwrap();
-        assert_eq!(left(place.path()).unwrap(), None);
+        assert_eq!(StoredAs::left(place.path()).unwrap(), None);
         for name in [StoredAs::random().unwrap(), StoredAs("app_1.2".into())] {
             assert_eq!(name.0.parse(), Ok(name.clone()));
             name.leave(&directory).unwrap();
-            assert_eq!(left(place.path()).unwrap(), Some(name));
+            assert_eq!(StoredAs::left(place.path()).unwrap(), Some(name));
         }
     }
 
@@ -130,16 +122,20 @@ mod tests {
             &huge,
         ] {
             std::fs::write(&file, name).unwrap();
-            assert!(left(place.path()).is_err(), "{:?}", name.get(..10));
+            assert!(
+                StoredAs::left(place.path()).is_err(),
+                "{:?}",
+                name.get(..10)
+            );
         }
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &file).unwrap();
-        assert!(left(place.path()).is_err(), "a link");
+        assert!(StoredAs::left(place.path()).is_err(), "a link");
         std::fs::remove_file(&file).unwrap();
         nix::unistd::mkfifo(&file, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        assert!(left(place.path()).is_err(), "a FIFO");
+        assert!(StoredAs::left(place.path()).is_err(), "a FIFO");
         std::fs::remove_file(&file).unwrap();
         std::fs::create_dir(&file).unwrap();
-        assert!(left(place.path()).is_err(), "a directory");
+        assert!(StoredAs::left(place.path()).is_err(), "a directory");
     }
 }

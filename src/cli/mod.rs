@@ -7,10 +7,10 @@ mod options;
 mod plan;
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use structopt::StructOpt;
 use structopt::clap::{AppSettings, ErrorKind};
 
@@ -81,8 +81,8 @@ pub struct Args {
     /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
     /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
     /// there. The progress line `memory-copied` tells when the application may go on
-    #[structopt(long, value_name = "bytes", global = true)]
-    buffer: Option<BufferSize>,
+    #[structopt(long, value_name = "bytes", parse(try_from_str = buffer_size), global = true)]
+    buffer: Option<u64>,
 
     /// capture with --buffer, under CRIU's hook: let CRIU go on as soon as the memory is copied,
     /// for an application that it leaves running. What becomes of the image then is in
@@ -144,40 +144,36 @@ pub struct Args {
 
     #[structopt(subcommand)]
     command: Command,
+
+    /// The words behind `--`.
+    #[structopt(skip)]
+    criu: Vec<OsString>,
 }
 
 #[derive(Debug, PartialEq, Eq, StructOpt)]
 enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
-    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
-    Capture {
-        /// Command that runs `criu dump --stream`, started when CRIU can connect; its status counts
-        #[structopt(last = true, value_name = "command", parse(from_os_str))]
-        criu: Vec<OsString>,
-    },
+    ///
+    /// The command behind `--` runs `criu dump --stream`. It is started when CRIU can connect, and
+    /// its status counts
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    Capture,
 
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
-    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Extract {
         /// Buffer the image in memory and serve it to `criu restore --stream` instead
         #[structopt(long)]
         serve: bool,
-
-        /// With --serve: command that runs `criu restore --stream`, started when CRIU can connect;
-        /// its status counts
-        #[structopt(last = true, value_name = "command", parse(from_os_str))]
-        criu: Vec<OsString>,
     },
 
     /// Buffer a captured image in memory and serve it to `criu restore --stream`: the same as
     /// `extract --serve`
-    #[structopt(template = help::COMMAND_TEMPLATE, after_help = help::EXAMPLES)]
-    Serve {
-        /// Command that runs `criu restore --stream`, started when CRIU can connect; its status
-        /// counts
-        #[structopt(last = true, value_name = "command", parse(from_os_str))]
-        criu: Vec<OsString>,
-    },
+    ///
+    /// The command behind `--` runs `criu restore --stream`. It is started when CRIU can connect,
+    /// and its status counts
+    #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
+    Serve,
 
     /// Read a captured image from the shards, check that it is whole, and print the size and name
     /// of each of its files to standard output
@@ -193,49 +189,21 @@ enum Command {
     Hook,
 }
 
-/// A number of bytes, or a part of the memory that is available.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum BufferSize {
-    Bytes(u64),
-    Percent(u8),
-}
-
-impl FromStr for BufferSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |digits: &str, shift| digits.parse::<u64>().ok()?.checked_mul(1_u64 << shift);
-        let bytes = |digits, shift| number(digits, shift).map(Self::Bytes);
-        let size = match text.split_at_checked(text.len().wrapping_sub(1)) {
-            Some((percent, "%")) => percent.parse().ok().map(Self::Percent),
-            Some((digits, "K")) => bytes(digits, 10),
-            Some((digits, "M")) => bytes(digits, 20),
-            Some((digits, "G")) => bytes(digits, 30),
-            _ => bytes(text, 0),
-        };
-        let is_good = |size: &Self| !matches!(size, Self::Bytes(0) | Self::Percent(0 | 101..));
-        size.filter(is_good).ok_or_else(|| {
-            format!("{text:?} is no size of a buffer, such as 512M, 4G or 50% of what is available")
-        })
-    }
-}
-
-impl BufferSize {
-    /// In bytes, of the memory that is available now.
-    ///
-    /// # Errors
-    /// When the kernel does not tell how much that is.
-    pub(crate) fn bytes(self) -> Result<u64> {
-        match self {
-            Self::Bytes(bytes) => Ok(bytes),
-            Self::Percent(percent) => {
-                let available = memory::available().context(
-                    "--buffer: /proc/meminfo does not tell how much memory is available: give a number of bytes",
-                )?;
-                Ok(available / 100 * u64::from(percent))
-            }
-        }
-    }
+/// A number of bytes, or the part of the memory that is available now.
+fn buffer_size(text: &str) -> Result<u64, String> {
+    let bytes = |digits: &str, shift| digits.parse::<u64>().ok()?.checked_mul(1_u64 << shift);
+    let size = match text.split_at_checked(text.len().wrapping_sub(1)) {
+        Some((digits, "%")) => bytes(digits, 0)
+            .filter(|&percent| percent <= 100)
+            .and_then(|percent| Some(memory::available()? / 100 * percent)),
+        Some((digits, "K")) => bytes(digits, 10),
+        Some((digits, "M")) => bytes(digits, 20),
+        Some((digits, "G")) => bytes(digits, 30),
+        _ => bytes(text, 0),
+    };
+    size.filter(|&size| size > 0).ok_or_else(|| {
+        format!("{text:?} is no size of a buffer, such as 512M, 4G or 50% of what is available")
+    })
 }
 
 /// An external file's name in the image, and the descriptor that it comes from or goes to.
@@ -262,17 +230,6 @@ fn external_name(name: &str) -> Result<ImageName, String> {
     ImageName::new(name).map_err(why)
 }
 
-/// The result of parsing the command line.
-pub(crate) enum ParseResult {
-    Args(Box<Args>),
-    /// CRIU runs this program as its action script.
-    Hook,
-    /// Help or the version, to show instead of doing something.
-    Text(String),
-    /// Nothing was typed: how the program is used, in short.
-    Usage(String),
-}
-
 /// How the program is used, in a few lines.
 fn usage() -> String {
     let mut text = Vec::new();
@@ -291,13 +248,11 @@ const FLAGS: [&str; 4] = [
 ];
 
 /// Puts the subcommand before all options: of an option that stands on both sides of it, clap keeps
-/// the values of one side only. Words behind `--` are another program's.
-fn subcommand_first(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let mut words: Vec<_> = words.collect();
+/// the values of one side only.
+fn subcommand_first(mut words: Vec<OsString>) -> Vec<OsString> {
     let mut at = 1;
     while let Some(word) = words.get(at).and_then(|word| word.to_str())
         && word.starts_with('-')
-        && word != "--"
     {
         let has_value_within = word.contains('=') || !word.starts_with("--") && word.len() > 2;
         at += match has_value_within || FLAGS.contains(&word) {
@@ -305,41 +260,45 @@ fn subcommand_first(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
             false => 2,
         };
     }
-    if at < words.len() && words[at] != "--" {
+    if at < words.len() {
         words[1..=at].rotate_right(1);
     }
     words
 }
 
-/// Parses what was typed.
+/// The words of a command line, and those behind `--`, which are another program's.
+fn parse_words(mut words: Vec<OsString>) -> structopt::clap::Result<Args> {
+    let end = words.iter().position(|word| word == "--");
+    let criu = end.map_or_else(Vec::new, |end| words.split_off(end));
+    let mut args = Args::from_iter_safe(subcommand_first(words))?;
+    args.criu = criu.into_iter().skip(1).collect();
+    Ok(args)
+}
+
+/// Parses what was typed. `None`: CRIU runs this program as its action script.
 ///
 /// # Errors
 /// When it is no command line of ours.
-pub(crate) fn parse() -> Result<ParseResult> {
-    let typed = std::env::args_os().skip(1);
+pub(crate) fn parse() -> Result<Option<Args>> {
+    let typed: Vec<_> = std::env::args_os().collect();
     // CRIU gives its action scripts no arguments.
-    if typed.len() == 0 && hook_caller::action().is_some() {
-        return Ok(ParseResult::Hook);
+    if typed.len() < 2 && hook_caller::action().is_some() {
+        return Ok(None);
     }
-    let args = match Args::from_iter_safe(subcommand_first(std::env::args_os())) {
-        Ok(args) => args,
-        Err(error) => {
-            return match error.kind {
-                ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
-                    Ok(ParseResult::Text(error.message))
-                }
-                ErrorKind::MissingArgumentOrSubcommand if typed.len() == 0 => {
-                    Ok(ParseResult::Usage(usage()))
-                }
-                ErrorKind::MissingArgumentOrSubcommand => {
-                    Err(anyhow!("a subcommand is missing\n\n{}", usage()))
-                }
-                _ => Err(anyhow!("{}", reason(&error).trim_end())),
-            };
+    let ends = typed.last().is_some_and(|word| word == "--");
+    let args = parse_words(typed).map_err(|error| match error.kind {
+        ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
+            // A reader such as `head` may have seen enough.
+            let _ = writeln!(std::io::stdout(), "{}", error.message);
+            std::process::exit(0)
         }
-    };
+        ErrorKind::MissingArgumentOrSubcommand => {
+            anyhow!("a subcommand is missing\n\n{}", usage())
+        }
+        _ => anyhow!("{}", reason(&error).trim_end()),
+    })?;
     ensure!(
-        typed.last().is_none_or(|word| word != "--"),
+        !ends,
         "--: there is no command behind it: give one, such as `criu dump --stream …`"
     );
     ensure!(
@@ -347,13 +306,13 @@ pub(crate) fn parse() -> Result<ParseResult> {
         "--go-on-when-copied: it is for the options of CRIU's hook, which waits for the end otherwise; here, wait for the progress line `memory-copied`"
     );
     if args.command != Command::Hook {
-        return Ok(ParseResult::Args(Box::new(args)));
+        return Ok(Some(args));
     }
     ensure!(
         args == Args::from_iter(["criu-image-streamer", "hook"]),
         "hook: its options are in files, not on its command line; see the README"
     );
-    Ok(ParseResult::Hook)
+    Ok(None)
 }
 
 /// The message of an error of clap's, without the word before it.
@@ -369,7 +328,7 @@ mod tests {
 
     fn args(line: &str) -> Args {
         let words = std::iter::once("criu-image-streamer").chain(line.split(' '));
-        Args::from_iter(subcommand_first(words.map(OsString::from)))
+        parse_words(words.map(OsString::from).collect()).unwrap()
     }
 
     #[test]
@@ -394,12 +353,8 @@ mod tests {
         let args = args(line);
         assert_eq!(args.images_dir, Some("serve".into()));
         assert_eq!(args.ext_file_cmd.len(), 2);
-        assert_eq!(
-            args.command,
-            Command::Capture {
-                criu: vec!["serve".into()]
-            }
-        );
+        assert_eq!(args.command, Command::Capture);
+        assert_eq!(args.criu, ["serve"]);
     }
 
     #[test]
@@ -416,9 +371,8 @@ mod tests {
 
     #[test]
     fn a_buffer_is_a_number_of_bytes_or_a_part_of_what_is_available() {
-        assert_eq!("512M".parse(), Ok(BufferSize::Bytes(512 << 20)));
-        assert_eq!("1000".parse(), Ok(BufferSize::Bytes(1000)));
-        assert_eq!("50%".parse(), Ok(BufferSize::Percent(50)));
+        assert_eq!(buffer_size("512M"), Ok(512 << 20));
+        assert_eq!(buffer_size("1000"), Ok(1000));
         for text in [
             "",
             "0",
@@ -434,10 +388,9 @@ mod tests {
             "9\u{e9}",
             "99999999999G",
         ] {
-            assert!(text.parse::<BufferSize>().is_err(), "{text:?}");
+            assert!(buffer_size(text).is_err(), "{text:?}");
         }
-        let half = BufferSize::Percent(50).bytes().unwrap();
-        let all = BufferSize::Percent(100).bytes().unwrap();
+        let [half, all] = ["50%", "100%"].map(|text| buffer_size(text).unwrap());
         assert!(half > 0 && half < all, "{half} of {all}");
     }
 

@@ -11,20 +11,15 @@
 //! for this. An error quotes an option's name at most, so that it shows nothing of another file.
 
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
-use nix::sys::stat::Mode;
+use anyhow::{Context, Result, anyhow, ensure};
 use structopt::StructOpt;
 use structopt::clap::ErrorKind;
 
 use super::{Args, reason};
-use crate::os::descriptor::open_directory;
 
 /// The largest file of options, in bytes.
 const LARGEST: u64 = 64 << 10;
@@ -32,20 +27,27 @@ const LARGEST: u64 = 64 << 10;
 /// Mode bits that let others than the owner write.
 const OTHERS_WRITE: u32 = 0o022;
 
+/// Options that a streamer which CRIU's hook starts cannot follow.
+const NOT_FOR_HOOK: [&str; 8] = [
+    "--images-dir",
+    "--shard-fds",
+    "--index-fd",
+    "--ext-file-fds",
+    "--progress-fd",
+    "--progress-bar",
+    "--help",
+    "--version",
+];
+
 impl Args {
-    /// Reads the options for `subcommand` from the file `name` in a directory, for a streamer whose
-    /// socket is in `images_dir`.
+    /// Reads the options for `subcommand` from a file, for a streamer whose socket is in
+    /// `images_dir`.
     ///
     /// # Errors
     /// Each names the file, and where it can the line.
-    pub(crate) fn from_file(
-        directory: &Path,
-        name: &str,
-        subcommand: &str,
-        images_dir: &Path,
-    ) -> Result<Self> {
-        let read = || Self::parse(&read(directory, name)?, subcommand);
-        let mut args = read().with_context(|| directory.join(name).display().to_string())?;
+    pub(crate) fn from_file(path: &Path, subcommand: &str, images_dir: &Path) -> Result<Self> {
+        let args = read(path).and_then(|text| Self::parse(&text, subcommand));
+        let mut args = args.with_context(|| path.display().to_string())?;
         args.images_dir = Some(images_dir.to_owned());
         Ok(args)
     }
@@ -69,9 +71,13 @@ impl Args {
             let (name, option) = split(line).with_context(|| {
                 format!("line {number} is no option: a line is one option and its value")
             })?;
-            Self::of(std::slice::from_ref(&option), subcommand)
-                .and_then(|_| check_option(name))
-                .with_context(|| format!("line {number}: {name}"))?;
+            let line = || format!("line {number}: {name}");
+            ensure!(
+                !NOT_FOR_HOOK.contains(&name),
+                "{}: it is not for CRIU's hook, which has no descriptors, no terminal, and CRIU's images directory",
+                line()
+            );
+            Self::of(std::slice::from_ref(&option), subcommand).with_context(line)?;
             all.push(option);
         }
         let args = Self::of(&all, subcommand)?;
@@ -87,27 +93,10 @@ impl Args {
             .chain(options.iter().map(String::as_str))
             .chain([subcommand]);
         Self::from_iter_safe(words).map_err(|error| match error.kind {
-            ErrorKind::HelpDisplayed | ErrorKind::VersionDisplayed => {
-                anyhow!("it shows a text, and starts nothing")
-            }
             ErrorKind::UnknownArgument => anyhow!("there is no such option"),
-            _ => {
-                // The rest shows the usage of the command line.
-                anyhow!("{}", reason(&error).lines().next().unwrap_or_default())
-            }
+            // The rest shows the usage of the command line.
+            _ => anyhow!("{}", reason(&error).lines().next().unwrap_or_default()),
         })
-    }
-}
-
-/// Refuses options that a streamer in the background cannot have.
-fn check_option(name: &str) -> Result<()> {
-    match name {
-        "--images-dir" => bail!("CRIU has an images directory, and tells which"),
-        "--shard-fds" | "--index-fd" | "--ext-file-fds" | "--progress-fd" => {
-            bail!("it names a descriptor, and CRIU's hook has none of them: give commands")
-        }
-        "--progress-bar" => bail!("nobody sees the bar of a streamer in the background"),
-        _ => Ok(()),
     }
 }
 
@@ -123,44 +112,38 @@ fn split(line: &str) -> Option<(&str, String)> {
     is_word(name.strip_prefix("--")?).then(|| (name, format!("{name}{value}")))
 }
 
-fn read(directory: &Path, name: &str) -> Result<String> {
-    let directory = open_directory(directory).context("opening the directory")?;
-    let file = File::from(open_beneath(&directory, name)?);
-    let metadata = file.metadata().context("looking at it")?;
+/// The text of a file that may be a link, but to no file outside of its directory: a Kubernetes
+/// ConfigMap has such links.
+fn read(path: &Path) -> Result<String> {
+    let found = path.canonicalize().context("looking for it")?;
+    let directory = path.parent().unwrap_or(path).canonicalize()?;
+    ensure!(
+        found.starts_with(directory),
+        "it is a link out of its directory"
+    );
+    let metadata = found.metadata().context("looking at it")?;
     let own = nix::unistd::geteuid().as_raw();
-    if ![0, own].contains(&metadata.uid()) || metadata.mode() & OTHERS_WRITE != 0 {
-        bail!(
-            "other users may write to it, and it has commands: it must be root's or user {own}'s, with a mode such as 0644"
-        );
-    }
-    read_text(file, LARGEST)
+    ensure!(
+        [0, own].contains(&metadata.uid()) && metadata.mode() & OTHERS_WRITE == 0,
+        "other users may write to it, and it has commands: it must be root's or user {own}'s, with a mode such as 0644"
+    );
+    read_text(&found, LARGEST)?.context("it is gone")
 }
 
-/// The text of a regular file of up to `most` bytes.
-pub(super) fn read_text(file: File, most: u64) -> Result<String> {
+/// The text of a regular file of up to `most` bytes, which is no link. `None` if there is none.
+pub(super) fn read_text(path: &Path, most: u64) -> Result<Option<String>> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = match File::options().read(true).custom_flags(flags).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.context("opening it")?,
+    };
     let is_file = file.metadata().context("looking at it")?.is_file();
     ensure!(is_file, "it is no regular file");
     let mut text = String::new();
     let mut file = file.take(most + 1);
     file.read_to_string(&mut text).context("reading it")?;
     ensure!(text.len() as u64 <= most, "it has more than {most} bytes");
-    Ok(text)
-}
-
-/// Opens a file that may be a link, but to no file outside of its directory: a Kubernetes ConfigMap
-/// has such links.
-fn open_beneath(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
-    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let beneath = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-    let how = OpenHow::new().flags(flags).resolve(beneath);
-    match openat2(&directory, name, how) {
-        // An older kernel, or a seccomp profile that does not know the call.
-        Err(Errno::ENOSYS | Errno::EPERM) => {
-            openat(&directory, name, flags | OFlag::O_NOFOLLOW, Mode::empty()).context("opening it")
-        }
-        Err(Errno::EXDEV | Errno::ELOOP) => bail!("it is a link out of its directory"),
-        opened => opened.context("opening it"),
-    }
+    Ok(Some(text))
 }
 
 #[cfg(test)]
@@ -211,7 +194,7 @@ mod tests {
             "--ext-file-fds a:3",
             "--progress-fd 2",
         ] {
-            refused(descriptors, &["line 1", "names a descriptor"]);
+            refused(descriptors, &["line 1", "has no descriptors"]);
         }
         refused("--progress-bar", &["line 1", "--progress-bar"]);
         refused("--shard-cmd a\n--shard-cmd b", &["--shard-cmd"]);
@@ -249,9 +232,9 @@ mod tests {
             std::os::unix::fs::symlink(target, directory.join(link)).unwrap();
         }
         std::os::unix::fs::symlink(place.path().join("outside"), directory.join("away")).unwrap();
-        assert_eq!(read(&directory, "it").unwrap(), "--shard-cmd cat");
+        assert_eq!(read(&directory.join("it")).unwrap(), "--shard-cmd cat");
         for link in ["out", "away"] {
-            let error = format!("{:#}", read(&directory, link).unwrap_err());
+            let error = format!("{:#}", read(&directory.join(link)).unwrap_err());
             assert!(error.contains("out of its directory"), "{error}");
         }
     }

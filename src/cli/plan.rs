@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, BufferSize, Command, StoredAs};
+use super::{Args, Command, StoredAs};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{CommandLine, Role};
 use crate::format::ImageName;
@@ -62,7 +62,7 @@ pub(crate) struct Plan {
     pub(crate) has_index: bool,
     /// The application runs before its memory is filled in.
     pub(crate) lazy_pages: bool,
-    pub(crate) buffer: Option<BufferSize>,
+    pub(crate) buffer: Option<u64>,
     /// The CRIU that waits in its hook may go on when the memory is copied.
     pub(crate) goes_on_when_copied: bool,
     pub(crate) external_files: Vec<(ImageName, Endpoint)>,
@@ -81,8 +81,8 @@ pub(crate) struct Plan {
 impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(mut args: Args) -> Result<Self> {
-        let (action, words) = split(std::mem::replace(&mut args.command, Command::List));
-        check_usage(&args, action, !words.is_empty())?;
+        let action = action(&args.command);
+        check_usage(&args, action)?;
         check_files(&args)?;
         let image_name = args.image_name.take().map(|StoredAs(name)| name);
         let commands = shard_commands(&args, image_name.as_deref())?;
@@ -111,7 +111,7 @@ impl Plan {
             progress: Progress::new(claimed.progress, None),
             progress_bar: args.progress_bar,
             statistics: args.statistics,
-            criu: criu_command(words),
+            criu: criu_command(args.criu),
             caller: None,
         })
     }
@@ -126,13 +126,12 @@ impl Plan {
     }
 }
 
-/// The action of a subcommand, and the words of the command that runs CRIU.
-fn split(command: Command) -> (Action, Vec<OsString>) {
+fn action(command: &Command) -> Action {
     match command {
-        Command::Capture { criu } => (Action::Capture, criu),
-        Command::Extract { serve: false, criu } => (Action::Extract, criu),
-        Command::Extract { serve: true, criu } | Command::Serve { criu } => (Action::Serve, criu),
-        Command::List => (Action::List, Vec::new()),
+        Command::Capture => Action::Capture,
+        Command::Extract { serve: false } => Action::Extract,
+        Command::Extract { serve: true } | Command::Serve => Action::Serve,
+        Command::List => Action::List,
         Command::Hook => unreachable!("the hook has no plan of its own"),
     }
 }
@@ -145,12 +144,12 @@ fn criu_command(words: Vec<OsString>) -> Option<CriuCommand> {
 }
 
 /// Refuses options that do not go together, or not with the subcommand.
-fn check_usage(args: &Args, action: Action, starts_criu: bool) -> Result<()> {
+fn check_usage(args: &Args, action: Action) -> Result<()> {
     let has_commands = args.shard_cmd.is_some();
     let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
     let is = |other| action == other;
-    let why = if starts_criu && is(Action::Extract) {
-        "extract: it starts no command; run `criu restore` when it has ended, or give --serve"
+    let why = if !args.criu.is_empty() && (is(Action::Extract) || is(Action::List)) {
+        "--: `extract` and `list` start no command; run `criu restore` when `extract` has ended, or give --serve"
     } else if !args.tcp_listen_remap.is_empty() && !is(Action::Serve) {
         "--tcp-listen-remap: only `serve` changes ports"
     } else if args.index && !has_commands {
@@ -206,51 +205,39 @@ struct Claimed {
 
 /// Claims descriptors, when all of them are checked.
 fn claim(args: &Args, action: Action) -> Result<Claimed> {
-    let shards_go = action.direction();
-    let (files_go, standard) = match shards_go {
-        Direction::Out => (Direction::In, STDOUT),
-        Direction::In => (Direction::Out, STDIN),
+    let (shards_go, files_go, standard) = match action {
+        Action::Capture => (Direction::Out, Direction::In, STDOUT),
+        _ => (Direction::In, Direction::Out, STDIN),
     };
-    let shard_fds = match &args.shard_fds[..] {
-        [] if args.shard_cmd.is_none() => &[standard],
-        given => given,
-    };
-    let shards = shard_fds
-        .iter()
-        .map(|&fd| (fd, format!("shard fd {fd}"), "--shard-fds"));
-    let index = args
-        .index_fd
-        .map(|fd| (fd, format!("index fd {fd}"), "--index-fd"));
-    let shards: Vec<_> = shards.chain(index).collect();
+    let mut shards = args.shard_fds.clone();
+    if shards.is_empty() && args.shard_cmd.is_none() {
+        shards.push(standard);
+    }
     // Without a standard output, or with /dev/null there, the exit status is what is wanted.
     let lists = action == Action::List && !STDOUT.was_closed_at_start();
     let listing = lists.then_some(STDOUT);
     let progress = progress_fd(args)?;
     let mut checks = Checks::new();
-    for (fd, label, option) in &shards {
-        checks.check(*fd, option, label, Purpose::Image(shards_go))?;
+    for &fd in &shards {
+        checks.check(fd, format!("--shard-fds {fd}"), Purpose::Image(shards_go))?;
+    }
+    if let Some(fd) = args.index_fd {
+        checks.check(fd, format!("--index-fd {fd}"), Purpose::Image(shards_go))?;
     }
     for (name, fd) in &args.ext_file_fds {
-        let (option, what) = (
-            format!("--ext-file-fds {name}"),
-            format!("external file fd {fd}"),
-        );
-        checks.check(*fd, &option, &what, Purpose::Image(files_go))?;
+        let named = format!("--ext-file-fds {name}:{fd}");
+        checks.check(*fd, named, Purpose::Image(files_go))?;
     }
     if let Some(fd) = listing {
-        checks.check(fd, "list", "standard output", Purpose::Text)?;
+        checks.check(fd, "standard output".into(), Purpose::Text)?;
     }
     if let Some(fd) = progress {
-        checks.check(
-            fd,
-            "--progress-fd",
-            &format!("progress fd {fd}"),
-            Purpose::Text,
-        )?;
+        checks.check(fd, format!("--progress-fd {fd}"), Purpose::Text)?;
     }
-    let shards = shards
-        .into_iter()
-        .map(|(fd, label, _)| Ok((Endpoint::Descriptor(fd.claim()?), label)));
+    let shards = shards.into_iter().map(|fd| (fd, "shard fd"));
+    let shards = shards.chain(args.index_fd.map(|fd| (fd, "index fd")));
+    let shards =
+        shards.map(|(fd, what)| Ok((Endpoint::Descriptor(fd.claim()?), format!("{what} {fd}"))));
     let files = args.ext_file_fds.iter();
     let files = files.map(|(name, fd)| Ok((name.clone(), Endpoint::Descriptor(fd.claim()?))));
     Ok(Claimed {

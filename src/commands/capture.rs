@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::{Session, create_images_dir, writer};
 use crate::capture::{Capture, ExternalSource, HasIndex};
-use crate::cli::{BufferSize, Endpoint, Plan};
+use crate::cli::{Endpoint, Plan};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
 use crate::supervision::{Failure, Pumped};
@@ -12,7 +12,6 @@ use crate::supervision::{Failure, Pumped};
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
     let supervisor = &mut session.supervisor;
-    let buffer = plan.buffer.map(BufferSize::bytes).transpose()?;
     plan.check_socket(Role::Capture)?;
     let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
     let mut external_files = Vec::new();
@@ -39,7 +38,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
             true => HasIndex::Yes,
             false => HasIndex::No,
         },
-        buffer,
+        buffer: plan.buffer,
         goes_on_when_copied: plan.goes_on_when_copied,
         caller: plan.caller.as_ref().map(Caller::identity),
         leaves_inventory: plan.caller.as_ref().is_some_and(Caller::is_driven),

@@ -156,7 +156,8 @@ fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role)
         "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
     );
     let images_dir = caller.images_dir();
-    let mut args = read_options(options_dir, role, images_dir)?;
+    let options = options_dir.join(role.file_name(OPTIONS));
+    let mut args = read_options(&options, role, images_dir)?;
     match role {
         Role::Capture => {
             ensure!(
@@ -167,35 +168,24 @@ fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role)
             name.leave(directory)?;
             args.image_name = Some(name);
         }
-        Role::Serve if args.image_name.is_none() => args.image_name = StoredAs::left(directory)?,
+        Role::Serve if args.image_name.is_none() => args.image_name = StoredAs::left(images_dir)?,
         Role::Serve => {}
     }
-    let options = options_dir.join(role.file_name(OPTIONS));
     Plan::new(args).with_context(|| options.display().to_string())
 }
 
-fn read_options(options_dir: &Path, role: Role, images_dir: &Path) -> Result<Args> {
+fn read_options(options: &Path, role: Role, images_dir: &Path) -> Result<Args> {
+    ensure!(
+        options.exists(),
+        "there are no options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4: write them to {}; the directory is the one that {OPTIONS_DIR} names in CRIU's environment, or else {DEFAULT_OPTIONS_DIR}; {} is not read, because whoever makes an image can leave such a file",
+        options.display(),
+        images_dir.join(role.file_name(OPTIONS)).display()
+    );
     let subcommand = match role {
         Role::Capture => "capture",
         Role::Serve => "serve",
     };
-    let name = role.file_name(OPTIONS);
-    let options = options_dir.join(&name);
-    let stray = images_dir.join(&name);
-    if !options.exists() {
-        let stray = match stray.exists() {
-            true => format!(
-                "; {} is not read, because whoever makes an image can leave such a file: move it, if it is yours",
-                stray.display()
-            ),
-            false => String::new(),
-        };
-        bail!(
-            "there are no options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4: write them to {}; the directory is the one that {OPTIONS_DIR} names in CRIU's environment, or else {DEFAULT_OPTIONS_DIR}{stray}",
-            options.display()
-        );
-    }
-    Args::from_file(options_dir, &name, subcommand, images_dir)
+    Args::from_file(options, subcommand, images_dir)
 }
 
 fn images_dir_of(caller: &Caller) -> Result<OwnedFd> {
