@@ -2,8 +2,8 @@
 //!
 //! The environment has CRIU's present action, and its images directory as one of CRIU's own
 //! descriptors in /proc. From that path comes CRIU's PID: a script may stand between CRIU and this
-//! program. Only CRIU's [`CommandLine`] shows if it dumps or restores. Under RPC that is `criu swrk`,
-//! and the command line of the container engine shows it, which has started CRIU.
+//! program. Only CRIU's [`CommandLine`] shows if it dumps or restores. Under RPC that is
+//! `criu swrk`, and the command line of the container engine shows it, which has started CRIU.
 
 use std::ffi::OsString;
 use std::fs;

@@ -15,8 +15,8 @@
 //! go on.
 //!
 //! [`Listener`] lets peers in, [`Connection`] speaks to one of them. [`hook_caller`] is a CRIU that
-//! has started this program, and [`CommandLine`] shows what a CRIU is at. [`files`] knows image files by name, [`framing`] by their
-//! bytes, and [`messages`] takes them apart.
+//! has started this program, and [`CommandLine`] shows what a CRIU is at. [`files`] knows image
+//! files by name, [`framing`] by their bytes, and [`messages`] takes them apart.
 
 mod clients;
 mod command_line;
