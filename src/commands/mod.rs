@@ -16,7 +16,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::cli::{Action, Endpoint, Plan};
 use crate::criu::files;
 use crate::format::ImageName;
-use crate::lazy::LazyMemory;
+use crate::lazy::Guardian;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::receive;
 use crate::report;
@@ -45,7 +45,7 @@ struct Session {
     bar: Option<ProgressBar>,
     statistics: Option<StatisticsFile>,
     /// With --lazy-pages.
-    lazy: Option<LazyMemory>,
+    guardian: Option<Guardian>,
     /// External files were asked for, which no store of CRIU's files sees.
     has_external_files: bool,
 }
@@ -61,8 +61,8 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     raise_descriptor_limit();
     let labels: Vec<_> = plan.shards.iter().map(|(_, label)| label.clone()).collect();
     let counters = Counters::new(labels.len());
-    let lazy = || LazyMemory::new(&counters.filled).context("--lazy-pages");
-    let lazy = plan.lazy_pages.then(lazy).transpose()?;
+    let guardian = || Guardian::start().context("--lazy-pages");
+    let guardian = plan.lazy_pages.then(guardian).transpose()?;
     let statistics = plan.statistics.as_deref().map(StatisticsFile::create);
     let statistics = statistics.transpose()?;
     let start_bar =
@@ -74,7 +74,7 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
         labels,
         statistics,
         counters,
-        lazy,
+        guardian,
     };
     match plan.action {
         Action::Capture => capture::run(plan, session),

@@ -10,7 +10,7 @@ use super::{Session, create_images_dir};
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::format::ImageName;
-use crate::lazy::LazyMemory;
+use crate::lazy::{Guardian, LazyMemory};
 use crate::listen_ports::{self, Remap};
 use crate::os::descriptor::Direction;
 use crate::os::poller::{Event, Wait};
@@ -49,7 +49,7 @@ struct Restore<'a, I> {
     supervisor: &'a Supervisor,
     bar: Option<ProgressBar>,
     /// With --lazy-pages, until CRIU may connect.
-    lazy: Option<LazyMemory>,
+    guardian: Option<Guardian>,
     receiver: Receiver<'a, I>,
     /// Once CRIU may connect.
     server: Option<Server<'a>>,
@@ -62,7 +62,7 @@ struct Restore<'a, I> {
 impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
     fn run(mut plan: Plan, session: &'a mut Session) -> Result<Stats, Failure> {
         let (shards, files) = session.open(&mut plan)?;
-        let (bar, lazy) = (session.bar.take(), session.lazy.take());
+        let (bar, guardian) = (session.bar.take(), session.guardian.take());
         let (session, supervisor) = (&*session, &session.supervisor);
         let store = Catalog::new();
         let mut restore = Self {
@@ -70,7 +70,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             session,
             supervisor,
             bar,
-            lazy,
+            guardian,
             receiver: Receiver::new(shards, files, store, &session.counters, supervisor)?,
             server: None,
             is_known: false,
@@ -190,11 +190,12 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
 
     fn let_criu_connect(&mut self) -> Result<()> {
         self.remap_ports()?;
-        if let Some(lazy) = &mut self.lazy {
-            lazy.lay_out(self.receiver.store())?;
-        }
+        let lazy = self.guardian.take().map(|guardian| {
+            let filled = &self.session.counters.filled;
+            LazyMemory::lay_out(self.receiver.store(), guardian, filled)
+        });
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
-        self.server = Some(Server::new(listener, self.lazy.take(), self.supervisor)?);
+        self.server = Some(Server::new(listener, lazy.transpose()?, self.supervisor)?);
         self.receiver.start_serving();
         self.plan.progress.reached(Milestone::SocketInit);
         if self.plan.progress_bar && self.plan.criu.is_none() {

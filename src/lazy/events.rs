@@ -10,15 +10,15 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use crossbeam_channel::Sender;
 
+use super::filling::Filling;
 use super::guardian::process;
-use super::memory::Memory;
+use super::memory::{Fault, Memory};
 use super::socket::{Connection, Message};
-use super::{Fault, Shared, spawn};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
 
 /// The sources of all events, and the processes that are known.
 pub(super) struct Events<'a> {
-    shared: &'a Arc<Shared>,
+    filling: &'a Arc<Filling>,
     poller: Poller,
     criu: OwnedFd,
     connection: Connection,
@@ -32,13 +32,14 @@ pub(super) struct Events<'a> {
 impl<'a> Events<'a> {
     /// Acts on all events, for as long as this program runs.
     pub(super) fn hear(
-        shared: &'a Arc<Shared>,
+        filling: &'a Arc<Filling>,
         criu: OwnedFd,
         connection: Connection,
-        faults: Sender<Fault>,
     ) -> Result<()> {
+        let (faults, to_answer) = crossbeam_channel::unbounded();
+        filling.spawn("faults", move |filling| filling.answer(&to_answer))?;
         let mut events = Self {
-            shared,
+            filling,
             poller: Poller::new()?,
             criu,
             connection,
@@ -48,7 +49,7 @@ impl<'a> Events<'a> {
             is_finished: false,
         };
         events.watch(&events.connection, Watched::Client, 0)?;
-        events.watch(&shared.guardian, Watched::Interrupt, 0)?;
+        events.watch(&filling.guardian, Watched::Interrupt, 0)?;
         events.watch(&events.criu, Watched::Caller, 0)?;
         let mut found = Vec::new();
         loop {
@@ -85,12 +86,11 @@ impl<'a> Events<'a> {
             } => {
                 let process = process(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
-                self.shared.guardian.add(process)?;
+                self.filling.guardian.add(process)?;
                 self.restored.insert(pid, real_pid as u32);
-                // A process without lazy pages may still touch memory that is not in the image.
-                let pages = self.shared.files.get(&pid);
-                let pages = pages.unwrap_or(&self.shared.nothing);
-                self.add(Memory::restored(pid, uffd, pages))
+                let file = self.filling.files.get(&pid);
+                let file = file.with_context(|| format!("process {pid} has no pagemap"))?;
+                self.add(file.memory(pid, uffd))
             }
             Message::Zombie => Ok(()),
             Message::Finished => self.finish(),
@@ -115,7 +115,7 @@ impl<'a> Events<'a> {
     /// Starts to fill: all processes are restored, and go on. None can have forked before the next
     /// event is read.
     fn finish(&mut self) -> Result<()> {
-        for pid in self.shared.files.keys() {
+        for pid in self.filling.files.keys() {
             ensure!(
                 self.restored.contains_key(pid),
                 "CRIU has restored no process {pid}, which the image has"
@@ -123,23 +123,22 @@ impl<'a> Events<'a> {
         }
         for memory in &self.memories {
             let pid = self.restored[&memory.pid];
-            self.shared.guardian.add_layout(pid)?;
+            self.filling.guardian.add_layout(pid)?;
             memory.keep_from_children(&unforked(pid));
         }
         self.is_finished = true;
-        (0..super::fillers())
-            .try_for_each(|_| spawn("filler", self.shared, |shared| shared.fill_in_order()))
+        self.filling.start()
     }
 
     fn hear_memory(&mut self, index: usize) -> Result<()> {
-        let memory = Arc::clone(&self.memories[index]);
-        let (faults, forked) = memory.read_events()?;
-        forked.into_iter().try_for_each(|child| self.add(child))?;
-        for address in faults {
+        let news = self.memories[index].read_events()?;
+        for fault in news.faults {
             // The thread that answers them ends with this one.
-            let _ = self.faults.send((Arc::clone(&memory), address));
+            let _ = self.faults.send(fault);
         }
-        Ok(())
+        news.forked
+            .into_iter()
+            .try_for_each(|child| self.add(child))
     }
 }
 
@@ -147,18 +146,15 @@ impl<'a> Events<'a> {
 /// `MADV_WIPEONFORK`, `MADV_DONTFORK`.
 fn unforked(pid: u32) -> Vec<Range<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let addresses_of = |line: &str| {
-        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
-        let number = |text| u64::from_str_radix(text, 16).ok();
-        Some(number(start)?..number(end)?)
-    };
-    let (mut unforked, mut addresses) = (Vec::new(), 0..0);
-    for line in maps.lines() {
-        if let Some(mapping) = addresses_of(line) {
-            addresses = mapping;
-        } else if line.starts_with("VmFlags:") && (line.contains(" dc") || line.contains(" wf")) {
-            unforked.push(addresses.clone());
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    let mut addresses = 0..0;
+    let unforked = maps.lines().filter_map(|line| {
+        let (first, rest) = line.split_once(' ')?;
+        if let Some((start, end)) = first.split_once('-') {
+            addresses = address(start)?..address(end)?;
         }
-    }
-    unforked
+        let is_unforked = || rest.split(' ').any(|flag| ["dc", "wf"].contains(&flag));
+        (first == "VmFlags:" && is_unforked()).then(|| addresses.clone())
+    });
+    unforked.collect()
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
 use nix::sys::wait::waitpid;
@@ -29,7 +29,7 @@ use nix::unistd::{Pid, setsid};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::userfaultfd;
-use crate::os::descriptor::uninterrupted;
+use crate::os::descriptor::{poll, uninterrupted};
 use crate::os::process::{fields_of, start_of};
 
 /// The time between two looks at processes that were killed.
@@ -37,7 +37,7 @@ const NEXT_LOOK: Duration = Duration::from_millis(2);
 
 /// The guardian, and its knowledge of the application.
 #[derive(Debug)]
-pub(super) struct Guardian {
+pub(crate) struct Guardian {
     process: OwnedFd,
     pid: Pid,
     /// The restored processes, in a file that the guardian shares: a line for each, with the number
@@ -52,7 +52,7 @@ impl Guardian {
     ///
     /// # Errors
     /// Those of `clone`, and where there are no pidfds (before Linux 5.3).
-    pub(super) fn start() -> Result<Self> {
+    pub(crate) fn start() -> Result<Self> {
         let record = File::from(memfd_create(c"restored", MFdFlags::MFD_CLOEXEC)?);
         let streamer = process(std::process::id() as i32).context("opening this process")?;
         let flags = (libc::CLONE_FILES | libc::SIGCHLD) as libc::c_ulong;
@@ -106,6 +106,12 @@ impl Guardian {
     }
 }
 
+impl Drop for Guardian {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 /// Readable when the guardian has ended.
 impl AsFd for Guardian {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -125,8 +131,7 @@ fn guard(streamer: &OwnedFd, record: &File) {
         // SAFETY: no memory is touched; the command line that /proc shows ends where it starts.
         unsafe { libc::prctl(libc::PR_SET_MM, end, start, none, none) };
     }
-    let mut fds = [PollFd::new(streamer.as_fd(), PollFlags::POLLIN)];
-    let _ = uninterrupted(|| poll(&mut fds, PollTimeout::NONE));
+    let _ = poll(streamer, PollFlags::POLLIN, PollTimeout::NONE);
     kill_all(record);
 }
 
@@ -173,13 +178,12 @@ fn userfaultfds() -> impl Iterator<Item = RawFd> {
     })
 }
 
-/// The start of a process, and its PID namespace with the addresses of its program, stack, heap and
-/// arguments: the same in all forked children, and by chance in no other process. `None` when it
-/// has ended.
+/// The start of a process, and its PID namespace with the addresses of its data, heap, arguments
+/// and environment: the same in all forked children, and by chance in no other process. `None` when
+/// it has ended.
 fn layout_of(pid: u32) -> Option<(u64, String)> {
     let namespace = fs::read_link(format!("/proc/{pid}/ns/pid")).ok()?;
-    let (program, data) = (fields_of(pid, 26..=28)?, fields_of(pid, 45..=51)?);
-    let memory = format!("{} {program} {data}", namespace.display());
+    let memory = format!("{} {}", namespace.display(), fields_of(pid, 45..=51)?);
     Some((start_of(pid)?, memory))
 }
 

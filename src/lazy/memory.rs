@@ -6,51 +6,67 @@
 //! are filled with it locked for reading: nothing is ever copied to an address that has changed.
 //!
 //! The kernel queues an event after it has unlocked the process's memory. Another thread's change,
-//! although later, may then be read earlier. So before anything is filled after a change, the
-//! kernel has to agree, at an instant when no change is under way, that memory is where it has
-//! arrived, and is no longer where it has arrived and left. If it does not, the order is lost, and
-//! the application is killed.
+//! although later, may then be read earlier. So events are read until the kernel agrees, at an
+//! instant when no change is under way, that memory is where it has arrived, and is no longer where
+//! it has arrived and left. If it does not, the order is lost, and the application is killed.
 //!
 //! **The end.** The descriptor is closed when nothing is missing any more, or the process has
 //! ended: pages that are missing when the last descriptor is closed read as zero.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 
-use super::pages::PagesFile;
 use super::parts::{Part, Parts};
 use super::userfaultfd::{self, Event};
+use crate::os::descriptor::poll;
 use crate::os::memory::page_size;
-
-/// Bytes filled at a time: events are read in between.
-const CHUNK: u64 = 256 << 10;
 
 /// The pause before the kernel is asked again that wanted an event to be read first.
 const EVENT_PAUSE: Duration = Duration::from_micros(20);
+
+/// The longest wait for the event of a change that is under way, in milliseconds. A change that
+/// fails may have none.
+const EVENT_TIMEOUT: u8 = 1;
+
+/// The memories of a process and of all that it has forked since, which lack the same pages.
+#[derive(Debug, Default)]
+pub(super) struct Family(Mutex<Vec<Arc<Memory>>>);
 
 /// The memory of a process.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// The PID in the image: that of the process, or of the one that it was forked from.
     pub(super) pid: i32,
-    /// The source of its pages.
-    pub(super) pages: Arc<PagesFile>,
+    family: Arc<Family>,
     state: RwLock<State>,
+}
+
+/// An address whose page a process waits for.
+pub(super) type Fault = (Arc<Memory>, u64);
+
+/// The news of a process, and of those that it has just forked.
+#[derive(Debug, Default)]
+pub(super) struct News {
+    pub(super) faults: Vec<Fault>,
+    pub(super) forked: Vec<Arc<Memory>>,
 }
 
 #[derive(Debug)]
 struct State {
     /// `None` when nothing is missing any more, or the process has ended.
     uffd: Option<OwnedFd>,
-    missing: Parts,
+    /// Pages are filled, and taken out, by several threads that lock the state for reading.
+    missing: Mutex<Parts>,
     /// Places in the pages file that forked children do not get, wherever they have moved.
     unforked: Vec<Range<u64>>,
+    /// None but while events are read.
     changes: Changes,
 }
 
@@ -67,26 +83,46 @@ struct Changes {
     to_be_unmapped: Vec<Range<u64>>,
 }
 
+/// Never left in disorder: a panic ends the program.
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Family {
+    /// Acts on all memories, and on those that are added until then. A child is added while its
+    /// parent's memory is locked, and lacks the same pages. So what was done to all, none will ever
+    /// need again.
+    pub(super) fn each(&self, act: impl Fn(&Memory) -> Result<()>) -> Result<()> {
+        let memory = |number: usize| locked(&self.0).get(number).cloned();
+        (0..).map_while(memory).try_for_each(|memory| act(&memory))
+    }
+}
+
 impl Memory {
     /// The memory of a process that CRIU restores.
-    pub(super) fn restored(pid: i32, uffd: OwnedFd, pages: &Arc<PagesFile>) -> Arc<Self> {
+    pub(super) fn restored(
+        pid: i32,
+        uffd: OwnedFd,
+        missing: Parts,
+        family: &Arc<Family>,
+    ) -> Arc<Self> {
         let state = State {
             uffd: Some(uffd),
-            missing: pages.missing.clone(),
+            missing: Mutex::new(missing),
             unforked: Vec::new(),
             changes: Changes::default(),
         };
-        Self::new(pid, pages, state)
+        let memory = Self::new(pid, family, state);
+        locked(&family.0).push(Arc::clone(&memory));
+        memory
     }
 
-    fn new(pid: i32, pages: &Arc<PagesFile>, state: State) -> Arc<Self> {
-        let memory = Arc::new(Self {
+    fn new(pid: i32, family: &Arc<Family>, state: State) -> Arc<Self> {
+        Arc::new(Self {
             pid,
-            pages: Arc::clone(pages),
+            family: Arc::clone(family),
             state: RwLock::new(state),
-        });
-        pages.add(Arc::clone(&memory));
-        memory
+        })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -105,40 +141,9 @@ impl Memory {
     /// Keeps the missing pages at these addresses from forked children.
     pub(super) fn keep_from_children(&self, addresses: &[Range<u64>]) {
         let mut state = self.write();
-        let mut missing = state.missing.clone();
+        let mut missing = locked(&state.missing).clone();
         let unforked = addresses.iter().flat_map(|range| missing.take(range));
         state.unforked = unforked.map(|part| part.places()).collect();
-    }
-
-    /// Waits until the kernel agrees to all changes that were read, and returns the state.
-    ///
-    /// # Errors
-    /// When the kernel does not agree.
-    fn settled(&self) -> Result<RwLockReadGuard<'_, State>> {
-        loop {
-            let state = self.read();
-            if state.uffd.is_none() || state.changes.are_none() {
-                return Ok(state);
-            }
-            drop(state);
-            let mut state = self.write();
-            let Some(uffd) = &state.uffd else { continue };
-            match state.changes.agree(uffd.as_fd()) {
-                Ok(agree) => {
-                    ensure!(
-                        agree,
-                        "threads of process {} changed the same memory at the same time, and it is \
-                         not known in which order",
-                        self.pid
-                    );
-                    state.changes = Changes::default();
-                }
-                Err(error) => {
-                    drop(state);
-                    self.handle(error)?;
-                }
-            }
-        }
     }
 
     /// Closes the descriptor.
@@ -146,61 +151,44 @@ impl Memory {
     /// # Errors
     /// When a page is missing after all.
     pub(super) fn close(&self) -> Result<()> {
-        loop {
-            let is_missing = !self.settled()?.missing.is_empty();
-            ensure!(
-                !is_missing,
-                "process {} lacks pages that the image does not have",
-                self.pid
-            );
-            let mut state = self.write();
-            if state.changes.in_doubt.is_empty() {
-                state.forget();
-                return Ok(());
-            }
-        }
+        let mut state = self.write();
+        ensure!(
+            locked(&state.missing).is_empty(),
+            "process {} lacks pages that the image does not have",
+            self.pid
+        );
+        state.forget();
+        Ok(())
     }
 
     /// Fills the missing ones of these pages, which begin at `offset` in the pages file.
     pub(super) fn fill(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let places = offset..offset + bytes.len() as u64;
         let page = page_size() as u64;
-        let mut most = CHUNK;
+        let mut most = u64::MAX;
         loop {
-            let state = self.settled()?;
-            let (Some(uffd), Some(part)) = (&state.uffd, state.missing.first_of(&places)) else {
+            let state = self.read();
+            let part = locked(&state.missing).first_of(&places);
+            let (Some(uffd), Some(part)) = (&state.uffd, part) else {
                 return Ok(());
             };
-            let uffd = uffd.as_fd();
             let len = part.len.min(most);
-            let from = (part.offset - offset) as usize;
-            let copied = match userfaultfd::copy(uffd, part.address, &bytes[from..][..len as usize])
-            {
-                Ok(copied) => copied,
-                Err(Errno::EEXIST) => page,
+            let bytes = &bytes[(part.offset - offset) as usize..][..len as usize];
+            match userfaultfd::copy(uffd.as_fd(), part.address, bytes) {
+                Ok(copied) => {
+                    let filled = part.offset..part.offset + copied;
+                    locked(&state.missing).take_places(&filled);
+                    most = u64::MAX;
+                }
                 // One call fills within one mapping (VMA) only.
-                Err(Errno::ENOENT) if len > page => {
-                    most = (len / 2).next_multiple_of(page);
-                    continue;
-                }
-                // The memory may have been about to change.
-                Err(Errno::ENOENT)
-                    if is_there(uffd, &(part.address..part.address + len)) != Ok(false) =>
-                {
-                    continue;
-                }
+                Err(Errno::ENOENT) if len > page => most = (len / 2).next_multiple_of(page),
                 Err(error) => {
                     drop(state);
                     self.handle(error).with_context(|| {
                         format!("filling the memory of process {} at {part:x?}", self.pid)
                     })?;
-                    continue;
                 }
-            };
-            drop(state);
-            most = CHUNK;
-            let filled = part.offset..part.offset + copied;
-            self.write().missing.take_places(&filled);
+            }
         }
     }
 
@@ -210,26 +198,18 @@ impl Memory {
         let page = page_size() as u64;
         let address = address / page * page;
         loop {
-            let state = self.settled()?;
-            let Some(uffd) = &state.uffd else {
-                return Ok(None);
+            let state = self.read();
+            let place = locked(&state.missing).offset_of(address);
+            let (Some(uffd), None) = (&state.uffd, place) else {
+                return Ok(place);
             };
-            if let Some(offset) = state.missing.offset_of(address) {
-                return Ok(Some(offset));
-            }
-            match userfaultfd::zero(uffd.as_fd(), address) {
+            let zeroed = userfaultfd::zero(uffd.as_fd(), address);
+            drop(state);
+            match zeroed {
                 Ok(()) => return Ok(None),
-                // It is there, or the address is gone, as the thread will find.
-                Err(Errno::EEXIST | Errno::ENOENT) => {
-                    userfaultfd::wake(uffd.as_fd(), address);
-                    return Ok(None);
-                }
-                Err(error) => {
-                    drop(state);
-                    self.handle(error).with_context(|| {
-                        format!("giving process {} a page at {address:#x}", self.pid)
-                    })?;
-                }
+                Err(error) => self.handle(error).with_context(|| {
+                    format!("giving process {} a page at {address:#x}", self.pid)
+                })?,
             }
         }
     }
@@ -241,51 +221,65 @@ impl Memory {
     fn handle(&self, error: Errno) -> Result<()> {
         match error {
             Errno::EAGAIN => thread::sleep(EVENT_PAUSE),
-            Errno::ESRCH | Errno::ENOSPC if self.with_uffd(userfaultfd::is_gone) != Some(false) => {
-                self.write().forget();
-            }
+            Errno::ESRCH => self.write().forget(),
             Errno::ENOENT => bail!("CRIU has not registered it (ENOENT)"),
             error => return Err(error.into()),
         }
         Ok(())
     }
 
-    /// Applies the changes that the process has made, and returns the addresses that it waits for,
-    /// and its forked children.
-    pub(super) fn read_events(&self) -> Result<(Vec<u64>, Vec<Arc<Memory>>)> {
-        let (mut faults, mut forked) = (Vec::new(), Vec::new());
-        let mut state = self.write();
-        let Some(uffd) = &state.uffd else {
-            return Ok((faults, forked));
-        };
-        let events = userfaultfd::read(uffd.as_fd())
-            .with_context(|| format!("reading what process {} does", self.pid))?;
-        for event in events {
-            match event {
-                Event::Fault(address) => faults.push(address),
-                Event::Fork(uffd) => forked.push(state.fork(self, uffd)),
-                Event::Remove(addresses) => drop(state.missing.take(&addresses)),
-                Event::Unmap(addresses) => state.unmap(&addresses),
-                Event::Remap { from, to, len } => {
-                    state.remap(&(from..from + len), &(to..to + len))?
+    /// Applies the changes that the process has made, and returns its news.
+    pub(super) fn read_events(self: &Arc<Self>) -> Result<News> {
+        let mut news = News::default();
+        self.settle(&mut self.write(), &mut news)
+            .with_context(|| format!("following what process {} does", self.pid))?;
+        Ok(news)
+    }
+
+    /// Reads events until the kernel agrees to all changes.
+    ///
+    /// # Errors
+    /// When it does not agree.
+    fn settle(self: &Arc<Self>, state: &mut State, news: &mut News) -> Result<()> {
+        while let Some(uffd) = &state.uffd {
+            for event in userfaultfd::read(uffd.as_fd())? {
+                self.apply(event, state, news)?;
+            }
+            let Some(uffd) = state.uffd.as_ref().filter(|_| !state.changes.are_none()) else {
+                break;
+            };
+            match state.changes.agree(uffd.as_fd()) {
+                Ok(true) => {
+                    state.changes = Changes::default();
+                    break;
                 }
+                Ok(false) => bail!(
+                    "threads of it changed the same memory at the same time, and it is not known \
+                     in which order"
+                ),
+                Err(Errno::EAGAIN) => drop(poll(uffd, PollFlags::POLLIN, EVENT_TIMEOUT)?),
+                Err(Errno::ESRCH) => state.forget(),
+                Err(error) => return Err(error.into()),
             }
         }
-        Ok((faults, forked))
-    }
-}
-
-impl State {
-    fn forget(&mut self) {
-        self.uffd = None;
-        self.missing = Parts::default();
-        self.changes = Changes::default();
+        Ok(())
     }
 
-    /// The memory of a child, which is known to the pages before the parent's is filled further.
-    fn fork(&self, parent: &Memory, uffd: OwnedFd) -> Arc<Memory> {
-        let mut missing = self.missing.clone();
-        for places in &self.unforked {
+    fn apply(self: &Arc<Self>, event: Event, state: &mut State, news: &mut News) -> Result<()> {
+        match event {
+            Event::Fault(address) => news.faults.push((Arc::clone(self), address)),
+            Event::Fork(uffd) => self.fork(uffd, state, news)?,
+            Event::Remove(addresses) => drop(state.missing().take(&addresses)),
+            Event::Unmap(addresses) => state.unmap(&addresses),
+            Event::Remap { from, to } => state.remap(&from, &to)?,
+        }
+        Ok(())
+    }
+
+    /// Adds the memory of a child to the family, before the parent's is filled further.
+    fn fork(&self, uffd: OwnedFd, parent: &mut State, news: &mut News) -> Result<()> {
+        let mut missing = parent.missing().clone();
+        for places in &parent.unforked {
             missing.take_places(places);
         }
         // It has forked after the changes that were read, and before all others.
@@ -293,14 +287,31 @@ impl State {
         for part in missing.iter() {
             changes.arrived.insert(Part::at(&part.addresses()));
         }
-        changes.in_doubt = self.changes.left.clone();
+        changes.in_doubt = parent.changes.left.clone();
         let state = State {
             uffd: Some(uffd),
-            missing,
-            unforked: self.unforked.clone(),
+            missing: Mutex::new(missing),
+            unforked: parent.unforked.clone(),
             changes,
         };
-        Memory::new(parent.pid, &parent.pages, state)
+        let child = Memory::new(self.pid, &self.family, state);
+        let mut state = child.write();
+        locked(&self.family.0).push(Arc::clone(&child));
+        child.settle(&mut state, news)?;
+        news.forked.push(Arc::clone(&child));
+        Ok(())
+    }
+}
+
+impl State {
+    fn missing(&mut self) -> &mut Parts {
+        let missing = self.missing.get_mut();
+        missing.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&mut self) {
+        self.uffd = None;
+        *self.missing() = Parts::default();
     }
 
     /// Applies an `munmap`. The second event of an `mremap` changes nothing: another thread may
@@ -310,25 +321,25 @@ impl State {
         match moved.iter().position(|moved| moved == addresses) {
             Some(index) => drop(moved.swap_remove(index)),
             None => {
-                self.missing.take(addresses);
+                self.missing().take(addresses);
                 self.changes.leave(addresses);
             }
         }
     }
 
     fn remap(&mut self, from: &Range<u64>, to: &Range<u64>) -> Result<()> {
-        let moved = self.missing.take(from);
+        let moved = self.missing().take(from);
         self.changes.leave(from);
         self.changes.to_be_unmapped.push(from.clone());
         // If something was there, its `munmap` was read before, unless two threads were at it.
         ensure!(
-            self.missing.take(to).is_empty() && self.changes.arrive(to),
+            self.missing().take(to).is_empty() && self.changes.arrive(to),
             "two threads moved memory to {:#x} at the same time, and nothing tells which was first",
             to.start
         );
         for part in moved {
             let address = part.address - from.start + to.start;
-            self.missing.insert(Part { address, ..part });
+            self.missing().insert(Part { address, ..part });
         }
         Ok(())
     }
@@ -387,10 +398,8 @@ fn is_there(uffd: BorrowedFd, addresses: &Range<u64>) -> nix::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pagemap::Stretch;
     use super::super::userfaultfd::tests::{byte, map, new, remap, unmap};
     use super::*;
-    use crate::store::{Arena, FileData, Piece};
 
     /// Places for a page of this process: where it is missing, where it is there, and two where
     /// nothing is registered.
@@ -425,19 +434,13 @@ mod tests {
             there: map(Some(uffd.as_fd())),
             free: [map(None), map(None)],
         };
-        let stretch = Stretch {
-            part: Part {
-                address: places.missing,
-                offset: 0,
-                len: page_size() as u64,
-            },
-            is_lazy: true,
-        };
-        let mut data = FileData::default();
-        data.push(Piece::in_memory(&vec![7; page_size()])).unwrap();
-        let file = PagesFile::divide(&[stretch], data, &mut Arena::new());
-        let file = Arc::new(file.unwrap().0);
-        let memory = Memory::restored(1, uffd, &file);
+        let mut missing = Parts::default();
+        missing.insert(Part {
+            address: places.missing,
+            offset: 0,
+            len: page_size() as u64,
+        });
+        let memory = Memory::restored(1, uffd, missing, &Arc::default());
         let events = changes.iter();
         let mut events: Vec<_> = events
             .map(|change| events_of(&memory, || change(&places)))
@@ -445,21 +448,12 @@ mod tests {
         if !in_order {
             events.rotate_left(1);
         }
-        let filled = (events.into_iter().flatten())
-            .try_for_each(|event| match event {
-                Event::Remap { from, to, len } => {
-                    (memory.write()).remap(&(from..from + len), &(to..to + len))
-                }
-                Event::Unmap(addresses) => {
-                    memory.write().unmap(&addresses);
-                    Ok(())
-                }
-                event => panic!("{event:?}"),
-            })
-            .and_then(|()| {
-                let mut units = 0..file.units();
-                units.try_for_each(|unit| file.fill(unit, &mut Vec::new()).map(drop))
-            });
+        let mut news = News::default();
+        let mut events = events.into_iter().flatten();
+        let filled = events
+            .try_for_each(|event| memory.apply(event, &mut memory.write(), &mut news))
+            .and_then(|()| memory.read_events())
+            .and_then(|_| memory.fill(0, &vec![7; page_size()]));
         Some(filled.map(|()| places))
     }
 

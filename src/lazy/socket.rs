@@ -17,15 +17,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
 use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt};
-use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
 use crate::criu;
+use crate::os::descriptor::open_directory;
 
 /// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";
@@ -65,8 +64,7 @@ impl Socket {
         let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
         let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
         let bind = || {
-            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-            let directory = open(&directory, flags, Mode::empty())?;
+            let directory = open_directory(&directory)?;
             // If this fails there is none, or `bind` names the obstacle.
             let _ = unlinkat(&directory, NAME, UnlinkatFlags::NoRemoveDir);
             let by_descriptor = format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd());

@@ -41,9 +41,8 @@ pub(super) enum Event {
     Fork(OwnedFd),
     /// It has moved memory. An event that the old place is unmapped comes next.
     Remap {
-        from: u64,
-        to: u64,
-        len: u64,
+        from: Range<u64>,
+        to: Range<u64>,
     },
     /// It drops pages, which read as zero from now on (`madvise`).
     Remove(Range<u64>),
@@ -57,11 +56,11 @@ pub(super) fn owned(descriptor: RawFd) -> OwnedFd {
 }
 
 /// Copies `bytes`, whole pages, to pages that are missing, and wakes the threads that wait for
-/// them. Returns how many bytes were copied: maybe not all.
+/// them. Returns how many bytes are there now: maybe not all. A page that was there stays.
 ///
 /// # Errors
-/// `EEXIST`: the first page is there already. `EAGAIN`: an event has to be read first. `ENOENT`: no
-/// such memory is registered there. `ESRCH`: the process has ended.
+/// `EAGAIN`: an event has to be read first. `ENOENT`: they are not registered, or not in one
+/// mapping. `ESRCH`: the process has ended.
 pub(super) fn copy(uffd: BorrowedFd, address: u64, bytes: &[u8]) -> nix::Result<u64> {
     let (from, len) = (bytes.as_ptr().addr() as u64, bytes.len() as u64);
     let mut request = [address, from, len, 0, 0];
@@ -69,26 +68,28 @@ pub(super) fn copy(uffd: BorrowedFd, address: u64, bytes: &[u8]) -> nix::Result<
     // is that of another process.
     match unsafe { calls::copy(uffd.as_raw_fd(), &raw mut request) } {
         Err(Errno::EAGAIN) if request[4].cast_signed() > 0 => Ok(request[4]),
+        Err(Errno::EEXIST) => Ok(page_size() as u64),
+        // The memory may have been about to change.
+        Err(Errno::ENOENT) => check_settled(uffd).and(Err(Errno::ENOENT)),
         result => result.map(|_| len),
     }
 }
 
-/// Makes a missing page zero, and wakes the threads that wait for it.
+/// Makes a page zero if it is missing, and wakes the threads that wait for it. Where nothing is
+/// registered, they find that out.
 ///
 /// # Errors
 /// Those of [`copy`].
 pub(super) fn zero(uffd: BorrowedFd, address: u64) -> nix::Result<()> {
     let mut request = [address, page_size() as u64, 0, 0];
     // SAFETY: the kernel writes to the request; the memory is that of another process.
-    unsafe { calls::zero_page(uffd.as_raw_fd(), &raw mut request) }.map(drop)
-}
-
-/// Makes the threads that wait for a page look again.
-pub(super) fn wake(uffd: BorrowedFd, address: u64) {
-    let mut addresses = [address, page_size() as u64];
-    // A process that has ended has no threads to wake.
-    // SAFETY: the kernel only reads the range.
-    let _ = unsafe { calls::wake(uffd.as_raw_fd(), &raw mut addresses) };
+    match unsafe { calls::zero_page(uffd.as_raw_fd(), &raw mut request) } {
+        // SAFETY: the kernel only reads the range, which comes first.
+        Err(Errno::EEXIST | Errno::ENOENT) => unsafe {
+            calls::wake(uffd.as_raw_fd(), request.as_mut_ptr().cast()).map(drop)
+        },
+        result => result.map(drop),
+    }
 }
 
 /// Returns true if these addresses lie in one registered mapping. Nothing changes.
@@ -151,9 +152,8 @@ fn event(message: &[u8]) -> Event {
             Event::Fork(owned(RawFd::from_ne_bytes(bytes)))
         }
         0x14 => Event::Remap {
-            from: number(0),
-            to: number(1),
-            len: number(2),
+            from: number(0)..number(0) + number(2),
+            to: number(1)..number(1) + number(2),
         },
         0x15 => Event::Remove(number(0)..number(1)),
         0x16 => Event::Unmap(number(0)..number(1)),

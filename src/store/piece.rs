@@ -38,23 +38,6 @@ impl Piece {
             Piece::Pipe(held) => arena.fill(len, |buffer| held.read(buffer))?,
         }))
     }
-
-    /// Copies all of it to a buffer of its size, and frees it.
-    ///
-    /// # Errors
-    /// Those of `read`; none for pipes of ours.
-    pub(crate) fn read(self, buffer: &mut [u8]) -> io::Result<()> {
-        match self {
-            Piece::Memory(extent) => buffer.copy_from_slice(extent.bytes()),
-            Piece::Pipe(mut held) => {
-                let mut done = 0;
-                while done < buffer.len() {
-                    done += held.read(&mut buffer[done..])?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A file's data, or a part of it: its pieces, front to back.
@@ -154,19 +137,77 @@ impl FileData {
         self.0.into_iter()
     }
 
+    /// Bytes of the first pieces that have at least `wanted` together, or of all.
+    pub(crate) fn front_len(&self, wanted: u64) -> u64 {
+        let mut len = 0;
+        for piece in &self.0 {
+            len += piece.len() as u64;
+            if len >= wanted {
+                break;
+            }
+        }
+        len
+    }
+
+    /// Cuts off the first `len` bytes. Of a piece that is cut, the front is copied.
+    ///
+    /// # Errors
+    /// `ENOMEM`, and where there is less.
+    pub(crate) fn split_front(&mut self, mut len: u64, arena: &mut Arena) -> io::Result<Self> {
+        let mut front = Self::default();
+        while len > 0 {
+            let mut piece = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            if piece.len() as u64 > len {
+                let part = piece.split_front(len as usize, arena)?;
+                self.0.push_front(piece);
+                piece = part;
+            }
+            len -= piece.len() as u64;
+            front.push(piece)?;
+        }
+        Ok(front)
+    }
+
+    /// Adds other data.
+    ///
+    /// # Errors
+    /// Those of [`FileData::push`].
+    pub(crate) fn append(&mut self, other: Self) -> io::Result<()> {
+        other.into_pieces().try_for_each(|piece| self.push(piece))
+    }
+
+    /// Copies the first bytes to a buffer, and frees them. Returns how many: all that there is room
+    /// for.
+    ///
+    /// # Errors
+    /// Those of `read`; none for pipes of ours.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len()
+            && let Some(front) = self.0.front_mut()
+        {
+            let rest = &mut buffer[done..];
+            done += match front {
+                Piece::Memory(extent) => {
+                    let part = extent.split_front(extent.len().min(rest.len()));
+                    rest[..part.len()].copy_from_slice(part.bytes());
+                    part.len()
+                }
+                Piece::Pipe(held) => held.read(rest)?,
+            };
+            self.drop_front(0);
+        }
+        Ok(done)
+    }
+
     /// Copies all of it, and frees it.
     ///
     /// # Errors
     /// Those of `read`; none for pipes of ours.
-    pub(crate) fn into_bytes(self) -> io::Result<Vec<u8>> {
+    pub(crate) fn into_bytes(mut self) -> io::Result<Vec<u8>> {
         let len = usize::try_from(self.len()).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let mut bytes = vec![0; len];
-        let mut rest = &mut *bytes;
-        for piece in self.0 {
-            let (front, behind) = rest.split_at_mut(piece.len());
-            piece.read(front)?;
-            rest = behind;
-        }
+        self.read(&mut bytes)?;
         Ok(bytes)
     }
 }

@@ -135,8 +135,7 @@ impl Transfer {
     pub(crate) fn add(&mut self, more: FileBody) -> io::Result<()> {
         self.body.is_whole |= more.is_whole;
         self.left += more.data.len();
-        let mut pieces = more.data.into_pieces();
-        pieces.try_for_each(|piece| self.body.data.push(piece))
+        self.body.data.append(more.data)
     }
 
     /// True if more is to come.
