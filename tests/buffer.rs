@@ -274,6 +274,8 @@ fn the_tests_of_captures_pass_with_a_buffer() {
         .args(["capture::", "round_trip::", "--skip", "real_criu"])
         // With small chunks, `serve` copies everything.
         .args(["--skip", "pages_of_a_capture", "--skip", "no_more_is_held"])
+        // Files are cut where the buffer is full.
+        .args(["--skip", "images_of_the_same_memory"])
         .env(BUFFER, "10000")
         .output()
         .unwrap();

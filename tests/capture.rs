@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::common::PAGE;
 use crate::common::criu::Criu;
-use crate::common::image::{self, Body, Files, files};
+use crate::common::image::{self, Body, Entry, Files, files};
 use crate::common::indexed;
 use crate::common::random::{self, Random};
 use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
@@ -272,6 +272,65 @@ fn every_shard_says_whose_it_is_even_if_it_gets_nothing_else() {
             "an origin is longer"
         );
         assert_same_files(&image::decode(&shards).unwrap(), &inventory);
+    }
+}
+
+/// The markers of a capture to one shard, while `pause` passes between two pieces of what CRIU
+/// sends.
+fn markers_of(launch: Launch, pause: Duration) -> Vec<Entry> {
+    let (mut streamer, collector) = runs::collect(launch, 1);
+    let criu = streamer.criu();
+    let pages = random::bytes(1, PAGES / PAGE * PAGE);
+    let mut files: Vec<_> = ["pages-1.img", "pagemap-71.img", "files.img"]
+        .map(|name| criu.create_file(name))
+        .into();
+    for (i, piece) in pages.chunks(3 * PAGE).enumerate() {
+        files[0].write_all(piece).unwrap();
+        if i % 16 == 0 {
+            files[1].write_all(&[i as u8; 1000]).unwrap();
+            files[2].write_all(&[i as u8; PAGE]).unwrap();
+            thread::sleep(pause);
+        }
+    }
+    drop(files);
+    criu.write_file("inventory.img", b"inventory");
+    drop(criu);
+    streamer.expect_success();
+    let shards = collector.finish();
+    assert_eq!(image::decode(&shards).unwrap()["pages-1.img"], pages);
+    image::markers(&shards).unwrap()
+}
+
+/// What a store that keeps equal blocks once needs. Where a file's chunks lie between those of
+/// others is left to chance.
+#[test]
+fn images_of_the_same_memory_look_the_same_whatever_came_when() {
+    let content = |markers: &[Entry]| {
+        let (_image_end, markers) = markers.split_last().unwrap();
+        let named = markers.iter().scan(String::new(), |current, entry| {
+            if let Body::Filename(name) = &entry.body {
+                current.clone_from(name);
+            }
+            Some((current.clone(), entry.body.clone(), entry.data.clone()))
+        });
+        let mut named: Vec<_> = named.collect();
+        named.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+        named
+    };
+    for options in [&[] as &[_], &["--buffer", "64M"]] {
+        let images = [0, 1, 10].map(|millis| {
+            let launch = Streamer::capture().args(options);
+            markers_of(launch, Duration::from_millis(millis))
+        });
+        for markers in &images {
+            let first = &images[0];
+            assert!(content(markers) == content(first), "{first:?}\n{markers:?}");
+            for two in markers.windows(2) {
+                let begin = two[1].offset - two[0].data.len();
+                let is_large = two[0].data.len() > 8 * PAGE;
+                assert!(!is_large || begin.is_multiple_of(PAGE), "{two:?}");
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::random;
+use crate::common::{random, skip};
 use crate::criu::machine;
 
 /// The texts that a reader types from.
@@ -130,6 +130,22 @@ fn a_script_that_starts_criu_itself_ends_when_criu_fails_before_it_connects() {
     application.goes_on_from(before);
 }
 
+#[test]
+fn what_a_store_of_equal_blocks_has_of_each_checkpoint_comes_back() {
+    let Some(machine) = machine() else { return };
+    if Command::new("borg").arg("--version").output().is_err() {
+        return skip("borg is not installed: see tests/criu/install-packages");
+    }
+    for (parts, texts) in recipes("store") {
+        let application = machine.start(parts);
+        let before = application.goes_on();
+        for text in texts {
+            application.run(&text).success();
+        }
+        application.goes_on_from(before);
+    }
+}
+
 /// The format has no checksums, but what these recipes write has.
 #[test]
 fn a_flipped_bit_is_found_by_every_recipe_with_a_checksum() {
@@ -175,6 +191,7 @@ fn every_recipe_is_of_a_kind_that_some_test_runs() {
         "checkpointed container",
         "s3",
         "migration",
+        "store",
     ]
     .into_iter();
     let known: usize = known.flat_map(recipes).map(|(_, texts)| texts.len()).sum();

@@ -3,7 +3,7 @@
 //! The application is frozen until CRIU has handed over its last page, and CRIU is as fast as what
 //! takes the pages. Spliced, they wait for the shards: 1 GiB waits 10 s for shards that take 100
 //! MB/s. Copied to memory it takes a third of a second. So with a buffer the pages are copied as
-//! fast as CRIU gives them, and the shards are fed from the copy, in the order in which it came.
+//! fast as CRIU gives them, and the shards are fed from the copy, file by file.
 //!
 //! Everything goes through the buffer, small files and external ones too: nothing in it is a page
 //! of the application's any more, and CRIU waits for no shard, whatever it sends. Files are looked
@@ -19,16 +19,16 @@
 //! **When it is full**, CRIU waits, as it does without a buffer, until the shards have taken some.
 //! Its size is fixed when it starts, by the memory that there is then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use anyhow::{Context, Result};
 
-use super::chunk::{Chunk, Route};
+use super::chunk::{Chunk, Route, slots_of};
 use super::image_writer::Activity;
 use super::prefault::Prefault;
 use super::source::{LARGEST_COPIED, Look, Source};
 use crate::os::memory;
-use crate::os::pipe::{self, LARGEST, Moved, slot};
+use crate::os::pipe::{self, Moved, slot};
 use crate::store::{Arena, Block, Extent};
 
 /// The size of the buffer however scarce memory is, in bytes, unless less is asked for.
@@ -37,10 +37,11 @@ const LEAST: u64 = 2 << 20;
 /// Bytes read at a time. The writer fills the rest of its pipe until then.
 const READ: usize = 256 << 10;
 
-/// Bytes of a source, or its end.
-struct Piece {
-    source: u64,
-    data: Option<Extent>,
+/// The part of a file that no shard has yet.
+#[derive(Default)]
+struct Rest {
+    extents: VecDeque<Extent>,
+    has_ended: bool,
 }
 
 /// The memory for all files.
@@ -52,8 +53,8 @@ pub(super) struct Buffer {
     size: usize,
     /// A file that was to be copied has found no room.
     has_been_full: bool,
-    /// In the order in which they came.
-    pieces: VecDeque<Piece>,
+    /// By the numbers of their sources, and so in the order in which these were opened.
+    files: BTreeMap<u64, Rest>,
 }
 
 impl Buffer {
@@ -69,7 +70,7 @@ impl Buffer {
             block: None,
             size,
             has_been_full: false,
-            pieces: VecDeque::new(),
+            files: BTreeMap::new(),
         };
         buffer.ask_for_pages();
         buffer
@@ -108,7 +109,7 @@ impl Buffer {
         let available = match look.with_context(|| format!("capturing {}", source.name))? {
             Look::Empty => return Ok(Activity::Idle),
             Look::Ended => {
-                self.end(source.id);
+                self.files.entry(source.id).or_default().has_ended = true;
                 return Ok(Activity::Complete);
             }
             Look::Bytes(available) => available,
@@ -146,7 +147,6 @@ impl Buffer {
             }
         };
         source.copied(extent.bytes());
-        source.moved(extent.len());
         self.push(source.id, extent);
         Ok(Some(moved))
     }
@@ -160,75 +160,73 @@ impl Buffer {
         match self.arena.reserve(len.min(room)) {
             Ok(block) => Ok(Some(block)),
             // The shards will take what is here.
-            Err(_) if !self.pieces.is_empty() => Ok(None),
+            Err(_) if self.next().is_some() => Ok(None),
             Err(error) => Err(error).context("--buffer: getting memory for it"),
         }
     }
 
-    /// Adds to the end. What lies side by side in memory becomes one piece.
+    /// Adds to the end of a file. What lies side by side in memory becomes one extent.
     fn push(&mut self, source: u64, extent: Extent) {
-        let rest = match self.pieces.back_mut() {
-            Some(Piece {
-                source: last,
-                data: Some(before),
-            }) if *last == source => before.join(extent),
-            _ => Some(extent),
+        let extents = &mut self.files.entry(source).or_default().extents;
+        let separate = match extents.back_mut() {
+            Some(last) => last.join(extent),
+            None => Some(extent),
         };
-        let piece = rest.map(|extent| Piece {
-            source,
-            data: Some(extent),
-        });
-        self.pieces.extend(piece);
+        extents.extend(separate);
     }
 
-    /// All of a source has come.
-    fn end(&mut self, source: u64) {
-        self.pieces.push_back(Piece { source, data: None });
+    /// The number of the first source of which something is here, or the end.
+    pub(super) fn next(&self) -> Option<u64> {
+        let mut files = self.files.iter();
+        let (source, _) = files.find(|(_, rest)| rest.has_ended || !rest.extents.is_empty())?;
+        Some(*source)
     }
 
-    /// The number of the source of the first piece, and a chunk of that; none of its end.
-    pub(super) fn next(&self) -> Option<(u64, Option<Chunk>)> {
-        let Piece { source, data } = self.pieces.front()?;
-        let Some(extent) = data else {
-            return Some((*source, None));
-        };
-        let bytes = extent.len().min(LARGEST);
+    /// A chunk of up to `most` bytes of a source; of none at an end that comes behind `most` bytes.
+    pub(super) fn chunk(&self, source: u64, most: usize) -> Chunk {
+        let rest = &self.files[&source];
+        let (mut bytes, mut slots) = (0, 0);
+        let mut extents = rest.extents.iter();
+        while bytes < most
+            && let Some(extent) = extents.next()
+        {
+            let part = extent.len().min(most - bytes);
+            bytes += part;
+            slots += slots_of(&extent.bytes()[..part]);
+        }
         let (route, slots) = if bytes <= LARGEST_COPIED {
             (Route::Copied, bytes.div_ceil(slot()))
         } else {
-            let before = extent.bytes().as_ptr().addr() % slot();
-            (Route::Lent, (before + bytes).div_ceil(slot()))
+            (Route::Lent, slots)
         };
-        let is_end = |next: &Piece| next.source == *source && next.data.is_none();
-        let chunk = Chunk {
+        Chunk {
             bytes,
             slots,
             route,
-            is_last: bytes == extent.len() && self.pieces.get(1).is_some_and(is_end),
-        };
-        Some((*source, Some(chunk)))
+            is_last: rest.has_ended && bytes < most,
+        }
     }
 
-    /// Takes the bytes of a chunk out, and the end of the file behind its last one.
-    pub(super) fn take(&mut self, chunk: &Chunk) -> Extent {
-        let front = self
-            .pieces
-            .front_mut()
-            .and_then(|piece| piece.data.as_mut());
-        let front = front.expect("a chunk was found here");
-        let taken = front.split_front(chunk.bytes);
-        if front.is_empty() {
-            self.pieces.pop_front();
-        }
-        if chunk.is_last {
-            self.pieces.pop_front();
+    /// Takes the first bytes of a source out.
+    pub(super) fn take(&mut self, source: u64, mut bytes: usize) -> Vec<Extent> {
+        let mut taken = Vec::new();
+        let extents = &mut self.files.entry(source).or_default().extents;
+        while bytes > 0
+            && let Some(mut extent) = extents.pop_front()
+        {
+            let part = extent.split_front(bytes.min(extent.len()));
+            bytes -= part.len();
+            taken.push(part);
+            if !extent.is_empty() {
+                extents.push_front(extent);
+            }
         }
         taken
     }
 
-    /// Takes out what does not count, or is done with.
-    pub(super) fn skip(&mut self) {
-        self.pieces.pop_front();
+    /// Takes out a source that does not count, or is done with.
+    pub(super) fn remove(&mut self, source: u64) {
+        self.files.remove(&source);
     }
 }
 

@@ -5,8 +5,19 @@
 //! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
 //! [`Route`] the number of slots is certain.
 
-/// The most that a chunk's markers take, in bytes: two names of up to 255, and the origin.
+use crate::os::pipe::slot;
+
+/// The most slots that a chunk's markers take: padded, they can end in a second one.
+pub(super) const MARKER_SLOTS: usize = 2;
+
+/// The most that they take where they are not padded, in bytes: two names of up to 255, and the
+/// origin.
 const MARKERS: usize = 1024;
+
+/// The slots that references to memory take.
+pub(super) fn slots_of(memory: &[u8]) -> usize {
+    (memory.as_ptr().addr() % slot() + memory.len()).div_ceil(slot())
+}
 
 /// How a chunk's bytes get from the source to the shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,8 +27,7 @@ pub(super) enum Route {
     /// Spliced into the staging pipe, and from there to the shard. The slots of the source may hold
     /// less than a page; what fits into the staging pipe takes no more slots than that has.
     Staged,
-    /// Spliced into the staging pipe, and read from there into the shard's queue, to be written
-    /// with the markers: copied bytes fill their slots.
+    /// Read into memory, and queued with the markers: copied bytes fill their slots.
     Copied,
     /// Out of the buffer: the shard's pipe gets references to our own pages, each of which takes a
     /// slot. Small chunks out of the buffer are [`Route::Copied`] from there.

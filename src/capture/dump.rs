@@ -34,7 +34,7 @@ const DISCARD: usize = 1 << 20;
 /// Prepares an external file.
 pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
     let slots = pipe::slots(&pipe).with_context(|| format!("capturing {name}"))?;
-    Ok(Source::new(name, pipe, slots, Owner::External))
+    Source::new(name, pipe, slots, Owner::External)
 }
 
 /// Takes what CRIU says: the name of a file, and then its pipe, which makes a source of the two.
@@ -53,7 +53,7 @@ pub(super) fn file_of_criu(
             let (pipe, slots) = ReadEnd::measured(fd).with_context(|| {
                 format!("{} sent something wrong for {name}", connection.peer())
             })?;
-            Ok(Some(Source::new(name, pipe, slots, Owner::Criu)))
+            Source::new(name, pipe, slots, Owner::Criu).map(Some)
         }
     }
 }
@@ -136,6 +136,13 @@ impl Dump {
         {
             source.is_queued = true;
             self.busy.push(id);
+        }
+    }
+
+    /// Gives all sources a turn.
+    pub(super) fn wake_all(&mut self) {
+        for id in self.sources.keys().copied().collect::<Vec<_>>() {
+            self.wake(id);
         }
     }
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use super::balancer::{self, Choice, Patience, Placement, Slots};
 use super::buffer::Buffer;
 use super::capacity;
-use super::chunk::{Chunk, Route};
+use super::chunk::{Chunk, MARKER_SLOTS, Route};
 use super::shard::{Flushed, Shard};
 use super::source::Source;
 use super::staging::Staging;
@@ -26,8 +26,8 @@ use crate::report::progress::Stats;
 use crate::report::times::Times;
 use crate::store::Extent;
 
-/// The slots that the markers of a chunk take.
-const MARKER_SLOTS: usize = 1;
+/// Larger chunks begin at a page of their shard, where there is one shard.
+const LARGEST_UNALIGNED: u32 = 32 << 10;
 
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
@@ -67,6 +67,7 @@ pub(super) struct ImageWriter {
     /// The number of the index.
     index: Option<usize>,
     staging: Staging,
+    unit: Option<usize>,
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
@@ -81,8 +82,11 @@ impl ImageWriter {
     pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
+        let smallest = smallest.map_or(1, |shard| shard.slots());
+        let unit = (smallest * 7 / 16).max(1) * slot();
         Ok(Self {
-            staging: Staging::new(smallest.map_or(1, |shard| shard.slots()))?,
+            staging: Staging::new(smallest)?,
+            unit: (shards.len() == 1).then_some(unit),
             index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
             origins: vec![CapturingProcess::own(); shards.len()],
             shards,
@@ -95,6 +99,13 @@ impl ImageWriter {
 
     pub(super) fn shards(&self) -> &[Shard] {
         &self.shards
+    }
+
+    /// At multiples of this number of bytes page files are cut into chunks, where there is one
+    /// shard: if that is half empty, it has room for one, also for one of several pieces of the
+    /// buffer.
+    pub(super) fn unit(&self) -> Option<usize> {
+        self.unit
     }
 
     /// The slots of the staging pipe.
@@ -122,14 +133,16 @@ impl ImageWriter {
         let Some(Placement { shard, slots }) = self.place(among, wanted)? else {
             return Ok(Activity::NoRoom);
         };
-        chunk.cut(slots - MARKER_SLOTS, slot());
-        if buffer.is_none() && chunk.route != Route::Direct {
-            chunk.shorten(self.staging.fill(source, chunk.bytes)?);
+        chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
+        match chunk.route {
+            Route::Copied if buffer.is_none() => source.collect(chunk.bytes)?,
+            Route::Staged => chunk.shorten(self.staging.fill(source, chunk.bytes)?),
+            _ => {}
         }
         self.name_file(source, shard);
         self.mark(shard, Body::Data(chunk.bytes as u32));
         match buffer {
-            Some(buffer) => self.lend(&buffer.take(&chunk), &chunk, shard)?,
+            Some(buffer) => self.lend(&buffer.take(source.id, chunk.bytes), &chunk, shard)?,
             None => self.move_chunk(source, &chunk, shard)?,
         }
         source.given += chunk.bytes;
@@ -142,13 +155,19 @@ impl ImageWriter {
 
     /// Lends memory of the buffer's to a shard. Copied chunks go into its queue, and so does a rest
     /// for which there is no room after all.
-    fn lend(&mut self, extent: &Extent, chunk: &Chunk, shard: usize) -> Result<()> {
+    fn lend(&mut self, extents: &[Extent], chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
-        let lent = match chunk.route {
-            Route::Lent => shard.lend(extent.sealed(), chunk.slots)?,
-            _ => 0,
-        };
-        shard.copy_memory(&extent.bytes()[lent..])
+        let mut lent = 0;
+        if chunk.route == Route::Lent {
+            let memory: Vec<_> = extents.iter().map(Extent::sealed).collect();
+            lent = shard.lend(&memory)?;
+        }
+        for extent in extents {
+            let (gone, rest) = extent.bytes().split_at(lent.min(extent.len()));
+            lent -= gone.len();
+            shard.copy_memory(rest)?;
+        }
+        Ok(())
     }
 
     /// Moves all of a chunk. A rest for which there is no room after all goes into the queue.
@@ -156,7 +175,10 @@ impl ImageWriter {
         let shard = &mut self.shards[shard];
         let staged = self.staging.read_end();
         match chunk.route {
-            Route::Copied => source.copied(shard.copy(staged, chunk.bytes)?),
+            Route::Copied => {
+                let copied = source.collected.drain(..chunk.bytes);
+                return shard.copy_memory(copied.as_slice());
+            }
             Route::Staged | Route::Lent => {
                 let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
                 shard.copy(staged, chunk.bytes - spliced)?;
@@ -244,7 +266,9 @@ impl ImageWriter {
             self.name_file(source, shard);
             self.mark_end(source, shard);
         }
-        if self.current != Some(source.id) {
+        // With one shard, each chunk names its file, so that the number of markers does not depend
+        // on which files' chunks came between.
+        if self.current != Some(source.id) || self.unit.is_some() {
             self.mark(self.index.unwrap_or(shard), Body::File(source.name.clone()));
             self.current = Some(source.id);
             source.is_named = true;
@@ -263,7 +287,8 @@ impl ImageWriter {
         let mut marker = Marker::new(seq, body);
         marker.origin = self.origins[shard].take();
         marker.is_index = seq == 0 && self.index.is_some();
-        self.shards[shard].mark(marker);
+        let is_large = matches!(marker.body, Body::Data(bytes) if bytes > LARGEST_UNALIGNED);
+        self.shards[shard].mark(marker, is_large && self.unit.is_some());
         self.seq += 1;
         if seq == 0 {
             // Each shard says whose it is, even if it gets nothing else.
@@ -337,8 +362,8 @@ mod tests {
         let written = pipe::write(&write, &pages).unwrap();
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
-        let mut source = Source::new(name, read, slots, Owner::Criu);
-        let Ready::Chunk(chunk) = source.inspect(staging).unwrap() else {
+        let mut source = Source::new(name, read, slots, Owner::Criu).unwrap();
+        let Ready::Chunk(chunk) = source.inspect(None, staging).unwrap() else {
             panic!("a full pipe is ready");
         };
         (source, pages, chunk)
@@ -368,7 +393,7 @@ mod tests {
             }
             assert_eq!(image_writer.flush().unwrap(), Flushed::All);
             assert!(arrived.ends_with(&pages[..moved]), "{route:?}");
-            assert!((1..100).contains(&(arrived.len() - foreign - moved)));
+            assert!((1..slot() + 100).contains(&(arrived.len() - foreign - moved)));
         }
     }
 
@@ -389,7 +414,7 @@ mod tests {
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
         let name = ImageName::new("fs.tar").unwrap();
-        let mut source = Source::new(name, read, slots, Owner::External);
+        let mut source = Source::new(name, read, slots, Owner::External).unwrap();
         let fill = || {
             for _ in 0..slots {
                 let (page, half) = pipe::new().unwrap();
@@ -401,7 +426,7 @@ mod tests {
         fill();
         source.holds_pages();
         for route in [Route::Direct, Route::Staged] {
-            let Ready::Chunk(chunk) = source.inspect(image_writer.staging()).unwrap() else {
+            let Ready::Chunk(chunk) = source.inspect(None, image_writer.staging()).unwrap() else {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);

@@ -43,7 +43,7 @@ use crate::criu::files::CPUINFO;
 use crate::criu::{Clients, CommandLine, Connection, Listener, hook_caller};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
-use crate::os::pipe::{ReadEnd, WriteEnd};
+use crate::os::pipe::{LARGEST, ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
@@ -237,6 +237,10 @@ impl CaptureLoop<'_> {
             if self.called.is_some() && events.is_empty() {
                 self.clients.dismiss();
             }
+            // Parts of units may have been left for long enough.
+            if events.is_empty() && wait != Wait::Now {
+                self.dump.wake_all();
+            }
             let heard = self.hear_criu(&events)?;
             let moved = self.move_data()?;
             if self.is_received()? {
@@ -338,6 +342,9 @@ impl CaptureLoop<'_> {
             wait = Wait::Until(Instant::now() + CHECK_INTERVAL);
         } else if !self.is_frozen {
             wait = wait.or_until(Some(self.stray_files.next_listing()));
+        }
+        if self.dump.open_files() > 0 {
+            wait = wait.or_until(Some(Instant::now() + CHECK_INTERVAL));
         }
         Ok(wait)
     }
@@ -482,11 +489,7 @@ impl CaptureLoop<'_> {
         }
     }
 
-    fn open(&mut self, mut source: Source) -> Result<()> {
-        if self.buffer.is_some() {
-            let prepared = source.make_nonblocking();
-            prepared.with_context(|| format!("preparing to read {}", source.name))?;
-        }
+    fn open(&mut self, source: Source) -> Result<()> {
         let source = self.dump.open(source)?;
         let (kind, interest) = (Watched::Source, Interest::ReadableEdge);
         self.supervisor
@@ -563,10 +566,7 @@ impl CaptureLoop<'_> {
     fn advance(&mut self, source: &mut Source) -> Result<Activity> {
         let mut chunks = 0;
         loop {
-            match source
-                .inspect(self.image_writer.staging())
-                .with_context(|| format!("capturing {}", source.name))?
-            {
+            match source.inspect(self.image_writer.unit(), self.image_writer.staging())? {
                 Ready::Empty => return Ok(Activity::Idle),
                 Ready::Filling => return Ok(Activity::Busy),
                 Ready::Ended => return self.image_writer.end_file(source),
@@ -593,23 +593,23 @@ impl CaptureLoop<'_> {
             if self.dump.criu_has_open_files() && !buffer.has_been_full() {
                 break;
             }
-            let Some((id, chunk)) = buffer.next() else {
+            let Some(id) = buffer.next() else {
                 break;
             };
             let Some(source) = self.dump.source_mut(id) else {
-                buffer.skip();
+                buffer.remove(id);
                 continue;
             };
-            let given = match chunk {
-                Some(chunk) => self.image_writer.give(source, chunk, Some(buffer))?,
-                None => self.image_writer.end_file(source)?,
+            let left = source.left_of(self.image_writer.unit());
+            let chunk = buffer.chunk(id, left.unwrap_or(LARGEST));
+            let given = match chunk.bytes {
+                0 => self.image_writer.end_file(source)?,
+                _ => self.image_writer.give(source, chunk, Some(buffer))?,
             };
             match given {
                 Activity::NoRoom => return Ok(activity.max(given)),
                 Activity::Complete => {
-                    if chunk.is_none() {
-                        buffer.skip();
-                    }
+                    buffer.remove(id);
                     if let Some(source) = self.dump.take(id) {
                         self.complete(&source);
                     }

@@ -20,7 +20,8 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 
 use super::balancer::Slots;
-use crate::format::Marker;
+use super::chunk::slots_of;
+use crate::format::{self, Marker};
 use crate::os::memory::Sealed;
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 use crate::report::meter::Meter;
@@ -129,9 +130,13 @@ impl Shard {
         &self.label
     }
 
-    /// Queues a marker.
-    pub(super) fn mark(&mut self, marker: Marker) {
+    /// Queues a marker. A padded one ends at a page of the shard.
+    pub(super) fn mark(&mut self, marker: Marker, is_padded: bool) {
+        let start = self.queue.len();
         marker.encode(&mut self.queue);
+        if is_padded {
+            format::pad(&mut self.queue, start, self.meter.bytes());
+        }
     }
 
     /// Writes the queue as far as there is room.
@@ -175,17 +180,18 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// Puts references to memory behind all that is queued, which take this number of slots at
-    /// most. Returns how many bytes these are: all, if the slots were free.
+    /// Puts references to memory behind all that is queued. Returns how many bytes these are: all,
+    /// if the slots that they take were free.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn lend(&mut self, memory: Sealed, slots: usize) -> Result<usize> {
+    pub(super) fn lend(&mut self, memory: &[Sealed]) -> Result<usize> {
         if self.flush()? == Flushed::Partly {
             return Ok(0);
         }
-        let len = memory.bytes().len();
-        let lent = pipe::vmsplice(&self.pipe, &[memory]).map_err(|error| self.broken(error))?;
+        let len: usize = memory.iter().map(|piece| piece.bytes().len()).sum();
+        let slots = memory.iter().map(|piece| slots_of(piece.bytes())).sum();
+        let lent = pipe::vmsplice(&self.pipe, memory).map_err(|error| self.broken(error))?;
         let bytes = match lent {
             Moved::Bytes(bytes) => bytes,
             Moved::WouldBlock | Moved::End => 0,
@@ -342,7 +348,7 @@ mod tests {
         fn mark(&mut self, body: Body) {
             let marker = Marker::new(7, body);
             let before = self.shard.queue.len();
-            self.shard.mark(marker);
+            self.shard.mark(marker, false);
             self.unread.extend(&self.shard.queue[before..]);
         }
 
@@ -509,7 +515,7 @@ mod tests {
             if fixture.shard.free_slots() < 2 {
                 continue;
             }
-            fixture.shard.mark(Marker::new(7, Body::FileEnd));
+            fixture.shard.mark(Marker::new(7, Body::FileEnd), false);
             let moved = fixture.shard.splice(&source, slot(), 1).unwrap();
             assert_eq!(moved, 0);
         }

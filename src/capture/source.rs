@@ -5,22 +5,30 @@
 //! it has ended, when its pipe is half full, or when nothing more came during a nap (its writer is
 //! slow, or the pipe is full of partial pages); otherwise it is left to fill.
 //!
+//! **Units.** With one shard, images of the same memory look the same, so that a store that keeps
+//! equal blocks once has next to nothing to add for the second. CRIU's page files are cut at
+//! multiples of a unit, and no less is moved unless the file has ended. CRIU loses nothing by that:
+//! it gives whole pages, so a pipe without room is full to the last byte.
+//!
+//! CRIU's other files, all of which are small but for archives, are collected in memory, and given
+//! at their end, or at multiples of 64 KiB. Their framing is followed (see [`super::dump_check`]).
+//!
 //! A pipe that holds as many bytes as fit into its slots holds whole pages only. A source that was
 //! once seen so full, and ever since held a multiple of a page, hands over memory, page by page.
 //! The slots of any other may hold less than a page each, which decides the [`Route`] of its
 //! chunks.
-//!
-//! CRIU's files of messages are always copied, because their framing is followed (see
-//! [`super::dump_check`]). Even those of a large application hold a few megabytes.
 
 use std::io;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
 
 use super::capacity;
 use super::chunk::{Chunk, Route};
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
-use crate::os::pipe::{self, DEFAULT_SLOTS, ReadEnd, slot};
+use crate::os::pipe::{self, DEFAULT_SLOTS, Moved, ReadEnd, slot};
 
 /// The most that the index has of the data of a file, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
@@ -33,8 +41,11 @@ const LARGE: usize = DEFAULT_SLOTS / 2;
 /// shard and wakes its reader once; spliced, each would wake it twice.
 pub(super) const LARGEST_COPIED: usize = 16 << 10;
 
-/// The largest chunk of a file whose framing is followed, in bytes.
-const LARGEST_READ: usize = 64 << 10;
+/// The largest chunk of what is collected, in bytes.
+const LARGEST_COLLECTED: usize = 64 << 10;
+
+/// How long a part of a unit is left where it is while nothing more comes.
+const LONGEST_HOLD: Duration = Duration::from_secs(1);
 
 /// The owner of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +59,7 @@ pub(super) enum Owner {
 pub(super) enum Ready {
     /// Give this chunk to a shard.
     Chunk(Chunk),
-    /// It is empty; an event will come when it is not.
+    /// Nothing of it is to be moved; an event will come with more.
     Empty,
     /// Leave it to fill until after the next nap.
     Filling,
@@ -88,22 +99,31 @@ pub(super) struct Source {
     slots: usize,
     is_grown: bool,
     last_seen: usize,
+    last_change: Instant,
     /// Bytes taken out of the pipe.
     moved: usize,
+    /// The last of these, which no shard has yet.
+    pub(super) collected: Vec<u8>,
     /// Bytes given to shards.
     pub(super) given: usize,
+    /// It is one of CRIU's page files.
+    is_pages: bool,
     whole_pages: bool,
     framing: Option<Framing>,
 }
 
 impl Source {
     /// `slots` is the capacity of the pipe.
-    pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Self {
-        let framing = match owner {
-            Owner::Criu => Framing::of(name.as_str()),
-            Owner::External => None,
-        };
-        Self {
+    ///
+    /// # Errors
+    /// Where the pipe cannot be made non-blocking.
+    pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Result<Self> {
+        let pipe = pipe.nonblocking();
+        let pipe = pipe.with_context(|| format!("preparing to read {name}"))?;
+        let is_of_criu = owner == Owner::Criu;
+        let is_pages = is_of_criu && files::is_pages(name.as_str());
+        let framing = is_of_criu.then(|| Framing::of(name.as_str())).flatten();
+        Ok(Self {
             id: 0,
             name,
             pipe: Some(pipe),
@@ -116,22 +136,14 @@ impl Source {
             slots,
             is_grown: false,
             last_seen: 0,
+            last_change: Instant::now(),
             moved: 0,
+            collected: Vec::new(),
             given: 0,
-            whole_pages: false,
+            is_pages,
+            whole_pages: is_pages,
             framing,
-        }
-    }
-
-    /// Makes the pipe non-blocking, to be read from.
-    ///
-    /// # Errors
-    /// Where the pipe can be opened anew in no way.
-    pub(super) fn make_nonblocking(&mut self) -> io::Result<()> {
-        if let Some(pipe) = self.pipe.take() {
-            self.pipe = Some(pipe.nonblocking()?);
-        }
-        Ok(())
+        })
     }
 
     /// The pipe that it comes through, until nothing more comes.
@@ -151,27 +163,93 @@ impl Source {
         self.pipe = None;
     }
 
-    /// Decides which chunk to give to a shard. `staging` is the staging pipe's number of slots.
-    pub(super) fn inspect(&mut self, staging: usize) -> io::Result<Ready> {
+    /// Decides which chunk to give to a shard. Page files are cut at multiples of `unit` bytes, if
+    /// they are. `staging` is the staging pipe's number of slots.
+    pub(super) fn inspect(&mut self, unit: Option<usize>, staging: usize) -> Result<Ready> {
         let seen = self.last_seen;
-        Ok(match self.look()? {
-            Look::Empty => Ready::Empty,
-            Look::Ended => Ready::Ended,
-            Look::Bytes(available) => {
-                let half_full = available * 2 >= self.slots * slot();
-                if self.has_ended || half_full || available == seen {
-                    Ready::Chunk(self.chunk(available, staging, slot()))
-                } else {
-                    Ready::Filling
-                }
-            }
+        let look = self.look();
+        let look = look.with_context(|| format!("capturing {}", self.name))?;
+        if self.is_collected() {
+            return self.inspect_collected(&look);
+        }
+        let available = match look {
+            Look::Bytes(available) => available,
+            Look::Ended => return Ok(Ready::Ended),
+            Look::Empty => return Ok(Ready::Empty),
+        };
+        let capacity = self.slots * slot();
+        let left = self.left_of(unit);
+        let enough = left.unwrap_or(capacity / 2).min(capacity);
+        let is_held = left.is_some() && self.whole_pages;
+        Ok(if self.has_ended || available >= enough {
+            Ready::Chunk(self.chunk(available, left, staging))
+        } else if available != seen {
+            Ready::Filling
+        } else if is_held && self.last_change.elapsed() < LONGEST_HOLD {
+            Ready::Empty
+        } else {
+            Ready::Chunk(self.chunk(available, left, staging))
         })
+    }
+
+    /// The bytes that are missing from the unit that was begun, if the file is cut at units.
+    pub(super) fn left_of(&self, unit: Option<usize>) -> Option<usize> {
+        let unit = unit.filter(|_| self.is_pages)?;
+        Some(unit - self.given % unit)
+    }
+
+    /// True if it is given to shards out of memory, at its end or in pieces of one size.
+    fn is_collected(&self) -> bool {
+        self.owner == Owner::Criu && !self.is_pages
+    }
+
+    fn inspect_collected(&mut self, look: &Look) -> Result<Ready> {
+        let mut is_whole = *look == Look::Ended;
+        if let Look::Bytes(available) = *look {
+            let in_all = self.collected.len() + available;
+            self.collect(in_all.min(LARGEST_COLLECTED))?;
+            is_whole = self.has_ended && in_all <= LARGEST_COLLECTED;
+        }
+        let bytes = self.collected.len();
+        Ok(match bytes {
+            0 if is_whole => Ready::Ended,
+            _ if is_whole || bytes == LARGEST_COLLECTED => Ready::Chunk(Chunk {
+                bytes,
+                slots: bytes.div_ceil(slot()),
+                route: Route::Copied,
+                is_last: bytes < LARGEST_COLLECTED,
+            }),
+            _ => Ready::Empty,
+        })
+    }
+
+    /// Collects `bytes` in all, of which the pipe must hold what is missing.
+    ///
+    /// # Errors
+    /// When another process reads from the pipe.
+    pub(super) fn collect(&mut self, bytes: usize) -> Result<()> {
+        let start = self.collected.len();
+        let Some(missing) = bytes.checked_sub(start).filter(|&missing| missing > 0) else {
+            return Ok(());
+        };
+        let mut more = vec![0; missing];
+        let read = pipe::read(self.pipe(), &mut more);
+        let read = read.with_context(|| format!("capturing {}", self.name))?;
+        if read != Moved::Bytes(missing) {
+            return Err(self.ended_early(missing));
+        }
+        self.copied(&more);
+        self.collected.append(&mut more);
+        Ok(())
     }
 
     /// Looks at the pipe.
     pub(super) fn look(&mut self) -> io::Result<Look> {
         let available = pipe::available(self.pipe())?;
-        self.last_seen = available;
+        if available != self.last_seen {
+            self.last_seen = available;
+            self.last_change = Instant::now();
+        }
         if available == 0 {
             return Ok(if self.has_ended {
                 Look::Ended
@@ -188,18 +266,12 @@ impl Source {
         Ok(Look::Bytes(available))
     }
 
-    fn chunk(&self, available: usize, staging: usize, slot: usize) -> Chunk {
-        if self.framing.as_ref().is_some_and(|it| !it.is_over()) {
-            let bytes = available.min(staging * slot).min(LARGEST_READ);
-            return Chunk {
-                bytes,
-                slots: bytes.div_ceil(slot),
-                route: Route::Copied,
-                is_last: self.has_ended && bytes == available,
-            };
-        }
-        let pages = available.div_ceil(slot);
-        let (route, slots) = if available <= LARGEST_COPIED {
+    /// A chunk of what is there, of which `left` bytes are the rest of a unit. If a file ends with
+    /// a unit, its end is marked later, whether or not it is known.
+    fn chunk(&self, available: usize, left: Option<usize>, staging: usize) -> Chunk {
+        let bytes = left.map_or(available, |left| left.min(available));
+        let pages = bytes.div_ceil(slot());
+        let (route, slots) = if bytes <= LARGEST_COPIED {
             (Route::Copied, pages)
         } else if self.whole_pages {
             (Route::Direct, pages)
@@ -207,10 +279,10 @@ impl Source {
             (Route::Staged, staging.min(self.slots))
         };
         Chunk {
-            bytes: available,
+            bytes,
             slots,
             route,
-            is_last: self.has_ended,
+            is_last: self.has_ended && bytes == available && left != Some(bytes),
         }
     }
 
@@ -236,11 +308,12 @@ impl Source {
         self.last_seen = 0;
     }
 
-    /// These bytes of it were copied.
+    /// These bytes were read from its pipe.
     pub(super) fn copied(&mut self, bytes: &[u8]) {
         if let Some(framing) = &mut self.framing {
             framing.read(bytes);
         }
+        self.moved(bytes.len());
     }
 
     /// The framing of a file that begins with a magic; `None` for all others.
@@ -272,10 +345,8 @@ mod tests {
     fn source() -> (Source, pipe::WriteEnd) {
         let name = ImageName::new("pages-1.img").unwrap();
         let (read, write) = pipe::new().unwrap();
-        (
-            Source::new(name, read, DEFAULT_SLOTS, Owner::Criu),
-            write.nonblocking().unwrap(),
-        )
+        let source = Source::new(name, read, DEFAULT_SLOTS, Owner::Criu).unwrap();
+        (source, write.nonblocking().unwrap())
     }
 
     fn chunk(bytes: usize, slots: usize, route: Route) -> Ready {
@@ -290,12 +361,54 @@ mod tests {
     #[test]
     fn a_source_is_left_to_fill_until_nothing_more_comes() {
         let (mut source, write) = source();
-        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Empty);
+        assert_eq!(source.inspect(None, STAGING).unwrap(), Ready::Empty);
         pipe::write(&write, b"abc").unwrap();
-        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
+        assert_eq!(source.inspect(None, STAGING).unwrap(), Ready::Filling);
         pipe::write(&write, b"def").unwrap();
-        assert_eq!(source.inspect(STAGING).unwrap(), Ready::Filling);
-        assert_eq!(source.inspect(STAGING).unwrap(), chunk(6, 1, Route::Copied));
+        assert_eq!(source.inspect(None, STAGING).unwrap(), Ready::Filling);
+        assert_eq!(
+            source.inspect(None, STAGING).unwrap(),
+            chunk(6, 1, Route::Copied)
+        );
+    }
+
+    #[test]
+    fn pages_are_left_until_a_unit_is_there_or_there_is_no_room() {
+        let (mut source, write) = source();
+        source.is_grown = true;
+        let page = vec![0; slot()];
+        let unit = Some(3 * slot());
+        pipe::write(&write, &page).unwrap();
+        assert_eq!(source.inspect(unit, STAGING).unwrap(), Ready::Filling);
+        assert_eq!(source.inspect(unit, STAGING).unwrap(), Ready::Empty);
+        for _ in 1..DEFAULT_SLOTS {
+            pipe::write(&write, &page).unwrap();
+        }
+        let whole = chunk(3 * slot(), 3, Route::Copied);
+        assert_eq!(source.inspect(unit, STAGING).unwrap(), whole);
+        let unit = Some(100 * slot());
+        let full = chunk(DEFAULT_SLOTS * slot(), DEFAULT_SLOTS, Route::Direct);
+        assert_eq!(source.inspect(unit, STAGING).unwrap(), full);
+        pipe::read(source.pipe(), &mut [0; 10]).unwrap();
+        assert_eq!(source.inspect(unit, STAGING).unwrap(), Ready::Filling);
+        assert_ne!(source.inspect(unit, STAGING).unwrap(), Ready::Empty);
+    }
+
+    #[test]
+    fn a_file_that_is_no_page_file_is_collected_until_its_end() {
+        let (read, write) = pipe::new().unwrap();
+        let name = ImageName::new("route-9.img").unwrap();
+        let mut source = Source::new(name, read, DEFAULT_SLOTS, Owner::Criu).unwrap();
+        for _ in 0..3 {
+            pipe::write(&write, b"abc").unwrap();
+            assert_eq!(source.inspect(None, STAGING).unwrap(), Ready::Empty);
+        }
+        source.has_ended = true;
+        let Ready::Chunk(chunk) = source.inspect(None, STAGING).unwrap() else {
+            panic!("nothing to move");
+        };
+        assert!(chunk.is_last);
+        assert_eq!(source.collected, b"abcabcabc");
     }
 
     #[test]
@@ -303,7 +416,7 @@ mod tests {
         let (mut source, write) = source();
         pipe::write(&write, b"abc").unwrap();
         source.has_ended = true;
-        let Ready::Chunk(mut chunk) = source.inspect(STAGING).unwrap() else {
+        let Ready::Chunk(mut chunk) = source.inspect(None, STAGING).unwrap() else {
             panic!("nothing to move");
         };
         assert!(chunk.is_last);
@@ -315,10 +428,10 @@ mod tests {
     fn only_a_large_file_gets_a_large_pipe() {
         let (mut source, write) = source();
         pipe::write(&write, &vec![0; LARGE * slot() - 1]).unwrap();
-        source.inspect(STAGING).unwrap();
+        source.inspect(None, STAGING).unwrap();
         assert_eq!(pipe::slots(&write).unwrap(), DEFAULT_SLOTS);
         pipe::write(&write, &[0; 1]).unwrap();
-        source.inspect(STAGING).unwrap();
+        source.inspect(None, STAGING).unwrap();
         assert!(
             pipe::slots(&write).unwrap() > DEFAULT_SLOTS
                 || pipe::grow(&write, pipe::LARGEST).unwrap() == DEFAULT_SLOTS
@@ -330,24 +443,25 @@ mod tests {
         let (mut source, write) = source();
         // Whatever becomes of the pipe, it is looked at as one that has not grown.
         source.is_grown = true;
+        source.whole_pages = false;
         let (full, page) = (DEFAULT_SLOTS * slot(), slot());
         pipe::write(&write, &vec![0; full - page]).unwrap();
         assert_eq!(
-            source.inspect(STAGING).unwrap(),
+            source.inspect(None, STAGING).unwrap(),
             chunk(full - page, DEFAULT_SLOTS, Route::Staged)
         );
         assert_eq!(
-            source.inspect(8).unwrap(),
+            source.inspect(None, 8).unwrap(),
             chunk(full - page, 8, Route::Staged)
         );
         pipe::write(&write, &vec![0; page]).unwrap();
         assert_eq!(
-            source.inspect(STAGING).unwrap(),
+            source.inspect(None, STAGING).unwrap(),
             chunk(full, DEFAULT_SLOTS, Route::Direct)
         );
         pipe::read(source.pipe(), &mut [0; 10]).unwrap();
         assert_eq!(
-            source.inspect(STAGING).unwrap(),
+            source.inspect(None, STAGING).unwrap(),
             chunk(full - 10, DEFAULT_SLOTS, Route::Staged)
         );
     }

@@ -1,8 +1,6 @@
 //! A pipe that measures chunks: whatever fits into it needs at most its number of slots in a shard.
 //!
-//! It is filled only when a shard has that many free slots, and so is emptied at once. Chunks that
-//! are copied pass through it too: a read from a source could block, because others may hold the
-//! same end of its pipe, and may not want it non-blocking.
+//! It is filled only when a shard has that many free slots, and so is emptied at once.
 
 use anyhow::{Context, Result};
 

@@ -119,11 +119,6 @@ impl Framing {
         self.field.clear();
     }
 
-    /// True if the rest of the file is of no interest.
-    pub(crate) fn is_over(&self) -> bool {
-        self.next == Next::Anything
-    }
-
     /// The contents of inventory.img: all, but for one of a size that no CRIU writes.
     pub(crate) fn kept(&self) -> &[u8] {
         &self.kept

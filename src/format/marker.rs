@@ -21,6 +21,12 @@ pub const LENGTH: usize = 4;
 /// The largest frame that can be a marker, in bytes (docs/protocol.md, section 2).
 pub const LARGEST_FRAME: usize = 10 << 10;
 
+/// Behind a padded marker, data begins at a multiple of this number of bytes of its shard.
+pub const ALIGNMENT: usize = 4 << 10;
+
+/// The tag of the field that pads a marker: number 102, bytes.
+const PADDING_TAG: [u8; 2] = [0xb2, 0x06];
+
 /// One marker: its place in the image, and its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Marker {
@@ -163,9 +169,43 @@ impl Marker {
     }
 }
 
+/// Pads the marker that ends `buffer`, and begins at `start` in it, so that it ends at a multiple
+/// of [`ALIGNMENT`] of its shard, of which `before` bytes have been written before the buffer.
+pub fn pad(buffer: &mut Vec<u8>, start: usize, before: u64) {
+    const LENGTH_OF_PADDING: usize = 2;
+    let head = PADDING_TAG.len() + LENGTH_OF_PADDING;
+    let end = (before % ALIGNMENT as u64) as usize + buffer.len();
+    if end.is_multiple_of(ALIGNMENT) {
+        return;
+    }
+    let padding = (end + head).next_multiple_of(ALIGNMENT) - end - head;
+    buffer.extend(PADDING_TAG);
+    // In two bytes, however short it is.
+    buffer.extend([padding as u8 | 0x80, (padding >> 7) as u8]);
+    buffer.resize(buffer.len() + padding, 0);
+    let length = (buffer.len() - start - LENGTH) as u32;
+    buffer[start..start + LENGTH].copy_from_slice(&length.to_le_bytes());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_padded_marker_ends_where_it_should_and_says_the_same() {
+        for before in 0..3 * ALIGNMENT as u64 {
+            let mut buffer = vec![7; 100];
+            let marker = Marker::new(before << 20, Body::Data(1 << 20));
+            marker.clone().encode(&mut buffer);
+            pad(&mut buffer, 100, before);
+            let end = before + buffer.len() as u64;
+            assert!(end.is_multiple_of(ALIGNMENT as u64), "{before}");
+            let frame = &buffer[100..];
+            assert!(frame.len() < ALIGNMENT + 32);
+            let decoded = Marker::decode(frame).unwrap();
+            assert_eq!(decoded, Some((marker, frame.len())));
+        }
+    }
 
     fn framed(seq: u64, body: Body) -> Vec<u8> {
         let mut bytes = Vec::new();

@@ -6,5 +6,5 @@
 pub mod marker;
 mod name;
 
-pub use marker::{Body, Marker, proto};
+pub use marker::{Body, Marker, pad, proto};
 pub use name::{BadName, ImageName};
