@@ -247,38 +247,33 @@ fn too_few_descriptors_are_an_error_and_no_hang() {
     assert!(image::decode(&collector.finish()).is_err());
 }
 
+/// Serves files of this size with 64 descriptors, and opens as many at once as it lets CRIU open.
+fn open_at_once(count: u64, size: usize) -> (Streamer, usize) {
+    let files: Files = (0..count)
+        .map(|i| (format!("file-{i}.img"), random::bytes(i, size)))
+        .collect();
+    let image = image::encode_files(&files, 1, 100_000);
+    let (serve, _feeder) = runs::feed(Streamer::serve().limit(Limit::OpenFiles(64)), &image);
+    let criu = serve.criu();
+    let opened = files.keys().map(|name| criu.try_open_file(name));
+    let open: Vec<_> = opened.map_while(|file| file.ok().flatten()).collect();
+    (serve, open.len())
+}
+
 /// A small file goes into its pipe at once, and its descriptor is free again.
 #[test]
 fn few_descriptors_are_enough_for_any_number_of_small_files_open_at_once() {
-    let files: Files = (0..200)
-        .map(|i| (format!("file-{i}.img"), random::bytes(i, 100)))
-        .collect();
-    let image = image::encode_files(&files, 1, 1000);
-    let (mut serve, _feeder) = runs::feed(Streamer::serve().limit(Limit::OpenFiles(64)), &image);
-    let criu = serve.criu();
-    let open: Vec<_> = files
-        .keys()
-        .map(|name| criu.open_file(name).expect(name))
-        .collect();
-    drop((open, criu));
+    let (mut serve, opened) = open_at_once(200, 100);
+    assert_eq!(opened, 200);
     serve.expect_success();
 }
 
 /// A file that is larger than its pipe takes a descriptor for as long as it is read.
 #[test]
 fn a_restore_with_more_large_files_open_than_descriptors_is_a_clear_error() {
-    let files: Files = (0..64)
-        .map(|i| (format!("file-{i}.img"), random::bytes(i, 1_500_000)))
-        .collect();
-    let image = image::encode_files(&files, 1, 100_000);
-    let (mut serve, _feeder) = runs::feed(Streamer::serve().limit(Limit::OpenFiles(64)), &image);
-    let criu = serve.criu();
-    let open: Vec<_> = files
-        .keys()
-        .map_while(|name| criu.try_open_file(name).ok().flatten())
-        .collect();
+    let (mut serve, opened) = open_at_once(64, 1_500_000);
+    assert!(opened < 64);
     serve.expect_failure(&["descriptors", "ulimit -n"]);
-    assert!(open.len() < 64, "all of them are open");
 }
 
 /// A full disk, without filling one.

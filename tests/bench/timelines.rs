@@ -14,6 +14,15 @@ struct Bar {
     text: &'static str,
 }
 
+fn bar(from_s: f64, to_s: f64, colour: &'static str, text: &'static str) -> Bar {
+    Bar {
+        from_s,
+        to_s,
+        colour,
+        text,
+    }
+}
+
 struct Lane {
     name: &'static str,
     bars: Vec<Bar>,
@@ -44,12 +53,6 @@ fn restore(report: &Report) -> Option<[Lane; 2]> {
     );
     let starts_s = figure(WHILE_IT_ARRIVES, "listens_s")?;
     let arriving_s = figure(WHILE_IT_ARRIVES, "running_s")?;
-    let bar = |from_s, to_s, colour, text| Bar {
-        from_s,
-        to_s,
-        colour,
-        text,
-    };
     let running = |at: f64| (1, format!("running after {at:.1} s"));
     Some([
         Lane {
@@ -75,12 +78,6 @@ fn frozen(report: &Report) -> Option<[Lane; 3]> {
     let figure = |way, name| report.median(TO_LINK, way, name);
     let lane = |name, way| -> Option<Lane> {
         let (frozen_s, written_s) = (figure(way, "frozen_s")?, figure(way, "written_s")?);
-        let bar = |from_s, to_s, colour, text| Bar {
-            from_s,
-            to_s,
-            colour,
-            text,
-        };
         let mut bars = vec![bar(0.0, frozen_s, FROZEN, "frozen")];
         if way != DIRECTORY {
             bars.push(bar(0.0, written_s, UPLOAD, "upload"));
