@@ -50,9 +50,10 @@ pub(super) fn file_of_criu(
             Ok(None)
         }
         Message::Pipe(name, fd) => {
-            let (pipe, slots) = ReadEnd::measured(fd).with_context(|| {
+            let pipe = ReadEnd::new(fd).with_context(|| {
                 format!("{} sent something wrong for {name}", connection.peer())
             })?;
+            let slots = pipe::slots(&pipe)?;
             Source::new(name, pipe, slots, Owner::Criu).map(Some)
         }
     }

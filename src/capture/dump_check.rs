@@ -15,7 +15,6 @@ use anyhow::{Result, bail, ensure};
 
 use super::source::Source;
 use crate::criu::files::{CPUINFO, INVENTORY, OPEN_FILES, TREE};
-use crate::criu::framing::Defect;
 
 /// The end of each error, behind the part that is missing.
 const INCOMPLETE: &str =
@@ -25,7 +24,7 @@ const INCOMPLETE: &str =
 #[derive(Debug, Default)]
 pub(super) struct DumpCheck {
     names: BTreeSet<String>,
-    defects: BTreeMap<String, Defect>,
+    defects: BTreeMap<String, &'static str>,
     /// The inventory is not of the CRIU that is known.
     is_foreign: bool,
     inventory: Vec<u8>,

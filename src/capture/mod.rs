@@ -43,14 +43,14 @@ use crate::criu::files::CPUINFO;
 use crate::criu::{Clients, CommandLine, Connection, Listener, hook_caller};
 use crate::format::ImageName;
 use crate::os::descriptor::Direction;
-use crate::os::pipe::{LARGEST, ReadEnd, WriteEnd};
+use crate::os::pipe::{LARGEST, WriteEnd};
 use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Pace;
 use crate::report::meter::{Counter, Counters, Meter};
-use crate::report::milestone::Milestone;
+use crate::report::milestone;
 use crate::report::progress::{Progress, Stats};
 use crate::report::times::{Clock, Phase, Waiting};
-use crate::supervision::{CHECK_INTERVAL, CriuCommand, Failure, ShellCommand, Supervisor};
+use crate::supervision::{CHECK_INTERVAL, CriuCommand, Endpoint, Failure, Pumped, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
 pub(crate) use image_writer::HasIndex;
@@ -77,13 +77,6 @@ const PIECES_PER_TURN: usize = 64;
 /// How long a file may stay open after CRIU has said at `post-dump` that all are closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where an external file comes from.
-pub(crate) enum ExternalSource {
-    Pipe(ReadEnd),
-    /// To be started when the application is frozen.
-    Command(ShellCommand),
-}
-
 /// The sources of a capture, and where it goes.
 pub(crate) struct Capture<'a> {
     /// Where CRIU writes what it does not stream.
@@ -100,7 +93,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) caller: Option<String>,
     /// A copy of inventory.img is left in the images directory.
     pub(crate) leaves_inventory: bool,
-    pub(crate) external_files: Vec<(ImageName, ExternalSource)>,
+    pub(crate) external_files: Vec<(ImageName, Endpoint)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<&'a CriuCommand>,
@@ -129,7 +122,7 @@ struct CaptureLoop<'a> {
     most_open: usize,
     is_frozen: bool,
     /// The commands of external files, until the application is frozen.
-    file_commands: Vec<(ImageName, ShellCommand)>,
+    file_commands: Vec<(ImageName, Endpoint)>,
     progress: &'a mut Progress,
     files: Counter,
     /// 1: all is in the buffer or in the image, and that was told.
@@ -172,14 +165,14 @@ impl Capture<'_> {
             clock,
         };
         capture.watch().context("preparing to wait for events")?;
-        for (name, source) in self.external_files {
+        for (name, end) in self.external_files {
             capture.dump.expect_external(name.clone());
-            match source {
-                ExternalSource::Pipe(pipe) => capture.open(dump::external_file(name, pipe)?)?,
-                ExternalSource::Command(command) => capture.file_commands.push((name, command)),
+            match end {
+                Endpoint::Descriptor(_) => capture.open_external(name, end)?,
+                Endpoint::Command(_) => capture.file_commands.push((name, end)),
             }
         }
-        capture.progress.reached(Milestone::SocketInit);
+        capture.progress.reached(milestone::SOCKET_INIT);
         supervisor.start_criu(self.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
         let captured = captured.map_err(|error| match capture.clients.have_left() {
@@ -417,7 +410,7 @@ impl CaptureLoop<'_> {
         for source in opened {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
-                self.progress.reached(Milestone::CheckpointStart);
+                self.progress.reached(milestone::CHECKPOINT_START);
                 self.clock.enter(Phase::Frozen);
                 self.start_file_commands()?;
             }
@@ -471,11 +464,16 @@ impl CaptureLoop<'_> {
     }
 
     fn start_file_commands(&mut self) -> Result<()> {
-        for (name, command) in std::mem::take(&mut self.file_commands) {
-            let pipe = self.supervisor.start_writer(command)?;
-            self.open(dump::external_file(name, pipe)?)?;
-        }
-        Ok(())
+        let commands = std::mem::take(&mut self.file_commands);
+        let mut commands = commands.into_iter();
+        commands.try_for_each(|(name, command)| self.open_external(name, command))
+    }
+
+    fn open_external(&mut self, name: ImageName, end: Endpoint) -> Result<()> {
+        let pipe = self
+            .supervisor
+            .source(end, name.as_str(), Pumped::ExternalFile)?;
+        self.open(dump::external_file(name, pipe)?)
     }
 
     /// Fails if a command of an external file will never be started, now that CRIU is gone: the
@@ -517,7 +515,7 @@ impl CaptureLoop<'_> {
         if self.goes_on_when_copied {
             self.supervisor.let_caller_end();
         }
-        self.progress.reached(Milestone::MemoryCopied);
+        self.progress.reached(milestone::MEMORY_COPIED);
         if self.goes_on_when_copied || self.caller.is_none() {
             self.clock.enter(Phase::Written);
         }

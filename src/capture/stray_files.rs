@@ -115,10 +115,7 @@ impl StrayFiles {
     pub(super) fn leave_inventory(&mut self, inventory: &[u8]) -> Result<()> {
         self.check()?;
         let directory = self.directory.as_ref().context("opening --images-dir")?;
-        let leave = || -> Result<()> {
-            let mut file = File::from(outcome::create(directory, INVENTORY)?);
-            Ok(file.write_all(inventory)?)
-        };
+        let leave = || outcome::create(directory, INVENTORY)?.write_all(inventory);
         leave().with_context(|| format!("leaving {INVENTORY} in --images-dir"))?;
         let files = image_files(directory).context("listing --images-dir")?;
         self.before = files

@@ -22,7 +22,7 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use nix::sys::stat::{fstat, makedev};
 
-use crate::os::descriptor::{self, Direction, FdKind};
+use crate::os::descriptor::{Direction, FdKind, flags};
 
 /// The number of a descriptor, as typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,10 +59,6 @@ impl FdNumber {
         self.peek(|fd| FdKind::of(fd))
     }
 
-    fn flags(self) -> nix::Result<OFlag> {
-        self.peek(|fd| descriptor::flags(fd))
-    }
-
     /// The file that data going in this direction must have to itself. A pipe is one file: what
     /// goes into one end comes out of the other. The two directions of a socket are two streams:
     /// sshd gives a command one socket for both. /dev/null keeps nothing, and a terminal shows
@@ -88,7 +84,9 @@ impl FdNumber {
     /// for both reading and writing, which makes the difference.
     pub(super) fn was_closed_at_start(self) -> bool {
         let device = self.peek(|fd| fstat(fd)).map(|stat| stat.st_rdev);
-        let mode = self.flags().map(|flags| flags & OFlag::O_ACCMODE);
+        let mode = self
+            .peek(|fd| flags(fd))
+            .map(|flags| flags & OFlag::O_ACCMODE);
         self.0 <= 2 && device == Ok(makedev(1, 3)) && mode == Ok(OFlag::O_RDWR)
     }
 
@@ -103,7 +101,7 @@ impl FdNumber {
             !matches!(kind, FdKind::Terminal | FdKind::Directory | FdKind::Special),
             "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}"
         );
-        let flags = self.flags()?;
+        let flags = self.peek(|fd| flags(fd))?;
         ensure!(
             flags & OFlag::O_ACCMODE != wrong_mode && !flags.contains(OFlag::O_PATH),
             "{what} is {kind} that is not open for {purpose}: exchange < and >"

@@ -20,15 +20,6 @@ Subcommands:
 
 {after-help}";
 
-/// Shown when nothing was typed: it fits on a screen.
-pub(super) const USAGE: &str = "\
-Usage: {usage}
-
-Subcommands:
-{subcommands}
-
-Try criu-image-streamer --help for the options and for examples.";
-
 pub(super) const TEMPLATE: &str = "\
 {about}
 

@@ -6,7 +6,6 @@
 //! may come from anyone, and the name stands in commands: it is nothing but letters, digits, `.`,
 //! `_` and `-`.
 
-use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -59,8 +58,8 @@ impl StoredAs {
     /// # Errors
     /// When it cannot be written.
     pub(crate) fn leave(&self, directory: impl AsFd) -> Result<()> {
-        let mut file = File::from(outcome::create(directory, FILE).context(FILE)?);
-        writeln!(file, "{}", self.0).context(FILE)
+        let leave = || writeln!(outcome::create(directory, FILE)?, "{}", self.0);
+        leave().context(FILE)
     }
 
     /// The name that a capture left in the images directory, if one did.
@@ -81,6 +80,8 @@ impl StoredAs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+
     use nix::sys::stat::Mode;
 
     #[test]

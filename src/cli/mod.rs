@@ -17,16 +17,16 @@ use structopt::clap::{AppSettings, ErrorKind};
 use crate::criu::hook_caller;
 use crate::format::ImageName;
 use crate::listen_ports::Remap;
+use crate::os::descriptor::Direction;
 use crate::os::memory;
 use descriptor::FdNumber;
 pub(crate) use image_name::StoredAs;
-pub(crate) use plan::{Action, Endpoint, Plan};
+pub(crate) use plan::Plan;
 
 /// The command line, as typed.
 #[derive(Debug, PartialEq, Eq, StructOpt)]
+#[structopt(about = help::ABOUT, template = help::ALL_TEMPLATE)]
 #[structopt(
-    about = help::ABOUT,
-    template = help::ALL_TEMPLATE,
     usage = "criu-image-streamer [OPTIONS] --images-dir <images-dir> <SUBCOMMAND> [-- <command>...]",
     global_settings = &[
         AppSettings::VersionlessSubcommands,
@@ -45,13 +45,8 @@ pub struct Args {
 
     /// Descriptors of the shards, which carry the image [default: 1 for capture, 0 for extract,
     /// serve and list]
-    #[structopt(
-        short,
-        long,
-        value_name = "fd,fd,...",
-        require_delimiter = true,
-        global = true
-    )]
+    #[structopt(short, long, value_name = "fd,fd,...")]
+    #[structopt(require_delimiter = true, global = true)]
     shard_fds: Vec<FdNumber>,
 
     /// Shell command for each shard, in place of --shard-fds: capture pipes the shard into it,
@@ -76,19 +71,19 @@ pub struct Args {
     /// serve: let the application run at once, and fill in its memory afterwards. `criu restore`
     /// must have its own --lazy-pages. The progress line `memory-in-place` tells when all is there
     #[structopt(long, global = true)]
-    lazy_pages: bool,
+    pub(crate) lazy_pages: bool,
 
     /// capture: copy the application's memory to up to this number of bytes (K, M and G are known,
     /// and 50% of the memory that is available), as fast as CRIU gives it, and feed the shards from
     /// there. The progress line `memory-copied` tells when the application may go on
     #[structopt(long, value_name = "bytes", parse(try_from_str = buffer_size), global = true)]
-    buffer: Option<u64>,
+    pub(crate) buffer: Option<u64>,
 
     /// capture with --buffer, under CRIU's hook: let CRIU go on as soon as the memory is copied,
     /// for an application that it leaves running. What becomes of the image then is in
     /// streamer-capture.outcome
     #[structopt(long, global = true)]
-    go_on_when_copied: bool,
+    pub(crate) go_on_when_copied: bool,
 
     /// Name of the image, $CRIU_IMAGE_NAME for the commands. Under CRIU's hook a capture makes one,
     /// and leaves it in the images directory for the restore
@@ -97,26 +92,15 @@ pub struct Args {
 
     /// External files: added to the image from these descriptors on capture, written to them on
     /// restore
-    #[structopt(
-        short,
-        long,
-        value_name = "name:fd,...",
-        parse(try_from_str = external_fd),
-        require_delimiter = true,
-        global = true
-    )]
+    #[structopt(short, long, value_name = "name:fd,...")]
+    #[structopt(parse(try_from_str = external_fd), require_delimiter = true, global = true)]
     ext_file_fds: Vec<(ImageName, FdNumber)>,
 
     /// External file by a shell command, which must succeed: capture starts it when the application
     /// is frozen, and adds its output to the image; extract and serve pipe the file into it, and it
     /// has ended before CRIU is started. May be repeated
-    #[structopt(
-        long,
-        value_name = "name:command",
-        parse(try_from_str = external_command),
-        number_of_values = 1,
-        global = true
-    )]
+    #[structopt(long, value_name = "name:command")]
+    #[structopt(parse(try_from_str = external_command), number_of_values = 1, global = true)]
     ext_file_cmd: Vec<(ImageName, String)>,
 
     /// Descriptor for progress lines and statistics [default: 2; none with --progress-bar]
@@ -126,32 +110,28 @@ pub struct Args {
     /// Show the progress on standard error, for people, and at the end a line for each shard.
     /// Progress lines, which programs read, then go to --progress-fd only
     #[structopt(long, global = true)]
-    progress_bar: bool,
+    pub(crate) progress_bar: bool,
 
     /// Write to this file at the end, as JSON, what passed through each shard, and for how long the
     /// shards, CRIU and the image waited for each other
     #[structopt(long, value_name = "file", parse(from_os_str), global = true)]
-    statistics: Option<PathBuf>,
+    pub(crate) statistics: Option<PathBuf>,
 
     /// serve only: change the TCP ports that the application listens on
-    #[structopt(
-        long,
-        value_name = "old:new,...",
-        require_delimiter = true,
-        global = true
-    )]
-    tcp_listen_remap: Vec<Remap>,
+    #[structopt(long, value_name = "old:new,...")]
+    #[structopt(require_delimiter = true, global = true)]
+    pub(crate) tcp_listen_remap: Vec<Remap>,
 
     #[structopt(subcommand)]
-    command: Command,
+    pub(crate) command: Command,
 
     /// The words behind `--`.
     #[structopt(skip)]
     criu: Vec<OsString>,
 }
 
-#[derive(Debug, PartialEq, Eq, StructOpt)]
-enum Command {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, StructOpt)]
+pub(crate) enum Command {
     /// Capture a CRIU image: from `criu dump --stream` to the shards
     ///
     /// The command behind `--` runs `criu dump --stream`. It is started when CRIU can connect, and
@@ -189,6 +169,23 @@ enum Command {
     Hook,
 }
 
+impl Command {
+    /// The direction of the shards.
+    pub(crate) fn direction(self) -> Direction {
+        match self {
+            Self::Capture => Direction::Out,
+            _ => Direction::In,
+        }
+    }
+}
+
+impl Args {
+    /// True if one of the shards is an index.
+    pub(crate) fn has_index(&self) -> bool {
+        self.index || self.index_fd.is_some()
+    }
+}
+
 /// A number of bytes, or the part of the memory that is available now.
 fn buffer_size(text: &str) -> Result<u64, String> {
     let bytes = |digits: &str, shift| digits.parse::<u64>().ok()?.checked_mul(1_u64 << shift);
@@ -208,59 +205,40 @@ fn buffer_size(text: &str) -> Result<u64, String> {
 
 /// An external file's name in the image, and the descriptor that it comes from or goes to.
 fn external_fd(text: &str) -> Result<(ImageName, FdNumber), String> {
-    let (name, fd) = text
-        .rsplit_once(':')
-        .ok_or_else(|| format!("{text:?} is not of the form name:fd, such as fs.tar:10"))?;
-    Ok((external_name(name)?, fd.parse()?))
+    let (name, fd) = external(text, text.rsplit_once(':'), "name:fd, such as fs.tar:10")?;
+    Ok((name, fd.parse()?))
 }
 
 /// An external file's name in the image, and the command that it comes from or goes to.
 fn external_command(text: &str) -> Result<(ImageName, String), String> {
-    let (name, command) = text.split_once(':').ok_or_else(|| {
-        format!("{text:?} is not of the form name:command, such as 'fs.tar:tar -C fs -cf - .'")
-    })?;
-    if command.trim().is_empty() {
-        return Err(format!("the command of {name:?} is empty"));
+    let form = "name:command, such as 'fs.tar:tar -C fs -cf - .'";
+    let (name, command) = external(text, text.split_once(':'), form)?;
+    match command.trim() {
+        "" => Err(format!("the command of {name} is empty")),
+        _ => Ok((name, command.to_owned())),
     }
-    Ok((external_name(name)?, command.to_owned()))
 }
 
-fn external_name(name: &str) -> Result<ImageName, String> {
+/// The name of an external file, and what is behind it.
+fn external<'a>(
+    text: &str,
+    parts: Option<(&str, &'a str)>,
+    form: &str,
+) -> Result<(ImageName, &'a str), String> {
+    let (name, value) = parts.ok_or_else(|| format!("{text:?} is not of the form {form}"))?;
     let why = |why| format!("an external file cannot be named {name:?}: {why}");
-    ImageName::new(name).map_err(why)
+    Ok((ImageName::new(name).map_err(why)?, value))
 }
-
-/// How the program is used, in a few lines.
-fn usage() -> String {
-    let mut text = Vec::new();
-    let app = Args::clap().template(help::USAGE);
-    app.write_help(&mut text)
-        .expect("memory takes what is written to it");
-    String::from_utf8_lossy(&text).into_owned()
-}
-
-/// Options without a value.
-const FLAGS: [&str; 4] = [
-    "--index",
-    "--lazy-pages",
-    "--go-on-when-copied",
-    "--progress-bar",
-];
 
 /// Puts the subcommand before all options: of an option that stands on both sides of it, clap keeps
 /// the values of one side only.
 fn subcommand_first(mut words: Vec<OsString>) -> Vec<OsString> {
-    let mut at = 1;
-    while let Some(word) = words.get(at).and_then(|word| word.to_str())
-        && word.starts_with('-')
-    {
-        let has_value_within = word.contains('=') || !word.starts_with("--") && word.len() > 2;
-        at += match has_value_within || FLAGS.contains(&word) {
-            true => 1,
-            false => 2,
-        };
-    }
-    if at < words.len() {
+    // The words up to it are a whole command line.
+    let is_it = |at: &usize| {
+        let is_option = words[*at].as_encoded_bytes().starts_with(b"-");
+        !is_option && Args::clap().get_matches_from_safe(&words[..=*at]).is_ok()
+    };
+    if let Some(at) = (1..words.len()).find(is_it) {
         words[1..=at].rotate_right(1);
     }
     words
@@ -292,9 +270,9 @@ pub(crate) fn parse() -> Result<Option<Args>> {
             let _ = writeln!(std::io::stdout(), "{}", error.message);
             std::process::exit(0)
         }
-        ErrorKind::MissingArgumentOrSubcommand => {
-            anyhow!("a subcommand is missing\n\n{}", usage())
-        }
+        ErrorKind::MissingArgumentOrSubcommand => anyhow!(
+            "a subcommand is missing: capture, extract, serve, list or hook; criu-image-streamer --help has their options, and examples"
+        ),
         _ => anyhow!("{}", reason(&error).trim_end()),
     })?;
     ensure!(
@@ -322,8 +300,6 @@ fn reason(error: &structopt::clap::Error) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
     fn args(line: &str) -> Args {
@@ -355,18 +331,6 @@ mod tests {
         assert_eq!(args.ext_file_cmd.len(), 2);
         assert_eq!(args.command, Command::Capture);
         assert_eq!(args.criu, ["serve"]);
-    }
-
-    #[test]
-    fn flags_are_the_options_that_take_no_value() {
-        let mut help = Vec::new();
-        Args::clap().write_help(&mut help).unwrap();
-        let help = String::from_utf8(help).unwrap();
-        let words = help.split(|it: char| !it.is_alphanumeric() && it != '-');
-        let options: BTreeSet<_> = words.filter(|word| word.starts_with("--")).collect();
-        let is_flag = |option: &&&str| Args::from_iter_safe(["", option, "capture"]).is_ok();
-        let flags = options.iter().filter(is_flag).copied();
-        assert_eq!(flags.collect::<BTreeSet<_>>(), BTreeSet::from(FLAGS));
     }
 
     #[test]

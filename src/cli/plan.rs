@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::ffi::OsString;
-use std::hash::Hash;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -13,65 +13,30 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 
 use super::descriptor::{Checks, FdNumber, Purpose, STDERR, STDIN, STDOUT};
-use super::{Args, Command, StoredAs};
+use super::{Args, Command};
 use crate::criu::hook_caller::Caller;
 use crate::criu::{CommandLine, Role};
 use crate::format::ImageName;
-use crate::listen_ports::Remap;
 use crate::os::descriptor::Direction;
 use crate::report::progress::Progress;
-use crate::supervision::{CriuCommand, ShellCommand};
+use crate::supervision::{CriuCommand, Endpoint, ShellCommand};
 
 /// The most shards that commands are started for: each is a pipe of 1 MiB and a pipeline of
 /// processes, and more have never been faster.
 const MAX_COMMANDS: usize = 32;
 
-/// The action of a subcommand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Action {
-    Capture,
-    Extract,
-    Serve,
-    List,
-}
-
-impl Action {
-    /// The direction of the shards.
-    pub(crate) fn direction(self) -> Direction {
-        match self {
-            Action::Capture => Direction::Out,
-            Action::Extract | Action::Serve | Action::List => Direction::In,
-        }
-    }
-}
-
-/// Where a shard or an external file goes to, or comes from.
-pub(crate) enum Endpoint {
-    Descriptor(OwnedFd),
-    Command(ShellCommand),
-}
-
-/// A checked command line.
+/// A checked command line, and what it names.
 pub(crate) struct Plan {
-    pub(crate) action: Action,
+    /// As typed, but for what is below.
+    pub(crate) args: Args,
     /// Empty where none is needed: by `list`.
     pub(crate) images_dir: PathBuf,
-    /// With their names in messages.
+    /// With their names in messages; the last of them may be an index.
     pub(crate) shards: Vec<(Endpoint, String)>,
-    /// The last of the shards is an index.
-    pub(crate) has_index: bool,
-    /// The application runs before its memory is filled in.
-    pub(crate) lazy_pages: bool,
-    pub(crate) buffer: Option<u64>,
-    /// The CRIU that waits in its hook may go on when the memory is copied.
-    pub(crate) goes_on_when_copied: bool,
     pub(crate) external_files: Vec<(ImageName, Endpoint)>,
-    pub(crate) remaps: Vec<Remap>,
     /// Where `list` writes to; `None`: nowhere.
     pub(crate) listing: Option<OwnedFd>,
     pub(crate) progress: Progress,
-    pub(crate) progress_bar: bool,
-    pub(crate) statistics: Option<PathBuf>,
     /// The command that runs CRIU, if we start it.
     pub(crate) criu: Option<CriuCommand>,
     /// The CRIU that waits in its hook for this streamer, if one does.
@@ -81,38 +46,31 @@ pub(crate) struct Plan {
 impl Plan {
     /// Checks what was typed, and claims the descriptors that it names. Errors name the argument.
     pub(crate) fn new(mut args: Args) -> Result<Self> {
-        let action = action(&args.command);
-        check_usage(&args, action)?;
-        check_files(&args)?;
-        let image_name = args.image_name.take().map(|StoredAs(name)| name);
-        let commands = shard_commands(&args, image_name.as_deref())?;
-        let mut claimed = claim(&args, action)?;
+        if args.command == (Command::Extract { serve: true }) {
+            args.command = Command::Serve;
+        }
+        check_usage(&args)?;
+        check_names(&args)?;
+        let commands = shard_commands(&args)?;
+        let mut claimed = claim(&args)?;
         for command in commands {
-            let label = command.label();
+            let label = command.label.clone();
             claimed.shards.push((Endpoint::Command(command), label));
         }
-        for (name, text) in args.ext_file_cmd {
-            let command = ShellCommand::for_file(name.clone(), text, image_name.as_deref());
-            claimed
-                .external_files
-                .push((name, Endpoint::Command(command)));
+        for (name, text) in mem::take(&mut args.ext_file_cmd) {
+            let command = ShellCommand::for_file(name.clone(), text);
+            let files = &mut claimed.external_files;
+            files.push((name, Endpoint::Command(command)));
         }
         Ok(Self {
-            action,
-            external_files: claimed.external_files,
-            images_dir: args.images_dir.unwrap_or_default(),
+            images_dir: args.images_dir.take().unwrap_or_default(),
             shards: claimed.shards,
-            has_index: args.index || args.index_fd.is_some(),
-            lazy_pages: args.lazy_pages,
-            buffer: args.buffer,
-            goes_on_when_copied: args.go_on_when_copied,
-            remaps: args.tcp_listen_remap,
+            external_files: claimed.external_files,
             listing: claimed.listing,
             progress: Progress::new(claimed.progress, None),
-            progress_bar: args.progress_bar,
-            statistics: args.statistics,
-            criu: criu_command(args.criu),
+            criu: criu_command(mem::take(&mut args.criu)),
             caller: None,
+            args,
         })
     }
 
@@ -126,16 +84,6 @@ impl Plan {
     }
 }
 
-fn action(command: &Command) -> Action {
-    match command {
-        Command::Capture => Action::Capture,
-        Command::Extract { serve: false } => Action::Extract,
-        Command::Extract { serve: true } | Command::Serve => Action::Serve,
-        Command::List => Action::List,
-        Command::Hook => unreachable!("the hook has no plan of its own"),
-    }
-}
-
 /// The command that runs CRIU; `None` where there are no words.
 fn criu_command(words: Vec<OsString>) -> Option<CriuCommand> {
     let line: Vec<_> = words.iter().map(|word| word.as_bytes()).collect();
@@ -144,21 +92,22 @@ fn criu_command(words: Vec<OsString>) -> Option<CriuCommand> {
 }
 
 /// Refuses options that do not go together, or not with the subcommand.
-fn check_usage(args: &Args, action: Action) -> Result<()> {
+fn check_usage(args: &Args) -> Result<()> {
     let has_commands = args.shard_cmd.is_some();
     let has_files = !args.ext_file_fds.is_empty() || !args.ext_file_cmd.is_empty();
-    let is = |other| action == other;
-    let why = if !args.criu.is_empty() && (is(Action::Extract) || is(Action::List)) {
+    let is = |other| args.command == other;
+    let extract = Command::Extract { serve: false };
+    let why = if !args.criu.is_empty() && (is(extract) || is(Command::List)) {
         "--: `extract` and `list` start no command; run `criu restore` when `extract` has ended, or give --serve"
-    } else if !args.tcp_listen_remap.is_empty() && !is(Action::Serve) {
+    } else if !args.tcp_listen_remap.is_empty() && !is(Command::Serve) {
         "--tcp-listen-remap: only `serve` changes ports"
     } else if args.index && !has_commands {
         "--index: it goes with --shard-cmd; with --shard-fds, give --index-fd"
     } else if args.index_fd.is_some() && has_commands {
         "--index-fd: it goes with --shard-fds; with --shard-cmd, give --index"
-    } else if args.lazy_pages && !is(Action::Serve) {
+    } else if args.lazy_pages && !is(Command::Serve) {
         "--lazy-pages: it is for `serve`"
-    } else if args.buffer.is_some() && !is(Action::Capture) {
+    } else if args.buffer.is_some() && !is(Command::Capture) {
         "--buffer: it is for `capture`"
     } else if args.go_on_when_copied && args.buffer.is_none() {
         "--go-on-when-copied: memory is copied only with --buffer"
@@ -166,9 +115,9 @@ fn check_usage(args: &Args, action: Action) -> Result<()> {
         "--shard-cmd: it takes the place of --shard-fds: give one of them"
     } else if args.num_shards.is_some() && !has_commands {
         "--num-shards: it goes with --shard-cmd; --shard-fds has a descriptor for each shard"
-    } else if is(Action::List) && has_files {
+    } else if is(Command::List) && has_files {
         "--ext-file-fds, --ext-file-cmd: `list` only counts external files, as all others: use `extract`"
-    } else if args.images_dir.is_none() && !is(Action::List) {
+    } else if args.images_dir.is_none() && !is(Command::List) {
         "--images-dir <images-dir> is needed: the directory that CRIU is given too"
     } else {
         return Ok(());
@@ -176,23 +125,18 @@ fn check_usage(args: &Args, action: Action) -> Result<()> {
     bail!(why)
 }
 
-/// Refuses ports and external files that are named twice, and commands whose failure would not be
-/// known.
-fn check_files(args: &Args) -> Result<()> {
-    if let Some(remap) = first_repeated(&args.tcp_listen_remap, |remap| remap.old) {
-        bail!("--tcp-listen-remap: port {} is changed twice", remap.old);
+/// Refuses ports and external files that are named twice.
+fn check_names(args: &Args) -> Result<()> {
+    let ports = args.tcp_listen_remap.iter().map(|remap| remap.old);
+    let ports = ports.map(|port| format!("--tcp-listen-remap: port {port}"));
+    let fds = args.ext_file_fds.iter().map(|(name, _)| name);
+    let names = fds.chain(args.ext_file_cmd.iter().map(|(name, _)| name));
+    let names = names.map(|name| format!("--ext-file-fds, --ext-file-cmd: {name}"));
+    let mut seen = HashSet::new();
+    match ports.chain(names).find(|it| !seen.insert(it.clone())) {
+        Some(twice) => bail!("{twice} is named twice"),
+        None => Ok(()),
     }
-    let names = args.ext_file_fds.iter().map(|(name, _)| name);
-    let commands = args.ext_file_cmd.iter();
-    let names: Vec<_> = names
-        .chain(commands.clone().map(|(name, _)| name))
-        .collect();
-    if let Some(name) = first_repeated(&names, |&name| name) {
-        bail!("--ext-file-fds, --ext-file-cmd: {name} is named twice");
-    }
-    let commands = commands.map(|(_, command)| command);
-    let mut commands = args.shard_cmd.iter().chain(commands);
-    commands.try_for_each(|text| ShellCommand::check_shell(text))
 }
 
 /// The descriptors that the command line named.
@@ -204,9 +148,9 @@ struct Claimed {
 }
 
 /// Claims descriptors, when all of them are checked.
-fn claim(args: &Args, action: Action) -> Result<Claimed> {
-    let (shards_go, files_go, standard) = match action {
-        Action::Capture => (Direction::Out, Direction::In, STDOUT),
+fn claim(args: &Args) -> Result<Claimed> {
+    let (shards_go, files_go, standard) = match args.command {
+        Command::Capture => (Direction::Out, Direction::In, STDOUT),
         _ => (Direction::In, Direction::Out, STDIN),
     };
     let mut shards = args.shard_fds.clone();
@@ -214,7 +158,7 @@ fn claim(args: &Args, action: Action) -> Result<Claimed> {
         shards.push(standard);
     }
     // Without a standard output, or with /dev/null there, the exit status is what is wanted.
-    let lists = action == Action::List && !STDOUT.was_closed_at_start();
+    let lists = args.command == Command::List && !STDOUT.was_closed_at_start();
     let listing = lists.then_some(STDOUT);
     let progress = progress_fd(args)?;
     let mut checks = Checks::new();
@@ -262,7 +206,7 @@ fn progress_fd(args: &Args) -> Result<Option<FdNumber>> {
 }
 
 /// The commands that take or bring the shards, if any.
-fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Vec<ShellCommand>> {
+fn shard_commands(args: &Args) -> Result<Vec<ShellCommand>> {
     let Some(text) = &args.shard_cmd else {
         return Ok(Vec::new());
     };
@@ -276,13 +220,5 @@ fn shard_commands(args: &Args, image_name: Option<&str>) -> Result<Vec<ShellComm
         !args.index || text.contains("{}"),
         "--index: the command has no {{}}, so that the index would go where the other shard goes"
     );
-    Ok(ShellCommand::for_shards(
-        text, count, args.index, image_name,
-    ))
-}
-
-/// The first item whose key an earlier one has.
-fn first_repeated<'a, T, K: Eq + Hash>(items: &'a [T], key: impl Fn(&'a T) -> K) -> Option<&'a T> {
-    let mut seen = HashSet::new();
-    items.iter().find(|item| !seen.insert(key(item)))
+    Ok(ShellCommand::for_shards(text, count, args.index))
 }

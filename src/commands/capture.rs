@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use super::{Session, create_images_dir, writer};
-use crate::capture::{Capture, ExternalSource, HasIndex};
-use crate::cli::{Endpoint, Plan};
+use super::{Session, create_images_dir};
+use crate::capture::{Capture, HasIndex};
+use crate::cli::Plan;
 use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
 use crate::supervision::{Failure, Pumped};
@@ -14,35 +14,23 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let supervisor = &mut session.supervisor;
     plan.check_socket(Role::Capture)?;
     let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
-    let mut external_files = Vec::new();
-    for (name, end) in plan.external_files {
-        let kind = Pumped::ExternalFile;
-        let source = match end {
-            Endpoint::Descriptor(fd) => {
-                ExternalSource::Pipe(supervisor.source(fd, name.as_str(), kind)?)
-            }
-            Endpoint::Command(command) => ExternalSource::Command(command),
-        };
-        external_files.push((name, source));
-    }
-    let shards = plan.shards.into_iter().map(|(end, label)| {
-        let pipe = writer(supervisor, end, &label, Pumped::Shard)?;
-        Ok((pipe, label))
-    });
+    let shards = plan.shards.into_iter();
+    let shards =
+        shards.map(|(end, label)| Ok((supervisor.sink(end, &label, Pumped::Shard)?, label)));
     let shards = shards.collect::<Result<_>>()?;
     let captured = Capture {
         images_dir: &plan.images_dir,
         listener,
         shards,
-        has_index: match plan.has_index {
+        has_index: match plan.args.has_index() {
             true => HasIndex::Yes,
             false => HasIndex::No,
         },
-        buffer: plan.buffer,
-        goes_on_when_copied: plan.goes_on_when_copied,
+        buffer: plan.args.buffer,
+        goes_on_when_copied: plan.args.go_on_when_copied,
         caller: plan.caller.as_ref().map(Caller::identity),
-        leaves_inventory: plan.caller.as_ref().is_some_and(Caller::is_driven),
-        external_files,
+        leaves_inventory: plan.caller.as_ref().is_some_and(|caller| caller.is_driven),
+        external_files: plan.external_files,
         progress: &mut plan.progress,
         criu: plan.criu.as_ref(),
         counters: session.counters.clone(),

@@ -34,7 +34,6 @@
 //! CRIU's output sees its end. A log in the images directory has the output of the streamer and of
 //! its commands; see [`outcome`] for how it ends.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -42,10 +41,9 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cli::{Args, Plan, StoredAs};
 use crate::criu::hook_caller::{self, Caller};
 use crate::criu::{Listener, Role};
-use crate::os::descriptor::open_directory;
 use crate::os::process;
 use crate::report;
-use crate::report::milestone::Milestone;
+use crate::report::milestone;
 use crate::report::outcome::{self, Hook, NO_ANSWER};
 use crate::report::progress::Progress;
 use crate::supervision::Failure;
@@ -64,7 +62,7 @@ const OUTCOME: &str = ".outcome";
 
 /// Does what is to do at CRIU's present action.
 pub(crate) fn run() -> Result<(), Failure> {
-    process::close_inherited();
+    process::close_range(0);
     let action = hook_caller::action().context(
         "hook: CRIU starts it: criu dump --stream --action-script criu-image-streamer …",
     )?;
@@ -78,8 +76,8 @@ pub(crate) fn run() -> Result<(), Failure> {
 /// Starts the streamer that CRIU wants, and returns when CRIU can connect.
 fn start() -> Result<()> {
     let caller = Caller::find()?;
-    let images_dir = caller.images_dir().to_owned();
-    let directory = images_dir_of(&caller)?;
+    let images_dir = caller.images_dir.clone();
+    let directory = caller.directory.try_clone()?;
     let options_dir = options_dir();
     let role = role_of(&caller, &options_dir);
     // One that is still at work has its log and its outcome here.
@@ -90,28 +88,29 @@ fn start() -> Result<()> {
     outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;
     let log = outcome::create(&directory, &log).with_context(|| path_of(&log))?;
     // An engine shows nothing of what CRIU's scripts say, and CRIU has no log yet.
-    let plan = role.and_then(|role| prepare(&caller, &directory, &options_dir, role));
-    let mut plan = plan.inspect_err(|error| report::error_to(&log, error))?;
-    if plan.buffer.is_some() && !plan.goes_on_when_copied {
+    let plan = role.and_then(|role| prepare(&caller, &options_dir, role));
+    let mut plan = plan.inspect_err(|error| report::error(&log, error))?;
+    if plan.args.buffer.is_some() && !plan.args.go_on_when_copied {
         report::warn(
             "hook: --buffer has no use without --go-on-when-copied: CRIU waits until the image is written, and the copy only takes memory and time",
         );
     }
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
-    let hook = Hook::new(reports.into(), plan.goes_on_when_copied);
-    plan.progress = Progress::new(Some(log.try_clone()?), Some(hook.clone()));
+    let hook = Hook::new(reports.into(), plan.args.go_on_when_copied);
+    plan.progress = Progress::new(Some(log.try_clone()?.into()), Some(hook.clone()));
     plan.caller = Some(caller);
-    process::go_on_in_background(log, move || {
+    process::go_on_in_background(log.into(), move || {
         let ended = super::run(plan);
         let reason = ended.as_ref().err().map(|it| format!("{:#}", it.error()));
+        let end = reason.as_deref().unwrap_or(outcome::SUCCESS);
         // Before CRIU loses its pipes: whoever sees that finds the reason.
-        if let Err(error) = outcome::leave(&directory, &outcome, reason.as_deref()) {
+        if let Err(error) = outcome::leave(&directory, &outcome, end) {
             report::warn(format_args!("{outcome}: {error:#}"));
         }
-        hook.ended(reason.as_deref());
+        hook.tell(end);
         ended.map_or_else(super::exit_status, |()| 0)
     })?;
-    outcome::hear(progress, Some(Milestone::SocketInit))
+    outcome::hear(progress, Some(milestone::SOCKET_INIT))
 }
 
 /// Waits until the streamer has ended, or lets CRIU go on, and fails if it has failed. A CRIU that
@@ -119,12 +118,9 @@ fn start() -> Result<()> {
 /// lost then.
 fn wait() -> Result<()> {
     let caller = Caller::find()?;
-    let directory = images_dir_of(&caller)?;
-    let enough = caller
-        .command_line()
-        .lets_live()
-        .then_some(Milestone::MemoryCopied);
-    let streamer = caller.call(&directory).context(NO_ANSWER)?;
+    let lets_live = caller.command_line.lets_live();
+    let enough = lets_live.then_some(milestone::MEMORY_COPIED);
+    let streamer = caller.call().context(NO_ANSWER)?;
     outcome::hear(streamer, enough)
 }
 
@@ -139,7 +135,7 @@ fn options_dir() -> PathBuf {
 /// to be restored: it is started only where a command line says so.
 fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
     let has_options = |role: Role| options_dir.join(role.file_name(OPTIONS)).exists();
-    match caller.command_line().role() {
+    match caller.command_line.role() {
         Some(role) => Ok(role),
         None if has_options(Role::Serve) && !has_options(Role::Capture) => Ok(Role::Serve),
         None => bail!(
@@ -149,23 +145,23 @@ fn role_of(caller: &Caller, options_dir: &Path) -> Result<Role> {
 }
 
 /// Makes the plan that the options ask for, with the name of the image.
-fn prepare(caller: &Caller, directory: &OwnedFd, options_dir: &Path, role: Role) -> Result<Plan> {
+fn prepare(caller: &Caller, options_dir: &Path, role: Role) -> Result<Plan> {
     // It would not ask how the streamer ended.
     ensure!(
-        !caller.command_line().takes_no_dump(),
+        !caller.command_line.takes_no_dump(),
         "CRIU runs no action script when a pre-dump or cpuinfo.img is written, so nothing would tell whether it was: stream it without the hook"
     );
-    let images_dir = caller.images_dir();
+    let images_dir = &caller.images_dir;
     let options = options_dir.join(role.file_name(OPTIONS));
     let mut args = read_options(&options, role, images_dir)?;
     match role {
         Role::Capture => {
             ensure!(
-                !caller.is_driven() || !args.goes_on_into(images_dir),
+                !caller.is_driven || !args.goes_on_into(images_dir),
                 "--go-on-when-copied: an engine packs the images directory as soon as it goes on, and what is still on its way there would be missing: let the commands take the image elsewhere"
             );
             let name = args.image_name.map_or_else(StoredAs::random, Ok)?;
-            name.leave(directory)?;
+            name.leave(&caller.directory)?;
             args.image_name = Some(name);
         }
         Role::Serve if args.image_name.is_none() => args.image_name = StoredAs::left(images_dir)?,
@@ -181,15 +177,5 @@ fn read_options(options: &Path, role: Role, images_dir: &Path) -> Result<Args> {
         options.display(),
         images_dir.join(role.file_name(OPTIONS)).display()
     );
-    let subcommand = match role {
-        Role::Capture => "capture",
-        Role::Serve => "serve",
-    };
-    Args::from_file(options, subcommand, images_dir)
-}
-
-fn images_dir_of(caller: &Caller) -> Result<OwnedFd> {
-    let path = caller.images_dir();
-    open_directory(path)
-        .with_context(|| format!("opening CRIU's images directory {}", path.display()))
+    Args::from_file(options, role.name(), images_dir)
 }

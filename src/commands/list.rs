@@ -27,14 +27,12 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
 /// Writes for as long as the reader takes, as a pager waits for its user.
 fn print(output: impl AsFd, lines: &str, supervisor: &Supervisor) -> Result<()> {
     let printed = report::write_patiently(output, lines, || supervisor.check());
-    match printed {
+    match printed
+        .as_ref()
+        .map_err(|error| error.downcast_ref().map(io::Error::kind))
+    {
         // A reader such as `head` has seen enough, and the image is whole.
-        Err(error) if is_broken_pipe(&error) => Ok(()),
-        printed => printed,
+        Err(Some(io::ErrorKind::BrokenPipe)) => Ok(()),
+        _ => printed,
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let error = error.downcast_ref::<io::Error>();
-    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Action, Endpoint, Plan};
+use crate::cli::{Command, Plan, StoredAs};
 use crate::criu::files;
 use crate::format::ImageName;
 use crate::lazy::Guardian;
@@ -58,29 +58,33 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
             .watch(caller)
             .context("preparing to watch CRIU")?;
     }
+    let image_name = plan.args.image_name.as_ref();
+    supervisor.name_image(image_name.map(|StoredAs(name)| name.clone()));
     raise_descriptor_limit();
     let labels: Vec<_> = plan.shards.iter().map(|(_, label)| label.clone()).collect();
     let counters = Counters::new(labels.len());
+    let args = &plan.args;
     let guardian = || Guardian::start().context("--lazy-pages");
-    let guardian = plan.lazy_pages.then(guardian).transpose()?;
-    let statistics = plan.statistics.as_deref().map(StatisticsFile::create);
+    let guardian = args.lazy_pages.then(guardian).transpose()?;
+    let statistics = args.statistics.as_deref().map(StatisticsFile::create);
     let statistics = statistics.transpose()?;
-    let start_bar =
-        || ProgressBar::start(plan.action.direction(), labels.clone(), counters.clone());
+    let direction = args.command.direction();
+    let start_bar = || ProgressBar::start(direction, labels.clone(), counters.clone());
     let session = Session {
         supervisor,
         has_external_files: !plan.external_files.is_empty(),
-        bar: plan.progress_bar.then(start_bar),
+        bar: args.progress_bar.then(start_bar),
         labels,
         statistics,
         counters,
         guardian,
     };
-    match plan.action {
-        Action::Capture => capture::run(plan, session),
-        Action::Extract => extract::run(plan, session),
-        Action::Serve => serve::run(plan, session),
-        Action::List => list::run(plan, session),
+    match plan.args.command {
+        Command::Capture => capture::run(plan, session),
+        Command::Extract { .. } => extract::run(plan, session),
+        Command::Serve => serve::run(plan, session),
+        Command::List => list::run(plan, session),
+        Command::Hook => unreachable!("it has no plan of its own"),
     }
 }
 
@@ -101,17 +105,12 @@ impl Session {
         let supervisor = &mut self.supervisor;
         let mut files = Vec::new();
         for (name, end) in std::mem::take(&mut plan.external_files) {
-            let pipe = writer(supervisor, end, name.as_str(), Pumped::ExternalFile)?;
+            let pipe = supervisor.sink(end, name.as_str(), Pumped::ExternalFile)?;
             files.push((name, pipe));
         }
         let shards = std::mem::take(&mut plan.shards).into_iter();
-        let shards = shards.map(|(end, label)| {
-            let pipe = match end {
-                Endpoint::Descriptor(fd) => supervisor.source(fd, &label, Pumped::Shard)?,
-                Endpoint::Command(command) => supervisor.start_writer(command)?,
-            };
-            Ok((pipe, label))
-        });
+        let shards =
+            shards.map(|(end, label)| Ok((supervisor.source(end, &label, Pumped::Shard)?, label)));
         Ok((shards.collect::<Result<_>>()?, files))
     }
 
@@ -141,25 +140,12 @@ impl Session {
     }
 }
 
-/// A pipe to an endpoint, which errors call `label`.
-fn writer(
-    supervisor: &mut Supervisor,
-    end: Endpoint,
-    label: &str,
-    pumped: Pumped,
-) -> Result<WriteEnd> {
-    match end {
-        Endpoint::Descriptor(fd) => supervisor.sink(fd, label, pumped),
-        Endpoint::Command(command) => supervisor.start_reader(command),
-    }
-}
-
 /// Tells why the program failed, and only then lets go of what it had open. The exit status is 128
 /// and the number of the signal that ended the program, or that of the command that runs CRIU if
 /// only that has failed, otherwise 1.
 pub fn exit_status(failure: Failure) -> u8 {
     let error = failure.error();
-    report::error(error);
+    report::error(std::io::stderr(), error);
     let status = Ending::behind(error).map_or(1, Ending::exit_status);
     drop(failure);
     status

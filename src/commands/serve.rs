@@ -18,7 +18,7 @@ use crate::pace::{Activity, Pace};
 use crate::receive::{Assembly, Image, Indexed, Receiver};
 use crate::report;
 use crate::report::bar::ProgressBar;
-use crate::report::milestone::Milestone;
+use crate::report::milestone;
 use crate::report::progress::Stats;
 use crate::report::times::Waiting;
 use crate::serve::{self, Server};
@@ -29,8 +29,8 @@ pub(super) fn run(plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
     plan.check_socket(Role::Serve)?;
     Listener::check(&plan.images_dir, Role::Serve)?;
-    let has_bar = plan.progress_bar;
-    let served = match plan.has_index {
+    let has_bar = plan.args.progress_bar;
+    let served = match plan.args.has_index() {
         true => Restore::<Indexed>::run(plan, &mut session),
         false => Restore::<Assembly<Catalog>>::run(plan, &mut session),
     };
@@ -104,7 +104,10 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             if self.server.is_none() && self.may_connect()? {
                 self.let_criu_connect()?;
             }
-            let served = self.serve(&events)?;
+            let served = match &mut self.server {
+                Some(server) => server.step(self.receiver.store(), &events)?,
+                None => Activity::Idle(Wait::Forever),
+            };
             self.keep_time(received);
             wait = match (received, served) {
                 (Activity::Idle(shards), Activity::Idle(criu)) => shards.min(criu),
@@ -133,7 +136,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
     fn receive(&mut self, events: &[Event]) -> Result<Activity> {
         let needed = || match &self.server {
             Some(server) => server.starving(),
-            None if self.plan.remaps.is_empty() => Vec::new(),
+            None if self.plan.args.tcp_listen_remap.is_empty() => Vec::new(),
             None => ImageName::new(listen_ports::FILE).into_iter().collect(),
         };
         self.receiver.step(events, needed)
@@ -161,7 +164,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
                 self.remap_ports()?;
                 let stats = self.receiver.stats();
                 self.plan.progress.stats(&stats);
-                if !self.plan.lazy_pages {
+                if !self.plan.args.lazy_pages {
                     self.end_bar();
                 }
             }
@@ -183,8 +186,9 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             return Ok(false);
         }
         // An image that has not proved whole must not run, and with lazy pages CRIU waits for few.
-        let is_prepared = !self.plan.lazy_pages
-            && (self.plan.remaps.is_empty() || self.receiver.store().is_whole(listen_ports::FILE));
+        let is_prepared = !self.plan.args.lazy_pages
+            && (self.plan.args.tcp_listen_remap.is_empty()
+                || self.receiver.store().is_whole(listen_ports::FILE));
         Ok(self.is_proven || is_prepared && self.receiver.keeps_back())
     }
 
@@ -197,8 +201,8 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
         self.server = Some(Server::new(listener, lazy.transpose()?, self.supervisor)?);
         self.receiver.start_serving();
-        self.plan.progress.reached(Milestone::SocketInit);
-        if self.plan.progress_bar && self.plan.criu.is_none() {
+        self.plan.progress.reached(milestone::SOCKET_INIT);
+        if self.plan.args.progress_bar && self.plan.criu.is_none() {
             let image = match self.is_proven {
                 true => "the image is in memory",
                 false => "the image is on its way",
@@ -207,13 +211,6 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         }
         self.supervisor
             .start_criu(self.plan.criu.as_ref(), Direction::In)
-    }
-
-    fn serve(&mut self, events: &[Event]) -> Result<Activity> {
-        match &mut self.server {
-            Some(server) => server.step(self.receiver.store(), events),
-            None => Ok(Activity::Idle(Wait::Forever)),
-        }
     }
 
     /// True if CRIU, the readers of external files and the application have everything they want.
@@ -233,8 +230,8 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         if self.receiver.is_sending() || !server.memory_is_in_place()? {
             return Ok(false);
         }
-        if self.plan.lazy_pages {
-            self.plan.progress.reached(Milestone::MemoryInPlace);
+        if self.plan.args.lazy_pages {
+            self.plan.progress.reached(milestone::MEMORY_IN_PLACE);
             self.end_bar();
         }
         Ok(true)
@@ -242,11 +239,12 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
 
     /// Changes the ports that the application listens on, unless that was done before.
     fn remap_ports(&mut self) -> Result<()> {
-        let remaps = std::mem::take(&mut self.plan.remaps);
-        if remaps.is_empty() {
-            return Ok(());
+        match std::mem::take(&mut self.plan.args.tcp_listen_remap) {
+            none if none.is_empty() => Ok(()),
+            remaps => {
+                change_files_img(self.receiver.store(), &remaps).context("--tcp-listen-remap")
+            }
         }
-        change_files_img(self.receiver.store(), &remaps).context("--tcp-listen-remap")
     }
 }
 

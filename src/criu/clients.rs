@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
-use super::{CommandLine, Connection, Listener, Message, Receipt};
+use super::{CommandLine, Connection, Listener, Message};
 use crate::os::poller::{Interest, Poller, Watched};
 use crate::report;
 
@@ -24,6 +24,7 @@ use crate::report;
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// All clients.
+#[derive(Default)]
 pub struct Clients {
     clients: HashMap<u64, Connection>,
     next_id: u64,
@@ -39,11 +40,8 @@ impl Clients {
     /// No client yet; up to this number may ask for files.
     pub fn up_to(most: usize) -> Self {
         Self {
-            clients: HashMap::new(),
-            next_id: 0,
             most,
-            spoken: 0,
-            give_up: None,
+            ..Self::default()
         }
     }
 
@@ -66,7 +64,7 @@ impl Clients {
 
     /// The command line of a client, unless it has left.
     pub(crate) fn command_line(&self, id: u64) -> Option<&CommandLine> {
-        self.clients.get(&id).map(Connection::command_line)
+        self.clients.get(&id).map(|client| &client.command_line)
     }
 
     /// No client is connected.
@@ -154,12 +152,12 @@ impl Clients {
             client.peer()
         );
         let error = match heard {
-            Ok(Receipt::Closed) if has_spoken && client.is_within_request() => Some(anyhow!(
+            Ok(true) if has_spoken && client.is_within_request() => Some(anyhow!(
                 "{} went away in the middle of a request: it was killed, or crashed",
                 client.peer()
             )),
-            Ok(Receipt::Closed) => None,
-            Ok(_) => return Ok(()),
+            Ok(true) => None,
+            Ok(false) => return Ok(()),
             Err(error) => Some(error),
         };
         self.clients.remove(&id);

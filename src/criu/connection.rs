@@ -7,12 +7,11 @@
 //!
 //! Bytes that are received and not understood yet are bounded by the largest message plus one read.
 
-use std::collections::VecDeque;
 use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
+use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use prost::Message as _;
@@ -28,6 +27,7 @@ pub mod proto {
 
 use super::CommandLine;
 use crate::format::ImageName;
+use crate::os::pipe::Moved;
 use proto::{ImgStreamerReplyEntry, ImgStreamerRequestEntry};
 
 /// A message's length field, in bytes.
@@ -42,17 +42,6 @@ const READ_SIZE: usize = 1 << 10;
 /// Bytes of the control buffer: room for two descriptors, of which the second is one too many.
 const CONTROL_SIZE: usize = rustix::cmsg_space!(ScmRights(2));
 
-/// The result of one look at the socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Receipt {
-    /// Something; there may be more.
-    Something,
-    /// Nothing now.
-    Nothing,
-    /// The end of the connection.
-    Closed,
-}
-
 /// A message of CRIU's.
 #[derive(Debug)]
 pub enum Message {
@@ -66,10 +55,11 @@ pub enum Message {
 #[derive(Debug)]
 pub struct Connection {
     peer: String,
-    pid: i32,
-    command_line: CommandLine,
+    pub(crate) pid: i32,
+    /// The one that it had when it connected.
+    pub(crate) command_line: CommandLine,
     received: Vec<u8>,
-    descriptors: VecDeque<OwnedFd>,
+    descriptors: Vec<OwnedFd>,
     /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the
     /// connection knows that nothing of it is kept.
     stream: OwnedFd,
@@ -91,7 +81,7 @@ impl Connection {
             pid: peer.pid(),
             command_line: CommandLine::of(peer.pid() as u32),
             received: Vec::new(),
-            descriptors: VecDeque::new(),
+            descriptors: Vec::new(),
             stream,
             requested: None,
             has_spoken: false,
@@ -103,17 +93,8 @@ impl Connection {
         &self.peer
     }
 
-    /// The peer's PID.
-    pub(crate) fn pid(&self) -> i32 {
-        self.pid
-    }
-
-    /// The peer's command line when it connected.
-    pub(crate) fn command_line(&self) -> &CommandLine {
-        &self.command_line
-    }
-
-    /// Gives what comes to `answer`, in up to `turn` system calls.
+    /// Gives what comes to `answer`, in up to `turn` system calls, and returns true at the end of the
+    /// connection.
     ///
     /// # Errors
     /// Those of `answer`, and when the peer does not keep to the protocol.
@@ -121,17 +102,18 @@ impl Connection {
         &mut self,
         turn: usize,
         mut answer: impl FnMut(&mut Self, Message) -> Result<()>,
-    ) -> Result<Receipt> {
+    ) -> Result<bool> {
         for _ in 0..turn {
-            let receipt = self.receive()?;
-            while let Some(message) = self.next_message()? {
+            let received = self.receive().with_context(|| self.peer.clone())?;
+            while let Some(message) = self.next_message().with_context(|| self.peer.clone())? {
                 answer(self, message)?;
             }
-            if receipt != Receipt::Something {
-                return Ok(receipt);
+            match received {
+                Moved::Bytes(_) => {}
+                received => return Ok(received == Moved::End),
             }
         }
-        Ok(Receipt::Something)
+        Ok(false)
     }
 
     /// Takes what waits in the socket, as far as one system call does: bytes, and the descriptors
@@ -139,7 +121,7 @@ impl Connection {
     ///
     /// # Errors
     /// When `recvmsg` fails, and when the kernel dropped descriptors for which there was no room.
-    fn receive(&mut self) -> Result<Receipt> {
+    fn receive(&mut self) -> Result<Moved> {
         let mut buffer = [0; READ_SIZE];
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let mut space = [MaybeUninit::uninit(); CONTROL_SIZE];
@@ -147,9 +129,9 @@ impl Connection {
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let receive = || recvmsg(&self.stream, &mut slices, &mut control, flags);
         let received = match retry_on_intr(receive) {
-            Err(Errno::AGAIN) => return Ok(Receipt::Nothing),
-            Err(Errno::CONNRESET) => return Ok(Receipt::Closed),
-            received => received.with_context(|| format!("receiving from {}", self.peer))?,
+            Err(Errno::AGAIN) => return Ok(Moved::WouldBlock),
+            Err(Errno::CONNRESET) => return Ok(Moved::End),
+            received => received.context("receiving")?,
         };
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(arrived) = message {
@@ -158,14 +140,13 @@ impl Connection {
         }
         ensure!(
             !received.flags.contains(ReturnFlags::CTRUNC),
-            "{} sent descriptors that could not be received: too many at once, or `ulimit -n` leaves none free",
-            self.peer
+            "it sent descriptors that could not be received: too many at once, or `ulimit -n` leaves none free"
         );
         if received.bytes == 0 {
-            return Ok(Receipt::Closed);
+            return Ok(Moved::End);
         }
         self.received.extend_from_slice(&buffer[..received.bytes]);
-        Ok(Receipt::Something)
+        Ok(Moved::Bytes(received.bytes))
     }
 
     /// The next whole message among what was received.
@@ -178,45 +159,32 @@ impl Connection {
         }
         if let Some(name) = self.requested.take() {
             self.received.remove(0);
-            let fd = self.descriptors.pop_front();
-            let fd = fd.with_context(|| {
-                format!("{} sent a byte where it had to send a pipe", self.peer)
+            let sent = mem::take(&mut self.descriptors);
+            let count = sent.len();
+            let [pipe] = sent.try_into().map_err(|_| {
+                anyhow!("it sent {count} descriptors where it had to send one pipe")
             })?;
-            ensure!(
-                self.descriptors.is_empty(),
-                "{} sent several descriptors where it had to send one pipe",
-                self.peer
-            );
-            return Ok(Some(Message::Pipe(name, fd)));
+            return Ok(Some(Message::Pipe(name, pipe)));
         }
-        let Some(field) = self.received.first_chunk::<LENGTH>() else {
-            return self.nothing_yet();
-        };
-        let length = u32::from_le_bytes(*field) as usize;
+        let length = self.received.first_chunk::<LENGTH>();
+        let length = length.map_or(0, |length| u32::from_le_bytes(*length) as usize);
         ensure!(
             length <= MAX_MESSAGE,
-            "{} sent a message of {length} bytes, over the limit of {MAX_MESSAGE}: it is no CRIU that streams",
-            self.peer
+            "it sent a message of {length} bytes, over the limit of {MAX_MESSAGE}: it is no CRIU that streams"
         );
         let Some(body) = self.received.get(LENGTH..LENGTH + length) else {
-            return self.nothing_yet();
+            // A descriptor comes together with its byte, and with all that was sent before: one
+            // that is left over now belongs to no request, and would stay open.
+            ensure!(
+                self.descriptors.is_empty(),
+                "it sent a descriptor where it had to send a request"
+            );
+            return Ok(None);
         };
-        let request = ImgStreamerRequestEntry::decode(body).with_context(|| {
-            format!("{} sent a message that is no request for a file", self.peer)
-        })?;
+        let request = ImgStreamerRequestEntry::decode(body)
+            .context("it sent a message that is no request for a file")?;
         self.received.drain(..LENGTH + length);
         Ok(Some(Message::Request(request.filename)))
-    }
-
-    /// More bytes have to come first. A descriptor comes together with its byte, and with all that
-    /// was sent before: one that is left over now belongs to no request, and would stay open.
-    fn nothing_yet(&self) -> Result<Option<Message>> {
-        ensure!(
-            self.descriptors.is_empty(),
-            "{} sent a descriptor where it had to send a request",
-            self.peer
-        );
-        Ok(None)
     }
 
     /// True if a part of a message was received, or a file's pipe is still to come.

@@ -73,11 +73,6 @@ pub(crate) fn kind(name: &str) -> Option<Kind> {
     Some(found.0)
 }
 
-/// True if CRIU may open a file of this name when it restores.
-pub(crate) fn is_criu_name(name: &str) -> bool {
-    kind(name).is_some()
-}
-
 /// True if a file holds memory of the application: large, and read once, front to back.
 pub(crate) fn is_pages(name: &str) -> bool {
     name.starts_with("pages-")
@@ -92,7 +87,7 @@ pub(crate) const MAGIC_LENGTH: usize = 4;
 /// True if a file is one of CRIU's, to judge by its name and its first bytes: an image file of a
 /// CRIU that is newer than this list, or of a plugin, has a name that is not known.
 pub(crate) fn is_criu_file(name: &str, start: &[u8]) -> bool {
-    is_criu_name(name)
+    kind(name).is_some()
         || (name.ends_with(SUFFIX)
             && MAGICS
                 .iter()

@@ -8,8 +8,6 @@
 //! is CRIU's business: a newer one adds fields, packs pages, or leaves files out, and its dump is
 //! as good. A file that does not begin with CRIU's magic passes for the same reason.
 
-use std::fmt;
-
 use super::files::{self, COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC, Kind};
 
 /// Bytes of a message's length.
@@ -17,22 +15,6 @@ const LENGTH: usize = size_of::<u32>();
 
 /// Bytes after which no more of a file is kept.
 const MAX_KEPT: usize = 1 << 20;
-
-/// The reason why a file cannot be whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Defect {
-    Empty,
-    Cut,
-}
-
-impl fmt::Display for Defect {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Defect::Empty => "is empty",
-            Defect::Cut => "is cut off",
-        })
-    }
-}
 
 /// The next thing in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +39,6 @@ pub(crate) struct Framing {
     field: Vec<u8>,
     /// The contents of inventory.img.
     kept: Vec<u8>,
-    is_empty: bool,
     is_foreign: bool,
 }
 
@@ -81,7 +62,6 @@ impl Framing {
             missing,
             field: Vec::new(),
             kept: Vec::new(),
-            is_empty: true,
             is_foreign: false,
         })
     }
@@ -92,7 +72,6 @@ impl Framing {
             self.kept.extend_from_slice(bytes);
         }
         while !bytes.is_empty() && self.next != Next::Anything {
-            self.is_empty = false;
             let (taken, rest) = bytes.split_at(bytes.len().min(self.missing));
             bytes = rest;
             self.missing -= taken.len();
@@ -129,13 +108,13 @@ impl Framing {
         self.is_foreign
     }
 
-    /// The defect of a file that has ended, if it has one.
-    pub(crate) fn defect(&self) -> Option<Defect> {
+    /// The reason why a file that has ended so cannot be whole, if there is one.
+    pub(crate) fn defect(&self) -> Option<&'static str> {
         match self.next {
-            _ if self.is_empty => Some(Defect::Empty),
+            Next::Magic if self.field.is_empty() => Some("is empty"),
             Next::Anything => None,
             Next::Length if self.missing == LENGTH => None,
-            _ => Some(Defect::Cut),
+            _ => Some("is cut off"),
         }
     }
 }
@@ -149,7 +128,7 @@ mod tests {
     }
 
     /// The defect of a file that comes in pieces of every size.
-    fn defect(name: &str, bytes: &[u8]) -> Option<Defect> {
+    fn defect(name: &str, bytes: &[u8]) -> Option<&'static str> {
         let in_pieces_of = |size: usize| {
             let mut framing = Framing::of(name).unwrap();
             bytes.chunks(size).for_each(|piece| framing.read(piece));
@@ -175,13 +154,13 @@ mod tests {
         let between_messages = [8, 15, 19, 24];
         for end in 0..=whole.len() {
             let expected = match end {
-                0 => Some(Defect::Empty),
+                0 => Some("is empty"),
                 _ if between_messages.contains(&end) => None,
-                _ => Some(Defect::Cut),
+                _ => Some("is cut off"),
             };
             assert_eq!(defect("mm-1.img", &whole[..end]), expected, "cut at {end}");
         }
-        assert_eq!(defect("sk-queues.img", &whole[..7]), Some(Defect::Cut));
+        assert_eq!(defect("sk-queues.img", &whole[..7]), Some("is cut off"));
         assert_eq!(defect("sk-queues.img", &whole[..9]), None);
     }
 
@@ -190,7 +169,7 @@ mod tests {
         let mut framing = Framing::of("files.img").unwrap();
         framing.read(&[magic(), u32::MAX.to_le_bytes().to_vec()].concat());
         framing.read(&vec![0; 1 << 20]);
-        assert_eq!(framing.defect(), Some(Defect::Cut));
+        assert_eq!(framing.defect(), Some("is cut off"));
         assert!(framing.field.is_empty());
     }
 
@@ -199,7 +178,7 @@ mod tests {
         assert_eq!(defect("core-1.img", &[1; 9]), None);
         assert_eq!(defect(INVENTORY, b"inventory"), None);
         assert_eq!(defect(INVENTORY, &INVENTORY_MAGIC.to_le_bytes()), None);
-        assert_eq!(defect(INVENTORY, b""), Some(Defect::Empty));
+        assert_eq!(defect(INVENTORY, b""), Some("is empty"));
         assert!(Framing::of("pages-1.img").is_none());
         assert!(Framing::of("of-a-plugin.img").is_none());
     }

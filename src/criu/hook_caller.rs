@@ -6,9 +6,9 @@
 //! `criu swrk`, and the command line of the container engine shows it, which has started CRIU.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::connection::frame;
 use super::connection::proto::ImgStreamerRequestEntry;
 use super::{CommandLine, Message, Role};
+use crate::os::descriptor::path_in;
 use crate::os::process::{parent_of, start_of};
 
 /// Variables that CRIU sets for its action scripts.
@@ -50,25 +51,24 @@ pub(crate) struct Caller {
     start: u64,
     /// Readable when it has ended.
     process: OwnedFd,
-    images_dir: PathBuf,
+    /// The path of it if there is one, else one in /proc.
+    pub(crate) images_dir: PathBuf,
+    pub(crate) directory: File,
     /// A program drives it over RPC, as container engines do.
-    is_driven: bool,
-    /// Its command line, or its parent's if it is driven.
-    command_line: CommandLine,
+    pub(crate) is_driven: bool,
+    /// Its own, or its engine's if it is driven.
+    pub(crate) command_line: CommandLine,
 }
 
 impl Caller {
     /// # Errors
     /// When CRIU's environment variables are missing, or do not lead to a process that runs.
     pub(crate) fn find() -> Result<Self> {
-        let images_dir = std::env::var_os(IMAGES_DIR).map(PathBuf::from);
-        let images_dir = images_dir.with_context(|| {
-            format!("{IMAGES_DIR} is not set: the hook is for CRIU's --action-script")
-        })?;
+        let images_dir = std::env::var_os(IMAGES_DIR).unwrap_or_default();
+        let images_dir = PathBuf::from(images_dir);
         let pid = process_behind(&images_dir).with_context(|| {
             format!(
-                "{IMAGES_DIR} is {}, and CRIU sets it to /proc/PID/fd/NUMBER",
-                images_dir.display()
+                "{IMAGES_DIR} is {images_dir:?}, and CRIU sets it to /proc/PID/fd/NUMBER for its --action-script"
             )
         })?;
         let process = Pid::from_raw(pid as i32).context("CRIU's PID is 0")?;
@@ -83,21 +83,19 @@ impl Caller {
             }
             _ => resolved(images_dir),
         };
+        let directory = File::open(&images_dir);
         let is_driven = !own.has_action();
         let parents = || parent_of(pid).map(CommandLine::of);
         Ok(Self {
             pid,
             start: start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?,
             process,
+            directory: directory
+                .with_context(|| format!("opening CRIU's images directory {images_dir:?}"))?,
             images_dir,
             is_driven,
             command_line: is_driven.then(parents).flatten().unwrap_or(own),
         })
-    }
-
-    /// Its images directory: the path of it if there is one, else one in /proc.
-    pub(crate) fn images_dir(&self) -> &Path {
-        &self.images_dir
     }
 
     /// The CRIU, in words.
@@ -110,24 +108,12 @@ impl Caller {
     ///
     /// # Errors
     /// When no streamer listens.
-    pub(crate) fn call(&self, images_dir: impl AsFd) -> io::Result<UnixStream> {
-        let name = Role::Capture.socket_name();
-        // A short path, whatever that of the directory is.
-        let directory = images_dir.as_fd().as_raw_fd();
-        let mut streamer = UnixStream::connect(format!("/proc/self/fd/{directory}/{name}"))?;
+    pub(crate) fn call(&self) -> io::Result<UnixStream> {
+        let socket = path_in(&self.directory, &Role::Capture.socket_name());
+        let mut streamer = UnixStream::connect(socket)?;
         let filename = format!("{CALL}{}", self.identity());
         streamer.write_all(&frame(&ImgStreamerRequestEntry { filename }))?;
         Ok(streamer)
-    }
-
-    /// Its command line, or its engine's.
-    pub(crate) fn command_line(&self) -> &CommandLine {
-        &self.command_line
-    }
-
-    /// True if a program drives it over RPC, as container engines do.
-    pub(crate) fn is_driven(&self) -> bool {
-        self.is_driven
     }
 }
 

@@ -5,9 +5,9 @@
 //! kernel), whatever the directory's mode. Only its owner has it, and root: also root of a user
 //! namespace around ours.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::{Mode, umask};
 
 use super::Connection;
-use crate::os::descriptor::open_directory;
+use crate::os::descriptor::path_in;
 
 /// The longest path of a socket, in bytes: CRIU copies it, with a NUL behind it, into the 108 bytes
 /// of `sun_path` (docs/protocol.md, section 1).
@@ -36,13 +36,17 @@ impl Role {
         self.file_name(".sock")
     }
 
+    /// The subcommand.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Role::Capture => "capture",
+            Role::Serve => "serve",
+        }
+    }
+
     /// The name of a file that belongs to the streamer of this role.
     pub fn file_name(self, suffix: &str) -> String {
-        let stem = match self {
-            Role::Capture => "streamer-capture",
-            Role::Serve => "streamer-serve",
-        };
-        format!("{stem}{suffix}")
+        format!("streamer-{}{suffix}", self.name())
     }
 
     /// Checks that CRIU can get to the socket by this path of the directory.
@@ -128,8 +132,8 @@ impl Drop for Listener {
 #[derive(Debug)]
 struct SocketName {
     /// Keeps the directory within reach: a path in /proc may be gone before we are.
-    _directory: OwnedFd,
-    /// A path by that descriptor, short whatever the directory's own path.
+    _directory: File,
+    /// A path by that descriptor.
     by_descriptor: PathBuf,
     /// The path for people.
     path: String,
@@ -137,12 +141,11 @@ struct SocketName {
 
 impl SocketName {
     fn new(images_dir: &Path, role: Role) -> Result<Self> {
-        let directory = open_directory(images_dir)
+        let directory = File::open(images_dir)
             .with_context(|| format!("opening the directory {}", images_dir.display()))?;
-        let by_descriptor = format!("/proc/self/fd/{}", directory.as_raw_fd());
         Ok(Self {
+            by_descriptor: path_in(&directory, &role.socket_name()),
             _directory: directory,
-            by_descriptor: Path::new(&by_descriptor).join(role.socket_name()),
             path: images_dir.join(role.socket_name()).display().to_string(),
         })
     }
@@ -150,27 +153,26 @@ impl SocketName {
     /// Removes a socket without a listener.
     fn remove_stale(&self) -> Result<()> {
         let path = &self.path;
-        match fs::symlink_metadata(&self.by_descriptor) {
-            Ok(found) => ensure!(
-                found.file_type().is_socket(),
-                "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
-            ),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error).with_context(|| format!("looking at {path}")),
-        }
         // A datagram socket cannot connect to a stream socket, and the error differs if a process
         // has that one open. The listener there does not see the attempt.
         let probe = UnixDatagram::unbound().context("creating a socket")?;
-        let Err(error) = probe.connect(&self.by_descriptor) else {
-            bail!("{path} is another program's socket: choose another --images-dir");
-        };
-        match error.raw_os_error() {
-            Some(libc::ECONNREFUSED) => fs::remove_file(&self.by_descriptor)
-                .with_context(|| format!("removing the stale socket {path}")),
-            Some(libc::EPROTOTYPE) => bail!(
+        let refused = probe.connect(&self.by_descriptor).err();
+        match refused.as_ref().and_then(io::Error::raw_os_error) {
+            Some(libc::ENOENT) => Ok(()),
+            Some(libc::ECONNREFUSED) => {
+                let found = fs::symlink_metadata(&self.by_descriptor);
+                ensure!(
+                    found.is_ok_and(|found| found.file_type().is_socket()),
+                    "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
+                );
+                fs::remove_file(&self.by_descriptor)
+                    .with_context(|| format!("removing the stale socket {path}"))
+            }
+            None | Some(libc::EPROTOTYPE) => bail!(
                 "another streamer listens on {path}: wait for its end or choose another --images-dir"
             ),
-            _ => Err(error).with_context(|| format!("finding out if {path} is in use")),
+            Some(error) => Err(io::Error::from_raw_os_error(error))
+                .with_context(|| format!("finding out if {path} is in use")),
         }
     }
 }

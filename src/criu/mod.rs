@@ -29,6 +29,6 @@ pub(crate) mod messages;
 
 pub(crate) use clients::Clients;
 pub(crate) use command_line::CommandLine;
-pub use connection::{Connection, Message, Receipt, proto};
+pub use connection::{Connection, Message, proto};
 pub(crate) use listener::listen;
 pub use listener::{Listener, Role};

@@ -1,13 +1,13 @@
 //! The kind of file behind a descriptor, and the direction of data through it.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::fsync;
 
 /// The direction of data, seen from this program.
@@ -45,10 +45,9 @@ pub(crate) fn flags(fd: impl AsFd) -> nix::Result<OFlag> {
     fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain)
 }
 
-/// A directory, to name files in.
-pub(crate) fn open_directory(path: &Path) -> nix::Result<OwnedFd> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    open(path, flags, Mode::empty())
+/// A path of a file in an open directory: short, and good when the directory's own path is gone.
+pub(crate) fn path_in(directory: impl AsFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", directory.as_fd().as_raw_fd()).into()
 }
 
 /// Brings to disk what was written to a file or directory.

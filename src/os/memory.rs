@@ -125,13 +125,9 @@ impl Drop for Mapping {
 
 /// Has the kernel put pages behind memory of ours.
 pub(crate) fn populate(memory: &mut [u8]) {
-    let pages = whole_pages(
-        memory.as_ptr().addr()..memory.as_ptr().addr() + memory.len(),
-        page_size(),
-    );
-    let Some(first) = NonNull::new(memory.as_mut_ptr()) else {
-        return;
-    };
+    let first = NonNull::from(&mut *memory).cast::<u8>();
+    let start = first.addr().get();
+    let pages = whole_pages(start..start + memory.len(), page_size());
     if pages.is_empty() {
         return;
     }
@@ -139,7 +135,7 @@ pub(crate) fn populate(memory: &mut [u8]) {
     // Refused by kernels before 5.14, and where there is no memory: filling it then brings the
     // pages, or the error.
     let _ = unsafe {
-        let first = first.add(pages.start - first.addr().get());
+        let first = first.add(pages.start - start);
         madvise(first.cast(), pages.len(), MmapAdvise::MADV_POPULATE_WRITE)
     };
 }

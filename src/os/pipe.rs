@@ -17,9 +17,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, open};
 use nix::poll::{PollFlags, PollTimeout};
@@ -47,32 +46,78 @@ pub fn slot() -> usize {
     page_size()
 }
 
-/// The end of a pipe that data comes out of.
+/// One end of a pipe: that which data comes out of, or (not `READS`) goes into.
 #[derive(Debug)]
-pub struct ReadEnd(End);
-
-/// The end of a pipe that data goes into.
-#[derive(Debug)]
-pub struct WriteEnd(End);
-
-#[derive(Debug)]
-struct End {
+pub struct PipeEnd<const READS: bool> {
     fd: OwnedFd,
     /// The earlier flags of a file description that others have too.
     set_back: Option<OFlag>,
 }
 
-impl End {
-    fn new(fd: OwnedFd) -> Self {
+/// The end of a pipe that data comes out of.
+pub type ReadEnd = PipeEnd<true>;
+
+/// The end of a pipe that data goes into.
+pub type WriteEnd = PipeEnd<false>;
+
+impl<const READS: bool> PipeEnd<READS> {
+    fn of(fd: OwnedFd) -> Self {
         Self { fd, set_back: None }
+    }
+
+    /// Takes a descriptor that must be such an end of a pipe.
+    ///
+    /// # Errors
+    /// When it is not a pipe, or its other end; the text says which.
+    pub fn new(fd: OwnedFd) -> Result<Self> {
+        ensure!(slots(&fd).is_ok(), "it is {}, not a pipe", FdKind::of(fd));
+        let (wrong_mode, is, needed) = match READS {
+            true => (OFlag::O_WRONLY, "write", "read"),
+            false => (OFlag::O_RDONLY, "read", "write"),
+        };
+        ensure!(
+            flags(&fd)? & OFlag::O_ACCMODE != wrong_mode,
+            "it is the {is} end of a pipe, where its {needed} end is needed"
+        );
+        Ok(Self::of(fd))
+    }
+
+    /// The same end, with reads or writes that do not block, without changing it for others who
+    /// hold the same end.
+    ///
+    /// The flag belongs to the open file description, which the shell or a supervisor may share;
+    /// opening the pipe anew through /proc gives a description of our own. Where that is not
+    /// possible (no /proc, a pipe of another user), the shared one is changed, and set back at the
+    /// end.
+    ///
+    /// # Errors
+    /// When the description can neither be opened anew nor changed.
+    pub fn nonblocking(mut self) -> io::Result<Self> {
+        let access = match READS {
+            true => OFlag::O_RDONLY,
+            false => OFlag::O_WRONLY,
+        };
+        if let Ok(own) = open_anew(&self.fd, access) {
+            return Ok(Self::of(own));
+        }
+        let flags = flags(&self.fd)?;
+        fcntl(&self.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        self.set_back = Some(flags);
+        Ok(self)
     }
 }
 
-impl Drop for End {
+impl<const READS: bool> Drop for PipeEnd<READS> {
     fn drop(&mut self) {
         if let Some(flags) = self.set_back {
             let _ = fcntl(&self.fd, FcntlArg::F_SETFL(flags));
         }
+    }
+}
+
+impl<const READS: bool> AsFd for PipeEnd<READS> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -94,50 +139,6 @@ impl Moved {
             Moved::Bytes(bytes) => bytes,
             Moved::WouldBlock | Moved::End => 0,
         }
-    }
-}
-
-impl ReadEnd {
-    /// Takes a descriptor that must be the readable end of a pipe.
-    ///
-    /// # Errors
-    /// When it is not a pipe, or not open for reading; the text says which.
-    pub fn new(fd: OwnedFd) -> Result<Self> {
-        Self::measured(fd).map(|(end, _)| end)
-    }
-
-    /// The same, with the pipe's capacity in slots.
-    ///
-    /// # Errors
-    /// The errors of [`ReadEnd::new`].
-    pub fn measured(fd: OwnedFd) -> Result<(Self, usize)> {
-        let wrong_end = "the write end of a pipe, where its read end is needed";
-        let slots = check_end(fd.as_fd(), OFlag::O_WRONLY, wrong_end)?;
-        Ok((Self(End::new(fd)), slots))
-    }
-}
-
-impl WriteEnd {
-    /// Takes a descriptor that must be the writable end of a pipe.
-    ///
-    /// # Errors
-    /// When it is not a pipe, or not open for writing; the text says which.
-    pub fn new(fd: OwnedFd) -> Result<Self> {
-        let wrong_end = "the read end of a pipe, where its write end is needed";
-        check_end(fd.as_fd(), OFlag::O_RDONLY, wrong_end)?;
-        Ok(Self(End::new(fd)))
-    }
-}
-
-impl AsFd for ReadEnd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
-    }
-}
-
-impl AsFd for WriteEnd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.fd.as_fd()
     }
 }
 
@@ -178,19 +179,7 @@ impl Source for BothEnds {}
 /// When no more descriptors can be had.
 pub fn new() -> Result<(ReadEnd, WriteEnd)> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
-    Ok((ReadEnd(End::new(read)), WriteEnd(End::new(write))))
-}
-
-/// Checks an end, and returns the pipe's capacity in slots: asking for that is also the cheapest
-/// way to find out that it is no pipe.
-fn check_end(fd: BorrowedFd, wrong_mode: OFlag, wrong_end: &str) -> Result<usize> {
-    let Ok(slots) = slots(fd) else {
-        bail!("it is {}, not a pipe", FdKind::of(fd));
-    };
-    if flags(fd)? & OFlag::O_ACCMODE == wrong_mode {
-        bail!("it is {wrong_end}");
-    }
-    Ok(slots)
+    Ok((PipeEnd::of(read), PipeEnd::of(write)))
 }
 
 /// How many bytes can be taken out of a pipe now.
@@ -343,45 +332,6 @@ fn open_anew(pipe: &OwnedFd, access: OFlag) -> nix::Result<OwnedFd> {
     open(path.as_str(), flags, Mode::empty())
 }
 
-/// Makes reads and writes on a pipe's end non-blocking, without changing it for others who hold the
-/// same end.
-///
-/// The flag belongs to the open file description, which the shell or a supervisor may share;
-/// opening the pipe anew through /proc gives a description of our own. Where that is not possible
-/// (no /proc, a pipe of another user), the shared one is changed, and set back at the end.
-///
-/// # Errors
-/// When neither way works.
-fn make_nonblocking(mut end: End, access: OFlag) -> io::Result<End> {
-    if let Ok(own) = open_anew(&end.fd, access) {
-        return Ok(End::new(own));
-    }
-    let flags = flags(&end.fd)?;
-    fcntl(&end.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    end.set_back = Some(flags);
-    Ok(end)
-}
-
-impl ReadEnd {
-    /// The same end, with reads that do not block.
-    ///
-    /// # Errors
-    /// When the description can neither be opened anew nor changed.
-    pub fn nonblocking(self) -> io::Result<Self> {
-        make_nonblocking(self.0, OFlag::O_RDONLY).map(Self)
-    }
-}
-
-impl WriteEnd {
-    /// The same end, with writes that do not block.
-    ///
-    /// # Errors
-    /// When the description can neither be opened anew nor changed.
-    pub fn nonblocking(self) -> io::Result<Self> {
-        make_nonblocking(self.0, OFlag::O_WRONLY).map(Self)
-    }
-}
-
 fn moved(attempt: impl FnMut() -> nix::Result<usize>) -> io::Result<Moved> {
     match uninterrupted(attempt) {
         Ok(0) => Ok(Moved::End),
@@ -391,37 +341,13 @@ fn moved(attempt: impl FnMut() -> nix::Result<usize>) -> io::Result<Moved> {
     }
 }
 
-/// A system call that may be refused to this process, whatever its arguments.
-struct Refusable {
-    refused: AtomicBool,
-}
-
-impl Refusable {
-    const fn new() -> Self {
-        Self {
-            refused: AtomicBool::new(false),
-        }
-    }
-
-    /// Makes the call, unless it was refused before. `None`: it is refused, and nothing moved.
-    fn attempt(&self, call: impl FnMut() -> nix::Result<usize>) -> Option<io::Result<Moved>> {
-        if self.refused.load(Ordering::Relaxed) {
-            return None;
-        }
-        match uninterrupted(call) {
-            Err(errno) if is_refusal(errno) => {
-                // `EINVAL` is about these two descriptors.
-                self.refused
-                    .fetch_or(errno != Errno::EINVAL, Ordering::Relaxed);
-                None
-            }
-            result => Some(moved(|| result)),
-        }
+/// Makes a call that may be refused to this process. `None`: it is, and nothing moved.
+fn unless_refused(call: impl FnMut() -> nix::Result<usize>) -> Option<io::Result<Moved>> {
+    match uninterrupted(call) {
+        Err(errno) if is_refusal(errno) => None,
+        result => Some(moved(|| result)),
     }
 }
-
-static SPLICE: Refusable = Refusable::new();
-static VMSPLICE: Refusable = Refusable::new();
 
 /// True if an error of `splice` or `vmsplice` means that the data has to be copied: they are not
 /// allowed here, not in this kernel, or not for this kind of file. Where it means something else,
@@ -440,7 +366,7 @@ fn is_refusal(errno: Errno) -> bool {
 /// `EPIPE` when the target's reader is gone, and what writing to a file can lead to.
 pub fn splice(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
-    let spliced = SPLICE.attempt(|| nix::fcntl::splice(from, None, &to, None, len, flags));
+    let spliced = unless_refused(|| nix::fcntl::splice(from, None, &to, None, len, flags));
     spliced.unwrap_or_else(|| copy(from, to, len))
 }
 
@@ -452,7 +378,7 @@ pub fn splice(from: &impl Source, to: impl AsFd, len: usize) -> io::Result<Moved
 pub(crate) fn vmsplice(to: &WriteEnd, pieces: &[Sealed]) -> io::Result<Moved> {
     let slices = Sealed::slices(pieces);
     let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
-    let spliced = VMSPLICE.attempt(|| nix::fcntl::vmsplice(to, slices, flags));
+    let spliced = unless_refused(|| nix::fcntl::vmsplice(to, slices, flags));
     spliced.unwrap_or_else(|| copy_memory(to, pieces))
 }
 
@@ -644,12 +570,12 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_remembered_and_an_unsuitable_file_is_not() {
-        let call = Refusable::new();
-        assert!(call.attempt(|| Err(Errno::EINVAL)).is_none());
-        assert!(call.attempt(|| Ok(1)).is_some());
-        assert!(call.attempt(|| Err(Errno::EPERM)).is_none());
-        assert!(call.attempt(|| unreachable!()).is_none());
+    fn what_is_refused_is_to_be_copied_and_all_else_is_a_result() {
+        for refusal in [Errno::EINVAL, Errno::EPERM, Errno::ENOSYS] {
+            assert!(unless_refused(|| Err(refusal)).is_none());
+        }
+        assert!(unless_refused(|| Err(Errno::EPIPE)).is_some_and(|moved| moved.is_err()));
+        assert!(unless_refused(|| Ok(1)).is_some_and(|moved| moved.is_ok()));
     }
 
     #[test]
@@ -663,7 +589,7 @@ mod tests {
     #[test]
     fn making_one_end_nonblocking_leaves_other_holders_alone() {
         let (read, _write) = new().unwrap();
-        let other = read.0.fd.try_clone().unwrap();
+        let other = read.fd.try_clone().unwrap();
         let _ours = read.nonblocking().unwrap();
         assert!(!flags(&other).unwrap().contains(OFlag::O_NONBLOCK));
     }

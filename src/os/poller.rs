@@ -14,8 +14,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::descriptor::uninterrupted;
 
 /// Events taken at a time.
 const BATCH: usize = 64;
@@ -146,21 +147,13 @@ impl Poller {
     pub(crate) fn wait(&self, wait: Wait, found: &mut Vec<Event>) -> io::Result<()> {
         found.clear();
         let mut events = [EpollEvent::empty(); BATCH];
-        let count = loop {
-            match self.0.wait(&mut events, wait.timeout()) {
-                // The time that is left is looked at anew.
-                Err(Errno::EINTR) => {}
-                result => break result?,
-            }
-        };
-        found.extend(events[..count].iter().map(|event| {
-            Event {
-                kind: Watched::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
-                id: event.data() >> KIND_BITS,
-                hung_up: event
-                    .events()
-                    .intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR),
-            }
+        // The time that is left is looked at anew.
+        let count = uninterrupted(|| self.0.wait(&mut events, wait.timeout()))?;
+        let gone = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+        found.extend(events[..count].iter().map(|event| Event {
+            kind: Watched::ALL[(event.data() & ((1 << KIND_BITS) - 1)) as usize],
+            id: event.data() >> KIND_BITS,
+            hung_up: event.events().intersects(gone),
         }));
         Ok(())
     }

@@ -51,10 +51,8 @@ impl CapturingProcess {
 
 impl fmt::Display for CapturingProcess {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self {
-            boot, pid, start, ..
-        } = self;
-        let boot = boot.get(..8).unwrap_or(boot).escape_debug();
+        let boot = self.boot.get(..8).unwrap_or(&self.boot).escape_debug();
+        let (pid, start) = (self.pid, self.start);
         write!(f, "PID {pid}, started {start} ticks after boot {boot}")
     }
 }
@@ -79,26 +77,18 @@ pub(crate) fn fields_of(pid: u32, numbers: RangeInclusive<usize>) -> Option<Stri
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.trim_end().rsplit_once(") ")?;
     let fields: Vec<_> = fields.split(' ').collect();
-    Some(
-        fields
-            .get(numbers.start() - 3..=numbers.end() - 3)?
-            .join(" "),
-    )
+    let (first, last) = (numbers.start() - 3, numbers.end() - 3);
+    Some(fields.get(first..=last)?.join(" "))
 }
 
-/// Closes all descriptors but the standard streams, which the program that started this one has
-/// left open. To be called before anything is opened.
-pub(crate) fn close_inherited() {
-    close_range(0);
-}
-
-/// Closes all descriptors but the standard streams, or only marks them close-on-exec. Kernels
+/// Closes all descriptors but the standard streams, before anything is opened, or only marks them
+/// close-on-exec. Kernels
 /// before 5.11, and seccomp profiles that do not know the call, refuse it: then descriptors
 /// that others have left open stay, and our own are close-on-exec anyway.
 pub(crate) fn close_range(flags: libc::c_uint) {
     let (first, last) = (3_u32, u32::MAX);
-    // SAFETY: either only a flag is set, or nothing is open yet, as `close_inherited` asks for. No
-    // memory is involved.
+    // SAFETY: either only a flag is set, or the descriptors that another program has left open are
+    // closed before anything of ours is open. No memory is involved.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
 }
 

@@ -75,10 +75,9 @@ impl Drop for ProgressBar {
 fn draw(direction: Direction, counters: &Counters, statistics: &Receiver<Stats>) -> Option<Stats> {
     let style = ProgressStyle::with_template("{wide_msg}").expect("the template is well-formed");
     let line = Line::new_spinner().with_style(style);
-    let interval = if line.is_hidden() {
-        LINE_INTERVAL
-    } else {
-        REDRAW_INTERVAL
+    let interval = match line.is_hidden() {
+        true => LINE_INTERVAL,
+        false => REDRAW_INTERVAL,
     };
     let mut before = (Instant::now(), 0);
     loop {
@@ -114,11 +113,9 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
         let filled = size(filled);
         return format!("the application runs; {filled} of its memory are in place");
     }
-    let (files, speed) = (
-        counters.files.get(),
-        speed(bytes - bytes_then, then.elapsed()),
-    );
-    let mut text = format!("{files} files, {}, {speed}", size(bytes));
+    let speed = speed(bytes - bytes_then, then.elapsed());
+    let (files, size) = (counters.files.get(), size(bytes));
+    let mut text = format!("{files} files, {size}, {speed}");
     if shards.len() > 1 {
         text.push_str(", shards");
         for share in shards {
@@ -134,17 +131,16 @@ fn text(direction: Direction, counters: &Counters, before: &mut (Instant, u64)) 
 /// The totals, in lines that end the display.
 fn summary(direction: Direction, files: u64, labels: &[String], stats: &Stats) -> String {
     let bytes = stats.shards.iter().map(|shard| shard.size).sum();
-    let millis = stats
-        .shards
-        .iter()
-        .map(|s| s.transfer_duration_millis)
-        .max()
-        .unwrap_or(0);
+    let shards = stats.shards.iter();
+    let millis = shards.map(|shard| shard.transfer_duration_millis).max();
     let verb = match direction {
         Direction::Out => "captured",
         Direction::In => "received",
     };
-    let mut text = format!("{verb} {files} files, {}\n", transfer(bytes, millis));
+    let mut text = format!(
+        "{verb} {files} files, {}\n",
+        transfer(bytes, millis.unwrap_or(0))
+    );
     for (label, shard) in labels.iter().zip(&stats.shards) {
         let transfer = transfer(shard.size, shard.transfer_duration_millis);
         let share = percent(shard.size, bytes);

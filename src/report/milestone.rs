@@ -1,26 +1,13 @@
-//! The moments of a transfer that have a progress line.
+//! The moments of a transfer that supervisors wait for: their progress lines.
 
-/// A moment that supervisors wait for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Milestone {
-    /// CRIU can connect.
-    SocketInit,
-    /// The application is frozen: the first file other than `cpuinfo.img` was requested.
-    CheckpointStart,
-    /// All of the dump is in our own memory, and is whole: the application may go on.
-    MemoryCopied,
-    /// All of the restored application's memory is filled in: it depends on us no more.
-    MemoryInPlace,
-}
+/// CRIU can connect.
+pub(crate) const SOCKET_INIT: &str = "socket-init";
 
-impl Milestone {
-    /// Its line.
-    pub(crate) fn line(self) -> &'static str {
-        match self {
-            Milestone::SocketInit => "socket-init",
-            Milestone::CheckpointStart => "checkpoint-start",
-            Milestone::MemoryCopied => "memory-copied",
-            Milestone::MemoryInPlace => "memory-in-place",
-        }
-    }
-}
+/// The application is frozen: the first file other than `cpuinfo.img` was requested.
+pub(crate) const CHECKPOINT_START: &str = "checkpoint-start";
+
+/// All of the dump is in our own memory, and is whole: the application may go on.
+pub(crate) const MEMORY_COPIED: &str = "memory-copied";
+
+/// All of the restored application's memory is filled in: it depends on us no more.
+pub(crate) const MEMORY_IN_PLACE: &str = "memory-in-place";

@@ -11,4 +11,4 @@ pub(crate) mod progress;
 pub(crate) mod statistics;
 pub mod times;
 
-pub(crate) use notice::{error, error_to, tell, warn, write_patiently};
+pub(crate) use notice::{error, tell, warn, write_patiently};

@@ -33,12 +33,7 @@ pub(crate) fn tell(text: impl Display) {
 }
 
 /// Reports the reason why the program failed.
-pub(crate) fn error(error: &anyhow::Error) {
-    error_to(io::stderr(), error);
-}
-
-/// Reports the same to a descriptor.
-pub(crate) fn error_to(fd: impl AsFd, error: &anyhow::Error) {
+pub(crate) fn error(fd: impl AsFd, error: &anyhow::Error) {
     let _ = write_text(fd, &format!("criu-image-streamer Error: {error:#}\n"));
 }
 

@@ -7,22 +7,20 @@
 //! decided.
 
 use std::cell::RefCell;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::rc::Rc;
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
-use nix::sys::stat::Mode;
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use anyhow::{Result, bail, ensure};
 
-use super::milestone::Milestone;
+use super::milestone;
 use super::notice::write_text;
+use crate::os::descriptor::path_in;
 
 /// The end of a streamer that has done all it had to.
-const SUCCESS: &str = "succeeded";
+pub(crate) const SUCCESS: &str = "succeeded";
 
 /// The reason where there is no end.
 pub(crate) const NO_ANSWER: &str = "no streamer answers: its log, streamer-capture.log or streamer-serve.log, has the reason; where it has none, the streamer was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
@@ -49,18 +47,14 @@ impl Hook {
     }
 
     /// Tells of a milestone.
-    pub(crate) fn reached(&self, milestone: Milestone) {
-        if milestone != Milestone::MemoryCopied || self.goes_on_when_copied {
-            self.tell(milestone.line());
+    pub(crate) fn reached(&self, milestone: &str) {
+        if milestone != milestone::MEMORY_COPIED || self.goes_on_when_copied {
+            self.tell(milestone);
         }
     }
 
-    /// Tells how the streamer has ended: the reason of its failure, if it has failed.
-    pub(crate) fn ended(&self, failure: Option<&str>) {
-        self.tell(failure.unwrap_or(SUCCESS));
-    }
-
-    fn tell(&self, line: &str) {
+    /// Tells of a milestone, or how the streamer has ended.
+    pub(crate) fn tell(&self, line: &str) {
         // A hook that is gone has CRIU behind it, whose end shows.
         let _ = write_text(&*self.listens_to.borrow(), &format!("{line}\n"));
     }
@@ -70,14 +64,14 @@ impl Hook {
 ///
 /// # Errors
 /// The reason of its failure, and [`NO_ANSWER`].
-pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Result<()> {
+pub(crate) fn hear(streamer: impl Read, enough: Option<&str>) -> Result<()> {
     let mut said = Vec::new();
     for line in BufReader::new(streamer).lines().map_while(Result::ok) {
-        let is_enough = enough.is_some_and(|milestone| line == milestone.line());
+        let is_enough = enough.is_some_and(|milestone| line == milestone);
         if is_enough || line == SUCCESS {
             return Ok(());
         }
-        if line != Milestone::MemoryCopied.line() {
+        if line != milestone::MEMORY_COPIED {
             said.push(line);
         }
     }
@@ -89,32 +83,31 @@ pub(crate) fn hear(streamer: impl Read, enough: Option<Milestone>) -> Result<()>
 ///
 /// # Errors
 /// When it cannot be written.
-pub(crate) fn leave(directory: impl AsFd, name: &str, failure: Option<&str>) -> Result<()> {
+pub(crate) fn leave(directory: impl AsFd, name: &str, end: &str) -> io::Result<()> {
     let unfinished = format!(".{name}");
-    let mut file = File::from(create(&directory, &unfinished)?);
-    writeln!(file, "{}", failure.unwrap_or(SUCCESS))?;
-    Ok(renameat(&directory, unfinished.as_str(), &directory, name)?)
+    writeln!(create(&directory, &unfinished)?, "{}", end)?;
+    fs::rename(path_in(&directory, &unfinished), path_in(&directory, name))
 }
 
 /// Creates a file of ours in a directory, in place of what has its name there.
 ///
 /// # Errors
 /// When the name cannot be had.
-pub(crate) fn create(directory: impl AsFd, name: &str) -> Result<OwnedFd> {
+pub(crate) fn create(directory: impl AsFd, name: &str) -> io::Result<File> {
     remove(&directory, name)?;
-    let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_EXCL;
-    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
-    openat(directory, name, flags | OFlag::O_CLOEXEC, mode).context("creating it")
+    let mut how = File::options();
+    how.append(true).create_new(true).mode(0o600);
+    how.open(path_in(directory, name))
 }
 
 /// Removes what has this name in a directory, if anything has.
 ///
 /// # Errors
 /// When it stays.
-pub(crate) fn remove(directory: impl AsFd, name: &str) -> Result<()> {
-    match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => Ok(()),
-        Err(error) => Err(error).context("removing an earlier one"),
+pub(crate) fn remove(directory: impl AsFd, name: &str) -> io::Result<()> {
+    match fs::remove_file(path_in(directory, name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -133,7 +126,7 @@ mod tests {
         for cut in ["", "memory-copied\n"] {
             assert_eq!(heard(cut, None), Err(NO_ANSWER.into()), "{cut:?}");
         }
-        let copied = Some(Milestone::MemoryCopied);
+        let copied = Some(milestone::MEMORY_COPIED);
         assert_eq!(heard("memory-copied\nlate\n", copied), Ok(()));
         assert_eq!(heard("memory-copied\nlate\n", None), Err("late".into()));
     }
@@ -150,7 +143,7 @@ mod tests {
         create(&directory, "log").unwrap();
         std::fs::remove_file(&name).unwrap();
         std::fs::hard_link(&victim, &name).unwrap();
-        let mut log = File::from(create(&directory, "log").unwrap());
+        let mut log = create(&directory, "log").unwrap();
         log.write_all(b"said").unwrap();
         assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
         assert_eq!(std::fs::read(&name).unwrap(), b"said");

@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
-use super::milestone::Milestone;
 use super::notice::write_text;
 use super::outcome::Hook;
 use super::times::Times;
@@ -54,8 +53,8 @@ impl Progress {
     }
 
     /// Reports a milestone.
-    pub(crate) fn reached(&mut self, milestone: Milestone) {
-        self.line(milestone.line());
+    pub(crate) fn reached(&mut self, milestone: &str) {
+        self.line(milestone);
         if let Some(hook) = &self.hook {
             hook.reached(milestone);
         }
@@ -75,15 +74,16 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::milestone;
     use std::io::Read;
 
     #[test]
     fn lines_are_exactly_what_supervisors_parse() {
         let (mut read, write) = std::io::pipe().unwrap();
         let mut progress = Progress::new(Some(write.into()), None);
-        progress.reached(Milestone::SocketInit);
-        progress.reached(Milestone::CheckpointStart);
-        progress.reached(Milestone::MemoryCopied);
+        progress.reached(milestone::SOCKET_INIT);
+        progress.reached(milestone::CHECKPOINT_START);
+        progress.reached(milestone::MEMORY_COPIED);
         progress.stats(&Stats {
             shards: vec![
                 ShardStats {
@@ -108,7 +108,7 @@ mod tests {
         let (read, write) = std::io::pipe().unwrap();
         let mut progress = Progress::new(Some(write.into()), None);
         drop(read);
-        progress.reached(Milestone::SocketInit);
-        progress.reached(Milestone::CheckpointStart);
+        progress.reached(milestone::SOCKET_INIT);
+        progress.reached(milestone::CHECKPOINT_START);
     }
 }

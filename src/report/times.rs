@@ -59,17 +59,6 @@ fn all_millis<S: Serializer>(times: &[Duration], serializer: S) -> Result<S::Ok,
     serializer.collect_seq(times.iter().map(|time| time.as_millis() as u64))
 }
 
-/// What took most of a phase.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Limit {
-    /// Data flowed for most of the time.
-    None,
-    AllShards,
-    /// This one, and none of the others as much.
-    Shard(usize),
-    Criu,
-}
-
 impl PhaseTime {
     fn new(phase: Phase, shards: usize) -> Self {
         Self {
@@ -85,69 +74,60 @@ impl PhaseTime {
         self.moving + self.for_shards + self.for_criu
     }
 
-    fn limit(&self) -> Limit {
-        let most = self.whole() / 2;
-        if self.for_shards >= most {
-            let mut slowest: Vec<_> = (0..self.shards.len()).collect();
-            slowest.sort_by_key(|&shard| std::cmp::Reverse(self.shards[shard]));
-            match slowest[..] {
-                [one, next, ..] if self.shards[one] / 2 >= self.shards[next] => Limit::Shard(one),
-                _ => Limit::AllShards,
-            }
-        } else if self.for_criu >= most {
-            Limit::Criu
-        } else {
-            Limit::None
+    /// A shard that was slow for at least twice as long as every other.
+    fn slow_shard(&self) -> Option<usize> {
+        let mut slowest: Vec<_> = (0..self.shards.len()).collect();
+        slowest.sort_by_key(|&shard| std::cmp::Reverse(self.shards[shard]));
+        match slowest[..] {
+            [one, next, ..] if self.shards[one] / 2 >= self.shards[next] => Some(one),
+            _ => None,
         }
     }
 
     /// What took most of the time, and what to do about it.
     fn sentence(&self, labels: &[String]) -> String {
-        let took = match self.phase {
-            Phase::Frozen => "the application was frozen for",
-            Phase::Written => "writing the rest of the image took",
-            Phase::Received => "receiving the image took",
-            Phase::Served => "CRIU's part took",
+        let (took, help) = match self.phase {
+            Phase::Frozen => (
+                "the application was frozen for",
+                "all shards were full: more shards, a faster compressor, or --buffer",
+            ),
+            Phase::Written => (
+                "writing the rest of the image took",
+                "all shards were full: more shards, or a faster compressor",
+            ),
+            Phase::Received => (
+                "receiving the image took",
+                "all shards were empty: more shards, or a faster download",
+            ),
+            Phase::Served => (
+                "CRIU's part took",
+                "CRIU waited for data of the shards: more shards, or a faster download",
+            ),
         };
-        let is_out = matches!(self.phase, Phase::Frozen | Phase::Written);
-        let (time, why) = match self.limit() {
-            Limit::None => {
-                let why = "in which data flowed: a faster machine is all that helps".to_owned();
-                (self.moving, why)
+        let (state, criu) = match self.phase {
+            Phase::Frozen | Phase::Written => {
+                ("full", "had no more data yet: its log says what it did")
             }
-            Limit::AllShards => {
-                let why = match self.phase {
-                    Phase::Frozen => {
-                        "because all shards were full: more shards, a faster compressor, or --buffer"
-                    }
-                    Phase::Written => {
-                        "because all shards were full: more shards, or a faster compressor"
-                    }
-                    Phase::Received => {
-                        "because all shards were empty: more shards, or a faster download"
-                    }
-                    Phase::Served => {
-                        "because CRIU waited for data of the shards: more shards, or a faster download"
-                    }
-                };
-                (self.for_shards, why.to_owned())
+            Phase::Received | Phase::Served => (
+                "empty",
+                "read no faster: with --lazy-pages the application runs at once",
+            ),
+        };
+        let most = self.whole() / 2;
+        let (time, why) = match self.slow_shard() {
+            Some(shard) if self.for_shards >= most => {
+                let why = format!(
+                    "{} was {state}, and others were not: see what slows it",
+                    labels[shard]
+                );
+                (self.shards[shard], format!("because {why}"))
             }
-            Limit::Shard(shard) => {
-                let state = if is_out { "full" } else { "empty" };
-                let label = &labels[shard];
-                let why =
-                    format!("because {label} was {state}, and others were not: see what slows it");
-                (self.shards[shard], why)
-            }
-            Limit::Criu => {
-                let why = match is_out {
-                    true => "because CRIU had no more data yet: its log says what it did",
-                    false => {
-                        "because CRIU read no faster: with --lazy-pages the application runs at once"
-                    }
-                };
-                (self.for_criu, why.to_owned())
-            }
+            None if self.for_shards >= most => (self.for_shards, format!("because {help}")),
+            _ if self.for_criu >= most => (self.for_criu, format!("because CRIU {criu}")),
+            _ => (
+                self.moving,
+                "in which data flowed: a faster machine is all that helps".into(),
+            ),
         };
         let (whole, time) = (self.whole().as_secs_f64(), time.as_secs_f64());
         format!("{took} {whole:.1} s, {time:.1} s of it {why}")
@@ -220,13 +200,10 @@ impl Clock {
             Waiting::ForShards => &mut phase.for_shards,
             Waiting::ForCriu => &mut phase.for_criu,
         } += passed;
-        for (time, _) in phase
-            .shards
-            .iter_mut()
-            .zip(&self.slow)
-            .filter(|(_, slow)| **slow)
-        {
-            *time += passed;
+        for (time, &is_slow) in phase.shards.iter_mut().zip(&self.slow) {
+            if is_slow {
+                *time += passed;
+            }
         }
     }
 

@@ -283,11 +283,11 @@ impl<'a> Server<'a> {
 /// Prepares for the memory that the CRIU of this connection leaves to be filled in, if it does.
 fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -> Result<()> {
     if let Some(lazy) = lazy {
-        return lazy.before_file(connection.pid(), file);
+        return lazy.before_file(connection.pid, file);
     }
     // Only its command line shows it, if at all; later it looks for its daemon, and fails.
     ensure!(
-        file != files::INVENTORY || !connection.command_line().has_lazy_pages(),
+        file != files::INVENTORY || !connection.command_line.has_lazy_pages(),
         "`criu restore` runs with --lazy-pages: give `serve` the same option"
     );
     Ok(())

@@ -229,7 +229,7 @@ impl Images {
             return false;
         };
         match file_type(&stat) {
-            SFlag::S_IFLNK => files::is_criu_name(name.as_str()),
+            SFlag::S_IFLNK => files::kind(name.as_str()).is_some(),
             SFlag::S_IFREG => {
                 files::is_image_file(name.as_str())
                     && files::is_criu_file(name.as_str(), &self.start_of(name))

@@ -28,7 +28,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signal::{SigHandler, Signal, killpg};
@@ -41,97 +41,66 @@ use crate::os::descriptor::{Direction, poll};
 /// The time that a command has to clean up after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The time that a command whose pipe is gone has to end and give the reason.
-const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
+/// The time that a command has to end and give the reason why its pipe, or CRIU, is gone.
+pub(super) const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The interval at which commands that are about to end are checked.
-const CHECK_INTERVAL: Duration = Duration::from_millis(5);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The purpose of a command.
-#[derive(Debug, Clone)]
-enum Purpose {
-    /// The shard of this number, from 0, and what `{}` stands for: a number from 1, or `index`.
-    Shard(usize, String),
+/// The thing that a command takes or brings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Target {
+    /// The shard of this number, from 0.
+    Shard(usize),
     ExternalFile(ImageName),
 }
 
 /// A command for one shard or external file.
 #[derive(Debug, Clone)]
 pub(crate) struct ShellCommand {
-    purpose: Purpose,
+    target: Target,
+    /// Its name in messages.
+    pub(crate) label: String,
     /// Given to the shell.
     text: String,
-    /// `$CRIU_IMAGE_NAME`.
-    image_name: Option<String>,
 }
 
 impl ShellCommand {
     /// One command for each shard: `{}` in the text is the shard's number, and `index` for one more
     /// where there is an index.
-    pub(crate) fn for_shards(
-        text: &str,
-        shards: usize,
-        has_index: bool,
-        image_name: Option<&str>,
-    ) -> Vec<Self> {
+    pub(crate) fn for_shards(text: &str, shards: usize, has_index: bool) -> Vec<Self> {
         let names = (1..=shards).map(|number| number.to_string());
         let all = names.chain(has_index.then(|| "index".to_owned()));
         all.enumerate()
             .map(|(number, name)| Self {
+                target: Target::Shard(number),
+                label: format!("shard command {name}"),
                 text: text.replace("{}", &name),
-                purpose: Purpose::Shard(number, name),
-                image_name: image_name.map(str::to_owned),
             })
             .collect()
     }
 
     /// The command of an external file.
-    pub(crate) fn for_file(name: ImageName, text: String, image_name: Option<&str>) -> Self {
+    pub(crate) fn for_file(name: ImageName, text: String) -> Self {
         Self {
-            purpose: Purpose::ExternalFile(name),
+            label: format!("the command of external file {name}"),
+            target: Target::ExternalFile(name),
             text,
-            image_name: image_name.map(str::to_owned),
-        }
-    }
-
-    /// Checks that the failure of any program in a command will be known.
-    ///
-    /// # Errors
-    /// When it is a pipeline, and no shell here gives one the status of all its programs.
-    pub(crate) fn check_shell(text: &str) -> Result<()> {
-        let knows_pipefail =
-            || program::succeeds(Command::new("sh").args(["-o", "pipefail", "-c", ":"]));
-        ensure!(
-            has_bash() || !is_pipeline(text) || knows_pipefail(),
-            "`{text}` is a pipeline, and only the failure of its last program would be known: there is no bash here, and sh has no `pipefail`; install bash"
-        );
-        Ok(())
-    }
-
-    /// Its name in messages.
-    pub(crate) fn label(&self) -> String {
-        match &self.purpose {
-            Purpose::Shard(_, name) => format!("shard command {name}"),
-            Purpose::ExternalFile(name) => format!("the command of external file {name}"),
         }
     }
 
     fn with_text(&self) -> String {
-        format!("{}, `{}`", self.label(), self.text)
+        format!("{}, `{}`", self.label, self.text)
     }
 
     /// True if it takes or brings an external file.
     pub(super) fn has_file(&self) -> bool {
-        matches!(self.purpose, Purpose::ExternalFile(_))
+        matches!(self.target, Target::ExternalFile(_))
     }
 
     /// True if it takes or brings the shard of this number, from 0.
     pub(super) fn is_for_shard(&self, number: usize) -> bool {
-        matches!(self.purpose, Purpose::Shard(it, _) if it == number)
-    }
-
-    fn is_for_file(&self, wanted: &ImageName) -> bool {
-        matches!(&self.purpose, Purpose::ExternalFile(name) if name == wanted)
+        self.target == Target::Shard(number)
     }
 }
 
@@ -166,6 +135,8 @@ struct Running {
 #[derive(Default)]
 pub(super) struct Commands {
     running: Vec<Running>,
+    /// `$CRIU_IMAGE_NAME`.
+    pub(super) image_name: Option<String>,
 }
 
 impl Commands {
@@ -184,8 +155,14 @@ impl Commands {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = start_shell(&command, stdin, stdout, inherited)
-            .with_context(|| format!("starting {}", command.with_text()))?;
+        let group = start_shell(
+            &command,
+            self.image_name.as_deref(),
+            stdin,
+            stdout,
+            inherited,
+        )
+        .with_context(|| format!("starting {}", command.with_text()))?;
         self.running.push(Running {
             command,
             direction,
@@ -211,9 +188,10 @@ impl Commands {
 
     /// Lets the command of this external file, if there is one, see the end of its input.
     pub(super) fn close_pipe_of(&mut self, file: &ImageName) {
-        let mut all = self.running.iter_mut();
-        if let Some(running) = all.find(|running| running.command.is_for_file(file)) {
-            running.pipe = None;
+        for running in &mut self.running {
+            if matches!(&running.command.target, Target::ExternalFile(it) if it == file) {
+                running.pipe = None;
+            }
         }
     }
 
@@ -227,26 +205,22 @@ impl Commands {
     /// to end and say why.
     pub(super) fn explain(&self, error: Error) -> Error {
         let end = Instant::now() + EXPLAIN_TIMEOUT;
-        loop {
-            if let Err(reason) = self.check() {
-                return reason;
-            }
-            if Instant::now() > end || !self.running.iter().any(Running::is_about_to_end) {
-                break;
-            }
+        while self.check().is_ok()
+            && Instant::now() < end
+            && self.running.iter().any(Running::is_about_to_end)
+        {
             std::thread::sleep(CHECK_INTERVAL);
+        }
+        if let Err(reason) = self.check() {
+            return reason;
         }
         let early = self.running.iter().find(|running| {
             running.direction == Direction::Out && running.has_succeeded() && running.pipe.is_some()
         });
         match early {
             Some(running) => anyhow!(
-                "{}: it ended with exit status 0 before it had read the whole {}, which is lost",
-                running.command.with_text(),
-                match running.command.has_file() {
-                    true => "file",
-                    false => "shard",
-                }
+                "{}: it ended with exit status 0 before it had read everything, and the rest is lost",
+                running.command.with_text()
             ),
             None => error,
         }
@@ -261,26 +235,25 @@ impl Running {
     /// Finds out what became of the command, and fails if it has failed.
     fn check(&self) -> Result<()> {
         while self.state.get() == CommandState::Running {
-            match self.next_end() {
+            let state = match self.next_end() {
                 Ok(None) => break,
                 // It is not in the terminal's foreground, where it could ask: it would stop for
                 // ever.
                 Ok(Some((process, end @ End::Stopped(libc::SIGTTIN | libc::SIGTTOU)))) => {
-                    self.state.set(CommandState::Failed(process, end));
+                    CommandState::Failed(process, end)
                 }
                 // Another process stopped it, and will have it go on.
-                Ok(Some((_, End::Stopped(_) | End::Exited(0)))) => {}
-                Ok(Some((process, end))) => self.state.set(CommandState::Failed(process, end)),
+                Ok(Some((_, End::Stopped(_) | End::Exited(0)))) => continue,
+                Ok(Some((process, end))) => CommandState::Failed(process, end),
                 // No process of the group is left.
-                Err(_) => self.state.set(CommandState::Succeeded),
-            }
+                Err(_) => CommandState::Succeeded,
+            };
+            self.state.set(state);
         }
-        match self.state.get() {
-            CommandState::Failed(process, end) => {
-                bail!("{}: {process} {end}", self.command.with_text())
-            }
-            CommandState::Running | CommandState::Succeeded => Ok(()),
+        if let CommandState::Failed(process, end) = self.state.get() {
+            bail!("{}: {process} {end}", self.command.with_text());
         }
+        Ok(())
     }
 
     /// How the next process of the group ended or stopped, if one has.
@@ -351,6 +324,7 @@ impl Drop for Commands {
 /// Starts a shell in a process group of its own, whose number is returned.
 fn start_shell(
     command: &ShellCommand,
+    image_name: Option<&str>,
     stdin: Stdio,
     stdout: Stdio,
     inherited: Inherited,
@@ -363,7 +337,6 @@ fn start_shell(
         shell.args(["-o", "pipefail"]);
     }
     shell.args(["-c", text]);
-    let image_name = command.image_name.iter();
     shell.envs(image_name.map(|name| ("CRIU_IMAGE_NAME", name)));
     shell.stdin(stdin).stdout(stdout).process_group(0);
     program::start(shell, SigHandler::SigDfl, inherited).context("starting a shell")

@@ -25,31 +25,28 @@ use std::cell::Cell;
 use std::ffi::OsString;
 use std::process::Command;
 use std::rc::Rc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result};
-use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::signal::SigHandler;
 use nix::unistd::Pid;
 
+use super::command::{CHECK_INTERVAL, EXPLAIN_TIMEOUT};
 use super::ending::Ending;
 use super::program::{self, End, Inherited};
 use super::signals::Signals;
-use crate::os::descriptor::{Direction, poll};
+use crate::os::descriptor::Direction;
 use crate::report;
 
 /// The time that CRIU has to let the application go on when a signal has ended the transfer: less
 /// than supervisors wait before they send SIGKILL (10 s and more).
 const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The time that a CRIU that has left the socket has to end and give the reason.
-const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The program that runs CRIU, and its arguments.
+/// The words of a command that runs CRIU: at least one.
 #[derive(Debug, Clone)]
 pub(crate) struct CriuCommand {
-    program: OsString,
-    arguments: Vec<OsString>,
+    words: Vec<OsString>,
     /// The application lives on after a dump.
     lets_live: bool,
 }
@@ -57,17 +54,11 @@ pub(crate) struct CriuCommand {
 impl CriuCommand {
     /// `None` where there are no words.
     pub(crate) fn new(words: Vec<OsString>, lets_live: bool) -> Option<Self> {
-        let mut words = words.into_iter();
-        Some(Self {
-            program: words.next()?,
-            arguments: words.collect(),
-            lets_live,
-        })
+        (!words.is_empty()).then_some(Self { words, lets_live })
     }
 
     fn text(&self) -> String {
-        let words = std::iter::once(&self.program).chain(&self.arguments);
-        let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+        let words: Vec<_> = self.words.iter().map(|it| it.to_string_lossy()).collect();
         format!("`{}`", words.join(" "))
     }
 }
@@ -82,8 +73,8 @@ enum CriuState {
 
 /// The command at work. Dropped before it has ended, it is waited for.
 pub(super) struct RunningCriu {
-    text: String,
-    process: Pid,
+    pub(super) text: String,
+    pub(super) process: Pid,
     signals: Rc<Signals>,
     /// A success means that the application is dead.
     kills: bool,
@@ -106,8 +97,8 @@ impl RunningCriu {
             Direction::Out => SigHandler::SigIgn,
             Direction::In => SigHandler::SigDfl,
         };
-        let mut process = Command::new(&command.program);
-        process.args(&command.arguments);
+        let mut process = Command::new(&command.words[0]);
+        process.args(&command.words[1..]);
         let process = program::start(process, at_signals, inherited)
             .with_context(|| format!("starting {text}"))?;
         Ok(Self {
@@ -119,25 +110,11 @@ impl RunningCriu {
         })
     }
 
-    #[cfg(test)]
-    pub(super) fn process(&self) -> Pid {
-        self.process
-    }
-
-    pub(super) fn text(&self) -> &str {
-        &self.text
-    }
-
     /// Finds out whether it has ended, and fails if it has failed.
     pub(super) fn check(&self) -> Result<()> {
         if self.state.get() == CriuState::Running {
-            match program::next_end(self.process.as_raw()) {
-                Ok(next) => self.take(next),
-                Err(error) => {
-                    self.state.set(CriuState::Left);
-                    return Err(error).with_context(|| format!("asking how {} ended", self.text));
-                }
-            }
+            let next = program::next_end(self.process.as_raw());
+            self.take(next.with_context(|| format!("asking how {} ended", self.text))?);
         }
         let failure = self.failure();
         failure.map_or(Ok(()), |end| Err(self.error(end, "")))
@@ -191,28 +168,18 @@ impl RunningCriu {
     /// end and say why.
     pub(super) fn explain(&self, error: Error) -> Error {
         let end = Instant::now() + EXPLAIN_TIMEOUT;
-        while !self.has_ended() && Instant::now() < end && self.wait(Some(end)).is_ok() {}
+        while self.is_running() && Instant::now() < end && self.signals.check().is_ok() {
+            thread::sleep(CHECK_INTERVAL);
+        }
         match self.failure() {
             Some(end) => self.error(end, &format!(": {error:#}")),
             None => error,
         }
     }
 
-    /// Waits for a signal, such as that of the command's end, and looks for that.
-    ///
-    /// # Errors
-    /// When a signal came that ends us.
-    fn wait(&self, until: Option<Instant>) -> Result<()> {
-        // A failure shows in the state.
-        if self.check().is_err() || self.has_ended() {
-            return Ok(());
-        }
-        let timeout = until.map_or(PollTimeout::NONE, |until| {
-            let left = until.saturating_duration_since(Instant::now());
-            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-        });
-        poll(&*self.signals, PollFlags::POLLIN, timeout)?;
-        self.signals.check()
+    /// True if it has not ended now. A failure shows in the state.
+    fn is_running(&self) -> bool {
+        self.check().is_ok() && !self.has_ended()
     }
 
     /// Lets it go on without us.
@@ -228,13 +195,14 @@ impl RunningCriu {
 impl Drop for RunningCriu {
     fn drop(&mut self) {
         let mut until = None;
-        while !self.has_ended() {
-            if self.wait(until).is_err() || self.signals.has_ended_us() {
+        while self.is_running() {
+            if self.signals.check().is_err() || self.signals.has_ended_us.get() {
                 until.get_or_insert_with(|| Instant::now() + RESUME_TIMEOUT);
             }
             if until.is_some_and(|until| until <= Instant::now()) {
                 self.leave();
             }
+            thread::sleep(CHECK_INTERVAL);
         }
     }
 }

@@ -54,6 +54,12 @@ use signals::Signals;
 /// leaves a command's group.
 pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Where a shard or an external file goes to, or comes from.
+pub(crate) enum Endpoint {
+    Descriptor(OwnedFd),
+    Command(ShellCommand),
+}
+
 /// Why a transfer failed, and what it had open.
 pub struct Failure {
     error: Error,
@@ -124,6 +130,11 @@ impl Supervisor {
         })
     }
 
+    /// Gives commands the image's name.
+    pub(crate) fn name_image(&mut self, name: Option<String>) {
+        self.commands.get_mut().image_name = name;
+    }
+
     /// The poller that every loop waits with.
     pub(crate) fn poller(&self) -> &Poller {
         &self.poller
@@ -151,8 +162,14 @@ impl Supervisor {
         events.is_some_and(|events| events.is_ok_and(|events| !events.is_empty()))
     }
 
-    /// A pipe whose data goes to `fd`, which errors call `label`.
-    pub(crate) fn sink(&mut self, fd: OwnedFd, label: &str, pumped: Pumped) -> Result<WriteEnd> {
+    /// A pipe whose data goes to `end`, which errors call `label`.
+    pub(crate) fn sink(&mut self, end: Endpoint, label: &str, pumped: Pumped) -> Result<WriteEnd> {
+        let fd = match end {
+            Endpoint::Command(command) => {
+                return WriteEnd::new(self.start(command, Direction::Out)?);
+            }
+            Endpoint::Descriptor(fd) => fd,
+        };
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
@@ -165,23 +182,17 @@ impl Supervisor {
         Ok(pipe)
     }
 
-    /// A pipe that is filled from `fd`, which errors call `label`.
-    pub(crate) fn source(&self, fd: OwnedFd, label: &str, pumped: Pumped) -> Result<ReadEnd> {
+    /// A pipe that is filled from `end`, which errors call `label`.
+    pub(crate) fn source(&self, end: Endpoint, label: &str, pumped: Pumped) -> Result<ReadEnd> {
+        let fd = match end {
+            Endpoint::Command(command) => return ReadEnd::new(self.start(command, Direction::In)?),
+            Endpoint::Descriptor(fd) => fd,
+        };
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
         pump::read_from(fd, label, pumped, &self.failure)
             .with_context(|| format!("preparing {label}"))
-    }
-
-    /// Starts a command that reads from the pipe that is returned.
-    pub(crate) fn start_reader(&self, command: ShellCommand) -> Result<WriteEnd> {
-        WriteEnd::new(self.start(command, Direction::Out)?)
-    }
-
-    /// Starts a command that writes to the pipe that is returned.
-    pub(crate) fn start_writer(&self, command: ShellCommand) -> Result<ReadEnd> {
-        ReadEnd::new(self.start(command, Direction::In)?)
     }
 
     /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
@@ -221,7 +232,7 @@ impl Supervisor {
     /// The command that runs CRIU, once it has ended well: nothing more will come of it.
     pub(crate) fn ended_criu(&self) -> Option<&str> {
         let criu = self.criu.get().filter(|criu| criu.has_ended());
-        criu.map(RunningCriu::text)
+        criu.map(|criu| &*criu.text)
     }
 
     /// True if the command that runs CRIU has ended well, or there is none.
@@ -243,12 +254,11 @@ impl Supervisor {
         let signalled = self.signals.check();
         // Only now: the signal of its end may have been among them.
         let criu = self.criu.get().map_or(Ok(()), RunningCriu::check);
+        let has_killed = self.criu.get().is_some_and(RunningCriu::has_killed);
         match signalled {
-            Err(signal) if self.has_criu_killed() && self.signals.spare() => {
-                report::warn(format_args!(
-                    "{signal:#}: not yet, as the application is dead, and its image is not written; a second signal ends that"
-                ))
-            }
+            Err(signal) if has_killed && self.signals.spare() => report::warn(format_args!(
+                "{signal:#}: not yet, as the application is dead, and its image is not written; a second signal ends that"
+            )),
             signalled => signalled?,
         }
         ensure!(
@@ -258,11 +268,6 @@ impl Supervisor {
         self.check_pumps()?;
         self.commands.borrow().check()?;
         criu
-    }
-
-    /// True if the command that runs CRIU has ended well, and the application with it.
-    fn has_criu_killed(&self) -> bool {
-        self.criu.get().is_some_and(RunningCriu::has_killed)
     }
 
     /// True if all commands have ended well, or there are none.
@@ -351,15 +356,15 @@ impl Supervisor {
             && !criu.has_ended()
         {
             criu.reap_all();
-            match self.check() {
-                // ^C was for the application in the foreground, and CRIU has got it too. Its own
-                // end may have come with it.
-                Err(error) if signal_behind(&error) == Some(libc::SIGINT) => continue,
-                Err(error) if signal_behind(&error).is_some() => {
-                    criu.leave();
-                    return Err(error);
+            if let Err(error) = self.check() {
+                match Ending::behind(&error) {
+                    // ^C was for the application in the foreground, and CRIU has got it too. Its own
+                    // end may have come with it.
+                    Some(Ending::Signal(libc::SIGINT)) => continue,
+                    Some(Ending::Signal(_)) => criu.leave(),
+                    _ => {}
                 }
-                checked => checked?,
+                return Err(error);
             }
             if !criu.has_ended() {
                 self.wait(Wait::Forever).context("waiting for CRIU's end")?;
@@ -383,14 +388,6 @@ impl Supervisor {
     }
 }
 
-/// The signal that led to an error, if one did.
-fn signal_behind(error: &Error) -> Option<i32> {
-    match Ending::behind(error)? {
-        Ending::Signal(signal) => Some(*signal),
-        Ending::Criu { .. } => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -408,7 +405,7 @@ mod tests {
                 .start_criu(command.as_ref(), Direction::In)
                 .unwrap();
             let criu = supervisor.criu.get().unwrap();
-            let path = format!("/proc/{}/stat", criu.process());
+            let path = format!("/proc/{}/stat", criu.process);
             while !std::fs::read_to_string(&path).unwrap().contains(") Z ") {
                 thread::yield_now();
             }

@@ -23,7 +23,8 @@ use super::ending::Ending;
 /// The signals that came.
 pub(super) struct Signals {
     descriptor: SignalFd,
-    has_ended_us: Cell<bool>,
+    /// One came that ends the transfer.
+    pub(super) has_ended_us: Cell<bool>,
     has_spared_us: Cell<bool>,
 }
 
@@ -63,11 +64,6 @@ impl Signals {
         let spares = !self.has_spared_us.replace(true);
         self.has_ended_us.set(self.has_ended_us.get() && !spares);
         spares
-    }
-
-    /// True if a signal came that ends the transfer.
-    pub(super) fn has_ended_us(&self) -> bool {
-        self.has_ended_us.get()
     }
 }
 

@@ -19,10 +19,8 @@ use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 
 use crate::os::descriptor::poll;
 
-/// The interval between two looks at the queue, for which there is no event, grows from the first
-/// to the longest.
-const FIRST_NAP: Duration = Duration::from_millis(1);
-const LONGEST_NAP: Duration = Duration::from_millis(50);
+/// The interval between two looks at the queue, for which there is no event.
+const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The time that a peer that has everything has to close its end, or to refuse it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -39,11 +37,12 @@ pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
         Err(Errno::ENOTCONN) => return take_error(socket).and(Err(Errno::ECONNRESET)),
         result => result?,
     }
-    let mut nap = FIRST_NAP;
     let mut delivered = None;
     loop {
         let queued = queued(socket);
-        let has_ended = has_ended(socket)?;
+        // The peer has ended its own stream as well: a hang-up, after we have ended ours.
+        let events = poll(socket, PollFlags::empty(), PollTimeout::ZERO)?;
+        let has_ended = events.contains(PollFlags::POLLHUP);
         // Asked last: what throws the queue away, or ends the peer's stream by a reset, sets the
         // error before.
         take_error(socket)?;
@@ -59,8 +58,7 @@ pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
             Err(_) if has_ended => return Ok(()),
             Err(_) => {}
         }
-        thread::sleep(nap);
-        nap = LONGEST_NAP.min(nap * 2);
+        thread::sleep(CHECK_INTERVAL);
     }
 }
 
@@ -79,10 +77,4 @@ fn queued(socket: impl AsFd) -> Result<usize, Errno> {
     let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
     Errno::result(result)?;
     Ok(usize::try_from(bytes).unwrap_or(0))
-}
-
-/// True if the peer has ended its own stream as well: a hang-up, after we have ended ours.
-fn has_ended(socket: impl AsFd) -> Result<bool, Errno> {
-    let events = poll(socket, PollFlags::empty(), PollTimeout::ZERO)?;
-    Ok(events.contains(PollFlags::POLLHUP))
 }
