@@ -5,7 +5,6 @@ use anyhow::Result;
 use super::{Session, create_images_dir};
 use crate::capture::{Capture, HasIndex};
 use crate::cli::Plan;
-use crate::criu::hook_caller::Caller;
 use crate::criu::{Listener, Role};
 use crate::supervision::{Failure, Pumped};
 
@@ -28,7 +27,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         },
         buffer: plan.args.buffer,
         goes_on_when_copied: plan.args.go_on_when_copied,
-        caller: plan.caller.as_ref().map(Caller::identity),
+        caller: plan.caller.as_ref().map(|it| it.identity.clone()),
         leaves_inventory: plan.caller.as_ref().is_some_and(|caller| caller.is_driven),
         external_files: plan.external_files,
         progress: &mut plan.progress,

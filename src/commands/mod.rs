@@ -55,7 +55,7 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     let mut supervisor = Supervisor::catch().context("preparing for signals")?;
     if let Some(caller) = &plan.caller {
         supervisor
-            .watch(caller)
+            .watch(&caller.process)
             .context("preparing to watch CRIU")?;
     }
     let image_name = plan.args.image_name.as_ref();

@@ -203,11 +203,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         self.receiver.start_serving();
         self.plan.progress.reached(milestone::SOCKET_INIT);
         if self.plan.args.progress_bar && self.plan.criu.is_none() {
-            let image = match self.is_proven {
-                true => "the image is in memory",
-                false => "the image is on its way",
-            };
-            report::warn(format_args!("{image}: run `criu restore --stream`"));
+            report::warn("CRIU can connect: run `criu restore --stream`");
         }
         self.supervisor
             .start_criu(self.plan.criu.as_ref(), Direction::In)

@@ -54,7 +54,7 @@ impl Clients {
             self.next_id += 1;
             let (kind, id) = (Watched::Client, self.next_id);
             poller
-                .add(&connection, kind, id, Interest::Readable)
+                .add(&connection.stream, kind, id, Interest::Readable)
                 .context("preparing to wait for CRIU's requests")?;
             self.give_up = None;
             self.clients.insert(id, connection);
@@ -101,8 +101,8 @@ impl Clients {
     /// Takes the connection of a client that has asked for no file, to go on with it elsewhere.
     pub(crate) fn take(&mut self, id: u64, poller: &Poller) -> Option<OwnedFd> {
         let client = self.clients.remove(&id)?;
-        poller.remove(&client);
-        Some(client.into())
+        poller.remove(&client.stream);
+        Some(client.stream)
     }
 
     /// Closes the connections that have asked for no file.

@@ -9,7 +9,7 @@
 
 use std::io::IoSliceMut;
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::socket::getsockopt;
@@ -62,7 +62,7 @@ pub struct Connection {
     descriptors: Vec<OwnedFd>,
     /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the
     /// connection knows that nothing of it is kept.
-    stream: OwnedFd,
+    pub(super) stream: OwnedFd,
     /// The file whose pipe comes next.
     requested: Option<ImageName>,
     /// A file was opened over it.
@@ -218,20 +218,8 @@ impl Connection {
     }
 }
 
-impl From<Connection> for OwnedFd {
-    fn from(connection: Connection) -> Self {
-        connection.stream
-    }
-}
-
 /// A message behind its length.
 pub(super) fn frame(message: &impl prost::Message) -> Vec<u8> {
     let message = message.encode_to_vec();
     [&(message.len() as u32).to_le_bytes()[..], &message].concat()
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
 }

@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -46,11 +46,11 @@ pub(crate) fn action() -> Option<OsString> {
 /// A CRIU that waits for its action script.
 #[derive(Debug)]
 pub(crate) struct Caller {
-    pid: u32,
-    /// With the PID, distinguishes it from every other process since the machine was started.
-    start: u64,
+    /// Its PID and its start, which distinguish it from every other process since the machine was
+    /// started.
+    pub(crate) identity: String,
     /// Readable when it has ended.
-    process: OwnedFd,
+    pub(crate) process: OwnedFd,
     /// The path of it if there is one, else one in /proc.
     pub(crate) images_dir: PathBuf,
     pub(crate) directory: File,
@@ -74,6 +74,7 @@ impl Caller {
         let process = Pid::from_raw(pid as i32).context("CRIU's PID is 0")?;
         let process = pidfd_open(process, PidfdFlags::empty())
             .with_context(|| format!("looking for CRIU, process {pid}"))?;
+        let start = start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?;
         let own = CommandLine::of(pid);
         let images_dir = match fs::metadata(&images_dir) {
             // CRIU has capabilities, and this process has none.
@@ -87,8 +88,7 @@ impl Caller {
         let is_driven = !own.has_action();
         let parents = || parent_of(pid).map(CommandLine::of);
         Ok(Self {
-            pid,
-            start: start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?,
+            identity: format!("CRIU {pid} {start}"),
             process,
             directory: directory
                 .with_context(|| format!("opening CRIU's images directory {images_dir:?}"))?,
@@ -96,11 +96,6 @@ impl Caller {
             is_driven,
             command_line: is_driven.then(parents).flatten().unwrap_or(own),
         })
-    }
-
-    /// The CRIU, in words.
-    pub(crate) fn identity(&self) -> String {
-        format!("CRIU {} {}", self.pid, self.start)
     }
 
     /// Calls the streamer that was started for it, now that CRIU has closed its files, and returns
@@ -111,15 +106,9 @@ impl Caller {
     pub(crate) fn call(&self) -> io::Result<UnixStream> {
         let socket = path_in(&self.directory, &Role::Capture.socket_name());
         let mut streamer = UnixStream::connect(socket)?;
-        let filename = format!("{CALL}{}", self.identity());
+        let filename = format!("{CALL}{}", self.identity);
         streamer.write_all(&frame(&ImgStreamerRequestEntry { filename }))?;
         Ok(streamer)
-    }
-}
-
-impl AsFd for Caller {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.process.as_fd()
     }
 }
 

@@ -54,7 +54,6 @@ impl Mapping {
         // use.
         let mapped = unsafe { mmap_anonymous(None, size, protection, flags) }?.cast::<u8>();
         let before = mapped.as_ptr().align_offset(HUGE_PAGE);
-        let after = HUGE_PAGE - before;
         // SAFETY: both ends lie in the mapping made above, and nothing refers to them; the middle
         // is `len` bytes long.
         let base = unsafe {
@@ -62,9 +61,7 @@ impl Mapping {
             if before > 0 {
                 munmap(mapped.cast(), before)?;
             }
-            if after > 0 {
-                munmap(base.add(len).cast(), after)?;
-            }
+            munmap(base.add(len).cast(), HUGE_PAGE - before)?;
             // Refused where huge pages are not built in.
             let _ = madvise(base.cast(), len, MmapAdvise::MADV_NOHUGEPAGE);
             // An image is another process's memory, and has no business in a core dump of ours.

@@ -155,14 +155,9 @@ impl Commands {
             Direction::Out => (theirs.into(), Stdio::inherit()),
             Direction::In => (Stdio::null(), theirs.into()),
         };
-        let group = start_shell(
-            &command,
-            self.image_name.as_deref(),
-            stdin,
-            stdout,
-            inherited,
-        )
-        .with_context(|| format!("starting {}", command.with_text()))?;
+        let group = self
+            .start_shell(&command, stdin, stdout, inherited)
+            .with_context(|| format!("starting {}", command.with_text()))?;
         self.running.push(Running {
             command,
             direction,
@@ -172,6 +167,27 @@ impl Commands {
             shell_has_ended: Cell::new(false),
         });
         Ok(())
+    }
+
+    /// Starts a shell in a process group of its own, whose number is returned.
+    fn start_shell(
+        &self,
+        command: &ShellCommand,
+        stdin: Stdio,
+        stdout: Stdio,
+        inherited: Inherited,
+    ) -> Result<Pid> {
+        program::adopt_orphans(true).context("preparing to wait for it")?;
+        let has_bash = has_bash();
+        let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
+        if has_bash || is_pipeline(&command.text) {
+            shell.args(["-o", "pipefail"]);
+        }
+        shell.args(["-c", &command.text]);
+        let image_name = self.image_name.iter();
+        shell.envs(image_name.map(|name| ("CRIU_IMAGE_NAME", name)));
+        shell.stdin(stdin).stdout(stdout).process_group(0);
+        program::start(shell, SigHandler::SigDfl, inherited).context("starting a shell")
     }
 
     /// Fails if a command has failed, with what it is for, its text and status.
@@ -319,27 +335,6 @@ impl Drop for Commands {
             }
         }
     }
-}
-
-/// Starts a shell in a process group of its own, whose number is returned.
-fn start_shell(
-    command: &ShellCommand,
-    image_name: Option<&str>,
-    stdin: Stdio,
-    stdout: Stdio,
-    inherited: Inherited,
-) -> Result<Pid> {
-    let text = &command.text;
-    program::adopt_orphans(true).context("preparing to wait for it")?;
-    let has_bash = has_bash();
-    let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
-    if has_bash || is_pipeline(text) {
-        shell.args(["-o", "pipefail"]);
-    }
-    shell.args(["-c", text]);
-    shell.envs(image_name.map(|name| ("CRIU_IMAGE_NAME", name)));
-    shell.stdin(stdin).stdout(stdout).process_group(0);
-    program::start(shell, SigHandler::SigDfl, inherited).context("starting a shell")
 }
 
 /// True if a command may be a pipeline: it has a `|` that is not half of `||`.

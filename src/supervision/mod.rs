@@ -31,9 +31,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, ensure};
-use nix::fcntl::OFlag;
 use nix::poll::{PollFlags, PollTimeout};
-use nix::unistd::pipe2;
 
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind, poll};
@@ -197,10 +195,10 @@ impl Supervisor {
 
     /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
     fn start(&self, command: ShellCommand, direction: Direction) -> Result<OwnedFd> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("creating a pipe")?;
+        let (read, write) = io::pipe().context("creating a pipe")?;
         let (ours, theirs) = match direction {
-            Direction::Out => (write, read),
-            Direction::In => (read, write),
+            Direction::Out => (OwnedFd::from(write), OwnedFd::from(read)),
+            Direction::In => (read.into(), write.into()),
         };
         if command.has_file() {
             pipe::grow(&ours, LARGEST)?;
