@@ -8,7 +8,7 @@
 //!  | 0x52535446 (int) ------------------------->|  all are restored, and go on now
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -24,7 +24,7 @@ use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
 use crate::criu;
-use crate::os::descriptor::open_directory;
+use crate::os::descriptor::path_in;
 
 /// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";
@@ -64,11 +64,10 @@ impl Socket {
         let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
         let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
         let bind = || {
-            let directory = open_directory(&directory)?;
+            let directory = OwnedFd::from(File::open(&directory)?);
             // If this fails there is none, or `bind` names the obstacle.
             let _ = unlinkat(&directory, NAME, UnlinkatFlags::NoRemoveDir);
-            let by_descriptor = format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd());
-            let socket = criu::listen(by_descriptor.as_ref())?;
+            let socket = criu::listen(&path_in(&directory, NAME))?;
             // CRIU waits for an answer of ours before it connects, so that its connection has this.
             setsockopt(&socket, PassCred, &true)?;
             anyhow::Ok(Self { socket, directory })
