@@ -93,8 +93,8 @@ impl Connection {
         &self.peer
     }
 
-    /// Gives what comes to `answer`, in up to `turn` system calls, and returns true at the end of the
-    /// connection.
+    /// Gives what comes to `answer`, in up to `turn` system calls, and returns true at the end of
+    /// the connection.
     ///
     /// # Errors
     /// Those of `answer`, and when the peer does not keep to the protocol.

@@ -356,8 +356,8 @@ impl Supervisor {
             criu.reap_all();
             if let Err(error) = self.check() {
                 match Ending::behind(&error) {
-                    // ^C was for the application in the foreground, and CRIU has got it too. Its own
-                    // end may have come with it.
+                    // ^C was for the application in the foreground, and CRIU has got it too. Its
+                    // own end may have come with it.
                     Some(Ending::Signal(libc::SIGINT)) => continue,
                     Some(Ending::Signal(_)) => criu.leave(),
                     _ => {}
