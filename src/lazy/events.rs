@@ -1,7 +1,6 @@
 //! The thread that hears CRIU, and from the restored processes the changes of their memory and the
 //! faults.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,8 +22,6 @@ pub(super) struct Events<'a> {
     criu: OwnedFd,
     connection: Connection,
     faults: Sender<Fault>,
-    /// The PID here of each restored process, by its PID in the image.
-    restored: BTreeMap<i32, u32>,
     memories: Vec<Arc<Memory>>,
     is_finished: bool,
 }
@@ -44,7 +41,6 @@ impl<'a> Events<'a> {
             criu,
             connection,
             faults,
-            restored: BTreeMap::new(),
             memories: Vec::new(),
             is_finished: false,
         };
@@ -87,10 +83,9 @@ impl<'a> Events<'a> {
                 let process = process(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
                 self.filling.guardian.add(process)?;
-                self.restored.insert(pid, real_pid as u32);
                 let file = self.filling.files.get(&pid);
                 let file = file.with_context(|| format!("process {pid} has no pagemap"))?;
-                self.add(file.memory(pid, uffd))
+                self.add(file.memory(pid, real_pid as u32, uffd))
             }
             Message::Zombie => Ok(()),
             Message::Finished => self.finish(),
@@ -117,14 +112,13 @@ impl<'a> Events<'a> {
     fn finish(&mut self) -> Result<()> {
         for pid in self.filling.files.keys() {
             ensure!(
-                self.restored.contains_key(pid),
+                self.memories.iter().any(|memory| memory.pid == *pid),
                 "CRIU has restored no process {pid}, which the image has"
             );
         }
         for memory in &self.memories {
-            let pid = self.restored[&memory.pid];
-            self.filling.guardian.add_layout(pid)?;
-            memory.keep_from_children(&unforked(pid));
+            self.filling.guardian.add_layout(memory.real_pid)?;
+            memory.keep_from_children(&unforked(memory.real_pid));
         }
         self.is_finished = true;
         self.filling.start()

@@ -24,7 +24,7 @@ const MOST_FILLERS: usize = 8;
 const CHUNK: usize = 128 << 10;
 
 /// The memory of an application, and the threads that fill it in.
-pub(super) struct Filling {
+pub(crate) struct Filling {
     pub(super) guardian: Guardian,
     /// The image's memory, by the number of the process.
     pub(super) files: BTreeMap<i32, PagesFile>,
@@ -127,11 +127,11 @@ impl Filling {
         }
     }
 
-    /// True if all is in place.
+    /// True if all is in place, and nothing depends on us any more.
     ///
     /// # Errors
     /// When filling failed, and the application was killed.
-    pub(super) fn is_in_place(&self) -> Result<bool> {
+    pub(crate) fn is_in_place(&self) -> Result<bool> {
         // The outcome is looked at below.
         let _ = self.changed.read();
         match self.outcome.get() {

@@ -13,8 +13,8 @@
 #![allow(unsafe_code)]
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
@@ -76,9 +76,7 @@ impl Guardian {
 
     /// Adds a process. Its descriptor stays open until this program ends.
     pub(super) fn add(&self, process: OwnedFd) -> Result<()> {
-        let descriptor = process.as_raw_fd();
-        std::mem::forget(process);
-        self.add_line(&format!("{descriptor}"))
+        self.add_line(&process.into_raw_fd().to_string())
     }
 
     /// Adds the layout by which all forked children of a process are found, unless it has ended.
@@ -103,12 +101,6 @@ impl Guardian {
     pub(super) fn end(&self) {
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
         let _ = uninterrupted(|| waitpid(self.pid, None));
-    }
-}
-
-impl Drop for Guardian {
-    fn drop(&mut self) {
-        self.end();
     }
 }
 
@@ -154,28 +146,31 @@ fn kill_all(record: &File) {
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
         kill_forked(&record);
-        if userfaultfds().all(|descriptor| {
-            // SAFETY: one that was closed since is some other file, or none, and asking is
-            // harmless.
-            userfaultfd::is_gone(unsafe { BorrowedFd::borrow_raw(descriptor) })
-        }) {
+        // Where it cannot be found out, it is not so.
+        if are_gone().unwrap_or(false) {
             return;
         }
         thread::sleep(NEXT_LOOK);
     }
 }
 
-/// The userfaultfds in the table.
-fn userfaultfds() -> impl Iterator<Item = RawFd> {
-    let open = fs::read_dir("/proc/self/fd")
-        .into_iter()
-        .flatten()
-        .flatten();
-    open.filter_map(|file| {
-        let target = fs::read_link(file.path()).ok()?;
-        let number = file.file_name().to_str()?.parse().ok()?;
-        (target.as_os_str() == "anon_inode:[userfaultfd]").then_some(number)
-    })
+/// Returns true if the memory behind all userfaultfds in the table is gone.
+fn are_gone() -> io::Result<bool> {
+    for file in fs::read_dir("/proc/self/fd")? {
+        let file = file?;
+        let target = fs::read_link(file.path()).unwrap_or_default();
+        if target.as_os_str() == "anon_inode:[userfaultfd]"
+            && let Some(number) = file.file_name().to_str().and_then(|name| name.parse().ok())
+        {
+            // SAFETY: one that was closed since is some other file, or none, and asking is
+            // harmless.
+            let uffd = unsafe { BorrowedFd::borrow_raw(number) };
+            if !userfaultfd::is_gone(uffd) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// The start of a process, and its PID namespace with the addresses of its data, heap, arguments

@@ -44,6 +44,8 @@ pub(super) struct Family(Mutex<Vec<Arc<Memory>>>);
 pub(super) struct Memory {
     /// The PID in the image: that of the process, or of the one that it was forked from.
     pub(super) pid: i32,
+    /// The PID here of that process.
+    pub(super) real_pid: u32,
     family: Arc<Family>,
     state: RwLock<State>,
 }
@@ -102,27 +104,19 @@ impl Memory {
     /// The memory of a process that CRIU restores.
     pub(super) fn restored(
         pid: i32,
+        real_pid: u32,
         uffd: OwnedFd,
         missing: Parts,
         family: &Arc<Family>,
     ) -> Arc<Self> {
-        let state = State {
-            uffd: Some(uffd),
-            missing: Mutex::new(missing),
-            unforked: Vec::new(),
-            changes: Changes::default(),
-        };
-        let memory = Self::new(pid, family, state);
+        let memory = Arc::new(Self {
+            pid,
+            real_pid,
+            family: Arc::clone(family),
+            state: RwLock::new(State::new(uffd, missing)),
+        });
         locked(&family.0).push(Arc::clone(&memory));
         memory
-    }
-
-    fn new(pid: i32, family: &Arc<Family>, state: State) -> Arc<Self> {
-        Arc::new(Self {
-            pid,
-            family: Arc::clone(family),
-            state: RwLock::new(state),
-        })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -166,66 +160,62 @@ impl Memory {
         let places = offset..offset + bytes.len() as u64;
         let page = page_size() as u64;
         let mut most = u64::MAX;
-        loop {
-            let state = self.read();
-            let part = locked(&state.missing).first_of(&places);
-            let (Some(uffd), Some(part)) = (&state.uffd, part) else {
-                return Ok(());
+        while self.attempt(|missing, uffd| {
+            let Some(part) = locked(missing).first_of(&places) else {
+                return Ok(false);
             };
             let len = part.len.min(most);
             let bytes = &bytes[(part.offset - offset) as usize..][..len as usize];
-            match userfaultfd::copy(uffd.as_fd(), part.address, bytes) {
-                Ok(copied) => {
-                    let filled = part.offset..part.offset + copied;
-                    locked(&state.missing).take_places(&filled);
-                    most = u64::MAX;
-                }
+            match userfaultfd::copy(uffd, part.address, bytes) {
                 // One call fills within one mapping (VMA) only.
                 Err(Errno::ENOENT) if len > page => most = (len / 2).next_multiple_of(page),
-                Err(error) => {
-                    drop(state);
-                    self.handle(error).with_context(|| {
-                        format!("filling the memory of process {} at {part:x?}", self.pid)
-                    })?;
+                copied => {
+                    let filled = part.offset..part.offset + copied?;
+                    locked(missing).take_places(&filled);
+                    most = u64::MAX;
                 }
             }
-        }
+            Ok(true)
+        })? {}
+        Ok(())
     }
 
     /// Returns the place in the pages file that a fault needs, or has the page be zero where the
     /// image has none.
     pub(super) fn answer(&self, address: u64) -> Result<Option<u64>> {
-        let page = page_size() as u64;
-        let address = address / page * page;
-        loop {
-            let state = self.read();
-            let place = locked(&state.missing).offset_of(address);
-            let (Some(uffd), None) = (&state.uffd, place) else {
-                return Ok(place);
-            };
-            let zeroed = userfaultfd::zero(uffd.as_fd(), address);
-            drop(state);
-            match zeroed {
-                Ok(()) => return Ok(None),
-                Err(error) => self.handle(error).with_context(|| {
-                    format!("giving process {} a page at {address:#x}", self.pid)
-                })?,
+        let address = address - address % page_size() as u64;
+        self.attempt(|missing, uffd| {
+            let place = locked(missing).offset_of(address);
+            match place {
+                None => userfaultfd::zero(uffd, address).map(|()| None),
+                place => Ok(place),
             }
-        }
+        })
     }
 
-    /// Waits where the kernel wants it, and closes the descriptor of a process that has ended.
-    ///
-    /// # Errors
-    /// Any other error.
-    fn handle(&self, error: Errno) -> Result<()> {
-        match error {
-            Errno::EAGAIN => thread::sleep(EVENT_PAUSE),
-            Errno::ESRCH => self.write().forget(),
-            Errno::ENOENT => bail!("CRIU has not registered it (ENOENT)"),
-            error => return Err(error.into()),
+    /// Fills in something as soon as the kernel allows it, unless the descriptor is closed, as that
+    /// of a process is that has ended.
+    fn attempt<T: Default>(
+        &self,
+        mut fill: impl FnMut(&Mutex<Parts>, BorrowedFd) -> nix::Result<T>,
+    ) -> Result<T> {
+        loop {
+            let state = self.read();
+            let Some(uffd) = &state.uffd else {
+                return Ok(T::default());
+            };
+            let filled = fill(&state.missing, uffd.as_fd());
+            drop(state);
+            match filled {
+                Ok(filled) => return Ok(filled),
+                Err(Errno::EAGAIN) => thread::sleep(EVENT_PAUSE),
+                Err(Errno::ESRCH) => self.write().forget(),
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("filling the memory of process {}", self.pid));
+                }
+            }
         }
-        Ok(())
     }
 
     /// Applies the changes that the process has made, and returns its news.
@@ -289,12 +279,15 @@ impl Memory {
         }
         changes.in_doubt = parent.changes.left.clone();
         let state = State {
-            uffd: Some(uffd),
-            missing: Mutex::new(missing),
             unforked: parent.unforked.clone(),
             changes,
+            ..State::new(uffd, missing)
         };
-        let child = Memory::new(self.pid, &self.family, state);
+        let child = Arc::new(Self {
+            family: Arc::clone(&self.family),
+            state: RwLock::new(state),
+            ..*self
+        });
         let mut state = child.write();
         locked(&self.family.0).push(Arc::clone(&child));
         child.settle(&mut state, news)?;
@@ -304,6 +297,15 @@ impl Memory {
 }
 
 impl State {
+    fn new(uffd: OwnedFd, missing: Parts) -> Self {
+        Self {
+            uffd: Some(uffd),
+            missing: Mutex::new(missing),
+            unforked: Vec::new(),
+            changes: Changes::default(),
+        }
+    }
+
     fn missing(&mut self) -> &mut Parts {
         let missing = self.missing.get_mut();
         missing.unwrap_or_else(PoisonError::into_inner)
@@ -440,7 +442,7 @@ mod tests {
             offset: 0,
             len: page_size() as u64,
         });
-        let memory = Memory::restored(1, uffd, missing, &Arc::default());
+        let memory = Memory::restored(1, 1, uffd, missing, &Arc::default());
         let events = changes.iter();
         let mut events: Vec<_> = events
             .map(|change| events_of(&memory, || change(&places)))

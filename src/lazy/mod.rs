@@ -28,7 +28,6 @@ mod socket;
 mod userfaultfd;
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, ensure};
@@ -48,7 +47,7 @@ use socket::Socket;
 /// The memory of the application that is restored. Dropped before all of it is in place, it kills
 /// the application.
 pub(crate) struct LazyMemory {
-    filling: Arc<Filling>,
+    pub(crate) filling: Arc<Filling>,
     /// From CRIU's first request to its first pagemap.
     socket: Option<Socket>,
     has_started: bool,
@@ -104,21 +103,6 @@ impl LazyMemory {
             self.filling.spawn("events", hear)?;
         }
         Ok(())
-    }
-
-    /// True if all memory is in place, and nothing depends on us any more.
-    ///
-    /// # Errors
-    /// When filling failed, and the application was killed.
-    pub(crate) fn is_in_place(&self) -> Result<bool> {
-        self.filling.is_in_place()
-    }
-}
-
-/// Readable when all memory is in place, or filling has failed.
-impl AsFd for LazyMemory {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        (*self.filling).as_fd()
     }
 }
 

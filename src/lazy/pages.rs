@@ -72,8 +72,8 @@ impl PagesFile {
     }
 
     /// The memory of a process that CRIU restores.
-    pub(super) fn memory(&self, pid: i32, uffd: OwnedFd) -> Arc<Memory> {
-        Memory::restored(pid, uffd, self.missing.clone(), &self.family)
+    pub(super) fn memory(&self, pid: i32, real_pid: u32, uffd: OwnedFd) -> Arc<Memory> {
+        Memory::restored(pid, real_pid, uffd, self.missing.clone(), &self.family)
     }
 
     pub(super) fn units(&self) -> usize {

@@ -110,12 +110,12 @@ pub fn receive<S: Store + 'static>(
 ) -> Result<(S, Stats), Failure> {
     let mut receiver =
         Receiver::<Assembly<S>>::new(shards, external_files, store, counters, supervisor)?;
-    match receiver.receive_all() {
-        Ok(()) => {
-            let stats = receiver.stats();
-            Ok((receiver.image.into_store(), stats))
-        }
-        Err(error) => Err(Failure::new(error, receiver.into_open())),
+    let received = receiver.receive_all();
+    let stats = receiver.stats();
+    let open = receiver.into_open();
+    match received {
+        Ok(()) => Ok((open.1.into_store(), stats)),
+        Err(error) => Err(Failure::new(error, open)),
     }
 }
 
@@ -181,6 +181,10 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// Everything that must stay open until the reason of a failure is reported.
     pub(crate) fn into_open(self) -> (Vec<ShardReader>, I) {
+        // A process that is being started may have a shard open, too, whose events would go on.
+        for shard in &self.shards {
+            self.supervisor.poller().remove(shard.pipe());
+        }
         (self.shards, self.image)
     }
 
@@ -276,13 +280,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             let index = event.id as usize;
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                // A shard of an earlier image brings events for as long as a process that is being
-                // started has it open, too.
-                Watched::Shard => {
-                    if let Some(busy) = self.busy.get_mut(index) {
-                        *busy = true;
-                    }
-                }
+                Watched::Shard => self.busy[index] = true,
                 Watched::External => self.outlets().transfers().made_room(event.id, false),
                 _ => {}
             }

@@ -74,7 +74,7 @@ impl<'a> Server<'a> {
         if let Some(lazy) = &lazy {
             supervisor
                 .poller()
-                .add(lazy, Watched::Memory, 0, Interest::Readable)
+                .add(&*lazy.filling, Watched::Memory, 0, Interest::Readable)
                 .context("preparing to wait for the application's memory")?;
         }
         Ok(Self {
@@ -200,7 +200,8 @@ impl<'a> Server<'a> {
     /// # Errors
     /// When it has lost some of it, and was killed.
     pub(crate) fn memory_is_in_place(&self) -> Result<bool> {
-        self.lazy.as_ref().map_or(Ok(true), LazyMemory::is_in_place)
+        let lazy = self.lazy.as_ref();
+        lazy.map_or(Ok(true), |lazy| lazy.filling.is_in_place())
     }
 
     fn handle(&mut self, files: &mut Catalog, events: &[Event]) -> Result<()> {
