@@ -102,8 +102,6 @@ pub(crate) struct Capture<'a> {
 
 struct CaptureLoop<'a> {
     supervisor: &'a Supervisor,
-    /// `None` once no client is waited for any more.
-    listener: Option<Listener>,
     clients: Clients,
     dump: Dump,
     stray_files: StrayFiles,
@@ -131,12 +129,12 @@ struct CaptureLoop<'a> {
 }
 
 impl Capture<'_> {
-    /// Captures one image, and returns how much passed through each shard. The socket, where it is
-    /// returned, keeps other streamers away until all is over.
+    /// Captures one image, and returns how much passed through each shard. The clients'
+    /// socket keeps other streamers away until all is over.
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<(Stats, Option<Listener>), Failure> {
+    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<(Stats, Clients), Failure> {
         let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
         capacity::even_out(&pipes).context("giving the shards the same capacity")?;
         let mut shards = Vec::new();
@@ -146,8 +144,7 @@ impl Capture<'_> {
         let clock = Clock::new(shards.len());
         let mut capture = CaptureLoop {
             supervisor,
-            listener: Some(self.listener),
-            clients: Clients::up_to(1),
+            clients: Clients::of(self.listener, 1, supervisor.poller())?,
             dump: Dump::default(),
             stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),
@@ -183,15 +180,14 @@ impl Capture<'_> {
             false => error,
         });
         let CaptureLoop {
-            listener,
             clients,
             dump,
             image_writer,
             ..
         } = capture;
         match captured {
-            Ok(stats) => Ok((stats, listener)),
-            Err(error) => Err(Failure::new(error, (listener, clients, dump, image_writer))),
+            Ok(stats) => Ok((stats, clients)),
+            Err(error) => Err(Failure::new(error, (clients, dump, image_writer))),
         }
     }
 }
@@ -206,9 +202,6 @@ fn descriptors_left() -> usize {
 impl CaptureLoop<'_> {
     fn watch(&self) -> io::Result<()> {
         let poller = self.supervisor.poller();
-        if let Some(listener) = &self.listener {
-            poller.add(listener, Watched::Listener, 0, Interest::Readable)?;
-        }
         let mut shards = (0..).zip(self.image_writer.shards());
         shards.try_for_each(|(id, shard)| poller.add(shard, Watched::Shard, id, Interest::Gone))
     }
@@ -353,11 +346,7 @@ impl CaptureLoop<'_> {
         for event in events {
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Listener => {
-                    if let Some(listener) = &self.listener {
-                        self.clients.accept(listener, self.supervisor.poller())?;
-                    }
-                }
+                Watched::Listener => self.clients.accept(self.supervisor.poller())?,
                 Watched::Client => activity = activity.max(self.take_requests(event.id)?),
                 Watched::Source => {
                     if event.hung_up {
@@ -433,10 +422,7 @@ impl CaptureLoop<'_> {
         {
             self.called = Some(Instant::now());
             self.progress.hook_connects(connection);
-            if let Some(listener) = &self.listener {
-                self.supervisor.poller().remove(listener);
-                listener.close();
-            }
+            self.clients.refuse_others(self.supervisor.poller());
         }
     }
 
@@ -448,7 +434,7 @@ impl CaptureLoop<'_> {
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
     fn check_hook(&mut self) -> Result<()> {
         match (&self.caller, self.called) {
-            (None, _) => self.listener = None,
+            (None, _) => self.clients.stop_listening(),
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
             ),

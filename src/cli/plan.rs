@@ -52,26 +52,16 @@ impl Plan {
         check_usage(&args)?;
         check_names(&args)?;
         let commands = shard_commands(&args)?;
-        let mut claimed = claim(&args)?;
+        let mut plan = claim(args)?;
         for command in commands {
             let label = command.label.clone();
-            claimed.shards.push((Endpoint::Command(command), label));
+            plan.shards.push((Endpoint::Command(command), label));
         }
-        for (name, text) in mem::take(&mut args.ext_file_cmd) {
+        for (name, text) in mem::take(&mut plan.args.ext_file_cmd) {
             let command = ShellCommand::for_file(name.clone(), text);
-            let files = &mut claimed.external_files;
-            files.push((name, Endpoint::Command(command)));
+            plan.external_files.push((name, Endpoint::Command(command)));
         }
-        Ok(Self {
-            images_dir: args.images_dir.take().unwrap_or_default(),
-            shards: claimed.shards,
-            external_files: claimed.external_files,
-            listing: claimed.listing,
-            progress: Progress::new(claimed.progress, None),
-            criu: criu_command(mem::take(&mut args.criu)),
-            caller: None,
-            args,
-        })
+        Ok(plan)
     }
 
     /// Checks that CRIU can get to its socket. Under the hook it has a path of its own, such as one
@@ -139,16 +129,8 @@ fn check_names(args: &Args) -> Result<()> {
     }
 }
 
-/// The descriptors that the command line named.
-struct Claimed {
-    shards: Vec<(Endpoint, String)>,
-    external_files: Vec<(ImageName, Endpoint)>,
-    listing: Option<OwnedFd>,
-    progress: Option<OwnedFd>,
-}
-
-/// Claims descriptors, when all of them are checked.
-fn claim(args: &Args) -> Result<Claimed> {
+/// Claims the descriptors of a plan, when all of them are checked.
+fn claim(mut args: Args) -> Result<Plan> {
     let (shards_go, files_go, standard) = match args.command {
         Command::Capture => (Direction::Out, Direction::In, STDOUT),
         _ => (Direction::In, Direction::Out, STDIN),
@@ -160,7 +142,7 @@ fn claim(args: &Args) -> Result<Claimed> {
     // Without a standard output, or with /dev/null there, the exit status is what is wanted.
     let lists = args.command == Command::List && !STDOUT.was_closed_at_start();
     let listing = lists.then_some(STDOUT);
-    let progress = progress_fd(args)?;
+    let progress = progress_fd(&args)?;
     let mut checks = Checks::new();
     for &fd in &shards {
         checks.check(fd, format!("--shard-fds {fd}"), Purpose::Image(shards_go))?;
@@ -184,11 +166,15 @@ fn claim(args: &Args) -> Result<Claimed> {
         shards.map(|(fd, what)| Ok((Endpoint::Descriptor(fd.claim()?), format!("{what} {fd}"))));
     let files = args.ext_file_fds.iter();
     let files = files.map(|(name, fd)| Ok((name.clone(), Endpoint::Descriptor(fd.claim()?))));
-    Ok(Claimed {
+    Ok(Plan {
         shards: shards.collect::<Result<_>>()?,
         external_files: files.collect::<Result<_>>()?,
+        images_dir: args.images_dir.take().unwrap_or_default(),
         listing: listing.map(FdNumber::claim).transpose()?,
-        progress: progress.map(FdNumber::claim).transpose()?,
+        progress: Progress::new(progress.map(FdNumber::claim).transpose()?, None),
+        criu: criu_command(mem::take(&mut args.criu)),
+        caller: None,
+        args,
     })
 }
 

@@ -26,6 +26,8 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// All clients.
 #[derive(Default)]
 pub struct Clients {
+    /// `None` once no client is waited for any more.
+    listener: Option<Listener>,
     clients: HashMap<u64, Connection>,
     next_id: u64,
     /// How many may ask for files.
@@ -37,20 +39,29 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// No client yet; up to this number may ask for files.
-    pub fn up_to(most: usize) -> Self {
-        Self {
+    /// Waits at the listener for clients, of which up to this number may ask for files.
+    ///
+    /// # Errors
+    /// When the listener cannot be watched.
+    pub(crate) fn of(listener: Listener, most: usize, poller: &Poller) -> Result<Self> {
+        poller
+            .add(&listener, Watched::Listener, 0, Interest::Readable)
+            .context("preparing to wait for CRIU")?;
+        Ok(Self {
+            listener: Some(listener),
             most,
             ..Self::default()
-        }
+        })
     }
 
     /// Accepts the clients that wait at the listener, and watches each under its id.
     ///
     /// # Errors
     /// When a connection cannot be accepted or watched.
-    pub(crate) fn accept(&mut self, listener: &Listener, poller: &Poller) -> Result<()> {
-        while let Some(connection) = listener.accept()? {
+    pub(crate) fn accept(&mut self, poller: &Poller) -> Result<()> {
+        while let Some(listener) = &self.listener
+            && let Some(connection) = listener.accept()?
+        {
             self.next_id += 1;
             let (kind, id) = (Watched::Client, self.next_id);
             poller
@@ -91,6 +102,20 @@ impl Clients {
     /// All clients have disconnected.
     pub fn have_left(&self) -> bool {
         self.have_come() && self.are_gone()
+    }
+
+    /// Refuses all further clients, and keeps the socket's name from being taken by another
+    /// streamer.
+    pub(crate) fn refuse_others(&self, poller: &Poller) {
+        if let Some(listener) = &self.listener {
+            poller.remove(listener);
+            listener.close();
+        }
+    }
+
+    /// Waits for no client any more.
+    pub(crate) fn stop_listening(&mut self) {
+        self.listener = None;
     }
 
     /// Ends all conversations: nothing more is to come.

@@ -35,8 +35,6 @@ pub(crate) struct Server<'a> {
     supervisor: &'a Supervisor,
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
-    /// Until CRIU has come.
-    listener: Option<Listener>,
     clients: Clients,
     /// CRIU has ended well, and had not connected.
     is_missed: bool,
@@ -67,10 +65,6 @@ impl<'a> Server<'a> {
     ) -> Result<Self> {
         // It ends when it has restored everything; its connection shows what it still wants.
         supervisor.let_caller_end();
-        supervisor
-            .poller()
-            .add(&listener, Watched::Listener, 0, Interest::Readable)
-            .context("preparing to wait for CRIU")?;
         if let Some(lazy) = &lazy {
             supervisor
                 .poller()
@@ -80,8 +74,7 @@ impl<'a> Server<'a> {
         Ok(Self {
             supervisor,
             lazy,
-            listener: Some(listener),
-            clients: Clients::up_to(usize::MAX),
+            clients: Clients::of(listener, usize::MAX, supervisor.poller())?,
             is_missed: false,
             transfers: Transfers::new(Watched::Transfer),
             refused: BTreeSet::new(),
@@ -94,8 +87,8 @@ impl<'a> Server<'a> {
     }
 
     /// Everything that must stay open until the reason of a failure is reported.
-    pub(crate) fn into_open(self) -> (Option<Listener>, Clients, Transfers) {
-        (self.listener, self.clients, self.transfers)
+    pub(crate) fn into_open(self) -> (Clients, Transfers) {
+        (self.clients, self.transfers)
     }
 
     /// True if a reader waits for something that has not come yet.
@@ -143,7 +136,7 @@ impl<'a> Server<'a> {
         }
         self.clients.check_grace()?;
         if self.clients.all_gone() {
-            self.listener = None;
+            self.clients.stop_listening();
             self.clients.close_idle();
         }
         self.take_more(files)?;
@@ -208,11 +201,7 @@ impl<'a> Server<'a> {
         for event in events {
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Listener => {
-                    if let Some(listener) = &self.listener {
-                        self.clients.accept(listener, self.supervisor.poller())?;
-                    }
-                }
+                Watched::Listener => self.clients.accept(self.supervisor.poller())?,
                 Watched::Client => self.answer(files, event.id)?,
                 Watched::Memory => drop(self.memory_is_in_place()?),
                 Watched::Transfer => self.transfers.made_room(event.id, event.hung_up),

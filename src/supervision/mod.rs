@@ -81,10 +81,7 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self {
-            error,
-            open: Vec::new(),
-        }
+        Self::new(error, ())
     }
 }
 
