@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 
-use super::options::read_text;
+use super::options::{open, read_text};
 use crate::report::outcome;
 
 /// The file with the name in the images directory.
@@ -67,10 +67,10 @@ impl StoredAs {
     /// # Errors
     /// When what is there is no file with a name.
     pub(crate) fn left(images_dir: &Path) -> Result<Option<Self>> {
-        let Some(name) = read_text(&images_dir.join(FILE), MAX_NAME as u64 + 1).context(FILE)?
-        else {
+        let Some(file) = open(&images_dir.join(FILE)).context(FILE)? else {
             return Ok(None);
         };
+        let name = read_text(file, MAX_NAME as u64 + 1).context(FILE)?;
         let name = name.strip_suffix('\n').unwrap_or(&name);
         let name = name.parse().map_err(anyhow::Error::msg).context(FILE)?;
         Ok(Some(name))

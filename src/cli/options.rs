@@ -121,17 +121,19 @@ fn read(path: &Path) -> Result<String> {
         found.starts_with(directory),
         "it is a link out of its directory"
     );
-    let metadata = found.metadata().context("looking at it")?;
+    let file = open(&found)?.context("it is gone")?;
+    // Of the open file: its name may lead to another one by now.
+    let metadata = file.metadata().context("looking at it")?;
     let own = nix::unistd::geteuid().as_raw();
     ensure!(
         [0, own].contains(&metadata.uid()) && metadata.mode() & OTHERS_WRITE == 0,
         "other users may write to it, and it has commands: it must be root's or user {own}'s, with a mode such as 0644"
     );
-    read_text(&found, LARGEST)?.context("it is gone")
+    read_text(file, LARGEST)
 }
 
-/// The text of a regular file of up to `most` bytes, which is no link. `None` if there is none.
-pub(super) fn read_text(path: &Path, most: u64) -> Result<Option<String>> {
+/// Opens a regular file, which is no link. `None` if there is none.
+pub(super) fn open(path: &Path) -> Result<Option<File>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = match File::options().read(true).custom_flags(flags).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -139,11 +141,16 @@ pub(super) fn read_text(path: &Path, most: u64) -> Result<Option<String>> {
     };
     let is_file = file.metadata().context("looking at it")?.is_file();
     ensure!(is_file, "it is no regular file");
+    Ok(Some(file))
+}
+
+/// The text of a file of up to `most` bytes.
+pub(super) fn read_text(file: File, most: u64) -> Result<String> {
     let mut text = String::new();
     let mut file = file.take(most + 1);
     file.read_to_string(&mut text).context("reading it")?;
     ensure!(text.len() as u64 <= most, "it has more than {most} bytes");
-    Ok(Some(text))
+    Ok(text)
 }
 
 #[cfg(test)]
