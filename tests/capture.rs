@@ -327,7 +327,7 @@ fn images_of_the_same_memory_look_the_same_whatever_came_when() {
             assert!(content(markers) == content(first), "{first:?}\n{markers:?}");
             for two in markers.windows(2) {
                 let begin = two[1].offset - two[0].data.len();
-                let is_large = two[0].data.len() > 8 * PAGE;
+                let is_large = two[0].data.len() > 16 * PAGE;
                 assert!(!is_large || begin.is_multiple_of(PAGE), "{two:?}");
             }
         }

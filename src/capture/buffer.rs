@@ -26,7 +26,7 @@ use anyhow::{Context, Result};
 use super::chunk::{Chunk, Route, slots_of};
 use super::image_writer::Activity;
 use super::prefault::Prefault;
-use super::source::{LARGEST_COPIED, Look, Source};
+use super::source::{LARGEST_COPIED, Source};
 use crate::os::memory;
 use crate::os::pipe::{self, Moved, slot};
 use crate::store::{Arena, Block, Extent};
@@ -105,14 +105,13 @@ impl Buffer {
     /// # Errors
     /// When another process reads from the pipe, and where there is no memory at all.
     pub(super) fn copy(&mut self, source: &mut Source) -> Result<Activity> {
-        let look = source.look();
-        let available = match look.with_context(|| format!("capturing {}", source.name))? {
-            Look::Empty => return Ok(Activity::Idle),
-            Look::Ended => {
+        let available = match source.look()? {
+            0 if source.has_ended => {
                 self.files.entry(source.id).or_default().has_ended = true;
                 return Ok(Activity::Complete);
             }
-            Look::Bytes(available) => available,
+            0 => return Ok(Activity::Idle),
+            available => available,
         };
         let mut left = available;
         while left > 0 {
@@ -194,17 +193,11 @@ impl Buffer {
             bytes += part;
             slots += slots_of(&extent.bytes()[..part]);
         }
-        let (route, slots) = if bytes <= LARGEST_COPIED {
-            (Route::Copied, bytes.div_ceil(slot()))
-        } else {
-            (Route::Lent, slots)
-        };
-        Chunk {
-            bytes,
-            slots,
-            route,
-            is_last: rest.has_ended && bytes < most,
+        let mut chunk = Chunk::copied(bytes, rest.has_ended && bytes < most);
+        if bytes > LARGEST_COPIED {
+            (chunk.route, chunk.slots) = (Route::Lent, slots);
         }
+        chunk
     }
 
     /// Takes the first bytes of a source out.

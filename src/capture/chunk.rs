@@ -24,9 +24,6 @@ pub(super) fn slots_of(memory: &[u8]) -> usize {
 pub(super) enum Route {
     /// Spliced. Each slot of the source holds a whole page.
     Direct,
-    /// Spliced into the staging pipe, and from there to the shard. The slots of the source may hold
-    /// less than a page; what fits into the staging pipe takes no more slots than that has.
-    Staged,
     /// Read into memory, and queued with the markers: copied bytes fill their slots.
     Copied,
     /// Out of the buffer: the shard's pipe gets references to our own pages, each of which takes a
@@ -46,6 +43,16 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
+    /// A chunk that is copied.
+    pub(super) fn copied(bytes: usize, is_last: bool) -> Self {
+        Self {
+            bytes,
+            slots: bytes.div_ceil(slot()),
+            route: Route::Copied,
+            is_last,
+        }
+    }
+
     /// Cuts the chunk to `slots` of `slot` bytes each. With none left, for a shard of a single
     /// slot, it gets what fits into the slot of its markers.
     pub(super) fn cut(&mut self, slots: usize, slot: usize) {
@@ -59,7 +66,7 @@ impl Chunk {
             match self.route {
                 // The bytes need not begin at a page.
                 Route::Lent if slots > 1 => self.shorten((slots - 1) * slot),
-                Route::Lent | Route::Staged => {
+                Route::Lent => {
                     self.shorten(slots * slot);
                     self.route = Route::Copied;
                 }
@@ -111,20 +118,6 @@ mod tests {
     }
 
     #[test]
-    fn pieces_are_copied_where_their_slots_are_too_many() {
-        for slot in SIZES {
-            assert_eq!(
-                cut(16 * slot, Route::Staged, 3, slot),
-                (3 * slot, Route::Copied, false)
-            );
-            assert_eq!(
-                cut(2 * slot + 1, Route::Staged, 3, slot),
-                (2 * slot + 1, Route::Copied, true)
-            );
-        }
-    }
-
-    #[test]
     fn lent_memory_may_begin_within_a_page() {
         for slot in SIZES {
             assert_eq!(
@@ -141,7 +134,7 @@ mod tests {
     #[test]
     fn a_shard_of_one_slot_takes_a_chunk_in_the_slot_of_its_markers() {
         for slot in SIZES {
-            for route in [Route::Direct, Route::Staged, Route::Copied, Route::Lent] {
+            for route in [Route::Direct, Route::Copied, Route::Lent] {
                 let (bytes, route, is_last) = cut(16 * slot, route, 0, slot);
                 assert_eq!((route, is_last), (Route::Copied, false));
                 assert!((1..=slot - MARKERS).contains(&bytes));

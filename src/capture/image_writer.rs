@@ -17,7 +17,6 @@ use super::capacity;
 use super::chunk::{Chunk, MARKER_SLOTS, Route};
 use super::shard::{Flushed, Shard};
 use super::source::Source;
-use super::staging::Staging;
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
@@ -27,7 +26,7 @@ use crate::report::times::Times;
 use crate::store::Extent;
 
 /// Larger chunks begin at a page of their shard, where there is one shard.
-const LARGEST_UNALIGNED: u32 = 32 << 10;
+const LARGEST_UNALIGNED: u32 = 64 << 10;
 
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
@@ -66,7 +65,6 @@ pub(super) struct ImageWriter {
     shards: Vec<Shard>,
     /// The number of the index.
     index: Option<usize>,
-    staging: Staging,
     unit: Option<usize>,
     seq: u64,
     /// The source whose file is current.
@@ -85,7 +83,6 @@ impl ImageWriter {
         let smallest = smallest.map_or(1, |shard| shard.slots());
         let unit = (smallest * 7 / 16).max(1) * slot();
         Ok(Self {
-            staging: Staging::new(smallest)?,
             unit: (shards.len() == 1).then_some(unit),
             index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
             origins: vec![CapturingProcess::own(); shards.len()],
@@ -106,11 +103,6 @@ impl ImageWriter {
     /// buffer.
     pub(super) fn unit(&self) -> Option<usize> {
         self.unit
-    }
-
-    /// The slots of the staging pipe.
-    pub(super) fn staging(&self) -> usize {
-        self.staging.slots()
     }
 
     /// Gives a chunk to the shard that is to have it, if any has room: out of the source's pipe, or
@@ -134,10 +126,8 @@ impl ImageWriter {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
-        match chunk.route {
-            Route::Copied if buffer.is_none() => source.collect(chunk.bytes)?,
-            Route::Staged => chunk.shorten(self.staging.fill(source, chunk.bytes)?),
-            _ => {}
+        if buffer.is_none() && chunk.route == Route::Copied {
+            source.collect(chunk.bytes)?;
         }
         self.name_file(source, shard);
         self.mark(shard, Body::Data(chunk.bytes as u32));
@@ -173,30 +163,17 @@ impl ImageWriter {
     /// Moves all of a chunk. A rest for which there is no room after all goes into the queue.
     fn move_chunk(&mut self, source: &mut Source, chunk: &Chunk, shard: usize) -> Result<()> {
         let shard = &mut self.shards[shard];
-        let staged = self.staging.read_end();
-        match chunk.route {
-            Route::Copied => {
-                let copied = source.collected.drain(..chunk.bytes);
-                return shard.copy_memory(copied.as_slice());
-            }
-            Route::Staged | Route::Lent => {
-                let spliced = shard.splice(staged, chunk.bytes, chunk.slots)?;
-                shard.copy(staged, chunk.bytes - spliced)?;
-            }
-            Route::Direct => {
-                let mut spliced = shard.splice(source.pipe(), chunk.bytes, chunk.slots)?;
-                if spliced < chunk.bytes {
-                    source.holds_pieces();
-                }
-                while spliced < chunk.bytes {
-                    let bytes = self.staging.fill(source, chunk.bytes - spliced)?;
-                    shard.copy(staged, bytes)?;
-                    spliced += bytes;
-                }
+        let mut spliced = 0;
+        if chunk.route == Route::Direct {
+            spliced = shard.splice(source.pipe(), chunk.bytes, chunk.slots)?;
+            source.moved(spliced);
+            if spliced < chunk.bytes {
+                source.holds_pieces();
+                source.collect(chunk.bytes - spliced)?;
             }
         }
-        source.moved(chunk.bytes);
-        Ok(())
+        let copied = source.collected.drain(..chunk.bytes - spliced);
+        shard.copy_memory(copied.as_slice())
     }
 
     /// Marks the end of a file that has nothing left.
@@ -354,8 +331,8 @@ mod tests {
         (image_writer, read.nonblocking().unwrap(), other)
     }
 
-    /// A source whose pipe is full, its pages, and a chunk of them all.
-    fn source(staging: usize) -> (Source, Vec<u8>, Chunk) {
+    /// A source whose pipe is full of pages, these, and a chunk of them all.
+    fn source() -> (Source, Vec<u8>, Chunk) {
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
         let pages: Vec<_> = (0..slots * slot()).map(|i| (i % 251) as u8).collect();
@@ -363,7 +340,7 @@ mod tests {
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
         let mut source = Source::new(name, read, slots, Owner::Criu).unwrap();
-        let Ready::Chunk(chunk) = source.inspect(None, staging).unwrap() else {
+        let Ready::Chunk(chunk) = source.inspect(None).unwrap() else {
             panic!("a full pipe is ready");
         };
         (source, pages, chunk)
@@ -371,50 +348,46 @@ mod tests {
 
     #[test]
     fn a_chunk_leaves_its_source_where_a_shard_has_less_room_than_is_known() {
-        for route in [Route::Direct, Route::Staged] {
-            let (mut image_writer, reader, other) = image_writer();
-            let slots = image_writer.shards[0].slots();
-            let (mut source, pages, mut chunk) = source(image_writer.staging());
-            let foreign = (slots - 3) * slot();
-            pipe::write(&other, &vec![1; foreign]).unwrap();
-            if route == Route::Staged {
-                (chunk.route, chunk.slots) = (route, image_writer.staging());
-            }
-            let activity = image_writer.give(&mut source, chunk, None).unwrap();
-            assert_eq!(activity, Activity::Busy);
-            let moved = pages.len() - pipe::available(source.pipe()).unwrap();
-            assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
+        let (mut image_writer, reader, other) = image_writer();
+        let slots = image_writer.shards[0].slots();
+        let (mut source, pages, chunk) = source();
+        let foreign = (slots - 3) * slot();
+        pipe::write(&other, &vec![1; foreign]).unwrap();
+        let activity = image_writer.give(&mut source, chunk, None).unwrap();
+        assert_eq!(activity, Activity::Busy);
+        let moved = pages.len() - pipe::available(source.pipe()).unwrap();
+        assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
 
-            let mut arrived = Vec::new();
-            let mut buffer = vec![0; 1 << 16];
-            while let Moved::Bytes(bytes) = pipe::read(&reader, &mut buffer).unwrap() {
-                arrived.extend(&buffer[..bytes]);
-                image_writer.flush().unwrap();
-            }
-            assert_eq!(image_writer.flush().unwrap(), Flushed::All);
-            assert!(arrived.ends_with(&pages[..moved]), "{route:?}");
-            assert!((1..slot() + 100).contains(&(arrived.len() - foreign - moved)));
+        let mut arrived = Vec::new();
+        let mut buffer = vec![0; 1 << 16];
+        while let Moved::Bytes(bytes) = pipe::read(&reader, &mut buffer).unwrap() {
+            arrived.extend(&buffer[..bytes]);
+            image_writer.flush().unwrap();
         }
+        assert_eq!(image_writer.flush().unwrap(), Flushed::All);
+        assert!(arrived.ends_with(&pages[..moved]));
+        assert!((1..slot() + 100).contains(&(arrived.len() - foreign - moved)));
     }
 
     #[test]
     fn a_source_that_another_process_reads_from_is_an_error() {
-        for route in [Route::Direct, Route::Staged, Route::Copied] {
+        for route in [Route::Direct, Route::Copied] {
             let (mut image_writer, _reader, _other) = image_writer();
-            let (mut source, pages, mut chunk) = source(image_writer.staging());
+            let (mut source, pages, mut chunk) = source();
             chunk.route = route;
             pipe::read(source.pipe(), &mut vec![0; pages.len()]).unwrap();
             let error = image_writer.give(&mut source, chunk, None).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
         }
     }
+
     #[test]
-    fn a_source_that_shows_pieces_where_pages_were_expected_is_measured_from_then_on() {
+    fn pages_that_come_in_pieces_are_copied_from_then_on() {
         let (mut image_writer, reader, _other) = image_writer();
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
-        let name = ImageName::new("fs.tar").unwrap();
-        let mut source = Source::new(name, read, slots, Owner::External).unwrap();
+        let name = ImageName::new("pages-1.img").unwrap();
+        let mut source = Source::new(name, read, slots, Owner::Criu).unwrap();
         let fill = || {
             for _ in 0..slots {
                 let (page, half) = pipe::new().unwrap();
@@ -424,9 +397,8 @@ mod tests {
             }
         };
         fill();
-        source.holds_pages();
-        for route in [Route::Direct, Route::Staged] {
-            let Ready::Chunk(chunk) = source.inspect(None, image_writer.staging()).unwrap() else {
+        for route in [Route::Direct, Route::Copied] {
+            let Ready::Chunk(chunk) = source.inspect(None).unwrap() else {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);

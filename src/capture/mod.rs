@@ -6,7 +6,7 @@
 //! Nothing ever blocks on a shard.
 //!
 //! ```text
-//! source ──► chunk ──► image_writer ──► balancer ──► (staging) ──► shard
+//! source ──► chunk ──► image_writer ──► balancer ──► shard
 //! what may   bytes,    place and    which        measures      a queue, and
 //! be moved   slots,    markers      shard        what pages    the slots of
 //! now        route                               do not fill   its pipe
@@ -29,7 +29,6 @@ mod image_writer;
 mod prefault;
 mod shard;
 mod source;
-mod staging;
 mod stray_files;
 
 use std::io;
@@ -550,7 +549,7 @@ impl CaptureLoop<'_> {
     fn advance(&mut self, source: &mut Source) -> Result<Activity> {
         let mut chunks = 0;
         loop {
-            match source.inspect(self.image_writer.unit(), self.image_writer.staging())? {
+            match source.inspect(self.image_writer.unit())? {
                 Ready::Empty => return Ok(Activity::Idle),
                 Ready::Filling => return Ok(Activity::Busy),
                 Ready::Ended => return self.image_writer.end_file(source),

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 
 use super::balancer::Slots;
@@ -144,19 +144,33 @@ impl Shard {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn flush(&mut self) -> Result<Flushed> {
-        while !self.queue.is_empty() {
-            match pipe::write(&self.pipe, &self.queue).map_err(|error| self.broken(error))? {
-                Moved::Bytes(bytes) => {
-                    self.queue.drain(..bytes);
-                    self.record(bytes, bytes.div_ceil(slot()));
-                }
-                Moved::WouldBlock | Moved::End => {
+        let mut queue = std::mem::take(&mut self.queue);
+        let written = self.write(&queue)?;
+        queue.drain(..written);
+        self.queue = queue;
+        Ok(match self.queue.is_empty() {
+            true => Flushed::All,
+            false => Flushed::Partly,
+        })
+    }
+
+    /// Writes as far as there is room, and returns how many bytes these were.
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
+        let mut written = 0;
+        while written < bytes.len() {
+            let moved = pipe::write(&self.pipe, &bytes[written..]);
+            match moved.map_err(|error| self.broken(error))?.bytes() {
+                0 => {
                     self.free = 0;
-                    return Ok(Flushed::Partly);
+                    break;
+                }
+                more => {
+                    self.record(more, more.div_ceil(slot()));
+                    written += more;
                 }
             }
         }
-        Ok(Flushed::All)
+        Ok(written)
     }
 
     /// Moves `len` bytes, which take this number of slots at most, behind all that is queued.
@@ -201,37 +215,16 @@ impl Shard {
         Ok(bytes)
     }
 
-    /// Queues a copy of these bytes.
+    /// Queues a copy of these bytes, or writes them if they are many.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn copy_memory(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.queue.len() + bytes.len() > LONG_QUEUE {
-            self.flush()?;
+    pub(super) fn copy_memory(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if self.queue.len() + bytes.len() > LONG_QUEUE && self.flush()? == Flushed::All {
+            bytes = &bytes[self.write(bytes)?..];
         }
         self.queue.extend_from_slice(bytes);
         Ok(())
-    }
-
-    /// Queues the next `len` bytes of a pipe, which must hold them, and gives them to look at.
-    ///
-    /// # Errors
-    /// When the shard's reader is gone.
-    pub(super) fn copy(&mut self, from: &ReadEnd, len: usize) -> Result<&[u8]> {
-        if self.queue.len() + len > LONG_QUEUE {
-            self.flush()?;
-        }
-        let start = self.queue.len();
-        self.queue.resize(start + len, 0);
-        let mut rest = &mut self.queue[start..];
-        while !rest.is_empty() {
-            let read = pipe::read(from, rest).context("copying a chunk")?;
-            let Moved::Bytes(bytes) = read else {
-                bail!("copying a chunk to {}: it is not all there", self.label);
-            };
-            rest = &mut rest[bytes..];
-        }
-        Ok(&self.queue[start..])
     }
 
     /// True when the reader has taken everything.
@@ -369,8 +362,7 @@ mod tests {
                     assert_eq!(moved, bytes, "{slots} slots were not free");
                 }
                 Way::Copied => {
-                    let copied = self.shard.copy(&source, bytes).unwrap();
-                    assert_eq!(copied, pieces.concat());
+                    self.shard.copy_memory(&pieces.concat()).unwrap();
                 }
             }
             self.unread.extend(pieces.iter().flatten());

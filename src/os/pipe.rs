@@ -316,7 +316,8 @@ impl Reserve {
 ///
 /// # Errors
 /// When no more descriptors can be had.
-pub fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
+#[cfg(test)]
+pub(crate) fn with_slots(wanted: usize) -> Result<(ReadEnd, WriteEnd, usize)> {
     let (read, write) = new()?;
     // Making a pipe smaller is always allowed, and where making it larger is not, it stays as it
     // is.
