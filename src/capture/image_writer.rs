@@ -44,13 +44,6 @@ pub(super) enum Activity {
     Complete,
 }
 
-/// Says if the last of the shards is an index.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum HasIndex {
-    Yes,
-    No,
-}
-
 /// The shards that a chunk may go to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Among {
@@ -77,14 +70,14 @@ pub(super) struct ImageWriter {
 
 impl ImageWriter {
     /// Writes to these shards, of which the last may be an index.
-    pub(super) fn new(shards: Vec<Shard>, has_index: HasIndex) -> Result<Self> {
+    pub(super) fn new(shards: Vec<Shard>, has_index: bool) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
         let smallest = smallest.map_or(1, |shard| shard.slots());
         let unit = (smallest * 7 / 16).max(1) * slot();
         Ok(Self {
             unit: (shards.len() == 1).then_some(unit),
-            index: (has_index == HasIndex::Yes).then(|| shards.len() - 1),
+            index: has_index.then(|| shards.len() - 1),
             origins: vec![CapturingProcess::own(); shards.len()],
             shards,
             seq: 0,
@@ -327,7 +320,7 @@ mod tests {
         let other = write.as_fd().try_clone_to_owned().unwrap();
         let other = WriteEnd::new(other).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
-        let image_writer = ImageWriter::new(vec![shard], HasIndex::No).unwrap();
+        let image_writer = ImageWriter::new(vec![shard], false).unwrap();
         (image_writer, read.nonblocking().unwrap(), other)
     }
 

@@ -52,7 +52,6 @@ use crate::report::times::{Clock, Phase, Waiting};
 use crate::supervision::{CHECK_INTERVAL, CriuCommand, Endpoint, Failure, Pumped, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
-pub(crate) use image_writer::HasIndex;
 use image_writer::{Activity, ImageWriter};
 use shard::{Flushed, Shard};
 use source::{Ready, Source};
@@ -83,7 +82,8 @@ pub(crate) struct Capture<'a> {
     pub(crate) listener: Listener,
     /// The shards' pipes, with what error messages call them.
     pub(crate) shards: Vec<(WriteEnd, String)>,
-    pub(crate) has_index: HasIndex,
+    /// The last of them is an index.
+    pub(crate) has_index: bool,
     /// How much the buffer holds at most, in bytes, if there is to be one.
     pub(crate) buffer: Option<u64>,
     /// A CRIU that waits for the end may go on when the memory is copied.

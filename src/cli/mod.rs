@@ -62,7 +62,7 @@ pub struct Args {
     /// With --shard-cmd: make one more shard, the index, whose command has `index` for {}. `serve`
     /// then lets CRIU connect as soon as the index is here, and serves the rest while it arrives
     #[structopt(long, global = true)]
-    index: bool,
+    pub(crate) index: bool,
 
     /// With --shard-fds: descriptor of the index, one more shard; see --index
     #[structopt(long, value_name = "fd", global = true)]
@@ -142,7 +142,8 @@ pub(crate) enum Command {
     /// Write a captured image from the shards to --images-dir, for a plain `criu restore`
     #[structopt(template = help::TEMPLATE, after_help = help::EXAMPLES)]
     Extract {
-        /// Buffer the image in memory and serve it to `criu restore --stream` instead
+        /// Buffer the image in memory and serve it to `criu restore --stream` instead, as `serve`
+        /// does
         #[structopt(long)]
         serve: bool,
     },
@@ -176,13 +177,6 @@ impl Command {
             Self::Capture => Direction::Out,
             _ => Direction::In,
         }
-    }
-}
-
-impl Args {
-    /// True if one of the shards is an index.
-    pub(crate) fn has_index(&self) -> bool {
-        self.index || self.index_fd.is_some()
     }
 }
 

@@ -25,6 +25,10 @@ use crate::supervision::{CriuCommand, Endpoint, ShellCommand};
 /// processes, and more have never been faster.
 const MAX_COMMANDS: usize = 32;
 
+/// The longest path of a socket, in bytes: CRIU copies it, with a NUL behind it, into the 108 bytes
+/// of `sun_path` (docs/protocol.md, section 1).
+const MAX_PATH: usize = 107;
+
 /// A checked command line, and what it names.
 pub(crate) struct Plan {
     /// As typed, but for what is below.
@@ -52,6 +56,7 @@ impl Plan {
         check_usage(&args)?;
         check_names(&args)?;
         let commands = shard_commands(&args)?;
+        args.index |= args.index_fd.is_some();
         let mut plan = claim(args)?;
         for command in commands {
             let label = command.label.clone();
@@ -67,10 +72,14 @@ impl Plan {
     /// Checks that CRIU can get to its socket. Under the hook it has a path of its own, such as one
     /// in /proc, and fails before it freezes anything if that is too long.
     pub(crate) fn check_socket(&self, role: Role) -> Result<()> {
-        match self.caller {
-            Some(_) => Ok(()),
-            None => role.check_path(&self.images_dir),
-        }
+        let socket = self.images_dir.join(role.socket_name());
+        let length = socket.as_os_str().len();
+        ensure!(
+            length <= MAX_PATH || self.caller.is_some(),
+            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {MAX_PATH}: use a shorter path",
+            socket.display()
+        );
+        Ok(())
     }
 }
 

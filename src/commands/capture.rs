@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::{Session, create_images_dir};
-use crate::capture::{Capture, HasIndex};
+use crate::capture::Capture;
 use crate::cli::Plan;
 use crate::criu::{Listener, Role};
 use crate::supervision::{Failure, Pumped};
@@ -21,10 +21,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         images_dir: &plan.images_dir,
         listener,
         shards,
-        has_index: match plan.args.has_index() {
-            true => HasIndex::Yes,
-            false => HasIndex::No,
-        },
+        has_index: plan.args.index,
         buffer: plan.args.buffer,
         goes_on_when_copied: plan.args.go_on_when_copied,
         caller: plan.caller.as_ref().map(|it| it.identity.clone()),

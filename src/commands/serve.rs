@@ -30,7 +30,7 @@ pub(super) fn run(plan: Plan, mut session: Session) -> Result<(), Failure> {
     plan.check_socket(Role::Serve)?;
     Listener::check(&plan.images_dir, Role::Serve)?;
     let has_bar = plan.args.progress_bar;
-    let served = match plan.args.has_index() {
+    let served = match plan.args.index {
         true => Restore::<Indexed>::run(plan, &mut session),
         false => Restore::<Assembly<Catalog>>::run(plan, &mut session),
     };

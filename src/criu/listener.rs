@@ -19,10 +19,6 @@ use nix::sys::stat::{Mode, umask};
 use super::Connection;
 use crate::os::descriptor::path_in;
 
-/// The longest path of a socket, in bytes: CRIU copies it, with a NUL behind it, into the 108 bytes
-/// of `sun_path` (docs/protocol.md, section 1).
-const MAX_PATH: usize = 107;
-
 /// The socket's role for CRIU, which looks for another name on dump than on restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -47,21 +43,6 @@ impl Role {
     /// The name of a file that belongs to the streamer of this role.
     pub fn file_name(self, suffix: &str) -> String {
         format!("streamer-{}{suffix}", self.name())
-    }
-
-    /// Checks that CRIU can get to the socket by this path of the directory.
-    ///
-    /// # Errors
-    /// When the path is too long.
-    pub(crate) fn check_path(self, images_dir: &Path) -> Result<()> {
-        let socket = images_dir.join(self.socket_name());
-        let length = socket.as_os_str().len();
-        ensure!(
-            length <= MAX_PATH,
-            "--images-dir: the path of CRIU's socket, {}, has {length} bytes, and a UNIX socket takes {MAX_PATH}: use a shorter path",
-            socket.display()
-        );
-        Ok(())
     }
 }
 

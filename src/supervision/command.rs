@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigHandler, Signal, killpg};
 use nix::unistd::{AccessFlags, Pid, access};
 
@@ -177,7 +178,8 @@ impl Commands {
         stdout: Stdio,
         inherited: Inherited,
     ) -> Result<Pid> {
-        program::adopt_orphans(true).context("preparing to wait for it")?;
+        // Processes whose parents are gone become our children.
+        set_child_subreaper(true).context("preparing to wait for it")?;
         let has_bash = has_bash();
         let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
         if has_bash || is_pipeline(&command.text) {

@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, ensure};
 use nix::poll::{PollFlags, PollTimeout};
+use nix::sys::prctl::set_child_subreaper;
 
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind, poll};
@@ -342,7 +343,7 @@ impl Supervisor {
     /// # Errors
     /// None that are known.
     pub(crate) fn release_orphans(&self) -> Result<()> {
-        program::adopt_orphans(false).context("letting children go")
+        set_child_subreaper(false).context("letting children go")
     }
 
     /// Waits until the command that runs CRIU has ended. All that it needed of us is done.

@@ -42,12 +42,6 @@ impl Inherited {
     }
 }
 
-/// Has processes whose parents are gone become our children, or no more, where they have no nearer
-/// reaper.
-pub(super) fn adopt_orphans(adopt: bool) -> io::Result<()> {
-    Ok(nix::sys::prctl::set_child_subreaper(adopt)?)
-}
-
 /// Starts a program, and returns its process, which is to be waited for. It ignores the signals
 /// that end programs, or takes them by default; SIGHUP is then left as we found it, for `nohup`.
 ///
