@@ -15,7 +15,7 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -119,17 +119,13 @@ impl Memory {
         memory
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn write(&self) -> RwLockWriteGuard<'_, State> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lends the descriptor, unless it is closed.
     pub(super) fn with_uffd<T>(&self, look: impl FnOnce(BorrowedFd) -> T) -> Option<T> {
-        self.read().uffd.as_ref().map(|uffd| look(uffd.as_fd()))
+        self.write().uffd.as_ref().map(|uffd| look(uffd.as_fd()))
     }
 
     /// Keeps the missing pages at these addresses from forked children.
@@ -200,7 +196,7 @@ impl Memory {
         mut fill: impl FnMut(&Mutex<Parts>, BorrowedFd) -> nix::Result<T>,
     ) -> Result<T> {
         loop {
-            let state = self.read();
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
             let Some(uffd) = &state.uffd else {
                 return Ok(T::default());
             };

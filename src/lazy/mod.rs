@@ -127,16 +127,17 @@ fn divide(catalog: &mut Catalog, name: &ImageName, arena: &mut Arena) -> Result<
     let mut bytes = catalog.read(name)?.context("it is not here")?;
     let pagemap = Pagemap::parse(&bytes).context("it is damaged")?;
     let pages = ImageName::new(&format!("pages-{}.img", pagemap.pages))?;
-    if pagemap.unknown_flags || catalog.size(&pages) != Some(pagemap.size()) {
+    let contents = catalog.remove(&pages).unwrap_or_default();
+    if pagemap.unknown_flags || contents.len() != pagemap.size() {
         report::warn(format_args!(
             "--lazy-pages: {name} has an unknown flag, or does not fit {pages}: CRIU reads all \
              pages of this process before it goes on"
         ));
         pagemap.make_ordinary(&mut bytes);
+        catalog.insert(pages, contents);
         catalog.write(name.clone(), &bytes)?;
         return Ok(PagesFile::divide(&[], FileData::default(), arena)?.0);
     }
-    let contents = catalog.remove(&pages).unwrap_or_default();
     let (file, eager) = PagesFile::divide(&pagemap.stretches, contents, arena)
         .with_context(|| format!("dividing {pages}"))?;
     catalog.insert(pages, eager);

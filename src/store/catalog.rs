@@ -175,14 +175,6 @@ impl Catalog {
         Ok(())
     }
 
-    /// The size of a file that was not asked for yet.
-    pub(crate) fn size(&self, name: &ImageName) -> Option<u64> {
-        match self.files.get(name) {
-            Some(State::Complete(contents)) => Some(contents.len()),
-            _ => None,
-        }
-    }
-
     /// Takes a file out that was not asked for yet.
     pub(crate) fn remove(&mut self, name: &ImageName) -> Option<FileData> {
         match self.files.get_mut(name) {

@@ -17,8 +17,8 @@ impl Piece {
     /// A piece in memory of its own, for tests.
     #[cfg(test)]
     pub(crate) fn in_memory(bytes: &[u8]) -> Self {
-        let data = FileData::copy_of(bytes, &mut Arena::new()).unwrap();
-        data.into_pieces().next().expect("it is not empty")
+        let mut data = FileData::copy_of(bytes, &mut Arena::new()).unwrap();
+        data.0.pop_front().expect("it is not empty")
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -132,11 +132,6 @@ impl FileData {
         }
     }
 
-    /// The pieces, front to back.
-    pub(crate) fn into_pieces(self) -> impl Iterator<Item = Piece> {
-        self.0.into_iter()
-    }
-
     /// Bytes of the first pieces that have at least `wanted` together, or of all.
     pub(crate) fn front_len(&self, wanted: u64) -> u64 {
         let mut len = 0;
@@ -173,7 +168,7 @@ impl FileData {
     /// # Errors
     /// Those of [`FileData::push`].
     pub(crate) fn append(&mut self, other: Self) -> io::Result<()> {
-        other.into_pieces().try_for_each(|piece| self.push(piece))
+        other.0.into_iter().try_for_each(|piece| self.push(piece))
     }
 
     /// Copies the first bytes to a buffer, and frees them. Returns how many: all that there is room

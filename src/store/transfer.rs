@@ -349,8 +349,7 @@ mod tests {
         for (&size, byte) in sizes.iter().zip(1..) {
             let bytes = vec![byte; size];
             let part = FileData::copy_of(&bytes, &mut arena).unwrap();
-            part.into_pieces()
-                .for_each(|piece| data.push(piece).unwrap());
+            data.append(part).unwrap();
             expected.extend(bytes);
         }
         (data, expected)
@@ -417,8 +416,7 @@ mod tests {
         }
         let (mut all, mut expected) = in_pipes(&[40_000, 600_000, 70_000, 600_000]);
         for (more, bytes) in [data(&[5, 70_000]), in_pipes(&[600_000, 33_000])] {
-            more.into_pieces()
-                .for_each(|piece| all.push(piece).unwrap());
+            all.append(more).unwrap();
             expected.extend(bytes);
         }
         assert!(sent(all) == expected);
