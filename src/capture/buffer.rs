@@ -24,9 +24,8 @@ use std::collections::{BTreeMap, VecDeque};
 use anyhow::{Context, Result};
 
 use super::chunk::{Chunk, Route, slots_of};
-use super::image_writer::Activity;
 use super::prefault::Prefault;
-use super::source::{LARGEST_COPIED, Source};
+use super::source::{Activity, LARGEST_COPIED, Source};
 use crate::os::memory;
 use crate::os::pipe::{self, Moved, slot};
 use crate::store::{Arena, Block, Extent};

@@ -14,13 +14,11 @@
 //! thrown away.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 
 use super::dump_check::DumpCheck;
-use super::image_writer::Activity;
-use super::source::{Owner, Source};
+use super::source::{Activity, Owner, Source};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::pipe::{self, Moved, ReadEnd};
@@ -29,7 +27,7 @@ use crate::os::pipe::{self, Moved, ReadEnd};
 const WAITING_PER_ROUND: usize = 16;
 
 /// Bytes thrown away at a time.
-const DISCARD: usize = 1 << 20;
+const DISCARD: usize = 64 << 10;
 
 /// Prepares an external file.
 pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
@@ -76,7 +74,6 @@ pub(super) struct Dump {
     dump_check: DumpCheck,
     /// All that CRIU had to deliver has come.
     is_whole: bool,
-    null: Option<File>,
 }
 
 impl Dump {
@@ -231,18 +228,10 @@ impl Dump {
     }
 
     /// Throws away the rest of a replaced file.
-    pub(super) fn drain(&mut self, source: &Source) -> Result<Activity> {
-        let null = match &mut self.null {
-            Some(null) => null,
-            none => none.insert(
-                File::options()
-                    .write(true)
-                    .open("/dev/null")
-                    .context("opening /dev/null")?,
-            ),
-        };
+    pub(super) fn drain(&self, source: &Source) -> Result<Activity> {
+        let mut discarded = vec![0; DISCARD];
         loop {
-            match pipe::splice(source.pipe(), &*null, DISCARD)
+            match pipe::read(source.pipe(), &mut discarded)
                 .with_context(|| format!("skipping the first of two files named {}", source.name))?
             {
                 Moved::Bytes(_) => {}

@@ -16,7 +16,7 @@ use super::buffer::Buffer;
 use super::capacity;
 use super::chunk::{Chunk, MARKER_SLOTS, Route};
 use super::shard::{Flushed, Shard};
-use super::source::Source;
+use super::source::{Activity, Source};
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
@@ -30,19 +30,6 @@ const LARGEST_UNALIGNED: u32 = 64 << 10;
 
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
-
-/// How far a source, or the busiest of all, got in one round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Activity {
-    /// Nothing to do until an event comes.
-    Idle,
-    /// It waits for room in the shards.
-    NoRoom,
-    /// It has moved something, or will when it has filled.
-    Busy,
-    /// It is complete.
-    Complete,
-}
 
 /// The shards that a chunk may go to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

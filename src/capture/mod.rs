@@ -31,7 +31,6 @@ mod shard;
 mod source;
 mod stray_files;
 
-use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -52,9 +51,9 @@ use crate::report::times::{Clock, Phase, Waiting};
 use crate::supervision::{CHECK_INTERVAL, CriuCommand, Endpoint, Failure, Pumped, Supervisor};
 use buffer::Buffer;
 use dump::Dump;
-use image_writer::{Activity, ImageWriter};
+use image_writer::ImageWriter;
 use shard::{Flushed, Shard};
-use source::{Ready, Source};
+use source::{Activity, Ready, Source};
 use stray_files::StrayFiles;
 
 /// System calls made for one client before others have their turn: CRIU can send small files as
@@ -160,7 +159,11 @@ impl Capture<'_> {
             copied: self.counters.copied,
             clock,
         };
-        capture.watch().context("preparing to wait for events")?;
+        for (id, shard) in (0..).zip(capture.image_writer.shards()) {
+            let (kind, interest) = (Watched::Shard, Interest::Gone);
+            let added = supervisor.poller().add(shard, kind, id, interest);
+            added.context("preparing to wait for events")?;
+        }
         for (name, end) in self.external_files {
             capture.dump.expect_external(name.clone());
             match end {
@@ -199,12 +202,6 @@ fn descriptors_left() -> usize {
 }
 
 impl CaptureLoop<'_> {
-    fn watch(&self) -> io::Result<()> {
-        let poller = self.supervisor.poller();
-        let mut shards = (0..).zip(self.image_writer.shards());
-        shards.try_for_each(|(id, shard)| poller.add(shard, Watched::Shard, id, Interest::Gone))
-    }
-
     /// Runs until CRIU sends no more and every file has been read to its end.
     ///
     /// CRIU's hook calls at `post-dump`, and waits for our end while CRIU is connected (see
@@ -224,6 +221,7 @@ impl CaptureLoop<'_> {
             }
             // Parts of units may have been left for long enough.
             if events.is_empty() && wait != Wait::Now {
+                self.supervisor.check()?;
                 self.dump.wake_all();
             }
             let heard = self.hear_criu(&events)?;
@@ -232,7 +230,7 @@ impl CaptureLoop<'_> {
                 return self.stray_files.check();
             }
             self.keep_time(heard.max(moved));
-            wait = self.next_wait(heard, moved, &mut pace)?;
+            wait = self.next_wait(heard, moved, &mut pace);
         }
     }
 
@@ -294,49 +292,34 @@ impl CaptureLoop<'_> {
     }
 
     /// Naps where data flows, and returns how long to wait for events then.
-    fn next_wait(&self, heard: Activity, moved: Activity, pace: &mut Pace) -> Result<Wait> {
+    fn next_wait(&self, heard: Activity, moved: Activity, pace: &mut Pace) -> Wait {
         match heard.max(moved) {
             Activity::Idle => {}
             // CRIU does not wait for the shards, and is to be heard at once; unless it is known to
             // have something to say, and has too many files open.
             Activity::NoRoom if self.buffer.is_some() && heard == Activity::Idle => {
-                return Ok(pace.rest());
+                return pace.rest();
             }
             Activity::NoRoom => {
                 pace.nap_longer();
-                return Ok(Wait::Now);
+                return Wait::Now;
             }
             // CRIU waits while its pipe is full, and for nothing that a nap would bring.
             Activity::Busy | Activity::Complete
                 if self.dump.criu_has_open_files() && self.buffer.is_some() =>
             {
-                return Ok(Wait::Now);
+                return Wait::Now;
             }
             Activity::Busy | Activity::Complete => {
                 pace.nap();
-                return Ok(Wait::Now);
+                return Wait::Now;
             }
         }
         let is_missed = self.clients.missed_by(self.supervisor.ended_criu());
         if is_missed.is_some() || (self.called.is_some() && !self.is_dismissed()) {
-            return Ok(Wait::Now);
+            return Wait::Now;
         }
-        let mut wait = Wait::Forever.or_until(self.clients.grace_ends());
-        if self.waits_for_commands() || (self.is_dismissed() && self.dump.unclosed() > 0) {
-            self.supervisor.check()?;
-            wait = Wait::Until(Instant::now() + CHECK_INTERVAL);
-        } else if !self.is_frozen {
-            wait = wait.or_until(Some(self.stray_files.next_listing()));
-        }
-        if self.dump.open_files() > 0 {
-            wait = wait.or_until(Some(Instant::now() + CHECK_INTERVAL));
-        }
-        Ok(wait)
-    }
-
-    /// True while only commands of external files have not ended yet.
-    fn waits_for_commands(&self) -> bool {
-        self.clients.all_gone() && !self.supervisor.file_commands_have_succeeded()
+        Wait::Until(Instant::now() + CHECK_INTERVAL)
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.

@@ -64,6 +64,19 @@ pub(super) enum Ready {
     Ended,
 }
 
+/// How far a source, or the busiest of all, got in one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Activity {
+    /// Nothing to do until an event comes.
+    Idle,
+    /// It waits for room in the shards.
+    NoRoom,
+    /// It has moved something, or will when it has filled.
+    Busy,
+    /// It is complete.
+    Complete,
+}
+
 /// A file that is being captured.
 #[derive(Debug)]
 pub(super) struct Source {

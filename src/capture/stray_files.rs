@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, DirEntry, File};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
@@ -46,11 +46,8 @@ pub(super) struct StrayFiles {
 impl StrayFiles {
     /// Lists the images directory before CRIU comes.
     pub(super) fn look(images_dir: &Path) -> Self {
-        let listed = File::open(images_dir).and_then(|directory| {
-            let before = image_files(&directory)?;
-            let before = before.map(|(entry, identity)| (entry.file_name(), identity));
-            Ok((before.collect(), Some(directory)))
-        });
+        let listed = File::open(images_dir)
+            .and_then(|directory| Ok((image_files(&directory)?, Some(directory))));
         let (before, directory) = listed.unwrap_or_else(|error| {
             report::warn(format_args!(
                 "--images-dir {}: image files that CRIU writes there instead of streaming them will not be noticed: {error}",
@@ -63,11 +60,6 @@ impl StrayFiles {
             before,
             next_listing: Instant::now() + LISTING_INTERVAL,
         }
-    }
-
-    /// When to call [`StrayFiles::check_unconnected`], as long as no CRIU has connected.
-    pub(super) fn next_listing(&self) -> Instant {
-        self.next_listing
     }
 
     /// # Errors
@@ -117,10 +109,7 @@ impl StrayFiles {
         let directory = self.directory.as_ref().context("opening --images-dir")?;
         let leave = || outcome::create(directory, INVENTORY)?.write_all(inventory);
         leave().with_context(|| format!("leaving {INVENTORY} in --images-dir"))?;
-        let files = image_files(directory).context("listing --images-dir")?;
-        self.before = files
-            .map(|(entry, identity)| (entry.file_name(), identity))
-            .collect();
+        self.before = image_files(directory).context("listing --images-dir")?;
         Ok(())
     }
 
@@ -129,11 +118,11 @@ impl StrayFiles {
         let Some(directory) = &self.directory else {
             return Ok(None);
         };
-        let mut now = image_files(directory).context("listing --images-dir")?;
-        let new = now.find(|(entry, identity)| {
-            self.before.get(&entry.file_name()) != Some(identity) && is_of_criu(entry)
+        let now = image_files(directory).context("listing --images-dir")?;
+        let new = now.into_iter().find(|(name, identity)| {
+            self.before.get(name) != Some(identity) && is_of_criu(directory, name)
         });
-        Ok(new.map(|(entry, _)| entry.file_name().into()))
+        Ok(new.map(|(name, _)| name.into()))
     }
 }
 
@@ -146,32 +135,39 @@ fn forgotten_stream(name: &Path) -> Error {
 }
 
 /// The regular files of a directory whose names end as CRIU's do.
-fn image_files(directory: &File) -> io::Result<impl Iterator<Item = (DirEntry, Identity)>> {
-    let entries = fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))?;
-    Ok(entries.filter_map(|entry| {
+fn image_files(directory: &File) -> io::Result<HashMap<OsString, Identity>> {
+    let entries = fs::read_dir(path(directory))?;
+    let files = entries.filter_map(|entry| {
         let entry = entry.ok()?;
         if Path::new(&entry.file_name()).extension() != Some(OsStr::new("img")) {
             return None;
         }
         // One that is gone by now is none of the image's.
         let file = entry.metadata().ok().filter(fs::Metadata::is_file)?;
-        Some((entry, (file.ino(), file.mtime(), file.mtime_nsec())))
-    }))
+        let identity = (file.ino(), file.mtime(), file.mtime_nsec());
+        Some((entry.file_name(), identity))
+    });
+    Ok(files.collect())
+}
+
+/// A path that leads to an open directory.
+fn path(directory: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", directory.as_raw_fd()).into()
 }
 
 /// True if a file begins as CRIU's image files do.
-fn is_of_criu(entry: &DirEntry) -> bool {
+fn is_of_criu(directory: &File, name: &OsStr) -> bool {
     let mut magic = [0; size_of::<u32>()];
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
     let file = File::options()
         .read(true)
         .custom_flags(flags)
-        .open(entry.path());
+        .open(path(directory).join(name));
     let is_read = file
         .and_then(|mut file| file.read_exact(&mut magic))
         .is_ok();
     let magic = u32::from_le_bytes(magic);
-    let is_inventory = entry.file_name() == INVENTORY;
+    let is_inventory = name == INVENTORY;
     let has_magic = magic == COMMON_MAGIC || (is_inventory && magic == INVENTORY_MAGIC);
-    entry.file_name().as_bytes().starts_with(AMDGPU) || (is_read && has_magic)
+    name.as_bytes().starts_with(AMDGPU) || (is_read && has_magic)
 }
