@@ -19,7 +19,6 @@ use crate::os::poller::{Interest, Poller, Wait, Watched};
 pub(super) struct Events<'a> {
     filling: &'a Arc<Filling>,
     poller: Poller,
-    criu: OwnedFd,
     connection: Connection,
     faults: Sender<Fault>,
     memories: Vec<Arc<Memory>>,
@@ -38,15 +37,14 @@ impl<'a> Events<'a> {
         let mut events = Self {
             filling,
             poller: Poller::new()?,
-            criu,
             connection,
             faults,
             memories: Vec::new(),
             is_finished: false,
         };
-        events.watch(&events.connection, Watched::Client, 0)?;
-        events.watch(&filling.guardian, Watched::Interrupt, 0)?;
-        events.watch(&events.criu, Watched::Caller, 0)?;
+        events.watch(&events.connection.0, Watched::Client, 0)?;
+        events.watch(&filling.guardian.process, Watched::Interrupt, 0)?;
+        events.watch(&criu, Watched::Caller, 0)?;
         let mut found = Vec::new();
         loop {
             let waited = events.poller.wait(Wait::Forever, &mut found);
@@ -55,7 +53,7 @@ impl<'a> Events<'a> {
                 match event.kind {
                     Watched::Interrupt => bail!("the guardian of the application was killed"),
                     Watched::Memory => events.hear_memory(event.id as usize)?,
-                    Watched::Caller if events.is_finished => events.poller.remove(&events.criu),
+                    Watched::Caller if events.is_finished => events.poller.remove(&criu),
                     // Its last messages are heard first.
                     Watched::Caller if !events.connection.has_more()? => {
                         bail!("CRIU ended before all was restored")
@@ -94,7 +92,7 @@ impl<'a> Events<'a> {
                     self.is_finished,
                     "CRIU ended its connection before all was restored: see CRIU's log"
                 );
-                self.poller.remove(&self.connection);
+                self.poller.remove(&self.connection.0);
                 Ok(())
             }
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -35,7 +34,7 @@ pub(crate) struct Filling {
     /// Set when all is in place, or with the reason why it never will be.
     outcome: OnceLock<Result<(), String>>,
     /// Readable when the outcome is known.
-    changed: EventFd,
+    pub(crate) changed: EventFd,
 }
 
 impl Filling {
@@ -138,12 +137,5 @@ impl Filling {
             Some(Err(why)) => bail!("{why}"),
             outcome => Ok(outcome.is_some()),
         }
-    }
-}
-
-/// Readable when all is in place, or filling has failed.
-impl AsFd for Filling {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.changed.as_fd()
     }
 }

@@ -14,7 +14,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
@@ -38,7 +38,8 @@ const NEXT_LOOK: Duration = Duration::from_millis(2);
 /// The guardian, and its knowledge of the application.
 #[derive(Debug)]
 pub(crate) struct Guardian {
-    process: OwnedFd,
+    /// Readable when the guardian has ended.
+    pub(super) process: OwnedFd,
     pid: Pid,
     /// The restored processes, in a file that the guardian shares: a line for each, with the number
     /// of its descriptor, and later one with the layout of its memory.
@@ -101,13 +102,6 @@ impl Guardian {
     pub(super) fn end(&self) {
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
         let _ = uninterrupted(|| waitpid(self.pid, None));
-    }
-}
-
-/// Readable when the guardian has ended.
-impl AsFd for Guardian {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.process.as_fd()
     }
 }
 

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File};
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl Drop for Socket {
 
 /// CRIU's connection.
 #[derive(Debug)]
-pub(super) struct Connection(OwnedFd);
+pub(super) struct Connection(pub(super) OwnedFd);
 
 impl Connection {
     /// Returns true if a message waits.
@@ -151,11 +151,5 @@ impl Connection {
             "CRIU sent a part of a number on {NAME}"
         );
         Ok((bytes, sender, uffd))
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }

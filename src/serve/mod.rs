@@ -68,7 +68,12 @@ impl<'a> Server<'a> {
         if let Some(lazy) = &lazy {
             supervisor
                 .poller()
-                .add(&*lazy.filling, Watched::Memory, 0, Interest::Readable)
+                .add(
+                    &lazy.filling.changed,
+                    Watched::Memory,
+                    0,
+                    Interest::Readable,
+                )
                 .context("preparing to wait for the application's memory")?;
         }
         Ok(Self {

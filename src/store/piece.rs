@@ -27,17 +27,6 @@ impl Piece {
             Piece::Pipe(held) => held.len(),
         }
     }
-
-    /// Cuts off the first `len` bytes, which are copied where they lie in a pipe.
-    ///
-    /// # Errors
-    /// `ENOMEM`.
-    pub(crate) fn split_front(&mut self, len: usize, arena: &mut Arena) -> io::Result<Self> {
-        Ok(Piece::Memory(match self {
-            Piece::Memory(extent) => extent.split_front(len),
-            Piece::Pipe(held) => arena.fill(len, |buffer| held.read(buffer))?,
-        }))
-    }
 }
 
 /// A file's data, or a part of it: its pieces, front to back.
@@ -151,12 +140,13 @@ impl FileData {
     pub(crate) fn split_front(&mut self, mut len: u64, arena: &mut Arena) -> io::Result<Self> {
         let mut front = Self::default();
         while len > 0 {
-            let mut piece = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-            if piece.len() as u64 > len {
-                let part = piece.split_front(len as usize, arena)?;
-                self.0.push_front(piece);
-                piece = part;
-            }
+            let first = self.0.front_mut().ok_or(io::ErrorKind::UnexpectedEof)?;
+            let part = (first.len() as u64).min(len) as usize;
+            let piece = match first {
+                whole if whole.len() == part => self.0.pop_front().expect("it is the first"),
+                Piece::Memory(extent) => Piece::Memory(extent.split_front(part)),
+                Piece::Pipe(held) => Piece::Memory(arena.fill(part, |it| held.read(it))?),
+            };
             len -= piece.len() as u64;
             front.push(piece)?;
         }
