@@ -12,7 +12,7 @@
 use std::io;
 
 use super::shard::Shard;
-use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, Reserve, WriteEnd, slot};
+use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, WriteEnd, slot};
 use crate::report;
 
 /// Bytes that the largest of the application's pipes holds, and so the one through which CRIU takes
@@ -39,7 +39,7 @@ pub(super) fn even_out(pipes: &[&WriteEnd]) -> io::Result<()> {
                 let _ = pipe::resize(pipe, bytes);
             }
         }
-        let reserve = Reserve::take(left);
+        let reserve = pipe::reserve(left);
         let is_smallest = bytes <= smallest;
         if reserve.is_some() || is_smallest {
             let mut all_grown = true;
@@ -61,7 +61,7 @@ pub(super) fn even_out(pipes: &[&WriteEnd]) -> io::Result<()> {
 /// Gives the pipe of a large file the largest capacity that it can have while CRIU can still make a
 /// pipe. Returns its capacity in slots, which was `slots`.
 pub(super) fn grow_source(pipe: &ReadEnd, slots: usize) -> io::Result<usize> {
-    match Reserve::take(PIPE_OF_CRIU) {
+    match pipe::reserve(PIPE_OF_CRIU) {
         Some(_reserve) => pipe::grow(pipe, LARGEST),
         None => Ok(slots),
     }

@@ -34,7 +34,10 @@
 //! CRIU's output sees its end. A log in the images directory has the output of the streamer and of
 //! its commands; see [`outcome`] for how it ends.
 
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -96,7 +99,10 @@ fn start() -> Result<()> {
         );
     }
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
-    let hook = Hook::new(reports.into(), plan.args.go_on_when_copied);
+    let hook = Hook {
+        listens_to: Rc::new(RefCell::new(OwnedFd::from(reports).into())),
+        goes_on_when_copied: plan.args.go_on_when_copied,
+    };
     plan.progress = Progress::new(Some(log.try_clone()?.into()), Some(hook.clone()));
     plan.caller = Some(caller);
     process::go_on_in_background(log.into(), move || {

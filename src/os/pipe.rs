@@ -282,33 +282,27 @@ fn is_initial_user_namespace() -> Option<bool> {
     Some(map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
-/// A part of the memory that the user's pipes may have, taken for as long as this lives, so that
-/// pipes that grow until then leave it to others.
-pub(crate) struct Reserve {
-    _pipes: Vec<OwnedFd>,
-}
-
-impl Reserve {
-    /// Takes `bytes`, in pipes of 1 MiB or the most that is allowed. `None`: the user's pipes may
-    /// not have that much more.
-    pub(crate) fn take(bytes: usize) -> Option<Self> {
-        let mut pipes = Vec::new();
-        if !are_unlimited() {
-            let each = max_size().min(DEFAULT_MAX_SIZE);
-            for _ in 0..bytes.div_ceil(each) {
-                match nix::unistd::pipe2(OFlag::O_CLOEXEC) {
-                    Ok((read, _)) => {
-                        resize(&read, each).ok()?;
-                        pipes.push(read);
-                    }
-                    // Descriptors run out before pages do.
-                    Err(Errno::EMFILE) => break,
-                    Err(_) => return None,
-                }
-            }
-        }
-        Some(Self { _pipes: pipes })
+/// Takes `bytes` of the memory that the user's pipes may have, in pipes of 1 MiB or the most that
+/// is allowed, so that pipes that grow until these are closed leave it to others. `None`: the
+/// user's pipes may not have that much more.
+pub(crate) fn reserve(bytes: usize) -> Option<Vec<OwnedFd>> {
+    let mut pipes = Vec::new();
+    if are_unlimited() {
+        return Some(pipes);
     }
+    let each = max_size().min(DEFAULT_MAX_SIZE);
+    for _ in 0..bytes.div_ceil(each) {
+        match nix::unistd::pipe2(OFlag::O_CLOEXEC) {
+            Ok((read, _)) => {
+                resize(&read, each).ok()?;
+                pipes.push(read);
+            }
+            // Descriptors run out before pages do.
+            Err(Errno::EMFILE) => break,
+            Err(_) => return None,
+        }
+    }
+    Some(pipes)
 }
 
 /// A new pipe of `wanted` slots (a power of two), or of as many as are allowed if that is fewer,

@@ -9,7 +9,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::rc::Rc;
 
@@ -28,31 +28,12 @@ pub(crate) const NO_ANSWER: &str = "no streamer answers: its log, streamer-captu
 /// The hook that waits for a streamer, as this hears of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Hook {
-    listens_to: Rc<RefCell<File>>,
-    goes_on_when_copied: bool,
+    /// A pipe, and from `post-dump` on a connection.
+    pub(crate) listens_to: Rc<RefCell<File>>,
+    pub(crate) goes_on_when_copied: bool,
 }
 
 impl Hook {
-    /// A hook that listens to a pipe.
-    pub(crate) fn new(pipe: OwnedFd, goes_on_when_copied: bool) -> Self {
-        Self {
-            listens_to: Rc::new(RefCell::new(pipe.into())),
-            goes_on_when_copied,
-        }
-    }
-
-    /// From now on it listens to this connection.
-    pub(crate) fn connects(&self, connection: OwnedFd) {
-        self.listens_to.replace(connection.into());
-    }
-
-    /// Tells of a milestone.
-    pub(crate) fn reached(&self, milestone: &str) {
-        if milestone != milestone::MEMORY_COPIED || self.goes_on_when_copied {
-            self.tell(milestone);
-        }
-    }
-
     /// Tells of a milestone, or how the streamer has ended.
     pub(crate) fn tell(&self, line: &str) {
         // A hook that is gone has CRIU behind it, whose end shows.

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
+use super::milestone::MEMORY_COPIED;
 use super::notice::write_text;
 use super::outcome::Hook;
 use super::times::Times;
@@ -48,15 +49,17 @@ impl Progress {
     /// CRIU's hook connects.
     pub(crate) fn hook_connects(&self, connection: OwnedFd) {
         if let Some(hook) = &self.hook {
-            hook.connects(connection);
+            hook.listens_to.replace(connection.into());
         }
     }
 
     /// Reports a milestone.
     pub(crate) fn reached(&mut self, milestone: &str) {
         self.line(milestone);
-        if let Some(hook) = &self.hook {
-            hook.reached(milestone);
+        if let Some(hook) = &self.hook
+            && (milestone != MEMORY_COPIED || hook.goes_on_when_copied)
+        {
+            hook.tell(milestone);
         }
     }
 

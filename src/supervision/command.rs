@@ -117,9 +117,6 @@ enum CommandState {
 /// A process of a command's group, as errors call it.
 type Process = &'static str;
 
-const SHELL: Process = "it";
-const OTHER: Process = "a process that it left in the background";
-
 struct Running {
     command: ShellCommand,
     /// Which way its data goes.
@@ -284,11 +281,11 @@ impl Running {
         };
         Ok(next.map(|(pid, end)| {
             if pid != self.group {
-                return (OTHER, end);
+                return ("a process that it left in the background", end);
             }
             let is_stopped = matches!(end, End::Stopped(_));
             self.shell_has_ended.set(!is_stopped);
-            (SHELL, end)
+            ("it", end)
         }))
     }
 
