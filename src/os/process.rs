@@ -82,9 +82,8 @@ pub(crate) fn fields_of(pid: u32, numbers: RangeInclusive<usize>) -> Option<Stri
 }
 
 /// Closes all descriptors but the standard streams, before anything is opened, or only marks them
-/// close-on-exec. Kernels
-/// before 5.11, and seccomp profiles that do not know the call, refuse it: then descriptors
-/// that others have left open stay, and our own are close-on-exec anyway.
+/// close-on-exec. Kernels before 5.11, and seccomp profiles that do not know the call, refuse it:
+/// then descriptors that others have left open stay, and our own are close-on-exec anyway.
 pub(crate) fn close_range(flags: libc::c_uint) {
     let (first, last) = (3_u32, u32::MAX);
     // SAFETY: either only a flag is set, or the descriptors that another program has left open are

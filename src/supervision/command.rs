@@ -48,7 +48,7 @@ pub(super) const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which commands that are about to end are checked.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The thing that a command takes or brings.
+/// A shard or an external file, which a command takes or brings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Target {
     /// The shard of this number, from 0.
