@@ -4,16 +4,12 @@
 //! `FUZZ_MUTATIONS` sets how many mutations of each target are tried. A failing one is written to a
 //! file whose name is printed, for `cargo +nightly fuzz run <target> <file>`.
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use criu_image_streamer::fuzzing::marker_stream;
-
 use crate::common::random::Random;
-use crate::common::{image, setting, shards};
+use crate::common::setting;
 use crate::fuzzing::{TARGETS, Target};
 
 fn root() -> &'static Path {
@@ -115,25 +111,4 @@ fn any_messages_of_criu_are_understood_as_the_reference_does() {
 #[test]
 fn any_files_img_is_changed_in_its_ports_alone() {
     run_target(TARGETS[2]);
-}
-
-/// They stay open for as long as a process that is being started has them, too.
-#[test]
-fn shards_of_an_earlier_image_bring_no_events() {
-    let mut kept: Vec<OwnedFd> = Vec::new();
-    for count in [2, 1] {
-        let image = image::encode([("inventory.img", image::INVENTORY)], count, 100);
-        let (shards, ends) = shards::pipes(count, None);
-        for (bytes, end) in image.iter().zip(ends) {
-            File::from(end).write_all(bytes).unwrap();
-        }
-        for shard in &kept {
-            let path = format!("/proc/self/fd/{}", shard.as_raw_fd());
-            let again = File::options().write(true).open(path);
-            again.unwrap().write_all(b"more").unwrap();
-        }
-        kept.extend(shards.iter().map(|shard| shard.try_clone().unwrap()));
-        let files = marker_stream(shards, None).unwrap();
-        assert_eq!(files["inventory.img"], image::INVENTORY);
-    }
 }
