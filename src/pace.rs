@@ -74,9 +74,10 @@ impl Pace {
     }
 
     /// Naps after data was moved, or may be moved once more of it has come.
-    pub(crate) fn nap(&mut self) {
+    pub(crate) fn nap(&mut self) -> Wait {
         self.next = NAP;
         std::thread::sleep(NAP);
+        Wait::Now
     }
 
     /// Naps as long as pipes take to fill, judged by what was found in them: `found` bytes in
@@ -118,17 +119,17 @@ impl Pace {
 
     /// Naps because nothing could be moved: twice as long as the last time, so that a stalled shard
     /// costs no CPU, and yet never much longer than the stall has lasted already.
-    pub(crate) fn nap_longer(&mut self) {
+    pub(crate) fn nap_longer(&mut self) -> Wait {
         std::thread::sleep(self.next);
         self.next = (self.next * 2).min(LONGEST_NAP);
+        Wait::Now
     }
 
     /// The same, but an event ends it: once naps are as long as the poller's waits can be, this
     /// tells how long to wait for one.
     pub(crate) fn rest(&mut self) -> Wait {
         if self.next < SHORTEST_WAIT {
-            self.nap_longer();
-            return Wait::Now;
+            return self.nap_longer();
         }
         let end = Instant::now() + self.next;
         self.next = (self.next * 2).min(LONGEST_NAP);

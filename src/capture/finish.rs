@@ -38,10 +38,7 @@ impl CaptureLoop<'_> {
             pace.nap_longer();
         }
         self.image_writer.warn_of_late_shards();
-        while self.image_writer.flush()? == Flushed::Partly {
-            self.wait_for_readers(&mut pace)?;
-        }
-        while !self.is_drained()? {
+        while self.image_writer.flush()? == Flushed::Partly || !self.is_drained()? {
             self.wait_for_readers(&mut pace)?;
         }
         Ok(self.image_writer.stats(self.clock.times()))

@@ -293,33 +293,22 @@ impl CaptureLoop<'_> {
 
     /// Naps where data flows, and returns how long to wait for events then.
     fn next_wait(&self, heard: Activity, moved: Activity, pace: &mut Pace) -> Wait {
+        let is_called = self.called.is_some() && !self.is_dismissed();
+        let has_buffer = self.buffer.is_some();
         match heard.max(moved) {
-            Activity::Idle => {}
+            Activity::Idle if is_called => Wait::Now,
+            Activity::Idle => match self.clients.missed_by(self.supervisor.ended_criu()) {
+                Some(_) => Wait::Now,
+                None => Wait::Until(Instant::now() + CHECK_INTERVAL),
+            },
             // CRIU does not wait for the shards, and is to be heard at once; unless it is known to
             // have something to say, and has too many files open.
-            Activity::NoRoom if self.buffer.is_some() && heard == Activity::Idle => {
-                return pace.rest();
-            }
-            Activity::NoRoom => {
-                pace.nap_longer();
-                return Wait::Now;
-            }
+            Activity::NoRoom if has_buffer && heard == Activity::Idle => pace.rest(),
+            Activity::NoRoom => pace.nap_longer(),
             // CRIU waits while its pipe is full, and for nothing that a nap would bring.
-            Activity::Busy | Activity::Complete
-                if self.dump.criu_has_open_files() && self.buffer.is_some() =>
-            {
-                return Wait::Now;
-            }
-            Activity::Busy | Activity::Complete => {
-                pace.nap();
-                return Wait::Now;
-            }
+            _ if has_buffer && self.dump.criu_has_open_files() => Wait::Now,
+            _ => pace.nap(),
         }
-        let is_missed = self.clients.missed_by(self.supervisor.ended_criu());
-        if is_missed.is_some() || (self.called.is_some() && !self.is_dismissed()) {
-            return Wait::Now;
-        }
-        Wait::Until(Instant::now() + CHECK_INTERVAL)
     }
 
     /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
