@@ -133,7 +133,7 @@ impl FileData {
         len
     }
 
-    /// Cuts off the first `len` bytes. Of a piece that is cut, the front is copied.
+    /// Cuts off the first `len` bytes. Of a pipe that is cut, the front is copied.
     ///
     /// # Errors
     /// `ENOMEM`, and where there is less.
