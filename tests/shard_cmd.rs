@@ -377,7 +377,8 @@ fn without_bash_a_pipeline_fails_with_any_of_its_programs() {
     ] {
         let mut streamer = launch.env("PATH", &path).start();
         runs::send(&streamer, &small_files());
-        streamer.expect_failure(&[pipeline, status]);
+        let exit = streamer.expect_failure(&[pipeline, status]);
+        assert!(exit.stderr.contains("there is no bash"), "{}", exit.stderr);
     }
 }
 

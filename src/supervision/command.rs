@@ -38,6 +38,7 @@ use nix::unistd::{AccessFlags, Pid, access};
 use super::program::{self, End, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, poll};
+use crate::report;
 
 /// The time that a command has to clean up after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -177,10 +178,13 @@ impl Commands {
     ) -> Result<Pid> {
         // Processes whose parents are gone become our children.
         set_child_subreaper(true).context("preparing to wait for it")?;
-        let has_bash = has_bash();
+        let (has_bash, is_pipeline) = (has_bash(), is_pipeline(&command.text));
         let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
-        if has_bash || is_pipeline(&command.text) {
+        if has_bash || is_pipeline {
             shell.args(["-o", "pipefail"]);
+        }
+        if is_pipeline && !has_bash {
+            report::warn("there is no bash: pipelines need an sh that has `pipefail`");
         }
         shell.args(["-c", &command.text]);
         let image_name = self.image_name.iter();
