@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use crate::common::skip;
 use crate::common::streamer::binary;
@@ -50,6 +51,9 @@ fn run(program: &str, arguments: &[&str]) -> String {
 
 #[track_caller]
 fn make(target: &str, variables: &[&str]) {
+    // Each makes the documents anew, where another one may be about to install them.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock();
     let build = format!("BUILD={}", output().file_name().unwrap().display());
     let target_dir = format!("CARGO_TARGET_DIR={}", output().parent().unwrap().display());
     run(
