@@ -31,12 +31,13 @@
 //! **Why nothing deadlocks.** An empty shard always has room, however full the others are. Where
 //! any has room, one is chosen, at once or when patience has ended. So data moves as long as any
 //! reader reads. A chunk that was given to a shard fits into it, since the slots that it takes are
-//! never underestimated either ([`super::chunk`] says how). So it leaves its source at once: no
+//! not underestimated either, as a rule ([`super::chunk`]). So it leaves its source at once: no
 //! source ever waits for one particular shard, and no shard for a source.
 //!
-//! A shard that another process writes to as well, or whose reader has made the pipe smaller, has
-//! less room than we know. What such a shard does not take is copied to its queue, so that even
-//! then the chunk has left its source; the shard gets no other until its queue has been written.
+//! A chunk of pieces takes more slots than is known. A shard that another process writes to as
+//! well, or whose reader has made the pipe smaller, has less room than is known. What such a shard
+//! does not take is copied to its queue, so that even then the chunk has left its source; the
+//! shard gets no other until its queue has been written.
 
 use std::io;
 use std::time::{Duration, Instant};

@@ -3,7 +3,8 @@
 //! **How many slots a chunk takes.** A shard must have room for all of a chunk that it is given
 //! (see [`super::balancer`]). But `FIONREAD` counts bytes, and a slot of a pipe holds anything from
 //! a byte to a page: what a source holds may take far more slots than its bytes would fill. On each
-//! [`Route`] the number of slots is certain.
+//! [`Route`] the number of slots is known, but for sources whose slots turn out to hold less than a
+//! page: what such a chunk leaves behind is copied, and so is all that follows it.
 
 use crate::os::pipe::slot;
 
@@ -22,7 +23,7 @@ pub(super) fn slots_of(memory: &[u8]) -> usize {
 /// How a chunk's bytes get from the source to the shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Route {
-    /// Spliced. Each slot of the source holds a whole page.
+    /// Spliced. Each slot of the source should hold a whole page.
     Direct,
     /// Read into memory, and queued with the markers: copied bytes fill their slots.
     Copied,
