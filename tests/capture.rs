@@ -15,6 +15,7 @@ use crate::common::runs::{self, PAGES, assert_same_bytes, assert_same_files};
 use crate::common::shards::{self, Collector, pipe};
 use crate::common::streamer::{BUFFER, Launch, Streamer};
 use nix::fcntl::{SpliceFFlags, vmsplice};
+use tempfile::TempDir;
 
 /// Runs a capture of what `criu` does, and returns the shards.
 fn capture(shard_count: usize, criu: impl FnOnce(&Criu)) -> Vec<Vec<u8>> {
@@ -179,6 +180,25 @@ fn external_files_are_woven_in_and_may_end_long_after_criu() {
         ("pages-1.img", content[1..].to_vec()),
     ]);
     assert_same_files(&image::decode(&collector.finish()).unwrap(), &expected);
+}
+
+#[test]
+fn a_fifo_whose_writer_is_gone_already_ends_where_that_ended() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = thread::scope(|scope| {
+        scope.spawn(|| std::fs::write(&path, b"fs").unwrap());
+        File::open(&path).unwrap()
+    });
+    let (readers, writers) = shards::pipes(1, None);
+    let launch = Streamer::capture().shards(writers);
+    let mut streamer = launch.ext_file("fs.tar", fifo.into()).start();
+    let collector = Collector::start(readers);
+    streamer.criu().write_file("inventory.img", b"inventory");
+    streamer.expect_success();
+    let captured = image::decode(&collector.finish()).unwrap();
+    assert_eq!(captured["fs.tar"], b"fs");
 }
 
 /// The image of a capture one of whose shards is read only when CRIU is done.

@@ -42,6 +42,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use super::chunk::MARKER_SLOTS;
 use crate::os::pipe::slot;
 
 const KIB: u64 = 1 << 10;
@@ -119,7 +120,7 @@ fn most_slots<S: Slots>(shards: &[S]) -> usize {
         return usize::MAX;
     }
     let mean = shards.iter().map(S::given).sum::<u64>() / shards.len() as u64;
-    1 + (mean / 16).max(64 * KIB) as usize / slot()
+    MARKER_SLOTS + (mean / 16).max(64 * KIB) as usize / slot()
 }
 
 /// The most bytes that a shard may have got while several others have got far less. The one with

@@ -61,7 +61,8 @@ impl ImageWriter {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
         let smallest = smallest.map_or(1, |shard| shard.slots());
-        let unit = (smallest * 7 / 16).max(1) * slot();
+        let unit = (smallest * 7 / 16).min((smallest / 2).saturating_sub(MARKER_SLOTS));
+        let unit = unit.max(1) * slot();
         Ok(Self {
             unit: (shards.len() == 1).then_some(unit),
             index: has_index.then(|| shards.len() - 1),

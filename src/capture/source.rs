@@ -17,15 +17,18 @@
 //! wake it twice. Their framing is followed (see [`super::dump_check`]). The large ones are
 //! archives that a compressor has written.
 
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFlags, PollTimeout};
 
 use super::capacity;
 use super::chunk::{Chunk, Route};
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
+use crate::os::descriptor::poll;
 use crate::os::pipe::{self, DEFAULT_SLOTS, Moved, ReadEnd, slot};
 
 /// The most that the index has of the data of a file, in bytes, but for the chunk that passes this
@@ -120,8 +123,14 @@ impl Source {
     /// # Errors
     /// Where the pipe cannot be made non-blocking.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Result<Self> {
-        let pipe = pipe.nonblocking();
-        let pipe = pipe.with_context(|| format!("preparing to read {name}"))?;
+        let open = || {
+            let old = pipe.as_fd().try_clone_to_owned()?;
+            let pipe = pipe.nonblocking()?;
+            // Opened anew, a FIFO tells nothing of writers that were gone before.
+            let events = poll(&old, PollFlags::empty(), PollTimeout::ZERO)?;
+            anyhow::Ok((pipe, events.contains(PollFlags::POLLHUP)))
+        };
+        let (pipe, has_ended) = open().with_context(|| format!("preparing to read {name}"))?;
         let is_of_criu = owner == Owner::Criu;
         let is_pages = is_of_criu && files::is_pages(name.as_str());
         let framing = is_of_criu.then(|| Framing::of(name.as_str())).flatten();
@@ -130,7 +139,7 @@ impl Source {
             name,
             pipe: Some(pipe),
             owner,
-            has_ended: false,
+            has_ended,
             is_named: false,
             is_replaced: false,
             restarts: false,
@@ -188,10 +197,21 @@ impl Source {
         })
     }
 
-    /// The bytes that are missing from the unit that was begun, if the file is cut at units.
+    /// The bytes that are missing from the unit that was begun, if files are cut at units.
+    ///
+    /// The first unit is no larger than a pipe that has not grown: its writer may sleep until
+    /// something is taken out, as growing a pipe wakes nobody before Linux 5.5.
     pub(super) fn left_of(&self, unit: Option<usize>) -> Option<usize> {
-        let unit = unit.filter(|_| self.is_pages)?;
-        Some(unit - self.given % unit)
+        let unit = match self.is_pages {
+            true => unit?,
+            false if self.owner == Owner::Criu => unit.and(Some(LARGEST_COLLECTED))?,
+            false => return None,
+        };
+        let first = unit.min(DEFAULT_SLOTS * slot());
+        Some(match self.given.checked_sub(first) {
+            None => first - self.given,
+            Some(behind) => unit - behind % unit,
+        })
     }
 
     /// The same for a file that is collected.

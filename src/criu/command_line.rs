@@ -36,8 +36,11 @@ impl CommandLine {
 
     /// True if CRIU runs no action script when all is written: a pre-dump, or cpuinfo.img alone.
     pub(crate) fn takes_no_dump(&self) -> bool {
-        let is_pre_dump = |argument: &[u8]| matches!(argument, b"pre-dump" | b"--pre-dump");
-        self.is_of_cpuinfo() || self.arguments().any(is_pre_dump)
+        let found = self.actions();
+        let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
+        let action = certain.or(found.first()).map(|(word, _)| *word);
+        matches!(action, Some(b"pre-dump" | b"cpuinfo"))
+            || self.arguments().any(|it| it == b"--pre-dump")
     }
 
     /// True if the application lives on after a dump.
@@ -76,34 +79,42 @@ impl CommandLine {
         Path::new(OsStr::from_bytes(directory.unwrap_or_default()))
     }
 
-    /// The streamer's roles for the words that may be CRIU's action, each with whether the word may
-    /// be an option's value instead, such as the name of a directory: it follows an option.
-    fn roles(&self) -> Vec<(Role, bool)> {
+    /// The words that may be CRIU's action, each with whether it may be an option's value instead,
+    /// such as the name of a directory: it follows an option.
+    fn actions(&self) -> Vec<(&[u8], bool)> {
         let words: Vec<_> = self.arguments().collect();
-        let found = words.windows(2).filter_map(|pair| {
-            let role = match pair[1] {
-                b"dump" | b"checkpoint" | b"pre-dump" | b"cpuinfo" => Role::Capture,
-                b"restore" => Role::Serve,
-                _ => return None,
-            };
+        let pairs = words.windows(2).filter(|pair| role_of(pair[1]).is_some());
+        let found = pairs.map(|pair| {
             let may_be_value = pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
-            Some((role, may_be_value))
+            (pair[1], may_be_value)
         });
         found.collect()
     }
 
     /// True if a word may be CRIU's action.
     pub(super) fn has_action(&self) -> bool {
-        !self.roles().is_empty()
+        !self.actions().is_empty()
     }
 
     /// The streamer's role: by the first word that can be nothing else, or by what all may be.
     pub(crate) fn role(&self) -> Option<Role> {
-        let found = self.roles();
-        let &(first, _) = found.first()?;
+        let found = self.actions();
+        let first = role_of(found.first()?.0);
         let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
-        let agree = found.iter().all(|(role, _)| *role == first);
-        certain.map(|(role, _)| *role).or(agree.then_some(first))
+        match certain {
+            Some((word, _)) => role_of(word),
+            None if found.iter().all(|(word, _)| role_of(word) == first) => first,
+            None => None,
+        }
+    }
+}
+
+/// The streamer's role where this word is CRIU's action.
+fn role_of(word: &[u8]) -> Option<Role> {
+    match word {
+        b"dump" | b"checkpoint" | b"pre-dump" | b"cpuinfo" => Some(Role::Capture),
+        b"restore" => Some(Role::Serve),
+        _ => None,
     }
 }
 
@@ -159,7 +170,10 @@ mod tests {
             ("criu pre-dump --stream", true),
             ("criu cpuinfo dump", true),
             ("runc checkpoint --pre-dump a", true),
+            ("criu -v4 pre-dump", true),
             ("criu dump --stream -t 1", false),
+            ("criu dump --stream -D pre-dump", false),
+            ("criu -D cpuinfo dump", false),
         ] {
             assert_eq!(line(words).takes_no_dump(), no_dump, "{words}");
         }

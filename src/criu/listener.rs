@@ -134,21 +134,21 @@ impl SocketName {
     /// Removes a socket without a listener.
     fn remove_stale(&self) -> Result<()> {
         let path = &self.path;
+        match fs::symlink_metadata(&self.by_descriptor) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => ensure!(
+                found.is_ok_and(|found| found.file_type().is_socket()),
+                "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
+            ),
+        }
         // A datagram socket cannot connect to a stream socket, and the error differs if a process
         // has that one open. The listener there does not see the attempt.
         let probe = UnixDatagram::unbound().context("creating a socket")?;
         let refused = probe.connect(&self.by_descriptor).err();
         match refused.as_ref().and_then(io::Error::raw_os_error) {
             Some(libc::ENOENT) => Ok(()),
-            Some(libc::ECONNREFUSED) => {
-                let found = fs::symlink_metadata(&self.by_descriptor);
-                ensure!(
-                    found.is_ok_and(|found| found.file_type().is_socket()),
-                    "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
-                );
-                fs::remove_file(&self.by_descriptor)
-                    .with_context(|| format!("removing the stale socket {path}"))
-            }
+            Some(libc::ECONNREFUSED) => fs::remove_file(&self.by_descriptor)
+                .with_context(|| format!("removing the stale socket {path}")),
             None | Some(libc::EPROTOTYPE) => bail!(
                 "another streamer listens on {path}: wait for its end or choose another --images-dir"
             ),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 use anyhow::{Context, Error, Result, bail};
@@ -33,6 +33,8 @@ pub(crate) struct Filling {
     filled: Counter,
     /// Set when all is in place, or with the reason why it never will be.
     outcome: OnceLock<Result<(), String>>,
+    /// Held while the application is killed, after which nothing is in place any more.
+    ending: Mutex<()>,
     /// Readable when the outcome is known.
     pub(crate) changed: EventFd,
 }
@@ -51,6 +53,7 @@ impl Filling {
             files,
             filled,
             outcome: OnceLock::new(),
+            ending: Mutex::new(()),
             changed: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         }))
     }
@@ -105,6 +108,7 @@ impl Filling {
     fn fill(&self, file: &PagesFile, unit: usize, buffer: &mut [u8]) -> Result<()> {
         let is_in_place = file.fill(unit, buffer, &self.filled)?;
         if is_in_place && self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let _ending = self.ending.lock();
             self.conclude(Ok(()));
         }
         Ok(())
@@ -118,6 +122,7 @@ impl Filling {
 
     /// Kills the application, unless it has all of its memory.
     pub(super) fn fail(&self, error: Error) {
+        let _ending = self.ending.lock();
         if self.outcome.get().is_none() {
             self.guardian.kill_all();
             self.conclude(Err(format!(

@@ -13,6 +13,7 @@
 //! **The end.** The descriptor is closed when nothing is missing any more, or the process has
 //! ended: pages that are missing when the last descriptor is closed read as zero.
 
+use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
@@ -21,19 +22,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::poll::PollFlags;
 
 use super::parts::{Part, Parts};
 use super::userfaultfd::{self, Event};
-use crate::os::descriptor::poll;
 use crate::os::memory::page_size;
 
 /// The pause before the kernel is asked again that wanted an event to be read first.
 const EVENT_PAUSE: Duration = Duration::from_micros(20);
-
-/// The longest wait for the event of a change that is under way, in milliseconds. A change that
-/// fails may have none.
-const EVENT_TIMEOUT: u8 = 1;
 
 /// The memories of a process and of all that it has forked since, which lack the same pages.
 #[derive(Debug, Default)]
@@ -217,7 +212,7 @@ impl Memory {
     /// Applies the changes that the process has made, and returns its news.
     pub(super) fn read_events(self: &Arc<Self>) -> Result<News> {
         let mut news = News::default();
-        self.settle(&mut self.write(), &mut news)
+        self.settle(self.write(), &mut news)
             .with_context(|| format!("following what process {} does", self.pid))?;
         Ok(news)
     }
@@ -225,11 +220,24 @@ impl Memory {
     /// Reads events until the kernel agrees to all changes.
     ///
     /// # Errors
-    /// When it does not agree.
-    fn settle(self: &Arc<Self>, state: &mut State, news: &mut News) -> Result<()> {
+    /// When it does not agree. Nothing is filled, and no descriptor closed, any more: what is known
+    /// of the memory is wrong, and the process is to be killed first.
+    fn settle(self: &Arc<Self>, mut state: RwLockWriteGuard<State>, news: &mut News) -> Result<()> {
+        let settled = self.try_settle(&mut state, news);
+        if settled.is_err() {
+            mem::forget(state);
+        }
+        settled
+    }
+
+    fn try_settle(self: &Arc<Self>, state: &mut State, news: &mut News) -> Result<()> {
         while let Some(uffd) = &state.uffd {
-            for event in userfaultfd::read(uffd.as_fd())? {
-                self.apply(event, state, news)?;
+            let mut events = userfaultfd::read(uffd.as_fd())?.into_iter();
+            let applied = events.try_for_each(|event| self.apply(event, state, news));
+            if applied.is_err() {
+                // A forked child's descriptor may be among the rest.
+                mem::forget(events);
+                return applied;
             }
             let Some(uffd) = state.uffd.as_ref().filter(|_| !state.changes.are_none()) else {
                 break;
@@ -243,7 +251,7 @@ impl Memory {
                     "threads of it changed the same memory at the same time, and it is not known \
                      in which order"
                 ),
-                Err(Errno::EAGAIN) => drop(poll(uffd, PollFlags::POLLIN, EVENT_TIMEOUT)?),
+                Err(Errno::EAGAIN) => thread::sleep(EVENT_PAUSE),
                 Err(Errno::ESRCH) => state.forget(),
                 Err(error) => return Err(error.into()),
             }
@@ -284,9 +292,9 @@ impl Memory {
             state: RwLock::new(state),
             ..*self
         });
-        let mut state = child.write();
+        let state = child.write();
         locked(&self.family.0).push(Arc::clone(&child));
-        child.settle(&mut state, news)?;
+        child.settle(state, news)?;
         news.forked.push(Arc::clone(&child));
         Ok(())
     }
