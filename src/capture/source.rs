@@ -124,11 +124,13 @@ impl Source {
     /// Where the pipe cannot be made non-blocking.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Result<Self> {
         let open = || {
-            let old = pipe.as_fd().try_clone_to_owned()?;
-            let pipe = pipe.nonblocking()?;
             // Opened anew, a FIFO tells nothing of writers that were gone before.
-            let events = poll(&old, PollFlags::empty(), PollTimeout::ZERO)?;
-            anyhow::Ok((pipe, events.contains(PollFlags::POLLHUP)))
+            let old = (owner == Owner::External).then(|| pipe.as_fd().try_clone_to_owned());
+            let old = old.transpose()?;
+            let pipe = pipe.nonblocking()?;
+            let events = old.map(|old| poll(old, PollFlags::empty(), PollTimeout::ZERO));
+            let is_gone = |events: PollFlags| events.contains(PollFlags::POLLHUP);
+            anyhow::Ok((pipe, events.transpose()?.is_some_and(is_gone)))
         };
         let (pipe, has_ended) = open().with_context(|| format!("preparing to read {name}"))?;
         let is_of_criu = owner == Owner::Criu;
