@@ -26,8 +26,7 @@ fn capture(launch: Launch) -> (Vec<Vec<u8>>, crate::common::streamer::Exit) {
 #[track_caller]
 fn assert_summary(stderr: &str, verb: &str) {
     let files = sample_files(1).len();
-    // Padding adds a few kB, as many as the data came in chunks.
-    let first = format!("{verb} {files} files, 3.");
+    let first = format!("{verb} {files} files, 3.3 MB in ");
     let mut lines = stderr.lines().skip_while(|line| !line.starts_with(&first));
     assert!(lines.next().is_some(), "{first:?} is not in\n{stderr}");
     for _ in 0..2 {

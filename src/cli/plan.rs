@@ -55,6 +55,9 @@ impl Plan {
         }
         check_usage(&args)?;
         check_names(&args)?;
+        let files = args.ext_file_cmd.iter().map(|(_, command)| command);
+        let mut commands = args.shard_cmd.iter().chain(files);
+        commands.try_for_each(|text| ShellCommand::check_shell(text))?;
         let commands = shard_commands(&args)?;
         args.index |= args.index_fd.is_some();
         let mut plan = claim(args)?;

@@ -177,11 +177,19 @@ fn prepare(caller: &Caller, options_dir: &Path, role: Role) -> Result<Plan> {
 }
 
 fn read_options(options: &Path, role: Role, images_dir: &Path) -> Result<Args> {
-    ensure!(
-        options.exists(),
-        "there are no options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4: write them to {}; the directory is the one that {OPTIONS_DIR} names in CRIU's environment, or else {DEFAULT_OPTIONS_DIR}; {} is not read, because whoever makes an image can leave such a file",
-        options.display(),
-        images_dir.join(role.file_name(OPTIONS)).display()
-    );
+    if !options.exists() {
+        let stray = images_dir.join(role.file_name(OPTIONS));
+        let stray = match stray.exists() {
+            true => format!(
+                "; {} is not read, because whoever makes an image can leave such a file: move it, if it is yours",
+                stray.display()
+            ),
+            false => String::new(),
+        };
+        bail!(
+            "there are no options, one a line, such as --shard-cmd lz4 >/tmp/app.lz4: write them to {}; the directory is the one that {OPTIONS_DIR} names in CRIU's environment, or else {DEFAULT_OPTIONS_DIR}{stray}",
+            options.display()
+        );
+    }
     Args::from_file(options, role.name(), images_dir)
 }

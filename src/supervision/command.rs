@@ -28,7 +28,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::prctl::set_child_subreaper;
@@ -38,7 +38,6 @@ use nix::unistd::{AccessFlags, Pid, access};
 use super::program::{self, End, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, poll};
-use crate::report;
 
 /// The time that a command has to clean up after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -89,6 +88,20 @@ impl ShellCommand {
             target: Target::ExternalFile(name),
             text,
         }
+    }
+
+    /// Checks that the failure of any program in a command will be known.
+    ///
+    /// # Errors
+    /// When it is a pipeline, and no shell here gives one the status of all its programs.
+    pub(crate) fn check_shell(text: &str) -> Result<()> {
+        let knows_pipefail =
+            || program::succeeds(Command::new("sh").args(["-o", "pipefail", "-c", ":"]));
+        ensure!(
+            has_bash() || !is_pipeline(text) || knows_pipefail(),
+            "`{text}` is a pipeline, and only the failure of its last program would be known: there is no bash here, and sh has no `pipefail`; install bash"
+        );
+        Ok(())
     }
 
     fn with_text(&self) -> String {
@@ -178,13 +191,10 @@ impl Commands {
     ) -> Result<Pid> {
         // Processes whose parents are gone become our children.
         set_child_subreaper(true).context("preparing to wait for it")?;
-        let (has_bash, is_pipeline) = (has_bash(), is_pipeline(&command.text));
+        let has_bash = has_bash();
         let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
-        if has_bash || is_pipeline {
+        if has_bash || is_pipeline(&command.text) {
             shell.args(["-o", "pipefail"]);
-        }
-        if is_pipeline && !has_bash {
-            report::warn("there is no bash: pipelines need an sh that has `pipefail`");
         }
         shell.args(["-c", &command.text]);
         let image_name = self.image_name.iter();

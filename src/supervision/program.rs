@@ -10,7 +10,7 @@
 use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::prctl::{get_timerslack, set_timerslack};
@@ -57,6 +57,13 @@ pub(super) fn start(
     unsafe { command.pre_exec(move || prepare(at_signals, inherited)) };
     let child = command.spawn()?;
     Ok(Pid::from_raw(child.id() as libc::pid_t))
+}
+
+/// Runs a program to its end, and returns true if it has succeeded.
+pub(super) fn succeeds(command: &mut Command) -> bool {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
+    let status = keep_ends().and_then(|()| quiet.stderr(Stdio::null()).status());
+    status.is_ok_and(|status| status.success())
 }
 
 /// Has the kernel keep how programs end: this process may have been started to ignore SIGCHLD.
