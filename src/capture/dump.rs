@@ -14,13 +14,16 @@
 //! thrown away.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
+use nix::poll::{PollFlags, PollTimeout};
 
 use super::dump_check::DumpCheck;
 use super::source::{Activity, Owner, Source};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
+use crate::os::descriptor::poll;
 use crate::os::pipe::{self, Moved, ReadEnd};
 
 /// Sources that are tried again in a round, of those that found no room.
@@ -31,8 +34,15 @@ const DISCARD: usize = 64 << 10;
 
 /// Prepares an external file.
 pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
-    let slots = pipe::slots(&pipe).with_context(|| format!("capturing {name}"))?;
-    Source::new(name, pipe, slots, Owner::External)
+    let preparing = || format!("capturing {name}");
+    let slots = pipe::slots(&pipe).with_context(preparing)?;
+    let typed = pipe.as_fd().try_clone_to_owned().with_context(preparing)?;
+    let mut source = Source::new(name, pipe, slots, Owner::External)?;
+    // The source has opened the pipe anew. A FIFO then tells nothing of writers that were gone
+    // before.
+    let events = poll(typed, PollFlags::empty(), PollTimeout::ZERO)?;
+    source.has_ended = events.contains(PollFlags::POLLHUP);
+    Ok(source)
 }
 
 /// Takes what CRIU says: the name of a file, and then its pipe, which makes a source of the two.

@@ -206,10 +206,7 @@ impl Shard {
         let len: usize = memory.iter().map(|piece| piece.bytes().len()).sum();
         let slots = memory.iter().map(|piece| slots_of(piece.bytes())).sum();
         let lent = pipe::vmsplice(&self.pipe, memory).map_err(|error| self.broken(error))?;
-        let bytes = match lent {
-            Moved::Bytes(bytes) => bytes,
-            Moved::WouldBlock | Moved::End => 0,
-        };
+        let bytes = lent.bytes();
         // A rest that does not fit may have taken all slots.
         self.record(bytes, if bytes == len { slots } else { self.slots });
         Ok(bytes)

@@ -17,18 +17,15 @@
 //! wake it twice. Their framing is followed (see [`super::dump_check`]). The large ones are
 //! archives that a compressor has written.
 
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::poll::{PollFlags, PollTimeout};
 
 use super::capacity;
 use super::chunk::{Chunk, Route};
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
-use crate::os::descriptor::poll;
 use crate::os::pipe::{self, DEFAULT_SLOTS, Moved, ReadEnd, slot};
 
 /// The most that the index has of the data of a file, in bytes, but for the chunk that passes this
@@ -123,16 +120,8 @@ impl Source {
     /// # Errors
     /// Where the pipe cannot be made non-blocking.
     pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Result<Self> {
-        let open = || {
-            // Opened anew, a FIFO tells nothing of writers that were gone before.
-            let old = (owner == Owner::External).then(|| pipe.as_fd().try_clone_to_owned());
-            let old = old.transpose()?;
-            let pipe = pipe.nonblocking()?;
-            let events = old.map(|old| poll(old, PollFlags::empty(), PollTimeout::ZERO));
-            let is_gone = |events: PollFlags| events.contains(PollFlags::POLLHUP);
-            anyhow::Ok((pipe, events.transpose()?.is_some_and(is_gone)))
-        };
-        let (pipe, has_ended) = open().with_context(|| format!("preparing to read {name}"))?;
+        let pipe = pipe.nonblocking();
+        let pipe = pipe.with_context(|| format!("preparing to read {name}"))?;
         let is_of_criu = owner == Owner::Criu;
         let is_pages = is_of_criu && files::is_pages(name.as_str());
         let framing = is_of_criu.then(|| Framing::of(name.as_str())).flatten();
@@ -141,7 +130,7 @@ impl Source {
             name,
             pipe: Some(pipe),
             owner,
-            has_ended,
+            has_ended: false,
             is_named: false,
             is_replaced: false,
             restarts: false,
@@ -199,23 +188,6 @@ impl Source {
         })
     }
 
-    /// The bytes that are missing from the unit that was begun, if files are cut at units.
-    ///
-    /// The first unit is no larger than a pipe that has not grown: its writer may sleep until
-    /// something is taken out, as growing a pipe wakes nobody before Linux 5.5.
-    pub(super) fn left_of(&self, unit: Option<usize>) -> Option<usize> {
-        let unit = match self.is_pages {
-            true => unit?,
-            false if self.owner == Owner::Criu => unit.and(Some(LARGEST_COLLECTED))?,
-            false => return None,
-        };
-        let first = unit.min(DEFAULT_SLOTS * slot());
-        Some(match self.given.checked_sub(first) {
-            None => first - self.given,
-            Some(behind) => unit - behind % unit,
-        })
-    }
-
     /// The same for a file that is collected.
     fn inspect_collected(&mut self, available: usize) -> Result<Ready> {
         let in_all = self.collected.len() + available;
@@ -227,6 +199,23 @@ impl Source {
             _ if self.has_ended => Ready::Chunk(Chunk::copied(bytes, true)),
             _ if available > 0 => Ready::Filling,
             _ => Ready::Empty,
+        })
+    }
+
+    /// The bytes that are missing from the unit that was begun, if files are cut at units.
+    ///
+    /// The first unit is no larger than a pipe that has not grown: its writer may sleep until
+    /// something is taken out, as growing a pipe wakes nobody before Linux 5.5.
+    pub(super) fn left_of(&self, unit: Option<usize>) -> Option<usize> {
+        let unit = match self.owner {
+            Owner::External => return None,
+            Owner::Criu if self.is_pages => unit?,
+            Owner::Criu => unit.map(|_| LARGEST_COLLECTED)?,
+        };
+        let first = unit.min(DEFAULT_SLOTS * slot());
+        Some(match self.given.checked_sub(first) {
+            None => first - self.given,
+            Some(behind) => unit - behind % unit,
         })
     }
 

@@ -13,7 +13,6 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -22,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Error, Result, anyhow, bail};
 
 use crate::criu::files::{COMMON_MAGIC, INVENTORY, INVENTORY_MAGIC};
+use crate::os::descriptor::path_in;
 use crate::report;
 use crate::report::outcome;
 
@@ -136,7 +136,7 @@ fn forgotten_stream(name: &Path) -> Error {
 
 /// The regular files of a directory whose names end as CRIU's do.
 fn image_files(directory: &File) -> io::Result<HashMap<OsString, Identity>> {
-    let entries = fs::read_dir(path(directory))?;
+    let entries = fs::read_dir(path_in(directory, ""))?;
     let files = entries.filter_map(|entry| {
         let entry = entry.ok()?;
         if Path::new(&entry.file_name()).extension() != Some(OsStr::new("img")) {
@@ -150,11 +150,6 @@ fn image_files(directory: &File) -> io::Result<HashMap<OsString, Identity>> {
     Ok(files.collect())
 }
 
-/// A path that leads to an open directory.
-fn path(directory: &File) -> PathBuf {
-    format!("/proc/self/fd/{}", directory.as_raw_fd()).into()
-}
-
 /// True if a file begins as CRIU's image files do.
 fn is_of_criu(directory: &File, name: &OsStr) -> bool {
     let mut magic = [0; size_of::<u32>()];
@@ -162,7 +157,7 @@ fn is_of_criu(directory: &File, name: &OsStr) -> bool {
     let file = File::options()
         .read(true)
         .custom_flags(flags)
-        .open(path(directory).join(name));
+        .open(path_in(directory, name));
     let is_read = file
         .and_then(|mut file| file.read_exact(&mut magic))
         .is_ok();

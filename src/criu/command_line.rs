@@ -36,11 +36,8 @@ impl CommandLine {
 
     /// True if CRIU runs no action script when all is written: a pre-dump, or cpuinfo.img alone.
     pub(crate) fn takes_no_dump(&self) -> bool {
-        let found = self.actions();
-        let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
-        let action = certain.or(found.first()).map(|(word, _)| *word);
-        matches!(action, Some(b"pre-dump" | b"cpuinfo"))
-            || self.arguments().any(|it| it == b"--pre-dump")
+        let is_action = matches!(self.actions()[..], [(b"pre-dump" | b"cpuinfo", _), ..]);
+        is_action || self.arguments().any(|it| it == b"--pre-dump")
     }
 
     /// True if the application lives on after a dump.
@@ -80,7 +77,7 @@ impl CommandLine {
     }
 
     /// The words that may be CRIU's action, each with whether it may be an option's value instead,
-    /// such as the name of a directory: it follows an option.
+    /// such as the name of a directory: it follows an option. Those that may not come first.
     fn actions(&self) -> Vec<(&[u8], bool)> {
         let words: Vec<_> = self.arguments().collect();
         let pairs = words.windows(2).filter(|pair| role_of(pair[1]).is_some());
@@ -88,7 +85,9 @@ impl CommandLine {
             let may_be_value = pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
             (pair[1], may_be_value)
         });
-        found.collect()
+        let mut found: Vec<_> = found.collect();
+        found.sort_by_key(|(_, may_be_value)| *may_be_value);
+        found
     }
 
     /// True if a word may be CRIU's action.
@@ -99,13 +98,13 @@ impl CommandLine {
     /// The streamer's role: by the first word that can be nothing else, or by what all may be.
     pub(crate) fn role(&self) -> Option<Role> {
         let found = self.actions();
-        let first = role_of(found.first()?.0);
-        let certain = found.iter().find(|(_, may_be_value)| !may_be_value);
-        match certain {
-            Some((word, _)) => role_of(word),
-            None if found.iter().all(|(word, _)| role_of(word) == first) => first,
-            None => None,
-        }
+        let (first, may_be_value) = *found.first()?;
+        let agree = || {
+            found
+                .iter()
+                .all(|(word, _)| role_of(word) == role_of(first))
+        };
+        role_of(first).filter(|_| !may_be_value || agree())
     }
 }
 

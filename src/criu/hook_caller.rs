@@ -104,7 +104,7 @@ impl Caller {
     /// # Errors
     /// When no streamer listens.
     pub(crate) fn call(&self) -> io::Result<UnixStream> {
-        let socket = path_in(&self.directory, &Role::Capture.socket_name());
+        let socket = path_in(&self.directory, Role::Capture.socket_name());
         let mut streamer = UnixStream::connect(socket)?;
         let filename = format!("{CALL}{}", self.identity);
         streamer.write_all(&frame(&ImgStreamerRequestEntry { filename }))?;

@@ -125,7 +125,7 @@ impl SocketName {
         let directory = File::open(images_dir)
             .with_context(|| format!("opening the directory {}", images_dir.display()))?;
         Ok(Self {
-            by_descriptor: path_in(&directory, &role.socket_name()),
+            by_descriptor: path_in(&directory, role.socket_name()),
             _directory: directory,
             path: images_dir.join(role.socket_name()).display().to_string(),
         })

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -46,8 +46,11 @@ pub(crate) fn flags(fd: impl AsFd) -> nix::Result<OFlag> {
 }
 
 /// A path of a file in an open directory: short, and good when the directory's own path is gone.
-pub(crate) fn path_in(directory: impl AsFd, name: &str) -> PathBuf {
-    format!("/proc/self/fd/{}/{name}", directory.as_fd().as_raw_fd()).into()
+pub(crate) fn path_in(directory: impl AsFd, name: impl AsRef<Path>) -> PathBuf {
+    let directory = directory.as_fd().as_raw_fd();
+    Path::new("/proc/self/fd")
+        .join(directory.to_string())
+        .join(name)
 }
 
 /// Brings to disk what was written to a file or directory.

@@ -46,7 +46,7 @@ const TERM_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The interval at which commands that are about to end are checked.
-pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(5);
+pub(super) const END_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A shard or an external file, which a command takes or brings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,7 +238,7 @@ impl Commands {
             && Instant::now() < end
             && self.running.iter().any(Running::is_about_to_end)
         {
-            std::thread::sleep(CHECK_INTERVAL);
+            std::thread::sleep(END_INTERVAL);
         }
         if let Err(reason) = self.check() {
             return reason;
@@ -344,7 +344,7 @@ impl Drop for Commands {
             let end = Instant::now() + TERM_TIMEOUT;
             while !left.is_empty() && Instant::now() < end {
                 left.retain(|running| running.reap());
-                std::thread::sleep(CHECK_INTERVAL);
+                std::thread::sleep(END_INTERVAL);
             }
         }
     }

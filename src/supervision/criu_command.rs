@@ -32,7 +32,7 @@ use anyhow::{Context, Error, Result};
 use nix::sys::signal::SigHandler;
 use nix::unistd::Pid;
 
-use super::command::{CHECK_INTERVAL, EXPLAIN_TIMEOUT};
+use super::command::{END_INTERVAL, EXPLAIN_TIMEOUT};
 use super::ending::Ending;
 use super::program::{self, End, Inherited};
 use super::signals::Signals;
@@ -169,7 +169,7 @@ impl RunningCriu {
     pub(super) fn explain(&self, error: Error) -> Error {
         let end = Instant::now() + EXPLAIN_TIMEOUT;
         while self.is_running() && Instant::now() < end && self.signals.check().is_ok() {
-            thread::sleep(CHECK_INTERVAL);
+            thread::sleep(END_INTERVAL);
         }
         match self.failure() {
             Some(end) => self.error(end, &format!(": {error:#}")),
@@ -202,7 +202,7 @@ impl Drop for RunningCriu {
             if until.is_some_and(|until| until <= Instant::now()) {
                 self.leave();
             }
-            thread::sleep(CHECK_INTERVAL);
+            thread::sleep(END_INTERVAL);
         }
     }
 }
