@@ -1,7 +1,12 @@
 //! An image that `serve --lazy-pages` divides, up to where CRIU restores it. The application's
 //! fate is in real_criu_lazy.rs.
 
+use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::Signal;
 
 use crate::common::criu::frame;
 use crate::common::dump::number;
@@ -9,6 +14,7 @@ use crate::common::image;
 use crate::common::runs;
 use crate::common::shards::Feeder;
 use crate::common::streamer::Streamer;
+use crate::common::wait_until;
 
 const PAGE: u64 = 4096;
 const PRESENT: u64 = 4;
@@ -117,4 +123,32 @@ fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
     assert!(criu.try_open_file("pagemap-7.img").is_err());
     streamer.expect_failure(&["without its own --lazy-pages"]);
     assert!(!std::path::Path::new("lazy-pages.socket").exists());
+}
+
+/// Its CRIU is gone as well, and the process would wait for it for ever.
+#[test]
+fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
+    for is_unread in [true, false] {
+        let (streamer, _feeder) = serve(&[(16, 600, LAZY)], &pages(600));
+        let criu = streamer.criu();
+        criu.expect_file("inventory.img", image::INVENTORY);
+        let daemon = UnixStream::connect("lazy-pages.socket").expect("the lazy-pages socket");
+        criu.open_file("pagemap-7.img").expect("a pagemap");
+        if is_unread {
+            streamer.signal(Signal::SIGSTOP);
+        }
+        // Its PID in the image, without the userfaultfd that comes next.
+        let mut process = Command::new("sh");
+        process
+            .args(["-c", r"printf '\7\0\0\0' >&0; echo; exec sleep 1000"])
+            .stdin(OwnedFd::from(daemon))
+            .stdout(Stdio::piped());
+        let mut process = process.spawn().expect("a process");
+        let mut has_sent = process.stdout.take().expect("its output");
+        has_sent.read_exact(&mut [0]).expect("a line");
+        streamer.signal(Signal::SIGKILL);
+        wait_until("the process is killed", || {
+            process.try_wait().expect("its end").is_some()
+        });
+    }
 }

@@ -73,14 +73,12 @@ impl<'a> Events<'a> {
     /// processes that it restores have ended.
     fn hear_criu(&mut self) -> Result<()> {
         match self.connection.receive()? {
-            Message::Process {
-                pid,
-                real_pid,
-                uffd,
-            } => {
+            Message::Process { pid, real_pid } => {
                 let process = process(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
+                // Known to the guardian before its userfaultfd is in the table.
                 self.filling.guardian.add(process)?;
+                let uffd = self.connection.receive_userfaultfd()?;
                 let file = self.filling.files.get(&pid);
                 let file = file.with_context(|| format!("process {pid} has no pagemap"))?;
                 self.add(file.memory(pid, real_pid as u32, uffd))

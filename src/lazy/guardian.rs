@@ -28,7 +28,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, setsid};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::userfaultfd;
+use super::{socket, userfaultfd};
 use crate::os::descriptor::{poll, uninterrupted};
 use crate::os::process::{fields_of, start_of};
 
@@ -41,8 +41,8 @@ pub(crate) struct Guardian {
     /// Readable when the guardian has ended.
     pub(super) process: OwnedFd,
     pid: Pid,
-    /// The restored processes, in a file that the guardian shares: a line for each, with the number
-    /// of its descriptor, and later one with the layout of its memory.
+    /// CRIU's connection and the restored processes, in a file that the guardian shares: a line for
+    /// each, with the number of its descriptor, and later one with the layout of its memory.
     record: File,
     /// This process, for whose end the guardian waits: it has the same descriptors.
     _streamer: OwnedFd,
@@ -75,9 +75,10 @@ impl Guardian {
         })
     }
 
-    /// Adds a process. Its descriptor stays open until this program ends.
-    pub(super) fn add(&self, process: OwnedFd) -> Result<()> {
-        self.add_line(&process.into_raw_fd().to_string())
+    /// Adds a process, or the connection on which processes will say that they are restored. The
+    /// descriptor stays open until this program ends.
+    pub(super) fn add(&self, descriptor: OwnedFd) -> Result<()> {
+        self.add_line(&descriptor.into_raw_fd().to_string())
     }
 
     /// Adds the layout by which all forked children of a process are found, unless it has ended.
@@ -136,8 +137,12 @@ fn kill_all(record: &File) {
     loop {
         for descriptor in record.lines().filter_map(|line| line.parse().ok()) {
             // SAFETY: it was left open for this.
-            let process = unsafe { BorrowedFd::borrow_raw(descriptor) };
-            let _ = pidfd_send_signal(process, Signal::KILL);
+            let descriptor = unsafe { BorrowedFd::borrow_raw(descriptor) };
+            let _ = pidfd_send_signal(descriptor, Signal::KILL);
+            // Those that nobody has heard yet wait for CRIU, which may be gone.
+            while let Some(sender) = socket::unheard(descriptor) {
+                let _ = process(sender).map(|sender| pidfd_send_signal(sender, Signal::KILL));
+            }
         }
         kill_forked(&record);
         // Where it cannot be found out, it is not so.

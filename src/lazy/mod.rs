@@ -98,6 +98,7 @@ impl LazyMemory {
         {
             let connection = socket.accept()?;
             self.has_started = true;
+            self.filling.guardian.add(connection.0.try_clone()?)?;
             let criu = guardian::process(criu).context("watching CRIU")?;
             let hear = |filling: &Arc<_>| Events::hear(filling, criu, connection);
             self.filling.spawn("events", hear)?;

@@ -10,15 +10,18 @@
 
 use std::fs::{self, File};
 use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
-use nix::sys::socket::sockopt::PassCred;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt};
+use nix::sys::socket::sockopt::{PassCred, PeerCredentials};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, getsockopt, recvmsg, setsockopt,
+    shutdown,
+};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use rustix::io::ioctl_fionread;
 
@@ -38,11 +41,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A message of CRIU's.
 #[derive(Debug)]
 pub(super) enum Message {
-    /// A process is being restored: its PID in the image, and its PID here.
+    /// A process is being restored: its PID in the image, and its PID here. Its userfaultfd comes
+    /// next.
     Process {
         pid: i32,
         real_pid: i32,
-        uffd: OwnedFd,
     },
     Finished,
     Zombie,
@@ -105,7 +108,7 @@ impl Connection {
     /// Waits for CRIU's next message.
     pub(super) fn receive(&self) -> Result<Message> {
         let mut number = [0; 4];
-        let (bytes, sender, _) = self.take(&mut number)?;
+        let (bytes, sender, _) = take(&self.0, &mut number, MsgFlags::empty())?;
         if bytes == 0 {
             return Ok(Message::Closed);
         }
@@ -115,41 +118,65 @@ impl Connection {
             pid => Ok(Message::Process {
                 pid,
                 real_pid: sender.context("CRIU's message names no sender")?,
-                uffd: (self.take(&mut [0])?.2)
-                    .context("CRIU sent no userfaultfd where it had to")?,
             }),
         }
     }
 
-    /// Fills the buffer, or nothing of it at the end. Returns the number of bytes, the sender's PID
-    /// here, and a descriptor that came along.
-    fn take(&self, buffer: &mut [u8]) -> Result<(usize, Option<i32>, Option<OwnedFd>)> {
-        let wanted = buffer.len();
-        let mut parts = [IoSliceMut::new(buffer)];
-        let mut control = nix::cmsg_space!(UnixCredentials, [RawFd; 1]);
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = loop {
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), flags) {
-                Err(Errno::EINTR) => {}
-                Err(Errno::ECONNRESET) => return Ok((0, None, None)),
-                received => break received.context("receiving what CRIU says")?,
-            }
-        };
-        let (mut sender, mut uffd) = (None, None);
-        for message in received.cmsgs()? {
-            match message {
-                ControlMessageOwned::ScmCredentials(found) => sender = Some(found.pid()),
-                ControlMessageOwned::ScmRights(found) => {
-                    uffd = found.into_iter().map(userfaultfd::owned).next_back();
-                }
-                _ => {}
-            }
-        }
-        let bytes = received.bytes;
-        ensure!(
-            bytes == 0 || bytes == wanted,
-            "CRIU sent a part of a number on {NAME}"
-        );
-        Ok((bytes, sender, uffd))
+    /// Waits for the descriptor of the process of the last message.
+    pub(super) fn receive_userfaultfd(&self) -> Result<OwnedFd> {
+        let (_, _, uffd) = take(&self.0, &mut [0], MsgFlags::empty())?;
+        uffd.context("CRIU sent no userfaultfd where it had to")
     }
+}
+
+/// The PID here of the process that has sent what comes next, which nobody has received yet. A
+/// descriptor in it stays open. From now on sending fails. `None` when nothing is left, or only
+/// what CRIU says itself.
+pub(super) fn unheard(connection: BorrowedFd) -> Option<i32> {
+    let criu = getsockopt(&connection, PeerCredentials).ok()?;
+    shutdown(connection.as_raw_fd(), Shutdown::Read).ok()?;
+    let (bytes, sender, uffd) = take(connection, &mut [0], MsgFlags::MSG_DONTWAIT).ok()?;
+    uffd.map(IntoRawFd::into_raw_fd);
+    sender.filter(|&sender| bytes > 0 && sender != criu.pid())
+}
+
+/// Fills the buffer, or nothing of it at the end. Returns the number of bytes, the sender's PID
+/// here, and a descriptor that came along.
+fn take(
+    connection: impl AsFd,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> Result<(usize, Option<i32>, Option<OwnedFd>)> {
+    let wanted = buffer.len();
+    let mut parts = [IoSliceMut::new(buffer)];
+    let mut control = nix::cmsg_space!(UnixCredentials, [RawFd; 1]);
+    let (connection, flags) = (connection.as_fd(), flags | MsgFlags::MSG_CMSG_CLOEXEC);
+    let received = loop {
+        match recvmsg::<()>(
+            connection.as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            flags,
+        ) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::ECONNRESET) => return Ok((0, None, None)),
+            received => break received.context("receiving what CRIU says")?,
+        }
+    };
+    let (mut sender, mut uffd) = (None, None);
+    for message in received.cmsgs()? {
+        match message {
+            ControlMessageOwned::ScmCredentials(found) => sender = Some(found.pid()),
+            ControlMessageOwned::ScmRights(found) => {
+                uffd = found.into_iter().map(userfaultfd::owned).next_back();
+            }
+            _ => {}
+        }
+    }
+    let bytes = received.bytes;
+    ensure!(
+        bytes == 0 || bytes == wanted,
+        "CRIU sent a part of a number on {NAME}"
+    );
+    Ok((bytes, sender, uffd))
 }
