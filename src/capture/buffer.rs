@@ -47,7 +47,7 @@ struct Rest {
 pub(super) struct Buffer {
     arena: Arena,
     prefault: Option<Prefault>,
-    /// The rest of the last block that was populated.
+    /// The block that is being filled.
     block: Option<Block>,
     size: usize,
     /// A file that was to be copied has found no room.
@@ -62,10 +62,9 @@ impl Buffer {
         let available = memory::available().unwrap_or(u64::MAX);
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
-        let arena = Arena::new();
         let mut buffer = Self {
-            prefault: Prefault::start(&arena, size),
-            arena,
+            prefault: Prefault::start(size),
+            arena: Arena::new(),
             block: None,
             size,
             has_been_full: false,
@@ -88,14 +87,13 @@ impl Buffer {
 
     /// Bytes that may still be taken.
     fn room(&self) -> usize {
-        let coming = self.prefault.as_ref().map_or(0, Prefault::coming);
-        self.size.saturating_sub(self.arena.live() + coming)
+        self.size.saturating_sub(self.arena.live())
     }
 
     fn ask_for_pages(&mut self) {
         let room = self.room();
-        if let Some(prefault) = &mut self.prefault {
-            prefault.ask(room);
+        if let Some(prefault) = &self.prefault {
+            prefault.ask(&mut self.arena, room);
         }
     }
 
@@ -132,30 +130,33 @@ impl Buffer {
     /// Reads up to `len` bytes from a source, if there is room for any.
     fn read(&mut self, source: &mut Source, len: usize) -> Result<Option<Moved>> {
         if self.block.as_ref().is_none_or(Block::is_full) {
-            self.block = self.prefault.as_mut().and_then(Prefault::take);
+            self.block = self.prefault.as_ref().and_then(Prefault::take);
+            if self.block.is_none() {
+                self.block = self.reserve()?;
+            }
             self.ask_for_pages();
         }
-        let (moved, extent) = match &mut self.block {
-            Some(block) => (read(source, block, len)?, block.take_filled()),
-            None => {
-                let Some(mut block) = self.reserve(len)? else {
-                    return Ok(None);
-                };
-                (read(source, &mut block, len)?, self.arena.seal(block))
-            }
+        let Some(block) = &mut self.block else {
+            return Ok(None);
         };
+        let unfilled = block.unfilled();
+        let len = unfilled.len().min(len);
+        let moved = pipe::read(source.pipe(), &mut unfilled[..len])
+            .with_context(|| format!("capturing {}", source.name))?;
+        block.filled(moved.bytes());
+        let extent = block.take_filled();
         source.copied(extent.bytes());
         self.push(source.id, extent);
         Ok(Some(moved))
     }
 
-    /// Memory for up to `len` bytes, if there is room.
-    fn reserve(&mut self, len: usize) -> Result<Option<Block>> {
+    /// Memory that is not populated, if there is room.
+    fn reserve(&mut self) -> Result<Option<Block>> {
         let room = self.room();
         if room == 0 {
             return Ok(None);
         }
-        match self.arena.reserve(len.min(room)) {
+        match self.arena.reserve(READ.min(room)) {
             Ok(block) => Ok(Some(block)),
             // The shards will take what is here.
             Err(_) if self.next().is_some() => Ok(None),
@@ -220,16 +221,4 @@ impl Buffer {
     pub(super) fn remove(&mut self, source: u64) {
         self.files.remove(&source);
     }
-}
-
-/// Reads up to `len` bytes from a source into a block.
-fn read(source: &Source, block: &mut Block, len: usize) -> Result<Moved> {
-    let unfilled = block.unfilled();
-    let len = unfilled.len().min(len);
-    let moved = pipe::read(source.pipe(), &mut unfilled[..len])
-        .with_context(|| format!("capturing {}", source.name))?;
-    if let Moved::Bytes(bytes) = moved {
-        block.filled(bytes);
-    }
-    Ok(moved)
 }

@@ -11,6 +11,7 @@
 
 use std::io;
 
+use super::balancer::Slots;
 use super::shard::Shard;
 use crate::os::pipe::{self, DEFAULT_SLOTS, LARGEST, ReadEnd, WriteEnd, slot};
 use crate::report;
@@ -28,12 +29,12 @@ const GOOD: usize = 1 << 20;
 
 /// Gives the shards' pipes the largest capacity that all of them can have while a third of the
 /// user's pages is left. Those that their readers have made larger are made smaller again.
-pub(super) fn even_out(pipes: &[&WriteEnd]) -> io::Result<()> {
+pub(super) fn even_out(pipes: &[(WriteEnd, String)]) -> io::Result<()> {
     let left = (pipe::user_pages() / 3 * slot()).clamp(PIPE_OF_CRIU, MOST_LEFT);
     let smallest = DEFAULT_SLOTS * slot();
     let mut bytes = LARGEST;
     loop {
-        for pipe in pipes {
+        for (pipe, _) in pipes {
             if pipe::slots(pipe)? * slot() > bytes {
                 // Refused to one that holds more than that.
                 let _ = pipe::resize(pipe, bytes);
@@ -43,16 +44,13 @@ pub(super) fn even_out(pipes: &[&WriteEnd]) -> io::Result<()> {
         let is_smallest = bytes <= smallest;
         if reserve.is_some() || is_smallest {
             let mut all_grown = true;
-            for pipe in pipes {
+            for (pipe, _) in pipes {
                 let is_grown = pipe::slots(pipe)? * slot() >= bytes;
                 all_grown &= is_grown || pipe::resize(pipe, bytes).is_ok();
             }
-            if all_grown {
+            if all_grown || is_smallest {
                 return Ok(());
             }
-        }
-        if is_smallest {
-            return Ok(());
         }
         bytes /= 2;
     }
@@ -68,8 +66,8 @@ pub(super) fn grow_source(pipe: &ReadEnd, slots: usize) -> io::Result<usize> {
 }
 
 /// Warns of the setting that keeps a shard's pipe small.
-pub(super) fn warn_of_small_pipe(shard: &Shard, slots: usize) {
-    let capacity = slots * slot();
+pub(super) fn warn_of_small_pipe(shard: &Shard) {
+    let capacity = shard.slots() * slot();
     if capacity >= GOOD {
         return;
     }

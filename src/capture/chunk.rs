@@ -60,20 +60,15 @@ impl Chunk {
         if slots >= self.slots {
             return;
         }
-        if slots == 0 {
-            self.shorten(slot - MARKERS);
+        // Bytes that are lent need not begin at a page.
+        let whole = slots.saturating_sub(usize::from(self.route == Route::Lent));
+        if whole == 0 {
             self.route = Route::Copied;
-        } else {
-            match self.route {
-                // The bytes need not begin at a page.
-                Route::Lent if slots > 1 => self.shorten((slots - 1) * slot),
-                Route::Lent => {
-                    self.shorten(slots * slot);
-                    self.route = Route::Copied;
-                }
-                Route::Direct | Route::Copied => self.shorten(slots * slot),
-            }
         }
+        self.shorten(match slots {
+            0 => slot - MARKERS,
+            _ => whole.max(1) * slot,
+        });
         self.slots = slots;
     }
 

@@ -34,10 +34,9 @@ const DISCARD: usize = 64 << 10;
 
 /// Prepares an external file.
 pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
-    let preparing = || format!("capturing {name}");
-    let slots = pipe::slots(&pipe).with_context(preparing)?;
-    let typed = pipe.as_fd().try_clone_to_owned().with_context(preparing)?;
-    let mut source = Source::new(name, pipe, slots, Owner::External)?;
+    let typed = pipe.as_fd().try_clone_to_owned();
+    let typed = typed.with_context(|| format!("capturing {name}"))?;
+    let mut source = Source::new(name, pipe, Owner::External)?;
     // The source has opened the pipe anew. A FIFO then tells nothing of writers that were gone
     // before.
     let events = poll(typed, PollFlags::empty(), PollTimeout::ZERO)?;
@@ -61,8 +60,7 @@ pub(super) fn file_of_criu(
             let pipe = ReadEnd::new(fd).with_context(|| {
                 format!("{} sent something wrong for {name}", connection.peer())
             })?;
-            let slots = pipe::slots(&pipe)?;
-            Source::new(name, pipe, slots, Owner::Criu).map(Some)
+            Source::new(name, pipe, Owner::Criu).map(Some)
         }
     }
 }

@@ -8,7 +8,7 @@
 use anyhow::{Context, Result};
 
 use super::CaptureLoop;
-use super::shard::{Flushed, Shard};
+use super::shard::Shard;
 use crate::os::poller::{Wait, Watched};
 use crate::pace::Pace;
 use crate::report::progress::Stats;
@@ -24,38 +24,30 @@ impl CaptureLoop<'_> {
         self.supervisor.check()?;
         let mut pace = Pace::new();
         // CRIU's hook waits for the end, and the application with it.
-        if self.caller.is_none() && self.copied.get() == 0 {
+        if self.request.caller.is_none() && self.request.counters.copied.get() == 0 {
             self.clock.enter(Phase::Written);
         }
+        let mut is_marked = false;
         loop {
-            // Before there is an end marker to be seen, no reader has seen it all.
-            self.check_readers(|_| false)?;
-            if self.image_writer.end_image()?.is_some() {
-                break;
-            }
+            self.check_readers(is_marked)?;
+            is_marked = is_marked || self.image_writer.end_image()?;
             // The queues take room as well.
             self.image_writer.flush()?;
+            let shards = self.image_writer.shards();
+            if is_marked && shards.iter().all(Shard::is_drained) {
+                break;
+            }
+            let are_behind = shards.iter().map(|shard| !shard.is_drained());
+            self.clock.wait(Waiting::ForShards, are_behind);
             pace.nap_longer();
         }
         self.image_writer.warn_of_late_shards();
-        while self.image_writer.flush()? == Flushed::Partly || !self.is_drained()? {
-            self.wait_for_readers(&mut pace)?;
-        }
         Ok(self.image_writer.stats(self.clock.times()))
     }
 
-    fn wait_for_readers(&mut self, pace: &mut Pace) -> Result<()> {
-        let shards = self.image_writer.shards().iter();
-        let is_behind = |shard: &Shard| !shard.is_drained().unwrap_or(true);
-        self.clock.wait(Waiting::ForShards, shards.map(is_behind));
-        pace.nap_longer();
-        // A reader may leave when it has seen the end marker; not while something is left for it.
-        self.check_readers(|shard| shard.is_drained().unwrap_or(false))
-    }
-
-    /// Fails when the reader of a shard has left for which `may_leave` is false, and when a signal
-    /// came.
-    fn check_readers(&mut self, may_leave: impl Fn(&Shard) -> bool) -> Result<()> {
+    /// Fails when a reader has left before it has seen the end marker and all that is left for it,
+    /// and when a signal came.
+    fn check_readers(&mut self, is_marked: bool) -> Result<()> {
         let mut events = Vec::new();
         self.supervisor
             .poller()
@@ -66,7 +58,7 @@ impl CaptureLoop<'_> {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard if event.hung_up => {
                     let shard = &self.image_writer.shards()[event.id as usize];
-                    if !may_leave(shard) {
+                    if !is_marked || !shard.is_drained() {
                         return Err(shard.reader_gone());
                     }
                 }
@@ -74,18 +66,5 @@ impl CaptureLoop<'_> {
             }
         }
         Ok(())
-    }
-
-    /// True when the readers have taken everything.
-    fn is_drained(&self) -> Result<bool> {
-        for shard in self.image_writer.shards() {
-            if !shard
-                .is_drained()
-                .with_context(|| format!("waiting for the reader of {}", shard.label()))?
-            {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 }

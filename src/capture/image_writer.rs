@@ -15,7 +15,7 @@ use super::balancer::{self, Choice, Patience, Placement, Slots};
 use super::buffer::Buffer;
 use super::capacity;
 use super::chunk::{Chunk, MARKER_SLOTS, Route};
-use super::shard::{Flushed, Shard};
+use super::shard::Shard;
 use super::source::{Activity, Source};
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
@@ -30,15 +30,6 @@ const LARGEST_UNALIGNED: u32 = 64 << 10;
 
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
-
-/// The shards that a chunk may go to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Among {
-    /// Data of a large file: any but the index.
-    Spread,
-    /// All else: the index, where there is one.
-    Rest,
-}
 
 /// An image that is being written.
 pub(super) struct ImageWriter {
@@ -59,7 +50,7 @@ impl ImageWriter {
     /// Writes to these shards, of which the last may be an index.
     pub(super) fn new(shards: Vec<Shard>, has_index: bool) -> Result<Self> {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
-        smallest.inspect(|shard| capacity::warn_of_small_pipe(shard, shard.slots()));
+        smallest.inspect(|shard| capacity::warn_of_small_pipe(shard));
         let smallest = smallest.map_or(1, |shard| shard.slots());
         let unit = (smallest * 7 / 16).min((smallest / 2).saturating_sub(MARKER_SLOTS));
         let unit = unit.max(1) * slot();
@@ -97,13 +88,8 @@ impl ImageWriter {
         mut chunk: Chunk,
         buffer: Option<&mut Buffer>,
     ) -> Result<Activity> {
-        let among = if source.is_spread() {
-            Among::Spread
-        } else {
-            Among::Rest
-        };
         let wanted = chunk.slots + MARKER_SLOTS;
-        let Some(Placement { shard, slots }) = self.place(among, wanted)? else {
+        let Some(Placement { shard, slots }) = self.place(source.is_spread(), wanted)? else {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
@@ -159,7 +145,7 @@ impl ImageWriter {
 
     /// Marks the end of a file that has nothing left.
     pub(super) fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
-        let Some(Placement { shard, .. }) = self.place(Among::Rest, MARKER_SLOTS)? else {
+        let Some(Placement { shard, .. }) = self.place(false, MARKER_SLOTS)? else {
             return Ok(Activity::NoRoom);
         };
         self.name_file(source, shard);
@@ -167,32 +153,27 @@ impl ImageWriter {
         Ok(Activity::Complete)
     }
 
-    /// Marks the end of the image, which [`ImageWriter::flush`] writes, and returns where; `None`
-    /// when no shard has room for the marker.
-    pub(super) fn end_image(&mut self) -> Result<Option<Placement>> {
-        let placement = self.place(Among::Rest, MARKER_SLOTS)?;
+    /// Marks the end of the image, which [`ImageWriter::flush`] writes. False when no shard has
+    /// room for the marker.
+    pub(super) fn end_image(&mut self) -> Result<bool> {
+        let placement = self.place(false, MARKER_SLOTS)?;
         if let Some(placement) = placement {
             self.mark(placement.shard, Body::ImageEnd);
         }
-        Ok(placement)
+        Ok(placement.is_some())
     }
 
-    fn place(&mut self, among: Among, wanted: usize) -> Result<Option<Placement>> {
-        let shards = &mut self.shards;
-        let mut skipped = 0;
-        let choice = match (self.index, among) {
-            (None, _) => balancer::choose(shards, wanted),
-            (Some(index), Among::Rest) => {
-                skipped = index;
-                balancer::choose(&mut shards[index..], wanted)
-            }
-            (Some(index), Among::Spread) => {
-                // The name of the file, and later its end, go to the index.
-                match balancer::choose(&mut shards[index..], MARKER_SLOTS) {
-                    Ok(Choice::To(_)) => balancer::choose(&mut shards[..index], wanted),
-                    no_room => no_room.map(|_| Choice::Full),
-                }
-            }
+    /// Finds a shard, which is the index, where there is one, unless the data is to be spread.
+    fn place(&mut self, is_spread: bool, wanted: usize) -> Result<Option<Placement>> {
+        let (others, index) = self.shards.split_at_mut(self.index.unwrap_or(0));
+        let is_spread = is_spread && !others.is_empty();
+        let skipped = if is_spread { 0 } else { others.len() };
+        let wanted_of_index = if is_spread { MARKER_SLOTS } else { wanted };
+        let choice = match balancer::choose(index, wanted_of_index) {
+            // The name of the file, and later its end, go to the index.
+            Ok(Choice::To(_)) if is_spread => balancer::choose(others, wanted),
+            Ok(_) if is_spread => Ok(Choice::Full),
+            choice => choice,
         };
         let placement = match choice.context("looking for a shard with room")? {
             Choice::To(placement) => {
@@ -255,18 +236,15 @@ impl ImageWriter {
         }
     }
 
-    /// Writes all that is queued, as far as the shards have room.
+    /// Writes all that is queued, as far as the shards have room. True if that was all.
     ///
     /// # Errors
     /// When a shard's reader is gone.
-    pub(super) fn flush(&mut self) -> Result<Flushed> {
-        let mut flushed = Flushed::All;
-        for shard in &mut self.shards {
-            if shard.flush()? == Flushed::Partly {
-                flushed = Flushed::Partly;
-            }
-        }
-        Ok(flushed)
+    pub(super) fn flush(&mut self) -> Result<bool> {
+        let shards = &mut self.shards;
+        shards
+            .iter_mut()
+            .try_fold(true, |all, shard| Ok(shard.flush()? && all))
     }
 
     /// Warns if the image waited for late shards.
@@ -320,7 +298,7 @@ mod tests {
         let written = pipe::write(&write, &pages).unwrap();
         assert_eq!(written, Moved::Bytes(pages.len()));
         let name = ImageName::new("pages-1.img").unwrap();
-        let mut source = Source::new(name, read, slots, Owner::Criu).unwrap();
+        let mut source = Source::new(name, read, Owner::Criu).unwrap();
         let Ready::Chunk(chunk) = source.inspect(None).unwrap() else {
             panic!("a full pipe is ready");
         };
@@ -345,7 +323,7 @@ mod tests {
             arrived.extend(&buffer[..bytes]);
             image_writer.flush().unwrap();
         }
-        assert_eq!(image_writer.flush().unwrap(), Flushed::All);
+        assert!(image_writer.flush().unwrap());
         assert!(arrived.ends_with(&pages[..moved]));
         assert!((1..slot() + 100).contains(&(arrived.len() - foreign - moved)));
     }
@@ -368,7 +346,7 @@ mod tests {
         let (read, write) = pipe::new().unwrap();
         let slots = pipe::grow(&read, pipe::LARGEST).unwrap();
         let name = ImageName::new("pages-1.img").unwrap();
-        let mut source = Source::new(name, read, slots, Owner::Criu).unwrap();
+        let mut source = Source::new(name, read, Owner::Criu).unwrap();
         let fill = || {
             for _ in 0..slots {
                 let (page, half) = pipe::new().unwrap();

@@ -44,7 +44,7 @@ use crate::os::descriptor::Direction;
 use crate::os::pipe::{LARGEST, WriteEnd};
 use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Pace;
-use crate::report::meter::{Counter, Counters, Meter};
+use crate::report::meter::{Counters, Meter};
 use crate::report::milestone;
 use crate::report::progress::{Progress, Stats};
 use crate::report::times::{Clock, Phase, Waiting};
@@ -52,7 +52,7 @@ use crate::supervision::{CHECK_INTERVAL, CriuCommand, Endpoint, Failure, Pumped,
 use buffer::Buffer;
 use dump::Dump;
 use image_writer::ImageWriter;
-use shard::{Flushed, Shard};
+use shard::Shard;
 use source::{Activity, Ready, Source};
 use stray_files::StrayFiles;
 
@@ -78,9 +78,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Capture<'a> {
     /// Where CRIU writes what it does not stream.
     pub(crate) images_dir: &'a Path,
-    pub(crate) listener: Listener,
-    /// The shards' pipes, with what error messages call them.
-    pub(crate) shards: Vec<(WriteEnd, String)>,
     /// The last of them is an index.
     pub(crate) has_index: bool,
     /// How much the buffer holds at most, in bytes, if there is to be one.
@@ -89,8 +86,9 @@ pub(crate) struct Capture<'a> {
     pub(crate) goes_on_when_copied: bool,
     /// The CRIU whose hook has started us, and calls at `post-dump`.
     pub(crate) caller: Option<String>,
-    /// A copy of inventory.img is left in the images directory.
+    /// A copy of inventory.img is left in the images directory when the dump is whole.
     pub(crate) leaves_inventory: bool,
+    /// Commands among them are started when the application is frozen.
     pub(crate) external_files: Vec<(ImageName, Endpoint)>,
     pub(crate) progress: &'a mut Progress,
     /// The command that runs CRIU, if we start it.
@@ -101,82 +99,72 @@ pub(crate) struct Capture<'a> {
 struct CaptureLoop<'a> {
     supervisor: &'a Supervisor,
     clients: Clients,
+    request: Capture<'a>,
     dump: Dump,
     stray_files: StrayFiles,
     /// `None`: the application's pages go to the shards.
     buffer: Option<Buffer>,
-    /// A CRIU that waits for the end may go on then.
-    goes_on_when_copied: bool,
-    /// The CRIU whose hook has started us, and when it has called.
-    caller: Option<String>,
+    /// When CRIU's hook has called.
     called: Option<Instant>,
-    /// A copy of inventory.img is to be left when the dump is whole.
-    leaves_inventory: bool,
     image_writer: ImageWriter,
     /// The most files that may be open before CRIU is left waiting with the next: it may be faster
     /// than the shards.
     most_open: usize,
     is_frozen: bool,
-    /// The commands of external files, until the application is frozen.
-    file_commands: Vec<(ImageName, Endpoint)>,
-    progress: &'a mut Progress,
-    files: Counter,
-    /// 1: all is in the buffer or in the image, and that was told.
-    copied: Counter,
     clock: Clock,
 }
 
 impl Capture<'_> {
     /// Captures one image, and returns how much passed through each shard. The clients'
-    /// socket keeps other streamers away until all is over.
+    /// socket keeps other streamers away until all is over. Error messages call the shards' pipes
+    /// by their labels.
     ///
     /// # Errors
     /// Whenever the image did not become complete.
-    pub(crate) fn run(self, supervisor: &Supervisor) -> Result<(Stats, Clients), Failure> {
-        let pipes: Vec<_> = self.shards.iter().map(|(pipe, _)| pipe).collect();
+    pub(crate) fn run(
+        mut self,
+        listener: Listener,
+        pipes: Vec<(WriteEnd, String)>,
+        supervisor: &Supervisor,
+    ) -> Result<(Stats, Clients), Failure> {
         capacity::even_out(&pipes).context("giving the shards the same capacity")?;
-        let mut shards = Vec::new();
-        for ((pipe, label), bytes) in self.shards.into_iter().zip(self.counters.shards) {
-            shards.push(Shard::new(pipe, label, Meter::new(bytes))?);
-        }
-        let clock = Clock::new(shards.len());
+        let counters = std::mem::take(&mut self.counters.shards);
+        let shards = pipes.into_iter().zip(counters);
+        let shards =
+            shards.map(|((pipe, label), bytes)| Shard::new(pipe, label, Meter::new(bytes)));
+        let shards = shards.collect::<Result<Vec<_>>>()?;
+        let external_files = std::mem::take(&mut self.external_files);
         let mut capture = CaptureLoop {
             supervisor,
-            clients: Clients::of(self.listener, 1, supervisor.poller())?,
+            clients: Clients::of(listener, 1, supervisor.poller())?,
             dump: Dump::default(),
             stray_files: StrayFiles::look(self.images_dir),
             buffer: self.buffer.map(Buffer::new),
-            goes_on_when_copied: self.goes_on_when_copied,
-            caller: self.caller,
             called: None,
-            leaves_inventory: self.leaves_inventory,
+            clock: Clock::new(shards.len()),
             image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
-            file_commands: Vec::new(),
-            progress: self.progress,
-            files: self.counters.files,
-            copied: self.counters.copied,
-            clock,
+            request: self,
         };
         for (id, shard) in (0..).zip(capture.image_writer.shards()) {
             let (kind, interest) = (Watched::Shard, Interest::Gone);
             let added = supervisor.poller().add(shard, kind, id, interest);
             added.context("preparing to wait for events")?;
         }
-        for (name, end) in self.external_files {
+        for (name, end) in external_files {
             capture.dump.expect_external(name.clone());
             match end {
                 Endpoint::Descriptor(_) => capture.open_external(name, end)?,
-                Endpoint::Command(_) => capture.file_commands.push((name, end)),
+                Endpoint::Command(_) => capture.request.external_files.push((name, end)),
             }
         }
-        capture.progress.reached(milestone::SOCKET_INIT);
-        supervisor.start_criu(self.criu, Direction::Out)?;
+        capture.request.progress.reached(milestone::SOCKET_INIT);
+        supervisor.start_criu(capture.request.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
         let captured = captured.map_err(|error| match capture.clients.have_left() {
             true => supervisor.explain_by_criu(error),
-            false if self.leaves_inventory && !capture.clients.have_come() => error.context(
+            false if capture.request.leaves_inventory && !capture.clients.have_come() => error.context(
                 "no CRIU has connected: one that an engine drives over RPC can stream only with pull requests 2536 and 3145, which no release has (see docs/kubernetes.md)",
             ),
             false => error,
@@ -264,7 +252,7 @@ impl CaptureLoop<'_> {
     /// Moves all data that can be moved, and returns how the busiest source fared.
     fn move_data(&mut self) -> Result<Activity> {
         let moved = self.round()?.max(self.feed_shards()?);
-        if moved < Activity::Busy && self.image_writer.flush()? == Flushed::Partly {
+        if moved < Activity::Busy && !self.image_writer.flush()? {
             return Ok(Activity::NoRoom);
         }
         Ok(moved)
@@ -279,11 +267,11 @@ impl CaptureLoop<'_> {
         self.clients.close_idle();
         self.dump.check()?;
         self.check_file_commands()?;
-        if self.leaves_inventory
+        if self.request.leaves_inventory
             && let Some(inventory) = self.dump.inventory()
         {
             self.stray_files.leave_inventory(inventory)?;
-            self.leaves_inventory = false;
+            self.request.leaves_inventory = false;
         }
         self.tell_when_copied()?;
         Ok(self.dump.is_complete()
@@ -297,10 +285,7 @@ impl CaptureLoop<'_> {
         let has_buffer = self.buffer.is_some();
         match heard.max(moved) {
             Activity::Idle if is_called => Wait::Now,
-            Activity::Idle => match self.clients.missed_by(self.supervisor.ended_criu()) {
-                Some(_) => Wait::Now,
-                None => Wait::Until(Instant::now() + CHECK_INTERVAL),
-            },
+            Activity::Idle => Wait::Until(Instant::now() + CHECK_INTERVAL),
             // CRIU does not wait for the shards, and is to be heard at once; unless it is known to
             // have something to say, and has too many files open.
             Activity::NoRoom if has_buffer && heard == Activity::Idle => pace.rest(),
@@ -370,7 +355,7 @@ impl CaptureLoop<'_> {
         for source in opened {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
-                self.progress.reached(milestone::CHECKPOINT_START);
+                self.request.progress.reached(milestone::CHECKPOINT_START);
                 self.clock.enter(Phase::Frozen);
                 self.start_file_commands()?;
             }
@@ -389,10 +374,10 @@ impl CaptureLoop<'_> {
     fn hear_call(&mut self, id: u64, caller: &str) {
         let connection = self.clients.take(id, self.supervisor.poller());
         if let Some(connection) = connection
-            && self.caller.as_deref() == Some(caller)
+            && self.request.caller.as_deref() == Some(caller)
         {
             self.called = Some(Instant::now());
-            self.progress.hook_connects(connection);
+            self.request.progress.hook_connects(connection);
             self.clients.refuse_others(self.supervisor.poller());
         }
     }
@@ -404,7 +389,7 @@ impl CaptureLoop<'_> {
 
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
     fn check_hook(&mut self) -> Result<()> {
-        match (&self.caller, self.called) {
+        match (&self.request.caller, self.called) {
             (None, _) => self.clients.stop_listening(),
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
@@ -421,7 +406,7 @@ impl CaptureLoop<'_> {
     }
 
     fn start_file_commands(&mut self) -> Result<()> {
-        let commands = std::mem::take(&mut self.file_commands);
+        let commands = std::mem::take(&mut self.request.external_files);
         let mut commands = commands.into_iter();
         commands.try_for_each(|(name, command)| self.open_external(name, command))
     }
@@ -436,7 +421,7 @@ impl CaptureLoop<'_> {
     /// Fails if a command of an external file will never be started, now that CRIU is gone: the
     /// file would be missing in the image.
     fn check_file_commands(&self) -> Result<()> {
-        match self.file_commands.first() {
+        match self.request.external_files.first() {
             None => Ok(()),
             Some((name, _)) => bail!(
                 "capturing {name}: its command was not started, since no application was frozen: leave out --ext-file-cmd where CRIU dumps none"
@@ -459,21 +444,21 @@ impl CaptureLoop<'_> {
         let has_all = self.buffer.is_some()
             && self.dump.open_files() == 0
             && self.supervisor.file_commands_have_succeeded();
-        if self.copied.get() > 0 || !self.is_frozen || !has_all {
+        if self.request.counters.copied.get() > 0 || !self.is_frozen || !has_all {
             return Ok(());
         }
         // An external file that could not be read looks like one that has ended.
         self.supervisor.check()?;
         self.stray_files.check()?;
-        self.copied.add(1);
+        self.request.counters.copied.add(1);
         if let Some(buffer) = &mut self.buffer {
             buffer.expect_no_more();
         }
-        if self.goes_on_when_copied {
+        if self.request.goes_on_when_copied {
             self.supervisor.let_caller_end();
         }
-        self.progress.reached(milestone::MEMORY_COPIED);
-        if self.goes_on_when_copied || self.caller.is_none() {
+        self.request.progress.reached(milestone::MEMORY_COPIED);
+        if self.request.goes_on_when_copied || self.request.caller.is_none() {
             self.clock.enter(Phase::Written);
         }
         Ok(())
@@ -514,7 +499,7 @@ impl CaptureLoop<'_> {
     /// A file is complete in the image, or does not count.
     fn complete(&mut self, source: &Source) {
         self.dump.remove(source);
-        self.files.add(1);
+        self.request.counters.files.add(1);
     }
 
     /// Moves what a source has, as far as the shards have room.

@@ -76,13 +76,6 @@ impl Content {
     }
 }
 
-/// How much of a queue was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Flushed {
-    All,
-    Partly,
-}
-
 /// The writing side of a shard.
 pub(super) struct Shard {
     pipe: WriteEnd,
@@ -100,22 +93,16 @@ pub(super) struct Shard {
 impl Shard {
     /// `label` names the shard in errors.
     pub(super) fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
-        let prepared = pipe.nonblocking().and_then(|pipe| {
-            let slots = pipe::slots(&pipe)?;
-            Self::measured(pipe, slots, label.clone(), meter)
-        });
-        prepared.with_context(|| format!("preparing {label}"))
-    }
-
-    fn measured(pipe: WriteEnd, slots: usize, label: String, meter: Meter) -> io::Result<Self> {
+        let preparing = || format!("preparing {label}");
+        let pipe = pipe.nonblocking().with_context(preparing)?;
         let mut shard = Self {
+            slots: pipe::slots(&pipe).with_context(preparing)?,
             pipe,
-            label,
-            slots,
             written: VecDeque::new(),
             free: 0,
             queue: Vec::new(),
             meter,
+            label,
         };
         shard.inspect()?;
         Ok(shard)
@@ -139,19 +126,16 @@ impl Shard {
         }
     }
 
-    /// Writes the queue as far as there is room.
+    /// Writes the queue as far as there is room. True if that was all.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn flush(&mut self) -> Result<Flushed> {
+    pub(super) fn flush(&mut self) -> Result<bool> {
         let mut queue = std::mem::take(&mut self.queue);
         let written = self.write(&queue)?;
         queue.drain(..written);
         self.queue = queue;
-        Ok(match self.queue.is_empty() {
-            true => Flushed::All,
-            false => Flushed::Partly,
-        })
+        Ok(self.queue.is_empty())
     }
 
     /// Writes as far as there is room, and returns how many bytes these were.
@@ -180,7 +164,7 @@ impl Shard {
     /// When the shard's reader is gone.
     pub(super) fn splice(&mut self, from: &ReadEnd, len: usize, slots: usize) -> Result<usize> {
         let mut bytes = 0;
-        if self.flush()? == Flushed::Partly {
+        if !self.flush()? {
             return Ok(bytes);
         }
         while bytes < len
@@ -200,7 +184,7 @@ impl Shard {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn lend(&mut self, memory: &[Sealed]) -> Result<usize> {
-        if self.flush()? == Flushed::Partly {
+        if !self.flush()? {
             return Ok(0);
         }
         let len: usize = memory.iter().map(|piece| piece.bytes().len()).sum();
@@ -217,7 +201,7 @@ impl Shard {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn copy_memory(&mut self, mut bytes: &[u8]) -> Result<()> {
-        if self.queue.len() + bytes.len() > LONG_QUEUE && self.flush()? == Flushed::All {
+        if self.queue.len() + bytes.len() > LONG_QUEUE && self.flush()? {
             bytes = &bytes[self.write(bytes)?..];
         }
         self.queue.extend_from_slice(bytes);
@@ -225,8 +209,8 @@ impl Shard {
     }
 
     /// True when the reader has taken everything.
-    pub(super) fn is_drained(&self) -> io::Result<bool> {
-        Ok(self.queue.is_empty() && pipe::available(&self.pipe)? == 0)
+    pub(super) fn is_drained(&self) -> bool {
+        self.queue.is_empty() && matches!(pipe::available(&self.pipe), Ok(0))
     }
 
     /// The bytes that passed through, and the time since the transfer's start.
@@ -329,7 +313,7 @@ mod tests {
             let write = write.nonblocking().unwrap();
             let meter = Meter::default();
             Self {
-                shard: Shard::measured(write, slots, "a shard".into(), meter).unwrap(),
+                shard: Shard::new(write, "a shard".into(), meter).unwrap(),
                 reader: read.nonblocking().unwrap(),
                 unread: VecDeque::new(),
             }

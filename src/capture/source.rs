@@ -115,13 +115,12 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// `slots` is the capacity of the pipe.
-    ///
     /// # Errors
     /// Where the pipe cannot be made non-blocking.
-    pub(super) fn new(name: ImageName, pipe: ReadEnd, slots: usize, owner: Owner) -> Result<Self> {
-        let pipe = pipe.nonblocking();
-        let pipe = pipe.with_context(|| format!("preparing to read {name}"))?;
+    pub(super) fn new(name: ImageName, pipe: ReadEnd, owner: Owner) -> Result<Self> {
+        let preparing = || format!("preparing to read {name}");
+        let pipe = pipe.nonblocking().with_context(preparing)?;
+        let slots = pipe::slots(&pipe).with_context(preparing)?;
         let is_of_criu = owner == Owner::Criu;
         let is_pages = is_of_criu && files::is_pages(name.as_str());
         let framing = is_of_criu.then(|| Framing::of(name.as_str())).flatten();
@@ -322,7 +321,7 @@ mod tests {
     fn source() -> (Source, pipe::WriteEnd) {
         let name = ImageName::new("pages-1.img").unwrap();
         let (read, write) = pipe::new().unwrap();
-        let source = Source::new(name, read, DEFAULT_SLOTS, Owner::Criu).unwrap();
+        let source = Source::new(name, read, Owner::Criu).unwrap();
         (source, write.nonblocking().unwrap())
     }
 
@@ -374,7 +373,7 @@ mod tests {
     fn a_file_that_is_no_page_file_is_collected_until_its_end() {
         let (read, write) = pipe::new().unwrap();
         let name = ImageName::new("route-9.img").unwrap();
-        let mut source = Source::new(name, read, DEFAULT_SLOTS, Owner::Criu).unwrap();
+        let mut source = Source::new(name, read, Owner::Criu).unwrap();
         for _ in 0..3 {
             pipe::write(&write, b"abc").unwrap();
             assert_eq!(source.inspect(None).unwrap(), Ready::Filling);

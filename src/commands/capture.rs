@@ -19,8 +19,6 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let shards = shards.collect::<Result<_>>()?;
     let captured = Capture {
         images_dir: &plan.images_dir,
-        listener,
-        shards,
         has_index: plan.args.index,
         buffer: plan.args.buffer,
         goes_on_when_copied: plan.args.go_on_when_copied,
@@ -31,7 +29,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
         criu: plan.criu.as_ref(),
         counters: session.counters.clone(),
     }
-    .run(supervisor);
+    .run(listener, shards, supervisor);
     let (stats, _socket) = supervisor.conclude(captured)?;
     session.report(&mut plan.progress, &stats);
     Ok(())
