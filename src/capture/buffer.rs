@@ -27,7 +27,7 @@ use super::chunk::{Chunk, Route, slots_of};
 use super::prefault::Prefault;
 use super::source::{Activity, LARGEST_COPIED, Source};
 use crate::os::memory;
-use crate::os::pipe::{self, Moved, slot};
+use crate::os::pipe::{self, slot};
 use crate::store::{Arena, Block, Extent};
 
 /// The size of the buffer however scarce memory is, in bytes, unless less is asked for.
@@ -50,8 +50,8 @@ pub(super) struct Buffer {
     /// The block that is being filled.
     block: Option<Block>,
     size: usize,
-    /// A file that was to be copied has found no room.
-    has_been_full: bool,
+    /// CRIU has had to wait for room: the shards should be fed although it has more.
+    pub(super) has_been_full: bool,
     /// By the numbers of their sources, and so in the order in which these were opened.
     files: BTreeMap<u64, Rest>,
 }
@@ -78,11 +78,6 @@ impl Buffer {
     pub(super) fn expect_no_more(&mut self) {
         self.prefault = None;
         self.block = None;
-    }
-
-    /// True if CRIU has had to wait for room: the shards should be fed although it has more.
-    pub(super) fn has_been_full(&self) -> bool {
-        self.has_been_full
     }
 
     /// Bytes that may still be taken.
@@ -113,22 +108,16 @@ impl Buffer {
         let mut left = available;
         while left > 0 {
             match self.read(source, left.min(READ))? {
-                Some(Moved::Bytes(bytes)) => left -= bytes,
-                Some(Moved::WouldBlock | Moved::End) => return Err(source.ended_early(left)),
-                None => {
-                    self.has_been_full = true;
-                    if left == available {
-                        return Ok(Activity::NoRoom);
-                    }
-                    break;
-                }
+                0 if left == available => return Ok(Activity::NoRoom),
+                0 => break,
+                bytes => left -= bytes,
             }
         }
         Ok(Activity::Busy)
     }
 
-    /// Reads up to `len` bytes from a source, if there is room for any.
-    fn read(&mut self, source: &mut Source, len: usize) -> Result<Option<Moved>> {
+    /// Reads up to `len` bytes from a source, which has them; none where there is no room.
+    fn read(&mut self, source: &mut Source, len: usize) -> Result<usize> {
         if self.block.as_ref().is_none_or(Block::is_full) {
             self.block = self.prefault.as_ref().and_then(Prefault::take);
             if self.block.is_none() {
@@ -137,17 +126,22 @@ impl Buffer {
             self.ask_for_pages();
         }
         let Some(block) = &mut self.block else {
-            return Ok(None);
+            self.has_been_full = true;
+            return Ok(0);
         };
         let unfilled = block.unfilled();
         let len = unfilled.len().min(len);
-        let moved = pipe::read(source.pipe(), &mut unfilled[..len])
-            .with_context(|| format!("capturing {}", source.name))?;
-        block.filled(moved.bytes());
+        let bytes = pipe::read(source.pipe(), &mut unfilled[..len])
+            .with_context(|| format!("capturing {}", source.name))?
+            .bytes();
+        if bytes == 0 {
+            return Err(source.ended_early(len));
+        }
+        block.filled(bytes);
         let extent = block.take_filled();
         source.copied(extent.bytes());
         self.push(source.id, extent);
-        Ok(Some(moved))
+        Ok(bytes)
     }
 
     /// Memory that is not populated, if there is room.

@@ -71,18 +71,14 @@ pub(super) fn warn_of_small_pipe(shard: &Shard) {
     if capacity >= GOOD {
         return;
     }
-    let holds = format!(
-        "{} holds only {} KiB, which makes the capture slow",
+    let help = if pipe::max_size() < GOOD {
+        format!("raise /proc/sys/fs/pipe-max-size to {GOOD}")
+    } else {
+        "all pipes of a user share the pages of /proc/sys/fs/pipe-user-pages-soft, of which CRIU needs some; raise it (0 is no limit), or use fewer shards".into()
+    };
+    report::warn(format_args!(
+        "{} holds only {} KiB, which makes the capture slow: {help}",
         shard.label(),
         capacity >> 10
-    );
-    if pipe::max_size() < GOOD {
-        report::warn(format_args!(
-            "{holds}: raise /proc/sys/fs/pipe-max-size to {GOOD}"
-        ));
-    } else {
-        report::warn(format_args!(
-            "{holds}: all pipes of a user share the pages of /proc/sys/fs/pipe-user-pages-soft, of which CRIU needs some; raise it (0 is no limit), or use fewer shards"
-        ));
-    }
+    ));
 }

@@ -70,7 +70,8 @@ pub(super) fn file_of_criu(
 pub(super) struct Dump {
     sources: HashMap<u64, Source>,
     by_name: HashMap<ImageName, u64>,
-    external_names: Vec<ImageName>,
+    /// Names of external files, which may come later.
+    pub(super) external_names: Vec<ImageName>,
     next_id: u64,
     /// The sources that have something to do.
     busy: Vec<u64>,
@@ -85,11 +86,6 @@ pub(super) struct Dump {
 }
 
 impl Dump {
-    /// Announces an external file of this name.
-    pub(super) fn expect_external(&mut self, name: ImageName) {
-        self.external_names.push(name);
-    }
-
     /// Starts a file. One of the same name that is not complete yet is replaced by it.
     ///
     /// # Errors

@@ -9,12 +9,13 @@
 //! inventory that does not begin with CRIU's magic comes from a program of which nothing is known,
 //! and then no other file is asked for either.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Result, bail, ensure};
 
 use super::source::Source;
 use crate::criu::files::{CPUINFO, INVENTORY, OPEN_FILES, TREE};
+use crate::criu::framing::Framing;
 
 /// The end of each error, behind the part that is missing.
 const INCOMPLETE: &str =
@@ -23,8 +24,8 @@ const INCOMPLETE: &str =
 /// The files of CRIU's that have ended.
 #[derive(Debug, Default)]
 pub(super) struct DumpCheck {
-    names: BTreeSet<String>,
-    defects: BTreeMap<String, &'static str>,
+    /// By their names, with a defect of their framing.
+    files: BTreeMap<String, Option<&'static str>>,
     /// The inventory is not of the CRIU that is known.
     is_foreign: bool,
     inventory: Vec<u8>,
@@ -36,16 +37,15 @@ impl DumpCheck {
     /// Records a file of CRIU's that has ended.
     pub(super) fn record(&mut self, source: &Source) {
         let name = source.name.as_str();
-        self.defects.remove(name);
-        if let Some(framing) = source.framing() {
-            self.defects
-                .extend(framing.defect().map(|defect| (name.to_owned(), defect)));
-            if name == INVENTORY {
-                self.is_foreign = framing.is_foreign();
-                self.inventory = framing.kept().to_vec();
-            }
+        let framing = source.framing();
+        if let Some(framing) = framing
+            && name == INVENTORY
+        {
+            self.is_foreign = framing.is_foreign();
+            self.inventory = framing.kept().to_vec();
         }
-        self.names.insert(name.to_owned());
+        let defect = framing.and_then(Framing::defect);
+        self.files.insert(name.to_owned(), defect);
     }
 
     /// The contents of inventory.img.
@@ -55,8 +55,8 @@ impl DumpCheck {
 
     /// Fails unless the files are a whole image.
     pub(super) fn check(&self) -> Result<()> {
-        let is_here = |name: &str| self.names.contains(name) && !self.defects.contains_key(name);
-        if self.is_of_cpuinfo && is_here(CPUINFO) && self.names.len() == 1 {
+        let is_here = |name: &str| self.files.get(name) == Some(&None);
+        if self.is_of_cpuinfo && is_here(CPUINFO) && self.files.len() == 1 {
             return Ok(());
         }
         ensure!(
@@ -66,10 +66,12 @@ impl DumpCheck {
         if self.is_foreign {
             return Ok(());
         }
-        if let Some((name, defect)) = self.defects.iter().next() {
-            bail!(
-                "capturing the image: {name} {defect}, so CRIU was killed or failed before it had written all of its files; {INCOMPLETE}"
-            );
+        for (name, defect) in &self.files {
+            if let Some(defect) = defect {
+                bail!(
+                    "capturing the image: {name} {defect}, so CRIU was killed or failed before it had written all of its files; {INCOMPLETE}"
+                );
+            }
         }
         ensure!(
             is_here(TREE),
@@ -79,11 +81,8 @@ impl DumpCheck {
             is_here(OPEN_FILES),
             "capturing the image: CRIU sent no {OPEN_FILES}, the open files; {INCOMPLETE}"
         );
-        let of_memory = self
-            .names
-            .iter()
-            .filter_map(|name| name.strip_prefix("mm-"));
-        for process in of_memory {
+        let names = self.files.keys();
+        for process in names.filter_map(|name| name.strip_prefix("mm-")) {
             ensure!(
                 is_here(&format!("pagemap-{process}")),
                 "capturing the image: CRIU sent no pagemap-{process}, and so none of the memory that mm-{process} describes: it went elsewhere (--page-server), or CRIU failed; {INCOMPLETE}"

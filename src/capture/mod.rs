@@ -133,7 +133,6 @@ impl Capture<'_> {
         let shards =
             shards.map(|((pipe, label), bytes)| Shard::new(pipe, label, Meter::new(bytes)));
         let shards = shards.collect::<Result<Vec<_>>>()?;
-        let external_files = std::mem::take(&mut self.external_files);
         let mut capture = CaptureLoop {
             supervisor,
             clients: Clients::of(listener, 1, supervisor.poller())?,
@@ -152,13 +151,9 @@ impl Capture<'_> {
             let added = supervisor.poller().add(shard, kind, id, interest);
             added.context("preparing to wait for events")?;
         }
-        for (name, end) in external_files {
-            capture.dump.expect_external(name.clone());
-            match end {
-                Endpoint::Descriptor(_) => capture.open_external(name, end)?,
-                Endpoint::Command(_) => capture.request.external_files.push((name, end)),
-            }
-        }
+        let names = capture.request.external_files.iter();
+        capture.dump.external_names = names.map(|(name, _)| name.clone()).collect();
+        capture.open_external_files()?;
         capture.request.progress.reached(milestone::SOCKET_INIT);
         supervisor.start_criu(capture.request.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
@@ -169,15 +164,12 @@ impl Capture<'_> {
             ),
             false => error,
         });
-        let CaptureLoop {
-            clients,
-            dump,
-            image_writer,
-            ..
-        } = capture;
         match captured {
-            Ok(stats) => Ok((stats, clients)),
-            Err(error) => Err(Failure::new(error, (clients, dump, image_writer))),
+            Ok(stats) => Ok((stats, capture.clients)),
+            Err(error) => {
+                let kept = (capture.clients, capture.dump, capture.image_writer);
+                Err(Failure::new(error, kept))
+            }
         }
     }
 }
@@ -241,7 +233,26 @@ impl CaptureLoop<'_> {
         {
             return Err(self.stray_files.why_missed(command));
         }
-        let activity = self.handle(events)?;
+        let mut activity = Activity::Idle;
+        for event in events {
+            match event.kind {
+                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
+                Watched::Listener => self.clients.accept(self.supervisor.poller())?,
+                Watched::Client => activity = activity.max(self.take_requests(event.id)?),
+                Watched::Source => {
+                    if event.hung_up {
+                        self.dump.writer_gone(event.id);
+                    }
+                    self.dump.wake(event.id);
+                }
+                Watched::Shard => {
+                    if event.hung_up {
+                        return Err(self.image_writer.shards()[event.id as usize].reader_gone());
+                    }
+                }
+                Watched::External | Watched::Transfer | Watched::Memory => {}
+            }
+        }
         self.clients.check_grace()?;
         if !self.is_frozen {
             self.stray_files.check_unconnected()?;
@@ -251,7 +262,11 @@ impl CaptureLoop<'_> {
 
     /// Moves all data that can be moved, and returns how the busiest source fared.
     fn move_data(&mut self) -> Result<Activity> {
-        let moved = self.round()?.max(self.feed_shards()?);
+        let mut moved = Activity::Idle;
+        for id in self.dump.take_round() {
+            moved = moved.max(self.turn(id)?);
+        }
+        moved = moved.max(self.feed_shards()?);
         if moved < Activity::Busy && !self.image_writer.flush()? {
             return Ok(Activity::NoRoom);
         }
@@ -296,31 +311,6 @@ impl CaptureLoop<'_> {
         }
     }
 
-    /// Acts on events. Busy: files were added; no room: they have to wait until others have ended.
-    fn handle(&mut self, events: &[Event]) -> Result<Activity> {
-        let mut activity = Activity::Idle;
-        for event in events {
-            match event.kind {
-                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Listener => self.clients.accept(self.supervisor.poller())?,
-                Watched::Client => activity = activity.max(self.take_requests(event.id)?),
-                Watched::Source => {
-                    if event.hung_up {
-                        self.dump.writer_gone(event.id);
-                    }
-                    self.dump.wake(event.id);
-                }
-                Watched::Shard => {
-                    if event.hung_up {
-                        return Err(self.image_writer.shards()[event.id as usize].reader_gone());
-                    }
-                }
-                Watched::External | Watched::Transfer | Watched::Memory => {}
-            }
-        }
-        Ok(activity)
-    }
-
     /// Takes the files that a client sends. One that breaks the protocol before it has sent any is
     /// dropped; a later violation means that the image cannot be trusted.
     fn take_requests(&mut self, id: u64) -> Result<Activity> {
@@ -357,7 +347,7 @@ impl CaptureLoop<'_> {
                 self.is_frozen = true;
                 self.request.progress.reached(milestone::CHECKPOINT_START);
                 self.clock.enter(Phase::Frozen);
-                self.start_file_commands()?;
+                self.open_external_files()?;
             }
             self.open(source)?;
             activity = Activity::Busy;
@@ -405,17 +395,18 @@ impl CaptureLoop<'_> {
         Ok(())
     }
 
-    fn start_file_commands(&mut self) -> Result<()> {
-        let commands = std::mem::take(&mut self.request.external_files);
-        let mut commands = commands.into_iter();
-        commands.try_for_each(|(name, command)| self.open_external(name, command))
-    }
-
-    fn open_external(&mut self, name: ImageName, end: Endpoint) -> Result<()> {
-        let pipe = self
-            .supervisor
-            .source(end, name.as_str(), Pumped::ExternalFile)?;
-        self.open(dump::external_file(name, pipe)?)
+    /// Opens the external files; those of commands once the application is frozen.
+    fn open_external_files(&mut self) -> Result<()> {
+        let is_due =
+            |(_, end): &mut (_, _)| self.is_frozen || matches!(end, Endpoint::Descriptor(_));
+        let due = self.request.external_files.extract_if(.., is_due);
+        for (name, end) in due.collect::<Vec<_>>() {
+            let pipe = self
+                .supervisor
+                .source(end, name.as_str(), Pumped::ExternalFile)?;
+            self.open(dump::external_file(name, pipe)?)?;
+        }
+        Ok(())
     }
 
     /// Fails if a command of an external file will never be started, now that CRIU is gone: the
@@ -464,15 +455,6 @@ impl CaptureLoop<'_> {
         Ok(())
     }
 
-    /// Gives a turn to each source that has something to do, and returns how the busiest fared.
-    fn round(&mut self) -> Result<Activity> {
-        let mut busiest = Activity::Idle;
-        for id in self.dump.take_round() {
-            busiest = busiest.max(self.turn(id)?);
-        }
-        Ok(busiest)
-    }
-
     /// One turn of a source: what it has goes to the buffer, or else to the shards.
     fn turn(&mut self, id: u64) -> Result<Activity> {
         let Some(mut source) = self.dump.take(id) else {
@@ -504,38 +486,29 @@ impl CaptureLoop<'_> {
 
     /// Moves what a source has, as far as the shards have room.
     fn advance(&mut self, source: &mut Source) -> Result<Activity> {
-        let mut chunks = 0;
-        loop {
-            match source.inspect(self.image_writer.unit())? {
-                Ready::Empty => return Ok(Activity::Idle),
-                Ready::Filling => return Ok(Activity::Busy),
-                Ready::Ended => return self.image_writer.end_file(source),
-                Ready::Chunk(chunk) => {
-                    let activity = self.image_writer.give(source, chunk, None)?;
-                    chunks += 1;
-                    if activity != Activity::Busy
-                        || (chunks >= CHUNKS_PER_TURN && !source.has_ended)
-                    {
-                        return Ok(activity);
-                    }
-                }
+        for _ in 0..CHUNKS_PER_TURN {
+            let activity = match source.inspect(self.image_writer.unit())? {
+                Ready::Empty => Activity::Idle,
+                Ready::Filling => break,
+                Ready::Ended => self.image_writer.end_file(source)?,
+                Ready::Chunk(chunk) => self.image_writer.give(source, chunk, None)?,
+            };
+            if activity != Activity::Busy {
+                return Ok(activity);
             }
         }
+        Ok(Activity::Busy)
     }
 
     /// Gives the shards what the buffer holds, as far as they have room.
     fn feed_shards(&mut self) -> Result<Activity> {
         let mut activity = Activity::Idle;
-        for _ in 0..PIECES_PER_TURN {
-            let Some(buffer) = &mut self.buffer else {
-                break;
-            };
-            if self.dump.criu_has_open_files() && !buffer.has_been_full() {
-                break;
-            }
-            let Some(id) = buffer.next() else {
-                break;
-            };
+        let mut pieces = 0..PIECES_PER_TURN;
+        while let Some(buffer) = &mut self.buffer
+            && (buffer.has_been_full || !self.dump.criu_has_open_files())
+            && let Some(id) = buffer.next()
+            && pieces.next().is_some()
+        {
             let Some(source) = self.dump.source_mut(id) else {
                 buffer.remove(id);
                 continue;

@@ -26,12 +26,8 @@ pub(super) struct Prefault {
 }
 
 impl Prefault {
-    /// For a buffer of `size` bytes. `None` where it is too small, or there can be no thread.
+    /// For a buffer of `size` bytes. `None` where there can be no thread.
     pub(super) fn start(size: usize) -> Option<Self> {
-        let most = (size / 4).min(MOST) / BLOCK;
-        if most == 0 {
-            return None;
-        }
         let (blocks, unpopulated) = unbounded::<Block>();
         let (populated, ready) = unbounded();
         let populate = move || {
@@ -47,7 +43,7 @@ impl Prefault {
         Some(Self {
             blocks,
             ready,
-            most,
+            most: (size / 4).min(MOST) / BLOCK,
         })
     }
 

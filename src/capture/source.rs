@@ -260,18 +260,15 @@ impl Source {
     /// a unit, its end is marked later, whether or not it is known.
     fn chunk(&self, available: usize, left: Option<usize>) -> Chunk {
         let mut bytes = left.map_or(available, |left| left.min(available));
-        let is_small = bytes <= LARGEST_COPIED.max(slot());
-        if !is_small {
+        let mut route = Route::Copied;
+        if bytes > LARGEST_COPIED.max(slot()) {
             bytes -= bytes % slot();
+            route = Route::Direct;
         }
         let is_last = self.has_ended && bytes == available && left != Some(bytes);
-        let copied = Chunk::copied(bytes, is_last);
-        match is_small {
-            true => copied,
-            false => Chunk {
-                route: Route::Direct,
-                ..copied
-            },
+        Chunk {
+            route,
+            ..Chunk::copied(bytes, is_last)
         }
     }
 
