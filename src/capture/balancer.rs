@@ -166,13 +166,13 @@ fn emptiest<S: Slots>(
 }
 
 /// How long shards that are ahead may still be left to wait.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Patience {
     /// For those that are ahead, in nanoseconds: half of the time in which none waits. Less than
     /// none, when the caller looked away for longer than it lasted.
     left: i64,
-    /// For those that are far ahead.
-    late: Duration,
+    /// The time for which those that are far ahead were left to wait.
+    spent_on_late: Duration,
     as_of: Option<Instant>,
     waits: Waits,
     /// When a chunk was held back first, if none was given to a shard behind since.
@@ -180,24 +180,13 @@ pub(super) struct Patience {
 }
 
 /// The reason why an empty shard waits while a chunk is held back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Waits {
     /// None is empty.
+    #[default]
     No,
     ForOthers,
     ForLateOnes,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            left: 0,
-            late: Self::LATE,
-            as_of: None,
-            waits: Waits::No,
-            held_since: None,
-        }
-    }
 }
 
 impl Patience {
@@ -216,7 +205,7 @@ impl Patience {
         let held_since = *self.held_since.get_or_insert(now);
         let is_short = now.saturating_duration_since(held_since) < Self::LONGEST;
         let lasts = self.left > 0 && is_short;
-        let lasts_longer = is_far && self.late > Duration::ZERO;
+        let lasts_longer = is_far && self.spent_on_late < Self::LATE;
         self.waits = match (lasts, lasts_longer) {
             (true, _) if is_waiting => Waits::ForOthers,
             (false, true) => Waits::ForLateOnes,
@@ -227,7 +216,7 @@ impl Patience {
 
     /// The time for which late shards were waited for.
     pub(super) fn spent_on_late(&self) -> Duration {
-        Self::LATE - self.late
+        self.spent_on_late
     }
 
     /// No shard has room, so that none is left to wait.
@@ -253,7 +242,7 @@ impl Patience {
                 self.left = (self.left + nanos / 2).min(Self::LONGEST.as_nanos() as i64);
             }
             Waits::ForOthers => self.left -= nanos,
-            Waits::ForLateOnes => self.late = self.late.saturating_sub(passed),
+            Waits::ForLateOnes => self.spent_on_late += passed,
         }
     }
 }

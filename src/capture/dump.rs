@@ -107,7 +107,7 @@ impl Dump {
             source.restarts = replaced.is_named || replaced.restarts;
             replaced.is_replaced = true;
             if replaced.is_open() {
-                self.wake(earlier);
+                self.wake(earlier, false);
             } else {
                 self.sources.remove(&earlier);
             }
@@ -130,28 +130,22 @@ impl Dump {
         self.sources.is_empty()
     }
 
-    /// Gives a source a turn, as something has changed about its pipe.
-    pub(super) fn wake(&mut self, id: u64) {
-        if let Some(source) = self.sources.get_mut(&id)
-            && !source.is_queued
-            && source.is_open()
-        {
-            source.is_queued = true;
-            self.busy.push(id);
+    /// Gives a source a turn, as something has changed about its pipe, which holds the last of it
+    /// if it has ended.
+    pub(super) fn wake(&mut self, id: u64, has_ended: bool) {
+        if let Some(source) = self.sources.get_mut(&id) {
+            source.has_ended |= has_ended;
+            if !source.is_queued && source.is_open() {
+                source.is_queued = true;
+                self.busy.push(id);
+            }
         }
     }
 
     /// Gives all sources a turn.
     pub(super) fn wake_all(&mut self) {
         for id in self.sources.keys().copied().collect::<Vec<_>>() {
-            self.wake(id);
-        }
-    }
-
-    /// Notes that a source's pipe holds the last of it.
-    pub(super) fn writer_gone(&mut self, id: u64) {
-        if let Some(source) = self.sources.get_mut(&id) {
-            source.has_ended = true;
+            self.wake(id, false);
         }
     }
 

@@ -122,17 +122,16 @@ impl Capture<'_> {
     /// # Errors
     /// Whenever the image did not become complete.
     pub(crate) fn run(
-        mut self,
+        self,
         listener: Listener,
         pipes: Vec<(WriteEnd, String)>,
         supervisor: &Supervisor,
     ) -> Result<(Stats, Clients), Failure> {
         capacity::even_out(&pipes).context("giving the shards the same capacity")?;
-        let counters = std::mem::take(&mut self.counters.shards);
-        let shards = pipes.into_iter().zip(counters);
-        let shards =
-            shards.map(|((pipe, label), bytes)| Shard::new(pipe, label, Meter::new(bytes)));
-        let shards = shards.collect::<Result<Vec<_>>>()?;
+        let mut shards = Vec::new();
+        for ((pipe, label), bytes) in pipes.into_iter().zip(&self.counters.shards) {
+            shards.push(Shard::new(pipe, label, Meter::new(bytes.clone()))?);
+        }
         let mut capture = CaptureLoop {
             supervisor,
             clients: Clients::of(listener, 1, supervisor.poller())?,
@@ -157,20 +156,16 @@ impl Capture<'_> {
         capture.request.progress.reached(milestone::SOCKET_INIT);
         supervisor.start_criu(capture.request.criu, Direction::Out)?;
         let captured = capture.receive_files().and_then(|()| capture.finish());
-        let captured = captured.map_err(|error| match capture.clients.have_left() {
-            true => supervisor.explain_by_criu(error),
-            false if capture.request.leaves_inventory && !capture.clients.have_come() => error.context(
+        let error = match captured {
+            Ok(stats) => return Ok((stats, capture.clients)),
+            Err(error) if capture.clients.have_left() => supervisor.explain_by_criu(error),
+            Err(error) if capture.request.leaves_inventory && !capture.clients.have_come() => error.context(
                 "no CRIU has connected: one that an engine drives over RPC can stream only with pull requests 2536 and 3145, which no release has (see docs/kubernetes.md)",
             ),
-            false => error,
-        });
-        match captured {
-            Ok(stats) => Ok((stats, capture.clients)),
-            Err(error) => {
-                let kept = (capture.clients, capture.dump, capture.image_writer);
-                Err(Failure::new(error, kept))
-            }
-        }
+            Err(error) => error,
+        };
+        let kept = (capture.clients, capture.dump, capture.image_writer);
+        Err(Failure::new(error, kept))
     }
 }
 
@@ -239,18 +234,11 @@ impl CaptureLoop<'_> {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Listener => self.clients.accept(self.supervisor.poller())?,
                 Watched::Client => activity = activity.max(self.take_requests(event.id)?),
-                Watched::Source => {
-                    if event.hung_up {
-                        self.dump.writer_gone(event.id);
-                    }
-                    self.dump.wake(event.id);
+                Watched::Source => self.dump.wake(event.id, event.hung_up),
+                Watched::Shard if event.hung_up => {
+                    return Err(self.image_writer.shards()[event.id as usize].reader_gone());
                 }
-                Watched::Shard => {
-                    if event.hung_up {
-                        return Err(self.image_writer.shards()[event.id as usize].reader_gone());
-                    }
-                }
-                Watched::External | Watched::Transfer | Watched::Memory => {}
+                _ => {}
             }
         }
         self.clients.check_grace()?;
