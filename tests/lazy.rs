@@ -140,9 +140,10 @@ fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
         // Its PID in the image, without the userfaultfd that comes next.
         let mut process = Command::new("sh");
         process
-            .args(["-c", r"printf '\7\0\0\0' >&0; echo; exec sleep 1000"])
+            .args(["-c", r"printf '\7\0\0\0' >&0; echo; exec sleep 100"])
             .stdin(OwnedFd::from(daemon))
-            .stdout(Stdio::piped());
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut process = process.spawn().expect("a process");
         let mut has_sent = process.stdout.take().expect("its output");
         has_sent.read_exact(&mut [0]).expect("a line");
