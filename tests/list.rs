@@ -107,25 +107,6 @@ fn without_a_standard_output_the_exit_status_is_the_answer() {
 }
 
 #[test]
-fn of_a_file_sent_twice_the_last_one_counts() {
-    let image = image::Shard::new()
-        .filename(0, "a.img")
-        .data(1, &[1; 100])
-        .file_eof(2)
-        .filename(3, "a.img")
-        .data(4, &[3; 70_000])
-        .filename(5, "b.img")
-        .file_eof(6)
-        .filename(7, "a.img")
-        .data(8, &[3; 7])
-        .file_eof(9)
-        .inventory_and_end(10);
-    let (exit, listed) = list(Streamer::list(), &[image.bytes]);
-    exit.expect_success();
-    assert_eq!(listed, "70007\ta.img\n0\tb.img\n9\tinventory.img\n");
-}
-
-#[test]
 fn a_name_takes_one_line_whatever_is_in_it() {
     let image = image::Shard::new()
         .filename(0, "a\n5\tb\u{1b}[31m é")

@@ -143,16 +143,3 @@ fn an_application_that_goes_on_survives_the_failure_of_its_image() {
     }
     application.is_unharmed();
 }
-
-#[test]
-fn a_failure_after_criu_has_gone_on_is_in_the_outcome() {
-    let Some(machine) = machine() else { return };
-    let application = machine.start("memory=20");
-    let upload = "head -c 100000 >app.image; until [ -e gone-on ]; do sleep 0.05; done; exit 7";
-    let failed = "grep 'failed with exit status 7' images/streamer-capture.outcome\n";
-    let dump = dump_through_hook(upload) + failed;
-    application.run(&dump).success();
-    application.goes_on();
-    application.run(EXTRACT).failure();
-    application.is_unharmed();
-}

@@ -76,38 +76,6 @@ fn an_application_survives_the_end_of_the_shards_reader_at_any_moment() {
     application.is_unharmed();
 }
 
-/// The streamer ends while CRIU still dumps, as CRIU's own hook sees, and the dump is none the
-/// worse for it.
-#[test]
-fn a_forgotten_stream_is_told_of_at_once_and_does_not_harm_the_dump() {
-    let Some(machine) = machine() else { return };
-    let application = machine.start("memory=20 tree=1x1 threads=1");
-    let before = application.goes_on();
-    let script = r#"
-mkdir images; mkfifo ready
-criu-image-streamer --images-dir images --progress-fd 3 capture 3>ready >app.image & streamer=$!
-grep -q -m1 socket-init ready
-cat >hook <<END
-#!/bin/bash
-[ \$CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0
-for i in {1..100}; do [ -e $PWD/images/streamer-capture.sock ] || { touch $PWD/gone; exit 0; }; sleep 0.05; done
-exit 1
-END
-chmod +x hook
-criu dump --images-dir images --tree $PID --action-script "$PWD/hook"
-touch dumped
-wait $streamer
-"#;
-    let said = application.run(script).failure().stderr();
-    assert!(said.contains("--stream was probably forgotten"), "{said}");
-    assert!(machine.path("gone").exists() && machine.path("dumped").exists());
-    application.is_gone();
-    application.run(EXTRACT).failure();
-    let restore = "criu restore --images-dir images --restore-detached";
-    application.run(restore).success();
-    application.goes_on_from(before);
-}
-
 #[test]
 fn an_application_survives_the_end_of_the_streamer_at_any_moment() {
     let Some(machine) = machine() else { return };

@@ -5,7 +5,7 @@
 
 use crate::common::random::Random;
 use crate::common::setting;
-use crate::criu::recipes::{CAPTURE_WITH_INDEX, RESTORE_WITH_INDEX};
+use crate::criu::recipes::{CAPTURE_WITH_INDEX, OTHERS, RESTORE_WITH_INDEX};
 use crate::criu::{Application, Machine, State, machine};
 
 /// A restore from what `$READ` makes of each shard: both CRIU and the streamer fail, which gives
@@ -33,9 +33,6 @@ done
 echo "something was left running: $left" >&2
 exit 1
 "#;
-
-/// Lists the processes of the machine besides its first one and this script's.
-const OTHERS: &str = "ps -e -o pid=,ppid=,stat=,args= | awk -v me=$$ '$1 != 1 && $1 != me && $2 != me && $3 !~ /^Z/ && $4 !~ /^(ps|awk)$/'";
 
 #[track_caller]
 fn fails(application: &Application<'_>, read: &str, reason: &str) {
@@ -73,7 +70,7 @@ fn checkpoint(machine: &Machine, application: &Application<'_>) -> [usize; 3] {
 const SHARDS: [&str; 3] = ["1", "2", "index"];
 
 #[test]
-fn nothing_is_left_running_of_an_image_that_is_cut() {
+fn nothing_is_left_running_of_an_image_that_is_cut_or_mixed_with_another() {
     let Some(machine) = machine() else { return };
     let application = machine.start(PARTS);
     let before = application.goes_on();
@@ -95,34 +92,6 @@ fn nothing_is_left_running_of_an_image_that_is_cut() {
         let which = if round % 5 == 4 { 2 } else { random.below(2) };
         cut(which, random.below(sizes[which]));
     }
-    succeeds(&application, before);
-}
-
-#[test]
-fn nothing_is_left_running_of_an_image_of_which_something_is_wrong() {
-    let Some(machine) = machine() else { return };
-    let application = machine.start(PARTS);
-    let before = application.goes_on();
-    checkpoint(&machine, &application);
-    // A download that was repeated.
-    for name in SHARDS {
-        fails(
-            &application,
-            &but(name, &format!("cat app-{name}; head -c 100 app-{name}")),
-            "something follows|comes after marker|comes a second time",
-        );
-    }
-    fails(
-        &application,
-        "if [ {} = 1 ]; then cat app-2; else cat app-{}; fi",
-        "comes a second time|is missing",
-    );
-    fails(
-        &application,
-        "if [ {} = index ]; then cat app-1; else cat app-{}; fi",
-        "comes a second time|no shard is an index",
-    );
-
     // Shards of two images of the same application, one moment and the next.
     succeeds(&application, before);
     application

@@ -6,7 +6,7 @@
 
 use crate::common::random::Random;
 use crate::common::setting;
-use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, RESTORE, lazily};
+use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, OTHERS, RESTORE, lazily};
 use crate::criu::{Machine, Ran, machine};
 
 /// Starts the program that changes its memory while it checks it, and checkpoints it. After a
@@ -40,9 +40,6 @@ if [ -n "$left" ]; then echo "left: $left" >&2; exit 1; fi
 ! [ -e images/lazy-pages.socket ] || [ $status = 137 ]
 echo "status $status: $(cat result 2>/dev/null || echo dead)"
 "#;
-
-/// Lists the processes of the machine besides its first one and this script's.
-const OTHERS: &str = "ps -e -o pid=,ppid=,stat=,args= | awk -v me=$$ '$1 != 1 && $1 != me && $2 != me && $3 !~ /^Z/ && $4 !~ /^(ps|awk)$/'";
 
 fn checkpoint(machine: &Machine) {
     let script = CHECKPOINT.replace("CAPTURE", CAPTURE_WITH_INDEX);

@@ -44,48 +44,22 @@ fn nothing_is_left(machine: &Machine) {
 fn a_criu_that_fails_ends_the_capture_with_its_status() {
     let Some(machine) = machine() else { return };
     let application = machine.start("memory=20");
-    for (command, words) in [
+    for command in [
         // It does not get as far as connecting.
-        (
-            "criu dump --stream --no-such-option",
-            "failed with exit status",
-        ),
+        "criu dump --stream --no-such-option",
         // It connects, and finds no process.
-        (
-            "criu dump --stream -D images -t 999999",
-            "failed with exit status",
-        ),
+        "criu dump --stream -D images -t 999999",
         // It forgets what it was told to do.
-        (
-            "criu dump -D elsewhere --stream -t $PID",
-            "failed with exit status",
-        ),
+        "criu dump -D elsewhere --stream -t $PID",
     ] {
         let said = ends_with(&application, 1, &capture("cat >app.image", command));
-        assert!(
-            said.contains(words) && said.contains("`criu dump"),
-            "{said}"
-        );
+        assert!(said.contains("`criu dump"), "{said}");
+        assert!(said.contains("failed with exit status"), "{said}");
         application.goes_on();
         application.run(EXTRACT).failure();
     }
     nothing_is_left(&machine);
     application.is_unharmed();
-}
-
-#[test]
-fn a_criu_that_is_killed_is_told_of() {
-    let Some(machine) = machine() else { return };
-    let application = machine.start("memory=20");
-    let script = capture(STALLED, "criu dump --stream -D images -t $PID");
-    let script = format!(
-        "( until grep -q checkpoint-start progress; do sleep 0.05; done; sleep 0.3
-           kill -KILL $({CRIU}) ) & {script}"
-    );
-    let said = ends_with(&application, 137, &script);
-    assert!(said.contains("SIGKILL"), "{said}");
-    application.run(EXTRACT).failure();
-    nothing_is_left(&machine);
 }
 
 /// An evacuation of a spot instance that came too late: timeout(1) signals its whole group.

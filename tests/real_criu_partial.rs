@@ -55,19 +55,6 @@ fn a_pre_dump_is_no_image_whether_it_succeeds_or_fails() {
     }
 }
 
-#[test]
-fn cpuinfo_is_an_image_only_if_it_was_all_that_was_asked_for() {
-    let Some(machine) = machine() else { return };
-    let application = machine.start("memory=10");
-    let failing = "! criu dump --cpu-cap=all --stream --images-dir images --tree 99999";
-    is_refused(&machine, &application, failing, &["inventory.img"]);
-    let asked_for = "criu cpuinfo dump --stream --images-dir images";
-    application.run(&capture(asked_for)).success();
-    application.run(EXTRACT).success();
-    let names: Vec<_> = read_dir(&machine.path("extracted")).into_keys().collect();
-    assert_eq!(names, ["cpuinfo.img"]);
-}
-
 /// Were a lazy dump not refused, CRIU would wait for the pages to be fetched.
 #[test]
 fn a_dump_whose_memory_goes_elsewhere_is_refused_at_once() {

@@ -1,6 +1,9 @@
 //! Recipes that more than one test follows, much like the README's. They know the application's PID
 //! as `$PID`, and CRIU gets `$DUMP_OPTIONS` and `$RESTORE_OPTIONS`.
 
+/// Lists the processes of the machine besides its first one and this script's.
+pub const OTHERS: &str = "ps -e -o pid=,ppid=,stat=,args= | awk -v me=$$ '$1 != 1 && $1 != me && $2 != me && $3 !~ /^Z/ && $4 !~ /^(ps|awk)$/'";
+
 /// Checkpoint to a compressed file. The pipeline is in braces so that `wait` gets to know when any
 /// part of it failed.
 pub const CAPTURE: &str = r#"
