@@ -139,10 +139,9 @@ fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
         }
         // Its PID in the image, without the userfaultfd that comes next.
         let mut process = Command::new("sh")
-            .args(["-c", r"printf '\7\0\0\0' >&0; echo; exec sleep 100"])
+            .args(["-c", r"printf '\7\0\0\0' >&0; echo; exec sleep 100 2>&-"])
             .stdin(OwnedFd::from(daemon))
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
             .spawn()
             .expect("a process");
         let mut has_sent = process.stdout.take().expect("its output");
