@@ -74,11 +74,11 @@ const PIECES_PER_TURN: usize = 64;
 /// How long a file may stay open after CRIU has said at `post-dump` that all are closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The sources of a capture, and where it goes.
+/// A request for a capture.
 pub(crate) struct Capture<'a> {
     /// Where CRIU writes what it does not stream.
     pub(crate) images_dir: &'a Path,
-    /// The last of them is an index.
+    /// The last of the shards is an index.
     pub(crate) has_index: bool,
     /// How much the buffer holds at most, in bytes, if there is to be one.
     pub(crate) buffer: Option<u64>,
@@ -400,12 +400,12 @@ impl CaptureLoop<'_> {
     /// Fails if a command of an external file will never be started, now that CRIU is gone: the
     /// file would be missing in the image.
     fn check_file_commands(&self) -> Result<()> {
-        match self.request.external_files.first() {
-            None => Ok(()),
-            Some((name, _)) => bail!(
+        if let Some((name, _)) = self.request.external_files.first() {
+            bail!(
                 "capturing {name}: its command was not started, since no application was frozen: leave out --ext-file-cmd where CRIU dumps none"
-            ),
+            );
         }
+        Ok(())
     }
 
     fn open(&mut self, source: Source) -> Result<()> {

@@ -104,7 +104,8 @@ impl Shard {
             meter,
             label,
         };
-        shard.inspect()?;
+        let inspected = shard.inspect();
+        inspected.with_context(|| format!("preparing {}", shard.label))?;
         Ok(shard)
     }
 
@@ -143,16 +144,13 @@ impl Shard {
         let mut written = 0;
         while written < bytes.len() {
             let moved = pipe::write(&self.pipe, &bytes[written..]);
-            match moved.map_err(|error| self.broken(error))?.bytes() {
-                0 => {
-                    self.free = 0;
-                    break;
-                }
-                more => {
-                    self.record(more, more.div_ceil(slot()));
-                    written += more;
-                }
+            let more = moved.map_err(|error| self.broken(error))?.bytes();
+            if more == 0 {
+                self.free = 0;
+                break;
             }
+            self.record(more, more.div_ceil(slot()));
+            written += more;
         }
         Ok(written)
     }
