@@ -62,9 +62,10 @@ impl Buffer {
         let available = memory::available().unwrap_or(u64::MAX);
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
+        let arena = Arena::new();
         let mut buffer = Self {
-            prefault: Prefault::start(size),
-            arena: Arena::new(),
+            prefault: Prefault::start(&arena, size),
+            arena,
             block: None,
             size,
             has_been_full: false,
@@ -82,13 +83,14 @@ impl Buffer {
 
     /// Bytes that may still be taken.
     fn room(&self) -> usize {
-        self.size.saturating_sub(self.arena.live())
+        let coming = self.prefault.as_ref().map_or(0, Prefault::coming);
+        self.size.saturating_sub(self.arena.live() + coming)
     }
 
     fn ask_for_pages(&mut self) {
         let room = self.room();
-        if let Some(prefault) = &self.prefault {
-            prefault.ask(&mut self.arena, room);
+        if let Some(prefault) = &mut self.prefault {
+            prefault.ask(room);
         }
     }
 
@@ -119,7 +121,7 @@ impl Buffer {
     /// Reads up to `len` bytes from a source, which has them; none where there is no room.
     fn read(&mut self, source: &mut Source, len: usize) -> Result<usize> {
         if self.block.as_ref().is_none_or(Block::is_full) {
-            self.block = self.prefault.as_ref().and_then(Prefault::take);
+            self.block = self.prefault.as_mut().and_then(Prefault::take);
             if self.block.is_none() {
                 self.block = self.reserve()?;
             }
@@ -171,8 +173,8 @@ impl Buffer {
     /// The number of the first source of which something is here, or the end.
     pub(super) fn next(&self) -> Option<u64> {
         let mut files = self.files.iter();
-        let (source, _) = files.find(|(_, rest)| rest.has_ended || !rest.extents.is_empty())?;
-        Some(*source)
+        let first = files.find(|(_, rest)| rest.has_ended || !rest.extents.is_empty());
+        first.map(|(source, _)| *source)
     }
 
     /// A chunk of up to `most` bytes of a source; of none at an end that comes behind `most` bytes.

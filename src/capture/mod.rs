@@ -146,8 +146,8 @@ impl Capture<'_> {
             request: self,
         };
         for (id, shard) in (0..).zip(capture.image_writer.shards()) {
-            let (kind, interest) = (Watched::Shard, Interest::Gone);
-            let added = supervisor.poller().add(shard, kind, id, interest);
+            let poller = supervisor.poller();
+            let added = poller.add(shard, Watched::Shard, id, Interest::Gone);
             added.context("preparing to wait for events")?;
         }
         let names = capture.request.external_files.iter();
@@ -410,11 +410,9 @@ impl CaptureLoop<'_> {
 
     fn open(&mut self, source: Source) -> Result<()> {
         let source = self.dump.open(source)?;
-        let (kind, interest) = (Watched::Source, Interest::ReadableEdge);
-        self.supervisor
-            .poller()
-            .add(source.pipe(), kind, source.id, interest)
-            .with_context(|| format!("preparing to wait for {}", source.name))
+        let (poller, interest) = (self.supervisor.poller(), Interest::ReadableEdge);
+        let added = poller.add(source.pipe(), Watched::Source, source.id, interest);
+        added.with_context(|| format!("preparing to wait for {}", source.name))
     }
 
     /// Reports, once, that nothing of the application is needed any more, as all of CRIU's files

@@ -7,7 +7,7 @@
 //! processes). The first of it is there before CRIU comes.
 //! Where that thread does not keep pace, the one that copies takes memory as it is.
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 
 use crate::os::memory::HUGE_PAGE;
 use crate::store::{Arena, Block};
@@ -18,22 +18,29 @@ const BLOCK: usize = HUGE_PAGE;
 /// Bytes kept ready. What is there before CRIU comes costs the application nothing.
 const MOST: usize = 256 << 20;
 
-/// The thread that populates blocks, and those that are ready.
+/// Blocks that are ready, and the thread that makes them.
 pub(super) struct Prefault {
-    blocks: Sender<Block>,
+    requests: Sender<()>,
     ready: Receiver<Block>,
+    /// Blocks that were asked for and not taken.
+    asked: usize,
     most: usize,
 }
 
 impl Prefault {
-    /// For a buffer of `size` bytes. `None` where there can be no thread.
-    pub(super) fn start(size: usize) -> Option<Self> {
-        let (blocks, unpopulated) = unbounded::<Block>();
-        let (populated, ready) = unbounded();
+    /// For a buffer of `size` bytes, with memory that counts as that of `arena`. `None` where there
+    /// can be no thread.
+    pub(super) fn start(arena: &Arena, size: usize) -> Option<Self> {
+        let (requests, asked) = unbounded();
+        let (finished, ready) = unbounded();
+        let mut arena = arena.sibling();
         let populate = move || {
-            for mut block in unpopulated {
+            for () in asked {
+                let Ok(mut block) = arena.reserve(BLOCK) else {
+                    return;
+                };
                 block.populate();
-                if populated.send(block).is_err() {
+                if finished.send(block).is_err() {
                     return;
                 }
             }
@@ -41,26 +48,37 @@ impl Prefault {
         let thread = std::thread::Builder::new().name("buffer".into());
         thread.spawn(populate).ok()?;
         Some(Self {
-            blocks,
+            requests,
             ready,
+            asked: 0,
             most: (size / 4).min(MOST) / BLOCK,
         })
     }
 
-    /// Has more memory of the arena's populated, where there is room for this number of bytes.
-    pub(super) fn ask(&self, arena: &mut Arena, room: usize) {
-        let asked = self.blocks.len() + self.ready.len();
-        for _ in 0..(room / BLOCK).min(self.most.saturating_sub(asked)) {
-            // Where there is no memory, the one that copies reports it.
-            let Ok(block) = arena.reserve(BLOCK) else {
-                return;
-            };
-            let _ = self.blocks.send(block);
+    /// Bytes that were asked for, and that the arena does not count yet, but for a block at most.
+    pub(super) fn coming(&self) -> usize {
+        self.asked.saturating_sub(self.ready.len()) * BLOCK
+    }
+
+    /// Asks for more, where there is room for this number of bytes.
+    pub(super) fn ask(&mut self, room: usize) {
+        let blocks = (room / BLOCK).min(self.most.saturating_sub(self.asked));
+        for _ in 0..blocks {
+            // Where the thread has ended, taking shows it.
+            let _ = self.requests.send(());
         }
+        self.asked += blocks;
     }
 
     /// The next block, if one is ready.
-    pub(super) fn take(&self) -> Option<Block> {
-        self.ready.try_recv().ok()
+    pub(super) fn take(&mut self) -> Option<Block> {
+        let taken = self.ready.try_recv();
+        match taken {
+            Ok(_) => self.asked -= 1,
+            Err(TryRecvError::Empty) => {}
+            // The thread found no memory, and has ended.
+            Err(TryRecvError::Disconnected) => (self.asked, self.most) = (0, 0),
+        }
+        taken.ok()
     }
 }

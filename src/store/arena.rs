@@ -225,6 +225,14 @@ impl Arena {
         Self::default()
     }
 
+    /// Another one, for another thread. Both count in [`Arena::live`].
+    pub(crate) fn sibling(&self) -> Self {
+        Self {
+            region: None,
+            live: Arc::clone(&self.live),
+        }
+    }
+
     /// Bytes that are handed out and not given back.
     pub fn live(&self) -> usize {
         self.live.load(Ordering::Relaxed)
@@ -338,8 +346,9 @@ mod tests {
 
     #[test]
     fn a_populated_block_has_its_memory_and_is_filled_bit_by_bit() {
-        let mut arena = Arena::new();
-        let mut block = arena.reserve(HUGE_PAGE).unwrap();
+        let arena = Arena::new();
+        let mut ahead = arena.sibling();
+        let mut block = ahead.reserve(HUGE_PAGE).unwrap();
         let region = Arc::clone(&block.extent.region);
         block.populate();
         assert_eq!(resident(&region), HUGE_PAGE);
