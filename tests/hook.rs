@@ -225,13 +225,14 @@ impl Caller {
     fn of_engine(words: &[&str]) -> Self {
         let images_dir = Arc::new(TempDir::with_prefix("images-").unwrap());
         let mut command = Command::new("bash");
-        command.args(["-c", "sleep 1000 <&0 >/dev/null & echo $!; wait"]);
+        // Until then it has the shell's command line, which has an engine's words.
+        let until = "until grep -q ^sleep /proc/$!/cmdline; do :; done; echo $!; wait";
+        command.args(["-c", &format!("sleep 1000 <&0 >/dev/null & {until}")]);
         command.args(words).stdout(Stdio::piped());
         let mut caller = Self::start(command, images_dir);
         let said = caller.process.stdout.take().unwrap();
-        let mut line = String::new();
-        BufReader::new(said).read_line(&mut line).unwrap();
-        caller.pid = line.trim().parse().unwrap();
+        let line = BufReader::new(said).lines().next();
+        caller.pid = line.unwrap().unwrap().parse().unwrap();
         caller
     }
 
