@@ -292,7 +292,7 @@ fn what_cannot_carry_an_image_in_that_direction_is_refused() {
             terminal(),
             "is a terminal, which cannot carry an image: redirect it",
         ),
-        (Streamer::serve(), terminal(), "is a terminal"),
+        (Streamer::serve(), terminal(), "or give --shard-fds or"),
     ];
     for (launch, end, reason) in refused {
         let fd = end.as_raw_fd();

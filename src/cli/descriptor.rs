@@ -99,7 +99,7 @@ impl FdNumber {
         let kind = self.kind();
         ensure!(
             !matches!(kind, FdKind::Terminal | FdKind::Directory | FdKind::Special),
-            "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}"
+            "{what} is {kind}, which cannot carry an image: redirect it to a pipe or file, such as {redirect}, or give --shard-fds or --shard-cmd"
         );
         let flags = self.peek(|fd| flags(fd))?;
         ensure!(

@@ -264,9 +264,8 @@ pub(crate) fn parse() -> Result<Option<Args>> {
             let _ = writeln!(std::io::stdout(), "{}", error.message);
             std::process::exit(0)
         }
-        ErrorKind::MissingArgumentOrSubcommand => anyhow!(
-            "a subcommand is missing: capture, extract, serve, list or hook; criu-image-streamer --help has their options, and examples"
-        ),
+        // The usage is its message.
+        ErrorKind::MissingArgumentOrSubcommand => error.exit(),
         _ => anyhow!("{}", reason(&error).trim_end()),
     })?;
     ensure!(
