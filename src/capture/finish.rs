@@ -33,12 +33,12 @@ impl CaptureLoop<'_> {
             is_marked = is_marked || self.image_writer.end_image()?;
             // The queues take room as well.
             self.image_writer.flush()?;
-            let shards = self.image_writer.shards();
-            if is_marked && shards.iter().all(Shard::is_drained) {
+            let shards = self.image_writer.shards().iter();
+            let are_behind = shards.map(Shard::is_behind).collect::<Result<Vec<_>>>()?;
+            if is_marked && !are_behind.contains(&true) {
                 break;
             }
-            let are_behind = shards.iter().map(|shard| !shard.is_drained());
-            self.clock.wait(Waiting::ForShards, are_behind);
+            self.clock.wait(Waiting::ForShards, are_behind.into_iter());
             pace.nap_longer();
         }
         self.image_writer.warn_of_late_shards();
@@ -58,7 +58,7 @@ impl CaptureLoop<'_> {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard if event.hung_up => {
                     let shard = &self.image_writer.shards()[event.id as usize];
-                    if !is_marked || !shard.is_drained() {
+                    if !is_marked || shard.is_behind()? {
                         return Err(shard.reader_gone());
                     }
                 }

@@ -206,9 +206,12 @@ impl Shard {
         Ok(())
     }
 
-    /// True when the reader has taken everything.
-    pub(super) fn is_drained(&self) -> bool {
-        self.queue.is_empty() && matches!(pipe::available(&self.pipe), Ok(0))
+    /// True while something is left for the reader to take.
+    pub(super) fn is_behind(&self) -> Result<bool> {
+        let available = pipe::available(&self.pipe);
+        let available =
+            available.with_context(|| format!("waiting for the reader of {}", self.label))?;
+        Ok(available > 0 || !self.queue.is_empty())
     }
 
     /// The bytes that passed through, and the time since the transfer's start.
