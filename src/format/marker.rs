@@ -3,11 +3,10 @@
 //! `proto/image.proto` draws the layout of a shard; docs/protocol.md, section 2, is its
 //! specification.
 
-use std::fmt;
-
+use anyhow::{Context, Result, bail, ensure};
 use prost::Message;
 
-use super::{BadName, ImageName};
+use super::ImageName;
 use crate::os::process::CapturingProcess;
 
 /// The protobuf messages of `proto/image.proto`.
@@ -51,38 +50,6 @@ pub enum Body {
     ImageEnd,
 }
 
-/// Why bytes are not a marker.
-#[derive(Debug)]
-pub enum BadMarker {
-    TooLarge(usize),
-    NotProtobuf(prost::DecodeError),
-    NoBody,
-    NotTrue(&'static str),
-    Name(String, BadName),
-}
-
-impl fmt::Display for BadMarker {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            BadMarker::TooLarge(size) => write!(
-                f,
-                "a frame of {size} bytes is no marker (the largest has {LARGEST_FRAME}): \
-                 is this a shard of an image, decompressed and decrypted?"
-            ),
-            BadMarker::NotProtobuf(error) => write!(f, "a frame that is no marker: {error}"),
-            BadMarker::NoBody => f.write_str("a marker that says nothing"),
-            BadMarker::NotTrue(field) => write!(f, "a marker whose {field} is not true"),
-            BadMarker::Name(name, why) => write!(
-                f,
-                "an image file cannot be named {:?}: {why}",
-                shortened(name)
-            ),
-        }
-    }
-}
-
-impl std::error::Error for BadMarker {}
-
 /// The start of a name, so that a hostile one does not fill the terminal.
 fn shortened(name: &str) -> String {
     name.chars().take(64).collect()
@@ -103,28 +70,30 @@ impl Marker {
     ///
     /// # Errors
     /// When the bytes are not a marker.
-    pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, BadMarker> {
+    pub fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>> {
         let Some(field) = bytes.first_chunk::<LENGTH>() else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*field) as usize;
-        if length > LARGEST_FRAME {
-            return Err(BadMarker::TooLarge(length));
-        }
+        ensure!(
+            length <= LARGEST_FRAME,
+            "a frame of {length} bytes is no marker (the largest has {LARGEST_FRAME}): \
+             is this a shard of an image, decompressed and decrypted?"
+        );
         let Some(frame) = bytes.get(LENGTH..LENGTH + length) else {
             return Ok(None);
         };
-        let marker = proto::Marker::decode(frame).map_err(BadMarker::NotProtobuf)?;
-        let body = match marker.body.ok_or(BadMarker::NoBody)? {
-            proto::marker::Body::Filename(name) => match ImageName::new(&name) {
-                Ok(name) => Body::File(name),
-                Err(why) => return Err(BadMarker::Name(name, why)),
-            },
+        let marker = proto::Marker::decode(frame).context("a frame that is no marker")?;
+        let body = match marker.body.context("a marker that says nothing")? {
+            proto::marker::Body::Filename(name) => {
+                let why = || format!("an image file cannot be named {:?}", shortened(&name));
+                Body::File(ImageName::new(&name).with_context(why)?)
+            }
             proto::marker::Body::FileData(size) => Body::Data(size),
             proto::marker::Body::FileEof(true) => Body::FileEnd,
             proto::marker::Body::ImageEof(true) => Body::ImageEnd,
-            proto::marker::Body::FileEof(false) => return Err(BadMarker::NotTrue("file_eof")),
-            proto::marker::Body::ImageEof(false) => return Err(BadMarker::NotTrue("image_eof")),
+            proto::marker::Body::FileEof(false) => bail!("a marker whose file_eof is not true"),
+            proto::marker::Body::ImageEof(false) => bail!("a marker whose image_eof is not true"),
         };
         let origin = marker.origin.map(|origin| CapturingProcess {
             boot: origin.boot,
@@ -274,31 +243,28 @@ mod tests {
 
     #[test]
     fn every_defect_has_its_own_error() {
-        let too_large = (LARGEST_FRAME as u32 + 1).to_le_bytes();
-        assert!(matches!(
-            Marker::decode(&too_large),
-            Err(BadMarker::TooLarge(_))
-        ));
-        assert!(matches!(
-            Marker::decode(&[2, 0, 0, 0, 0xff, 0xff]),
-            Err(BadMarker::NotProtobuf(_))
-        ));
-        assert!(matches!(
-            Marker::decode(&[0, 0, 0, 0]),
-            Err(BadMarker::NoBody)
-        ));
-        for body in [
-            proto::marker::Body::FileEof(false),
-            proto::marker::Body::ImageEof(false),
+        for (bytes, text) in [
+            (
+                (LARGEST_FRAME as u32 + 1).to_le_bytes().to_vec(),
+                "a frame of 10241 bytes is no marker",
+            ),
+            (vec![2, 0, 0, 0, 0xff, 0xff], "a frame that is no marker"),
+            (vec![0, 0, 0, 0], "a marker that says nothing"),
+            (
+                framed_proto(proto::marker::Body::FileEof(false)),
+                "a marker whose file_eof is not true",
+            ),
+            (
+                framed_proto(proto::marker::Body::ImageEof(false)),
+                "a marker whose image_eof is not true",
+            ),
+            (
+                framed_proto(proto::marker::Body::Filename("../x".into())),
+                "an image file cannot be named \"../x\": it contains `/`",
+            ),
         ] {
-            assert!(matches!(
-                Marker::decode(&framed_proto(body)),
-                Err(BadMarker::NotTrue(_))
-            ));
+            let error = format!("{:#}", Marker::decode(&bytes).unwrap_err());
+            assert!(error.starts_with(text), "{error}");
         }
-        assert!(matches!(
-            Marker::decode(&framed_proto(proto::marker::Body::Filename("../x".into()))),
-            Err(BadMarker::Name(_, BadName::Slash))
-        ));
     }
 }

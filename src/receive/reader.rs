@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::order::{Next, Place};
-use crate::format::marker::{self, BadMarker};
+use crate::format::marker;
 use crate::format::{Body, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd};
 use crate::os::process::CapturingProcess;
@@ -308,7 +308,8 @@ impl ShardReader {
     /// # Errors
     /// When the stream is damaged.
     pub(super) fn next_marker(&mut self) -> Result<Option<Marker>> {
-        let decoded = self.decode().map_err(|error| self.error(error))?;
+        let decoded = self.decode();
+        let decoded = decoded.map_err(|error| self.error(format_args!("{error:#}")))?;
         let Some((marker, size)) = decoded else {
             return Ok(None);
         };
@@ -342,7 +343,7 @@ impl ShardReader {
         Ok(Some(marker))
     }
 
-    fn decode(&self) -> Result<Option<(Marker, usize)>, BadMarker> {
+    fn decode(&self) -> Result<Option<(Marker, usize)>> {
         let Some(front) = self.ahead.front() else {
             return Ok(None);
         };
