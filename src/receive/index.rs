@@ -25,14 +25,6 @@ use crate::store::catalog::Catalog;
 use crate::store::external::{External, File};
 use crate::store::{Ahead, Piece, Store};
 
-/// A piece of a file's data that another shard has brought, and the kind of step that follows it.
-#[derive(Debug)]
-struct Arrived {
-    /// `None` for a chunk without data.
-    piece: Option<Piece>,
-    next: Next,
-}
-
 /// A part of a file, in its order.
 #[derive(Debug)]
 enum Segment {
@@ -48,8 +40,8 @@ struct Stream {
     /// `None` when all of it has gone there, and where a later file of the same name replaced it.
     to: Option<File<ImageName>>,
     segments: VecDeque<Segment>,
-    /// Data from other shards.
-    order: Order<Arrived>,
+    /// The data of markers that other shards have brought.
+    order: Order<Step>,
 }
 
 impl Stream {
@@ -65,10 +57,12 @@ impl Stream {
                 continue;
             }
             self.segments.push_front(Segment::Awaited(markers));
-            let Arrived { piece, next } = self.order.pop()?;
-            self.order.pass(next);
-            if piece.is_some() {
-                return piece;
+            match self.order.pop()? {
+                Step::Data(piece, next) => {
+                    self.order.pass(next);
+                    return Some(piece);
+                }
+                Step::Marker(_) => self.order.pass(Next::Marker),
             }
         }
     }
@@ -140,7 +134,7 @@ pub(crate) struct Indexed {
     /// In the order of their markers.
     gaps: Vec<Gap>,
     /// Data that has come before the whole index.
-    early: Vec<(Place, Position, Arrived)>,
+    early: Vec<(Place, Position, Step)>,
     is_laid_out: bool,
     /// The files that wait for data, by the first marker that each lacks.
     awaited: BTreeMap<u64, usize>,
@@ -193,7 +187,7 @@ impl Indexed {
     }
 
     /// Takes data that came on another shard than the index.
-    fn put(&mut self, place: Place, position: &Position, arrived: Arrived) -> Result<()> {
+    fn put(&mut self, place: Place, position: &Position, step: Step) -> Result<()> {
         let Some(stream) = self.stream_of(place.seq) else {
             bail!(position.error(format_args!(
                 "marker {} is in the index too, or behind its end",
@@ -202,7 +196,7 @@ impl Indexed {
         };
         let order = &mut self.streams()[stream].order;
         order
-            .insert(place, arrived)
+            .insert(place, step)
             .map_err(|taken| position.error(taken))?;
         self.deliver(stream)
     }
@@ -286,20 +280,17 @@ impl Image for Indexed {
         if position.is_of_index {
             return self.read_index(place, &position, step);
         }
-        let (piece, next) = match step {
-            Step::Data(piece, next) => (Some(piece), next),
-            Step::Marker(Body::Data(_)) => (None, Next::Marker),
-            Step::Marker(_) => bail!(position.error(format_args!(
+        if let Step::Marker(Body::File(_) | Body::FileEnd | Body::ImageEnd) = step {
+            bail!(position.error(format_args!(
                 "marker {} belongs in an index: either this is a shard of another image, or the \
                  image has no index: serve it without --index",
                 place.seq
-            ))),
-        };
-        let arrived = Arrived { piece, next };
-        if self.is_laid_out {
-            return self.put(place, &position, arrived);
+            )));
         }
-        self.early.push((place, position, arrived));
+        if self.is_laid_out {
+            return self.put(place, &position, step);
+        }
+        self.early.push((place, position, step));
         Ok(())
     }
 
@@ -318,8 +309,8 @@ impl Image for Indexed {
         for stream in 0..self.streams().len() {
             self.deliver(stream)?;
         }
-        for (place, position, arrived) in std::mem::take(&mut self.early) {
-            self.put(place, &position, arrived)?;
+        for (place, position, step) in std::mem::take(&mut self.early) {
+            self.put(place, &position, step)?;
         }
         Ok(())
     }

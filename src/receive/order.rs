@@ -4,7 +4,8 @@
 //! part that comes early waits here.
 
 use std::collections::BTreeMap;
-use std::fmt;
+
+use anyhow::{Result, ensure};
 
 /// A place in the image: the marker's position, and which part of its data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,16 +48,6 @@ impl Reading {
     }
 }
 
-/// The place of this marker has had its turn, or something waits there already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct AlreadyTaken(u64);
-
-impl fmt::Display for AlreadyTaken {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "marker {} comes a second time", self.0)
-    }
-}
-
 /// The place whose turn it is, and the parts that wait for later ones.
 #[derive(Debug)]
 pub(crate) struct Order<T> {
@@ -81,10 +72,12 @@ impl<T> Order<T> {
     ///
     /// # Errors
     /// When this place has had its turn, or is taken.
-    pub(crate) fn insert(&mut self, place: Place, what: T) -> Result<(), AlreadyTaken> {
-        if place < self.next || self.waiting.contains_key(&place) {
-            return Err(AlreadyTaken(place.seq));
-        }
+    pub(crate) fn insert(&mut self, place: Place, what: T) -> Result<()> {
+        ensure!(
+            place >= self.next && !self.waiting.contains_key(&place),
+            "marker {} comes a second time",
+            place.seq
+        );
         self.waiting.insert(place, what);
         Ok(())
     }
@@ -139,9 +132,11 @@ mod tests {
     fn a_place_is_taken_once() {
         let mut order = Order::new();
         order.insert(Place::of(1), 'a').unwrap();
-        assert_eq!(order.insert(Place::of(1), 'b'), Err(AlreadyTaken(1)));
+        let error = order.insert(Place::of(1), 'b').unwrap_err();
+        assert_eq!(error.to_string(), "marker 1 comes a second time");
         order.pass(Next::Marker);
-        assert_eq!(order.insert(Place::of(0), 'c'), Err(AlreadyTaken(0)));
+        let error = order.insert(Place::of(0), 'c').unwrap_err();
+        assert_eq!(error.to_string(), "marker 0 comes a second time");
         assert_eq!(order.pop(), Some('a'));
     }
 }
