@@ -73,8 +73,6 @@ struct MemoryBudget {
 pub(crate) struct Receiver<'a, I> {
     supervisor: &'a Supervisor,
     shards: Vec<ShardReader>,
-    /// The shards that may have something.
-    busy: Vec<bool>,
     image: I,
     /// The first shard that had a marker, and the process that captured it.
     captured_by: Option<(usize, Option<CapturingProcess>)>,
@@ -150,7 +148,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         for (index, shard) in (0..).zip(&shards) {
             let poller = supervisor.poller();
             poller
-                .add(shard.pipe(), Watched::Shard, index, Interest::ReadableEdge)
+                .add(&shard.pipe, Watched::Shard, index, Interest::ReadableEdge)
                 .context("preparing to wait for events")?;
         }
         let now = Instant::now();
@@ -158,7 +156,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         clock.enter(Phase::Received);
         Ok(Self {
             supervisor,
-            busy: vec![true; shards.len()],
             shards,
             image: I::new(External::new(store, outlets)),
             captured_by: None,
@@ -183,7 +180,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     pub(crate) fn into_open(self) -> (Vec<ShardReader>, I) {
         // A process that is being started may have a shard open, too, whose events would go on.
         for shard in &self.shards {
-            self.supervisor.poller().remove(shard.pipe());
+            self.supervisor.poller().remove(&shard.pipe);
         }
         (self.shards, self.image)
     }
@@ -217,7 +214,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         }
         self.check_supply()?;
         let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
-        let ends = self.shards.iter().filter_map(ShardReader::end_by);
+        let ends = self.shards.iter().filter_map(|shard| shard.end_by);
         Ok(Activity::Idle(
             Wait::Forever
                 .or_until(stall)
@@ -250,8 +247,8 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// Counts the time until the next call as this wait.
     pub(crate) fn keep_time(&mut self, waiting: Waiting) {
-        let shards = self.shards.iter().zip(&self.busy);
-        let slow = shards.map(|(shard, busy)| !busy && !shard.has_ended());
+        let shards = self.shards.iter();
+        let slow = shards.map(|shard| !shard.is_busy && !shard.has_ended);
         self.clock.wait(waiting, slow);
     }
 
@@ -268,9 +265,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     pub(crate) fn stats(&self) -> Stats {
         let shards = self.shards.iter();
         Stats {
-            shards: shards
-                .map(|shard| shard.meter().stats(self.start))
-                .collect(),
+            shards: shards.map(|shard| shard.meter.stats(self.start)).collect(),
             times: self.clock.times(),
         }
     }
@@ -280,7 +275,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             let index = event.id as usize;
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Shard => self.busy[index] = true,
+                Watched::Shard => self.shards[index].is_busy = true,
                 Watched::External => self.outlets().transfers().made_room(event.id, false),
                 _ => {}
             }
@@ -302,13 +297,13 @@ impl<'a, I: Image> Receiver<'a, I> {
             return Ok(round);
         }
         for index in 0..self.shards.len() {
-            if self.image.is_complete() || !self.busy[index] {
+            if self.image.is_complete() || !self.shards[index].is_busy {
                 continue;
             }
             let turn = self.turn(index, reading)?;
-            self.busy[index] = turn != Turn::Idle || self.rests(index, reading);
+            self.shards[index].is_busy = turn != Turn::Idle || self.rests(index, reading);
             if turn == Turn::Busy {
-                round.room += self.shards[index].capacity() as u64;
+                round.room += self.shards[index].capacity as u64;
             }
             round.turn = round.turn.max(turn);
         }
@@ -355,7 +350,7 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// Bytes taken from all shards so far.
     fn taken(&self) -> u64 {
-        self.shards.iter().map(ShardReader::offset).sum()
+        self.shards.iter().map(|shard| shard.taken).sum()
     }
 
     /// True if data on its way to disk is taken before its turn: the image has made no progress
@@ -367,12 +362,12 @@ impl<'a, I: Image> Receiver<'a, I> {
     /// Fails if the index cannot come any more.
     fn check_index(&self) -> Result<()> {
         // The index says so in its first marker.
-        let is_no_index = |shard: &ShardReader| shard.has_ended() || shard.last_seq().is_some();
+        let is_no_index = |shard: &ShardReader| shard.has_ended || shard.last_seq.is_some();
         match self.index {
-            Some(index) if self.shards[index].has_ended() && !self.image.is_index_read() => bail!(
+            Some(index) if self.shards[index].has_ended && !self.image.is_index_read() => bail!(
                 "putting the image together: {}, its index, was cut off at byte {}",
-                self.shards[index].label(),
-                self.shards[index].offset()
+                self.shards[index].label,
+                self.shards[index].taken
             ),
             None if self.shards.iter().all(is_no_index) => {
                 bail!("putting the image together: no shard is an index: serve it without --index")
@@ -391,22 +386,18 @@ impl<'a, I: Image> Receiver<'a, I> {
         };
         let may_supply = |shard: &ShardReader| {
             shard.chunk().is_some_and(|place| place.seq == next)
-                || (!shard.has_ended() && shard.last_seq().is_none_or(|last| last < next))
+                || (!shard.has_ended && shard.last_seq.is_none_or(|last| last < next))
         };
         if self.shards.iter().any(may_supply) {
             return Ok(());
         }
         let places = self.shards.iter().map(|shard| {
-            let state = if shard.has_ended() { "ended" } else { "stands" };
-            let last = match shard.last_seq() {
+            let state = if shard.has_ended { "ended" } else { "stands" };
+            let last = match shard.last_seq {
                 Some(last) => format!("after marker {last}"),
                 None => "without any marker".into(),
             };
-            format!(
-                "{} {state} at byte {} {last}",
-                shard.label(),
-                shard.offset()
-            )
+            format!("{} {state} at byte {} {last}", shard.label, shard.taken)
         });
         bail!(
             "putting the image together: marker {next} is missing: a shard was cut off, damaged or \

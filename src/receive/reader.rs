@@ -25,7 +25,7 @@ use crate::os::pipe::{self, Moved, ReadEnd};
 use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
 use crate::store::held_pipe::{HeldPipe, PipePool, WORTH_HOLDING};
-use crate::store::{Arena, Extent};
+use crate::store::{Arena, Extent, Piece};
 
 /// Bytes read ahead among small chunks. Less than that is read and not spliced.
 const AHEAD: usize = WORTH_HOLDING;
@@ -35,17 +35,15 @@ const AHEAD: usize = WORTH_HOLDING;
 /// a supervisor may keep its write end open, and need not.
 const END_PATIENCE: Duration = Duration::from_millis(200);
 
-/// The outcome of holding data.
+/// What was taken of a chunk's data.
 #[derive(Debug)]
-pub(super) enum Holding {
-    /// All of a chunk's data, or as much as fits into a pipe.
-    Piece(HeldPipe, Next),
-    /// More of the chunk's data, but not all.
-    Begun,
-    /// Nothing is left of what was taken out of the shard's pipe.
-    Drained,
-    /// It should be read to memory: it is too small, or a limit is reached.
-    Refused,
+pub(super) enum Taken {
+    /// A piece, and the kind of step that follows it.
+    Piece(Piece, Next),
+    /// Some of a piece.
+    Part,
+    /// Nothing: nothing is left of what was taken out of the shard's pipe.
+    Nothing,
 }
 
 /// A chunk whose data was not taken whole yet.
@@ -57,10 +55,13 @@ struct OpenChunk {
 
 /// The reading side of a shard.
 pub(crate) struct ShardReader {
-    pipe: ReadEnd,
+    pub(super) pipe: ReadEnd,
     /// Bytes that the pipe holds at most.
-    capacity: usize,
-    label: Rc<str>,
+    pub(super) capacity: usize,
+    /// The name of the shard in errors.
+    pub(super) label: Rc<str>,
+    /// It may have something.
+    pub(super) is_busy: bool,
     /// A pipe of ours with the data that was taken out of the shard's, and not read or spliced yet.
     /// Made when it is needed.
     intake: Option<HeldPipe>,
@@ -73,13 +74,15 @@ pub(crate) struct ShardReader {
     may_splice: bool,
     /// The last marker with data had so much that the next one has too, as a rule.
     is_among_large: bool,
-    ended: bool,
+    /// Everything was taken, up to the end of the stream.
+    pub(super) has_ended: bool,
     /// The end of the wait for the stream's end, once nothing else should come.
-    end_by: Option<Instant>,
-    last_seq: Option<u64>,
-    /// Bytes of the stream taken so far.
-    taken: u64,
-    meter: Meter,
+    pub(super) end_by: Option<Instant>,
+    /// The position of the last marker taken; positions on a shard only grow.
+    pub(super) last_seq: Option<u64>,
+    /// Bytes of the stream taken so far: where in it an error is.
+    pub(super) taken: u64,
+    pub(super) meter: Meter,
 }
 
 impl ShardReader {
@@ -88,60 +91,26 @@ impl ShardReader {
     /// # Errors
     /// When the pipe cannot be made non-blocking.
     pub(super) fn new(pipe: ReadEnd, label: &str, meter: Meter) -> Result<Self> {
-        let prepare = || {
-            let pipe = pipe.nonblocking()?;
-            let slots = pipe::grow(&pipe, pipe::LARGEST)?;
-            Ok::<_, std::io::Error>((pipe, slots))
-        };
-        let (pipe, slots) = prepare().with_context(|| format!("preparing {label}"))?;
+        let preparing = || format!("preparing {label}");
+        let pipe = pipe.nonblocking().with_context(preparing)?;
+        let slots = pipe::grow(&pipe, pipe::LARGEST).with_context(preparing)?;
         Ok(Self {
             pipe,
             capacity: slots * pipe::slot(),
             label: label.into(),
+            is_busy: true,
             intake: None,
             ahead: VecDeque::new(),
             chunk: None,
             held: None,
             may_splice: true,
             is_among_large: false,
-            ended: false,
+            has_ended: false,
             end_by: None,
             last_seq: None,
             taken: 0,
             meter,
         })
-    }
-
-    pub(super) fn label(&self) -> Rc<str> {
-        Rc::clone(&self.label)
-    }
-
-    pub(super) fn pipe(&self) -> &ReadEnd {
-        &self.pipe
-    }
-
-    pub(super) fn meter(&self) -> &Meter {
-        &self.meter
-    }
-
-    /// Bytes that the pipe holds at most.
-    pub(super) fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// True if everything was taken, up to the end of the stream.
-    pub(super) fn has_ended(&self) -> bool {
-        self.ended
-    }
-
-    /// The position of the last marker taken; positions on a shard only grow.
-    pub(super) fn last_seq(&self) -> Option<u64> {
-        self.last_seq
-    }
-
-    /// Bytes of the stream taken so far: where in it an error is.
-    pub(super) fn offset(&self) -> u64 {
-        self.taken
     }
 
     /// An error at the current place of this shard.
@@ -154,18 +123,10 @@ impl ShardReader {
         self.chunk.as_ref().map(|chunk| chunk.place)
     }
 
-    fn left_of_chunk(&self) -> usize {
-        self.chunk.as_ref().map_or(0, |chunk| chunk.left)
-    }
-
-    /// True if data may be spliced and held in pipes.
-    pub(super) fn may_splice(&self) -> bool {
-        self.may_splice
-    }
-
-    /// True if a pipe holds a part of the current chunk's data, to which the rest belongs.
-    pub(super) fn is_holding(&self) -> bool {
-        self.held.is_some()
+    /// True if what the shard has is to be spliced, and not read, where there is room for pipes. One
+    /// that was begun is filled, and may be the last that there is room for.
+    pub(super) fn splices(&self, pipes: &PipePool) -> bool {
+        self.held.is_some() || self.may_splice && pipes.has_room()
     }
 
     /// Takes out of the shard's pipe what it has, in one call: into a pipe of ours if `splices`,
@@ -210,7 +171,7 @@ impl ShardReader {
         let moved = moved.with_context(|| format!("reading {}", self.label))?;
         self.meter.add(moved.bytes());
         if moved == Moved::End {
-            self.ended = true;
+            self.has_ended = true;
             if let Some(chunk) = &self.chunk {
                 bail!(self.error(format_args!(
                     "the stream ends {} bytes before the end of its chunk: it was cut off",
@@ -230,7 +191,8 @@ impl ShardReader {
     /// # Errors
     /// When something follows.
     pub(super) fn is_over(&mut self, arena: &mut Arena, pipes: &PipePool) -> Result<bool> {
-        let is_drained = self.ahead.is_empty() && self.intake().is_none();
+        let has_intake = self.intake.as_ref().is_some_and(|intake| intake.len() > 0);
+        let is_drained = self.ahead.is_empty() && !has_intake;
         if self.chunk.is_some() || !is_drained || self.fill(false, arena, pipes)? {
             bail!(
                 self.error("something follows the end of the image: is the shard of another one?")
@@ -238,29 +200,17 @@ impl ShardReader {
         }
         let now = Instant::now();
         let end = *self.end_by.get_or_insert(now + END_PATIENCE);
-        Ok(self.ended || now >= end)
-    }
-
-    /// The end of the wait for the stream's end, once it has begun.
-    pub(super) fn end_by(&self) -> Option<Instant> {
-        self.end_by
-    }
-
-    /// The pipe of ours, if it has something.
-    fn intake(&mut self) -> Option<&mut HeldPipe> {
-        self.intake.as_mut().filter(|intake| intake.len() > 0)
+        Ok(self.has_ended || now >= end)
     }
 
     /// Reads up to `most` bytes of what was taken out of the shard's pipe. Returns false if nothing
     /// is left of it.
     fn read(&mut self, arena: &mut Arena, most: usize) -> Result<bool> {
-        let label = self.label();
-        let Some(intake) = self.intake() else {
+        let Some(intake) = self.intake.as_mut().filter(|intake| intake.len() > 0) else {
             return Ok(false);
         };
-        let extent = arena
-            .fill(most.min(intake.len()), |buffer| intake.read(buffer))
-            .with_context(|| format!("reading {label}"))?;
+        let extent = arena.fill(most.min(intake.len()), |buffer| intake.read(buffer));
+        let extent = extent.with_context(|| format!("reading {}", self.label))?;
         self.ahead.push_back(extent);
         Ok(true)
     }
@@ -284,21 +234,6 @@ impl ShardReader {
                 }
             };
         }
-        self.read(arena, most)
-    }
-
-    /// Reads data of the current chunk that is not held.
-    ///
-    /// # Errors
-    /// When there is no memory.
-    pub(super) fn read_data(&mut self, arena: &mut Arena) -> Result<bool> {
-        let left = self.left_of_chunk();
-        // Behind the end of a large chunk there is another one.
-        let most = if self.is_among_large {
-            left
-        } else {
-            left.max(AHEAD)
-        };
         self.read(arena, most)
     }
 
@@ -337,8 +272,7 @@ impl ShardReader {
         }
         let mut left = size;
         while left > 0 {
-            let part = self.take_front(left).expect("a marker was read whole");
-            left -= part.len();
+            left -= self.take_front(left).len();
         }
         Ok(Some(marker))
     }
@@ -357,22 +291,55 @@ impl ShardReader {
         Marker::decode(&joined)
     }
 
-    /// Up to `most` bytes from the front of what was read.
-    fn take_front(&mut self, most: usize) -> Option<Extent> {
-        let front = self.ahead.front_mut()?;
+    /// Takes up to `most` bytes of what was read, which is something, as far as they lie together.
+    fn take_front(&mut self, most: usize) -> Extent {
+        let front = self.ahead.front_mut().expect("something was read");
         let part = front.split_front(most.min(front.len()));
         if front.is_empty() {
             self.ahead.pop_front();
         }
         self.taken += part.len() as u64;
-        Some(part)
+        part
     }
 
-    /// Takes the data of the current chunk that was read, as far as it lies together.
-    pub(super) fn take_data(&mut self) -> Option<(Extent, Next)> {
-        let extent = self.take_front(self.left_of_chunk())?;
+    /// Takes data of the current chunk: what was read already, or else by splicing it to a pipe
+    /// that holds it, or else by reading it.
+    ///
+    /// # Errors
+    /// When there is no memory, and those of `splice`; none for pipes of ours.
+    pub(super) fn take_data(&mut self, arena: &mut Arena, pipes: &mut PipePool) -> Result<Taken> {
+        let left = self.chunk.as_ref().map_or(0, |chunk| chunk.left);
+        if self.ahead.is_empty() {
+            let Some(intake) = self.intake.as_mut().filter(|intake| intake.len() > 0) else {
+                return Ok(Taken::Nothing);
+            };
+            let is_worth = self.may_splice && left >= WORTH_HOLDING;
+            let begun = self.held.take();
+            if let Some(mut held) = begun.or_else(|| is_worth.then(|| pipes.hold(left)).flatten()) {
+                let bytes = held.absorb(intake, left);
+                let bytes = bytes.with_context(|| format!("reading {}", self.label))?;
+                self.taken += bytes as u64;
+                if bytes == 0 {
+                    // All of its slots are taken.
+                    self.may_splice &= !held.is_wasteful();
+                } else if bytes < left {
+                    self.chunk.as_mut().expect("data belongs to a chunk").left -= bytes;
+                    self.held = Some(held);
+                    return Ok(Taken::Part);
+                }
+                return Ok(Taken::Piece(Piece::Pipe(held), self.advance_chunk(bytes)));
+            }
+            // Behind the end of a large chunk there is another one.
+            let most = if self.is_among_large {
+                left
+            } else {
+                left.max(AHEAD)
+            };
+            self.read(arena, most)?;
+        }
+        let extent = self.take_front(left);
         let next = self.advance_chunk(extent.len());
-        Some((extent, next))
+        Ok(Taken::Piece(Piece::Memory(extent), next))
     }
 
     fn advance_chunk(&mut self, bytes: usize) -> Next {
@@ -384,34 +351,5 @@ impl ShardReader {
         }
         chunk.place.part += 1;
         Next::Part
-    }
-
-    /// Moves data of the current chunk into a pipe that holds it.
-    ///
-    /// # Errors
-    /// Those of `splice`; none for pipes of ours.
-    pub(super) fn hold(&mut self, pipes: &mut PipePool) -> Result<Holding> {
-        let left = self.left_of_chunk();
-        let Some(intake) = self.intake.as_mut().filter(|intake| intake.len() > 0) else {
-            return Ok(Holding::Drained);
-        };
-        let is_worth = self.may_splice && left >= WORTH_HOLDING;
-        let begun = self.held.take();
-        let Some(mut held) = begun.or_else(|| is_worth.then(|| pipes.hold(left)).flatten()) else {
-            return Ok(Holding::Refused);
-        };
-        let bytes = held
-            .absorb(intake, left)
-            .with_context(|| format!("reading {}", self.label))?;
-        self.taken += bytes as u64;
-        if bytes == 0 {
-            // All of its slots are taken.
-            self.may_splice &= !held.is_wasteful();
-        } else if bytes < left {
-            self.chunk.as_mut().expect("data belongs to a chunk").left -= bytes;
-            self.held = Some(held);
-            return Ok(Holding::Begun);
-        }
-        Ok(Holding::Piece(held, self.advance_chunk(bytes)))
     }
 }

@@ -1,5 +1,6 @@
 //! One shard's turn: its markers, and the data behind them, are taken and submitted.
 
+use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -7,10 +8,10 @@ use anyhow::{Result, ensure};
 use super::Receiver;
 use super::assembly::{Image, Position, Step};
 use super::order::{Place, Reading};
-use super::reader::Holding;
+use super::reader::Taken;
 use crate::format::Body;
 use crate::os::process::CapturingProcess;
-use crate::store::{Ahead, Piece};
+use crate::store::Ahead;
 
 /// The outcome of one shard's turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,14 +59,12 @@ impl<I: Image> Receiver<'_, I> {
 
     fn fill(&mut self, index: usize) -> Result<bool> {
         let shard = &mut self.shards[index];
-        // A pipe that was begun is filled, and may be the last one that there is room for.
-        let splices = shard.is_holding() || shard.may_splice() && self.pipes.has_room();
-        shard.fill(splices, &mut self.arena, &self.pipes)
+        shard.fill(shard.splices(&self.pipes), &mut self.arena, &self.pipes)
     }
 
     fn take_marker(&mut self, index: usize) -> Result<Flow> {
         let shard = &mut self.shards[index];
-        let is_first = shard.last_seq().is_none();
+        let is_first = shard.last_seq.is_none();
         let Some(marker) = shard.next_marker()? else {
             return Ok(match shard.read_for_marker(&mut self.arena)? {
                 true => Flow::Moved,
@@ -79,7 +78,7 @@ impl<I: Image> Receiver<'_, I> {
             ensure!(
                 self.index.is_none(),
                 "reading {}: it begins like an index, and so does another shard",
-                self.shards[index].label()
+                self.shards[index].label
             );
             self.index = Some(index);
         }
@@ -102,41 +101,25 @@ impl<I: Image> Receiver<'_, I> {
             first.1 == origin,
             "putting the image together: {} and {} are of different images, captured by {} and by \
              {}: give all shards of one capture",
-            self.shards[first.0].label(),
-            self.shards[shard].label(),
+            self.shards[first.0].label,
+            self.shards[shard].label,
             name(&first.1),
             name(&origin)
         );
         Ok(())
     }
 
-    /// Takes data of a chunk: what was read already, or else by splicing it to a pipe that holds
-    /// it, or else by reading more.
     fn take_data(&mut self, index: usize, place: Place) -> Result<Flow> {
         let is_next = self.image.next() == Some(place);
         if !is_next && self.image.ahead() == Ahead::Shard && !self.takes_early_data() {
             return Ok(Flow::Ahead);
         }
-        let shard = &mut self.shards[index];
-        let (piece, next) = if let Some((extent, next)) = shard.take_data() {
-            (Piece::Memory(extent), next)
-        } else {
-            match shard.hold(&mut self.pipes)? {
-                Holding::Piece(held, next) => (Piece::Pipe(held), next),
-                Holding::Begun => {
-                    if is_next {
-                        self.progress = Instant::now();
-                    }
-                    return Ok(Flow::Moved);
-                }
-                Holding::Drained => return Ok(Flow::Drained),
-                Holding::Refused => {
-                    shard.read_data(&mut self.arena)?;
-                    return Ok(Flow::Moved);
-                }
-            }
-        };
-        self.submit(index, place, Step::Data(piece, next))?;
+        match self.shards[index].take_data(&mut self.arena, &mut self.pipes)? {
+            Taken::Piece(piece, next) => self.submit(index, place, Step::Data(piece, next))?,
+            Taken::Part if is_next => self.progress = Instant::now(),
+            Taken::Part => {}
+            Taken::Nothing => return Ok(Flow::Drained),
+        }
         Ok(Flow::Moved)
     }
 
@@ -146,8 +129,8 @@ impl<I: Image> Receiver<'_, I> {
             self.index_progress = Instant::now();
         }
         let position = Position {
-            shard: self.shards[index].label(),
-            offset: self.shards[index].offset(),
+            shard: Rc::clone(&self.shards[index].label),
+            offset: self.shards[index].taken,
             is_of_index,
         };
         self.image.submit(place, position, step)
