@@ -279,7 +279,7 @@ impl CaptureLoop<'_> {
         self.tell_when_copied()?;
         Ok(self.dump.is_complete()
             && self.supervisor.criu_has_succeeded()
-            && self.supervisor.file_commands_have_succeeded())
+            && self.supervisor.commands_have_succeeded(|it| it.has_file()))
     }
 
     /// Naps where data flows, and returns how long to wait for events then.
@@ -420,7 +420,7 @@ impl CaptureLoop<'_> {
     fn tell_when_copied(&mut self) -> Result<()> {
         let has_all = self.buffer.is_some()
             && self.dump.open_files() == 0
-            && self.supervisor.file_commands_have_succeeded();
+            && self.supervisor.commands_have_succeeded(|it| it.has_file());
         if self.request.counters.copied.get() > 0 || !self.is_frozen || !has_all {
             return Ok(());
         }

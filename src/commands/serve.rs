@@ -156,7 +156,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         if !self.is_proven && may_prove && self.receiver.is_whole()? {
             self.supervisor.check()?;
             // A command may have written more before it ended.
-            if self.supervisor.commands_have_succeeded() && self.receiver.is_whole()? {
+            if self.supervisor.commands_have_succeeded(|_| true) && self.receiver.is_whole()? {
                 self.supervisor.release_orphans()?;
                 self.receiver.finish()?;
                 self.is_proven = true;
@@ -182,7 +182,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
     /// external files unpack; image files of which something must be known by then; and all of the
     /// image, if it has no pages that CRIU must wait for.
     fn may_connect(&mut self) -> Result<bool> {
-        if !self.is_known || !self.supervisor.file_commands_have_succeeded() {
+        if !self.is_known || !self.supervisor.commands_have_succeeded(|it| it.has_file()) {
             return Ok(false);
         }
         // An image that has not proved whole must not run, and with lazy pages CRIU waits for few.

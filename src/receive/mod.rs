@@ -420,7 +420,9 @@ impl<'a, I: Image> Receiver<'a, I> {
             && self.image.is_index_read()
             && let Some(index) = self.index
             && self.shards[index].is_over(&mut self.arena, &self.pipes)?
-            && self.supervisor.command_has_succeeded(index)
+            && self
+                .supervisor
+                .commands_have_succeeded(|it| it.is_for_shard(index))
         {
             self.image.lay_out()?;
         }

@@ -23,21 +23,22 @@
 //! is /dev/null where it is not. Nothing else: see `program`.
 
 use std::cell::Cell;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use nix::errno::Errno;
 use nix::poll::{PollFlags, PollTimeout};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigHandler, Signal, killpg};
 use nix::unistd::{AccessFlags, Pid, access};
 
-use super::program::{self, End, Inherited};
+use super::program::{self, Inherited};
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, poll};
+use crate::os::pipe::{self, LARGEST};
 
 /// The time that a command has to clean up after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -109,23 +110,19 @@ impl ShellCommand {
     }
 
     /// True if it takes or brings an external file.
-    pub(super) fn has_file(&self) -> bool {
+    pub(crate) fn has_file(&self) -> bool {
         matches!(self.target, Target::ExternalFile(_))
     }
 
     /// True if it takes or brings the shard of this number, from 0.
-    pub(super) fn is_for_shard(&self, number: usize) -> bool {
+    pub(crate) fn is_for_shard(&self, number: usize) -> bool {
         self.target == Target::Shard(number)
     }
-}
 
-/// The state of a command, as far as it is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CommandState {
-    Running,
-    Succeeded,
-    /// A process of its group has failed in this way.
-    Failed(Process, End),
+    /// True if it takes or brings this external file.
+    pub(super) fn is_for_file(&self, name: &ImageName) -> bool {
+        matches!(&self.target, Target::ExternalFile(it) if it == name)
+    }
 }
 
 /// A process of a command's group, as errors call it.
@@ -139,8 +136,8 @@ struct Running {
     /// A copy of our end of the pipe: shows when the command has closed its own, and keeps its
     /// input from ending.
     pipe: Option<OwnedFd>,
-    state: Cell<CommandState>,
-    shell_has_ended: Cell<bool>,
+    /// The end of the process that has failed, or a success, as far as it is known.
+    ended: Cell<Option<(Process, ExitStatus)>>,
 }
 
 /// Commands at work. Dropped before they have ended, they are ended.
@@ -152,21 +149,22 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    /// Starts a command whose data goes in `direction`, with its end of a pipe. `ours` is the
-    /// other end.
+    /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
     pub(super) fn start(
         &mut self,
         command: ShellCommand,
         direction: Direction,
-        theirs: OwnedFd,
-        ours: impl AsFd,
         inherited: Inherited,
-    ) -> Result<()> {
-        let pipe = Some(ours.as_fd().try_clone_to_owned()?);
-        let (stdin, stdout) = match direction {
-            Direction::Out => (theirs.into(), Stdio::inherit()),
-            Direction::In => (Stdio::null(), theirs.into()),
+    ) -> Result<OwnedFd> {
+        let (read, write) = io::pipe().context("creating a pipe")?;
+        let (ours, stdin, stdout) = match direction {
+            Direction::Out => (OwnedFd::from(write), read.into(), Stdio::inherit()),
+            Direction::In => (read.into(), Stdio::null(), write.into()),
         };
+        if command.has_file() {
+            pipe::grow(&ours, LARGEST)?;
+        }
+        let pipe = Some(ours.try_clone()?);
         let group = self
             .start_shell(&command, stdin, stdout, inherited)
             .with_context(|| format!("starting {}", command.with_text()))?;
@@ -175,10 +173,9 @@ impl Commands {
             direction,
             group,
             pipe,
-            state: Cell::new(CommandState::Running),
-            shell_has_ended: Cell::new(false),
+            ended: Cell::new(None),
         });
-        Ok(())
+        Ok(ours)
     }
 
     /// Starts a shell in a process group of its own, whose number is returned.
@@ -208,19 +205,10 @@ impl Commands {
         self.running.iter().try_for_each(Running::check)
     }
 
-    /// Lets the commands see the end of their input.
-    pub(super) fn close_pipes(&mut self) {
+    /// Lets the commands that are meant see the end of their input.
+    pub(super) fn close_pipes(&mut self, is_meant: impl Fn(&ShellCommand) -> bool) {
         for running in &mut self.running {
-            running.pipe = None;
-        }
-    }
-
-    /// Lets the command of this external file, if there is one, see the end of its input.
-    pub(super) fn close_pipe_of(&mut self, file: &ImageName) {
-        for running in &mut self.running {
-            if matches!(&running.command.target, Target::ExternalFile(it) if it == file) {
-                running.pipe = None;
-            }
+            running.pipe.take_if(|_| is_meant(&running.command));
         }
     }
 
@@ -258,48 +246,38 @@ impl Commands {
 
 impl Running {
     fn has_succeeded(&self) -> bool {
-        self.state.get() == CommandState::Succeeded
+        self.ended.get().is_some_and(|(_, end)| end.success())
     }
 
     /// Finds out what became of the command, and fails if it has failed.
     fn check(&self) -> Result<()> {
-        while self.state.get() == CommandState::Running {
-            let state = match self.next_end() {
+        while self.ended.get().is_none() {
+            let ended = match self.next_end() {
                 Ok(None) => break,
-                // It is not in the terminal's foreground, where it could ask: it would stop for
-                // ever.
-                Ok(Some((process, end @ End::Stopped(libc::SIGTTIN | libc::SIGTTOU)))) => {
-                    CommandState::Failed(process, end)
-                }
-                // Another process stopped it, and will have it go on.
-                Ok(Some((_, End::Stopped(_) | End::Exited(0)))) => continue,
-                Ok(Some((process, end))) => CommandState::Failed(process, end),
+                Ok(Some((_, end))) if end.success() || will_go_on(end) => continue,
+                Ok(Some(failed)) => failed,
                 // No process of the group is left.
-                Err(_) => CommandState::Succeeded,
+                Err(_) => ("it", ExitStatus::default()),
             };
-            self.state.set(state);
+            self.ended.set(Some(ended));
         }
-        if let CommandState::Failed(process, end) = self.state.get() {
-            bail!("{}: {process} {end}", self.command.with_text());
+        match self.ended.get() {
+            Some((process, end)) if !end.success() => {
+                let failure = program::failure(end);
+                bail!("{}: {process} {failure}", self.command.with_text())
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// How the next process of the group ended or stopped, if one has.
-    fn next_end(&self) -> nix::Result<Option<(Process, End)>> {
+    fn next_end(&self) -> nix::Result<Option<(Process, ExitStatus)>> {
         let shell = self.group.as_raw();
-        let next = match program::next_end(-shell) {
-            // A shell that has left its own group is waited for all the same.
-            Err(Errno::ECHILD) if !self.shell_has_ended.get() => program::next_end(shell)?,
-            next => next?,
-        };
-        Ok(next.map(|(pid, end)| {
-            if pid != self.group {
-                return ("a process that it left in the background", end);
-            }
-            let is_stopped = matches!(end, End::Stopped(_));
-            self.shell_has_ended.set(!is_stopped);
-            ("it", end)
+        // A shell that has left its own group is waited for all the same.
+        let next = program::next_end(-shell).or_else(|_| program::next_end(shell))?;
+        Ok(next.map(|(pid, end)| match pid == self.group {
+            true => ("it", end),
+            false => ("a process that it left in the background", end),
         }))
     }
 
@@ -307,21 +285,19 @@ impl Running {
     fn is_about_to_end(&self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
         let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
-        self.state.get() == CommandState::Running
+        self.ended.get().is_none()
             && poll(pipe, PollFlags::empty(), PollTimeout::ZERO)
                 .is_ok_and(|events| events.intersects(gone))
     }
 
     /// Reaps the processes of the group that have ended, and returns true if some are left.
     fn reap(&self) -> bool {
-        loop {
-            match program::next_end(-self.group.as_raw()) {
-                Ok(None) => return true,
-                Ok(_) => {}
-                // There is no child of ours in the group.
-                Err(_) => return false,
+        while let Ok(next) = self.next_end() {
+            if next.is_none() {
+                return true;
             }
         }
+        false
     }
 }
 
@@ -348,6 +324,13 @@ impl Drop for Commands {
             }
         }
     }
+}
+
+/// True if a process was stopped by another one, which will have it go on. One that wants to ask on
+/// a terminal has stopped for ever, as it is not in the foreground.
+fn will_go_on(end: ExitStatus) -> bool {
+    let signal = end.stopped_signal();
+    signal.is_some_and(|signal| ![libc::SIGTTIN, libc::SIGTTOU].contains(&signal))
 }
 
 /// True if a command may be a pipeline: it has a `|` that is not half of `||`.

@@ -23,7 +23,8 @@
 
 use std::cell::Cell;
 use std::ffi::OsString;
-use std::process::Command;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
 use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,7 +35,7 @@ use nix::unistd::Pid;
 
 use super::command::{END_INTERVAL, EXPLAIN_TIMEOUT};
 use super::ending::Ending;
-use super::program::{self, End, Inherited};
+use super::program::{self, Inherited};
 use super::signals::Signals;
 use crate::os::descriptor::Direction;
 use crate::report;
@@ -63,14 +64,6 @@ impl CriuCommand {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CriuState {
-    Running,
-    Ended(End),
-    /// It goes on without us.
-    Left,
-}
-
 /// The command at work. Dropped before it has ended, it is waited for.
 pub(super) struct RunningCriu {
     pub(super) text: String,
@@ -78,7 +71,8 @@ pub(super) struct RunningCriu {
     signals: Rc<Signals>,
     /// A success means that the application is dead.
     kills: bool,
-    state: Cell<CriuState>,
+    /// How it has ended: well, too, if it goes on without us.
+    ended: Cell<Option<ExitStatus>>,
 }
 
 impl RunningCriu {
@@ -106,13 +100,13 @@ impl RunningCriu {
             process,
             signals,
             kills: direction == Direction::Out && !command.lets_live,
-            state: Cell::new(CriuState::Running),
+            ended: Cell::new(None),
         })
     }
 
     /// Finds out whether it has ended, and fails if it has failed.
     pub(super) fn check(&self) -> Result<()> {
-        if self.state.get() == CriuState::Running {
+        if !self.has_ended() {
             let next = program::next_end(self.process.as_raw());
             self.take(next.with_context(|| format!("asking how {} ended", self.text))?);
         }
@@ -121,12 +115,12 @@ impl RunningCriu {
     }
 
     /// Takes note of its end, if that is the next one.
-    fn take(&self, next: Option<(Pid, End)>) {
+    fn take(&self, next: Option<(Pid, ExitStatus)>) {
         if let Some((pid, end)) = next
             && pid == self.process
-            && !matches!(end, End::Stopped(_))
+            && end.stopped_signal().is_none()
         {
-            self.state.set(CriuState::Ended(end));
+            self.ended.set(Some(end));
         }
     }
 
@@ -139,29 +133,26 @@ impl RunningCriu {
     }
 
     /// How it has failed, if it has.
-    fn failure(&self) -> Option<End> {
-        match self.state.get() {
-            CriuState::Ended(End::Exited(0)) | CriuState::Running | CriuState::Left => None,
-            CriuState::Ended(end) => Some(end),
-        }
+    fn failure(&self) -> Option<ExitStatus> {
+        self.ended.get().filter(|end| !end.success())
     }
 
     /// The error for such a failure, with what it led to.
-    fn error(&self, end: End, led_to: &str) -> Error {
-        let message = format!("{} {end}{led_to}", self.text);
-        let status = end.status();
+    fn error(&self, end: ExitStatus, led_to: &str) -> Error {
+        let message = format!("{} {}{led_to}", self.text, program::failure(end));
+        let status = program::exit_status(end);
         Ending::Criu { message, status }.into()
     }
 
     /// True if the application is dead, and its image all that is left of it, as far as
     /// [`RunningCriu::check`] has seen.
     pub(super) fn has_killed(&self) -> bool {
-        self.kills && self.state.get() == CriuState::Ended(End::Exited(0))
+        self.kills && self.has_ended() && self.failure().is_none()
     }
 
     /// True if it has ended, as far as [`RunningCriu::check`] has seen.
     pub(super) fn has_ended(&self) -> bool {
-        self.state.get() != CriuState::Running
+        self.ended.get().is_some()
     }
 
     /// The reason behind an error that shows that CRIU is gone: the command is given the time to
@@ -177,7 +168,7 @@ impl RunningCriu {
         }
     }
 
-    /// True if it has not ended now. A failure shows in the state.
+    /// True if it has not ended now.
     fn is_running(&self) -> bool {
         self.check().is_ok() && !self.has_ended()
     }
@@ -188,7 +179,7 @@ impl RunningCriu {
             "{} goes on, as process {}",
             self.text, self.process
         ));
-        self.state.set(CriuState::Left);
+        self.ended.set(Some(ExitStatus::default()));
     }
 }
 

@@ -36,7 +36,7 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::format::ImageName;
 use crate::os::descriptor::{Direction, FdKind, poll};
-use crate::os::pipe::{self, LARGEST, Moved, ReadEnd, WriteEnd};
+use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
 use crate::report;
 use command::Commands;
@@ -193,22 +193,14 @@ impl Supervisor {
 
     /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
     fn start(&self, command: ShellCommand, direction: Direction) -> Result<OwnedFd> {
-        let (read, write) = io::pipe().context("creating a pipe")?;
-        let (ours, theirs) = match direction {
-            Direction::Out => (OwnedFd::from(write), OwnedFd::from(read)),
-            Direction::In => (read.into(), write.into()),
-        };
-        if command.has_file() {
-            pipe::grow(&ours, LARGEST)?;
-        }
         let mut commands = self.commands.borrow_mut();
-        commands.start(command, direction, theirs, &ours, self.inherited)?;
-        Ok(ours)
+        commands.start(command, direction, self.inherited)
     }
 
     /// All of an external file has been sent: its command, if there is one, sees the end.
     pub(crate) fn end_input(&self, file: &ImageName) {
-        self.commands.borrow_mut().close_pipe_of(file);
+        let mut commands = self.commands.borrow_mut();
+        commands.close_pipes(|command| command.is_for_file(file));
     }
 
     /// Starts the command that runs CRIU, if there is one, for an image that goes in `direction`.
@@ -266,28 +258,15 @@ impl Supervisor {
         criu
     }
 
-    /// True if all commands have ended well, or there are none.
-    pub(crate) fn commands_have_succeeded(&self) -> bool {
-        self.commands.borrow().have_succeeded(|_| true)
-    }
-
-    /// True if the commands of external files have ended well, or there are none.
-    pub(crate) fn file_commands_have_succeeded(&self) -> bool {
-        self.commands
-            .borrow()
-            .have_succeeded(ShellCommand::has_file)
-    }
-
-    /// True if the command of this shard, from 0, has ended well, or there is none.
-    pub(crate) fn command_has_succeeded(&self, shard: usize) -> bool {
-        let is_meant = |command: &ShellCommand| command.is_for_shard(shard);
+    /// True if all commands that are meant have ended well, or there are none.
+    pub(crate) fn commands_have_succeeded(&self, is_meant: impl Fn(&ShellCommand) -> bool) -> bool {
         self.commands.borrow().have_succeeded(is_meant)
     }
 
     /// When to ask again whether the commands have ended: there is no signal for all of it. `None`
     /// once all have ended well.
     pub(crate) fn look_again(&self) -> Option<Instant> {
-        let is_over = self.commands_have_succeeded();
+        let is_over = self.commands_have_succeeded(|_| true);
         (!is_over).then(|| Instant::now() + CHECK_INTERVAL)
     }
 
@@ -318,7 +297,7 @@ impl Supervisor {
             self.check()?;
         }
         self.check_pumps()?;
-        self.commands.get_mut().close_pipes();
+        self.commands.get_mut().close_pipes(|_| true);
         while let Some(again) = self.look_again() {
             self.wait(Wait::Until(again))
                 .context("waiting for the commands")?;

@@ -7,10 +7,9 @@
 
 #![allow(unsafe_code)]
 
-use std::fmt;
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus, Stdio};
 
 use nix::errno::Errno;
 use nix::sys::prctl::{get_timerslack, set_timerslack};
@@ -101,59 +100,36 @@ fn prepare(at_signals: SigHandler, inherited: Inherited) -> io::Result<()> {
     Ok(())
 }
 
-/// The end of a program, or its being stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
-    Exited(i32),
-    /// By a signal, which may be a real-time one.
-    Killed(i32),
-    Stopped(i32),
+/// The exit status that a shell would give a program that has ended so.
+pub(super) fn exit_status(end: ExitStatus) -> u8 {
+    let by_signal = end.signal().map(|signal| 128 + signal);
+    end.code().or(by_signal).unwrap_or(1) as u8
 }
 
-impl End {
-    /// The exit status that a shell would give it.
-    pub(super) fn status(self) -> u8 {
-        match self {
-            Self::Exited(status) => status as u8,
-            Self::Killed(signal) | Self::Stopped(signal) => 128 + signal as u8,
-        }
+/// How a program failed, as the end of a sentence about it.
+pub(super) fn failure(end: ExitStatus) -> String {
+    if let Some(status) = end.code() {
+        return format!("failed with exit status {status}");
     }
+    // It may be a real-time one, without a name.
+    let Some(signal) = end.signal() else {
+        return "wants to ask something on the terminal, and was stopped: give it keys or a password file, so that it has nothing to ask".into();
+    };
+    let name = Signal::try_from(signal).map_or(String::new(), |name| format!(" ({name})"));
+    format!("failed with signal {signal}{name}")
 }
 
-/// How it failed, as the end of a sentence about it.
-impl fmt::Display for End {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Exited(status) => write!(f, "failed with exit status {status}"),
-            Self::Killed(signal) => {
-                write!(f, "failed with signal {signal}")?;
-                Signal::try_from(*signal).map_or(Ok(()), |name| write!(f, " ({name})"))
-            }
-            Self::Stopped(_) => f.write_str(
-                "wants to ask something on the terminal, and was stopped: give it keys or a password file, so that it has nothing to ask",
-            ),
-        }
-    }
-}
-
-/// The next end of a child, or of one of a group (a negative number), or of any (-1); `None` if
-/// there is none yet.
+/// How the next child has ended or was stopped: this one, or one of a group (a negative number), or
+/// any (-1). `None` if none has yet.
 ///
 /// # Errors
 /// `ECHILD` when there is no such child.
-pub(super) fn next_end(which: i32) -> nix::Result<Option<(Pid, End)>> {
+pub(super) fn next_end(which: i32) -> nix::Result<Option<(Pid, ExitStatus)>> {
     let mut status = 0;
     let options = libc::WNOHANG | libc::WUNTRACED;
     let pid = uninterrupted(|| {
         // SAFETY: the pointer is to a local variable that outlives the call.
         Errno::result(unsafe { libc::waitpid(which, &mut status, options) })
     })?;
-    let end = if libc::WIFEXITED(status) {
-        End::Exited(libc::WEXITSTATUS(status))
-    } else if libc::WIFSIGNALED(status) {
-        End::Killed(libc::WTERMSIG(status))
-    } else {
-        End::Stopped(libc::WSTOPSIG(status))
-    };
-    Ok((pid != 0).then_some((Pid::from_raw(pid), end)))
+    Ok((pid != 0).then_some((Pid::from_raw(pid), ExitStatus::from_raw(status))))
 }
