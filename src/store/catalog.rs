@@ -25,16 +25,21 @@ const MOST_KEPT: u64 = 16 << 20;
 /// The fate of a file.
 #[derive(Debug)]
 enum State {
-    /// It is not whole yet, and was not asked for.
-    Arriving(Box<FileData>),
-    /// It was asked for before it was whole. This part is here and not taken yet.
-    Requested(Box<FileBody>),
-    /// It is whole, and was not asked for yet.
-    Complete(FileData),
+    /// This part is here and not taken yet.
+    Here(Part),
     /// It was sent at least once, and is kept.
     Kept(Box<[u8]>),
     /// It was sent, and freed.
     Gone,
+}
+
+#[derive(Debug, Default)]
+struct Part {
+    data: FileData,
+    /// Nothing more is to come.
+    is_whole: bool,
+    /// It was asked for before it was whole.
+    is_requested: bool,
 }
 
 /// The answer to a request.
@@ -63,9 +68,8 @@ impl Catalog {
     /// True if a file has contents that were not sent and freed. One that is not whole yet has.
     pub(crate) fn holds_something(&self, name: &ImageName) -> bool {
         match self.files.get(name) {
-            Some(State::Complete(contents)) => !contents.is_empty(),
+            Some(State::Here(part)) => !part.is_whole || !part.data.is_empty(),
             Some(State::Kept(contents)) => !contents.is_empty(),
-            Some(State::Arriving(_) | State::Requested(_)) => true,
             Some(State::Gone) | None => false,
         }
     }
@@ -73,7 +77,8 @@ impl Catalog {
     pub(crate) fn look_up(&self, name: &ImageName) -> Lookup {
         match self.files.get(name) {
             None => Lookup::Absent,
-            Some(State::Gone | State::Requested(_)) => Lookup::Gone,
+            Some(State::Here(part)) if part.is_requested => Lookup::Gone,
+            Some(State::Gone) => Lookup::Gone,
             Some(_) => Lookup::Present,
         }
     }
@@ -86,36 +91,30 @@ impl Catalog {
         let Some(state) = self.files.get_mut(name) else {
             return Ok(None);
         };
-        let is_pages = files::is_pages(name.as_str());
-        let (next, data) = match std::mem::replace(state, State::Gone) {
-            gone @ (State::Gone | State::Requested(_)) => {
-                *state = gone;
-                return Ok(None);
-            }
-            State::Arriving(data) => {
-                *state = State::Requested(Box::new(FileBody {
-                    data: *data,
-                    is_whole: false,
-                }));
+        let data = match state {
+            State::Here(part) if part.is_requested => return Ok(None),
+            State::Here(part) if !part.is_whole => {
+                part.is_requested = true;
                 return Ok(Some(self.take_more(name)));
             }
-            State::Complete(data) => {
-                let size = data.len();
-                if is_pages || size > LARGEST_KEPT || self.kept + size > MOST_KEPT {
-                    (State::Gone, data)
+            State::Here(part) => {
+                let data = std::mem::take(&mut part.data);
+                *state = State::Gone;
+                let kept = self.kept + data.len();
+                let is_large = data.len() > LARGEST_KEPT || kept > MOST_KEPT;
+                if is_large || files::is_pages(name.as_str()) {
+                    data
                 } else {
-                    self.kept += size;
                     let bytes = data.into_bytes()?;
                     let copy = FileData::copy_of(&bytes, &mut self.arena)?;
-                    (State::Kept(bytes.into()), copy)
+                    *state = State::Kept(bytes.into());
+                    self.kept = kept;
+                    copy
                 }
             }
-            State::Kept(bytes) => {
-                let copy = FileData::copy_of(&bytes, &mut self.arena)?;
-                (State::Kept(bytes), copy)
-            }
+            State::Kept(bytes) => FileData::copy_of(bytes, &mut self.arena)?,
+            State::Gone => return Ok(None),
         };
-        *state = next;
         let is_whole = true;
         Ok(Some(FileBody { data, is_whole }))
     }
@@ -124,13 +123,14 @@ impl Catalog {
     /// "failed": any other file than pages, which CRIU counts, would look complete if it was cut
     /// short, and is taken when it is whole.
     pub(crate) fn take_more(&mut self, name: &ImageName) -> FileBody {
+        let is_pages = files::is_pages(name.as_str());
         match self.files.get_mut(name) {
-            Some(State::Requested(more)) if more.is_whole || files::is_pages(name.as_str()) => {
-                let more = std::mem::take(&mut **more);
-                if more.is_whole {
+            Some(State::Here(part)) if part.is_requested && (part.is_whole || is_pages) => {
+                let (data, is_whole) = (std::mem::take(&mut part.data), part.is_whole);
+                if is_whole {
                     self.files.insert(name.clone(), State::Gone);
                 }
-                more
+                FileBody { data, is_whole }
             }
             _ => FileBody::default(),
         }
@@ -139,12 +139,12 @@ impl Catalog {
     /// True if all of a file is here, or there is no such file.
     pub(crate) fn is_whole(&self, name: &str) -> bool {
         let named = self.files.iter().find(|(found, _)| found.as_str() == name);
-        !matches!(named, Some((_, State::Arriving(_) | State::Requested(_))))
+        !matches!(named, Some((_, State::Here(part))) if !part.is_whole)
     }
 
     /// Frees the data of a file that is not whole yet, whose reader is gone, and all that comes.
     pub(crate) fn forget(&mut self, name: &ImageName) {
-        if let Some(state @ State::Requested(_)) = self.files.get_mut(name) {
+        if let Some(state @ State::Here(_)) = self.files.get_mut(name) {
             *state = State::Gone;
         }
     }
@@ -155,9 +155,9 @@ impl Catalog {
     /// `ENOMEM`.
     pub fn read(&mut self, name: &ImageName) -> io::Result<Option<Vec<u8>>> {
         Ok(match self.files.get_mut(name) {
-            Some(State::Complete(data)) => {
-                let bytes = std::mem::take(data).into_bytes()?;
-                *data = FileData::copy_of(&bytes, &mut self.arena)?;
+            Some(State::Here(part)) if part.is_whole => {
+                let bytes = std::mem::take(&mut part.data).into_bytes()?;
+                part.data = FileData::copy_of(&bytes, &mut self.arena)?;
                 Some(bytes)
             }
             Some(State::Kept(bytes)) => Some(bytes.to_vec()),
@@ -177,19 +177,20 @@ impl Catalog {
 
     /// Takes a file out that was not asked for yet.
     pub(crate) fn remove(&mut self, name: &ImageName) -> Option<FileData> {
-        match self.files.get_mut(name) {
-            Some(State::Complete(contents)) => {
-                let contents = std::mem::take(contents);
-                self.files.remove(name);
-                Some(contents)
-            }
-            _ => None,
+        match self.files.remove(name)? {
+            State::Here(part) => Some(part.data),
+            State::Kept(_) | State::Gone => None,
         }
     }
 
     /// Adds a file. One of the same name is replaced.
-    pub(crate) fn insert(&mut self, name: ImageName, contents: FileData) {
-        self.files.insert(name, State::Complete(contents));
+    pub(crate) fn insert(&mut self, name: ImageName, data: FileData) {
+        let whole = Part {
+            data,
+            is_whole: true,
+            is_requested: false,
+        };
+        self.files.insert(name, State::Here(whole));
     }
 
     /// The names of all files, in order.
@@ -206,28 +207,22 @@ impl Store for Catalog {
 
     fn create(&mut self, name: &ImageName) -> Result<ImageName> {
         // Of several files of one name the last counts.
-        let arriving = State::Arriving(Box::default());
-        self.files.insert(name.clone(), arriving);
+        let nothing = State::Here(Part::default());
+        self.files.insert(name.clone(), nothing);
         Ok(name.clone())
     }
 
     fn append(&mut self, file: &mut ImageName, piece: Piece) -> Result<()> {
         match self.files.get_mut(file) {
-            Some(State::Arriving(data)) => data.push(piece)?,
-            Some(State::Requested(more)) => more.data.push(piece)?,
+            Some(State::Here(part)) => Ok(part.data.push(piece)?),
             // Its reader is gone.
-            _ => {}
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn finish(&mut self, _name: ImageName, file: ImageName) -> Result<()> {
-        if let Some(state) = self.files.get_mut(&file) {
-            match state {
-                State::Arriving(data) => *state = State::Complete(std::mem::take(&mut **data)),
-                State::Requested(more) => more.is_whole = true,
-                State::Complete(_) | State::Kept(_) | State::Gone => {}
-            }
+        if let Some(State::Here(part)) = self.files.get_mut(&file) {
+            part.is_whole = true;
         }
         Ok(())
     }
