@@ -60,23 +60,17 @@ impl Region {
         }
     }
 
-    /// Takes back a range that was handed out but never written to.
-    fn take_back(&self, range: Range<usize>) {
+    /// Takes back a range that nothing refers to any more, and gives it to the kernel if it was
+    /// filled. The lock is held until then: a huge page that is found unused must not be handed out
+    /// before it is discarded.
+    fn release(&self, range: Range<usize>, was_filled: bool) {
         self.live.fetch_sub(range.len(), Ordering::Relaxed);
         let mut in_use = self.in_use();
         for (page, part) in huge_pages(range) {
             in_use[page] -= part.len() as u32;
-        }
-    }
-
-    /// Gives a range back to the kernel that nothing refers to any more. The lock is held until
-    /// then: a huge page that is found unused must not be handed out before it is discarded.
-    fn release(&self, range: Range<usize>) {
-        self.live.fetch_sub(range.len(), Ordering::Relaxed);
-        let mut in_use = self.in_use();
-        for (page, part) in huge_pages(range) {
-            in_use[page] -= part.len() as u32;
-            let unused = if in_use[page] == 0 {
+            let unused = if !was_filled {
+                continue;
+            } else if in_use[page] == 0 {
                 page * HUGE_PAGE..(page + 1) * HUGE_PAGE
             } else if part.len() >= WORTH_SPLITTING {
                 part
@@ -160,7 +154,7 @@ impl Extent {
 impl Drop for Extent {
     fn drop(&mut self) {
         if !self.is_empty() {
-            self.region.release(self.range());
+            self.region.release(self.range(), true);
         }
     }
 }
@@ -296,7 +290,7 @@ impl Arena {
             && *used == rest.range().end
         {
             *used = rest.range().start;
-            region.take_back(rest.range());
+            region.release(rest.range(), false);
             rest.len = 0;
         }
         sealed
