@@ -237,13 +237,13 @@ impl<S: Store> Image for Assembly<S> {
                 place.seq
             )));
         }
-        self.files.store.outlets().check_all_begun()
+        self.files.store.check_all_begun()
     }
 }
 
 impl<S: Store> Assembly<S> {
     pub(crate) fn into_store(self) -> S {
-        self.files.store.into_behind()
+        self.files.store.behind
     }
 }
 
@@ -252,7 +252,6 @@ mod tests {
     use super::*;
     use crate::os::poller::Poller;
     use crate::store::catalog::Catalog;
-    use crate::store::external::ExternalOutputs;
 
     fn here() -> Position {
         Position {
@@ -279,8 +278,8 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        let outlets = ExternalOutputs::new(Vec::new(), &Poller::new().unwrap()).unwrap();
-        Assembly::new(External::new(Catalog::new(), outlets))
+        let poller = Poller::new().unwrap();
+        Assembly::new(External::new(Catalog::new(), Vec::new(), &poller).unwrap())
     }
 
     fn read<const N: usize>(mut image: Assembly<Catalog>, names: [&str; N]) -> [Vec<u8>; N] {

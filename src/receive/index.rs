@@ -299,7 +299,7 @@ impl Image for Indexed {
     }
 
     fn lay_out(&mut self) -> Result<()> {
-        self.store().outlets().check_all_begun()?;
+        self.store().check_all_begun()?;
         self.is_laid_out = true;
         let last = self.last_of_pages();
         self.kept_back = last.map(|stream| KeptBack {

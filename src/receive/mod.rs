@@ -32,7 +32,7 @@ use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;
 use crate::report::times::{Clock, Phase, Waiting};
-use crate::store::external::{External, ExternalOutputs};
+use crate::store::external::External;
 use crate::store::held_pipe::PipePool;
 use crate::store::{Ahead, Arena, Store};
 use crate::supervision::{Failure, Supervisor};
@@ -139,7 +139,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         counters: &Counters,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let outlets = ExternalOutputs::new(external_files, supervisor.poller())?;
+        let store = External::new(store, external_files, supervisor.poller())?;
         let shards = shards
             .into_iter()
             .zip(&counters.shards)
@@ -157,7 +157,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(Self {
             supervisor,
             shards,
-            image: I::new(External::new(store, outlets)),
+            image: I::new(store),
             captured_by: None,
             index: None,
             index_progress: now,
@@ -202,7 +202,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         let Round { turn, found, room } = self.round(self.reading(starving))?;
         self.last = turn;
         self.check_memory()?;
-        let sent = self.outlets().send()?;
+        let sent = self.image.store().send()?;
         for name in &sent.sent_whole {
             self.supervisor.end_input(name);
         }
@@ -221,10 +221,6 @@ impl<'a, I: Image> Receiver<'a, I> {
                 .or_until(self.memory.short_until)
                 .or_until(ends.filter(|&end| end > now).min()),
         ))
-    }
-
-    fn outlets(&mut self) -> &mut ExternalOutputs {
-        self.image.store().outlets()
     }
 
     fn receive_all(&mut self) -> Result<()> {
@@ -259,7 +255,7 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// True if readers of external files still have to take something.
     pub(crate) fn is_sending(&mut self) -> bool {
-        self.outlets().is_sending()
+        self.image.store().is_sending()
     }
 
     pub(crate) fn stats(&self) -> Stats {
@@ -276,7 +272,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard => self.shards[index].is_busy = true,
-                Watched::External => self.outlets().transfers().made_room(event.id, false),
+                Watched::External => self.image.store().made_room(event.id),
                 _ => {}
             }
         }
@@ -292,7 +288,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             found: 0,
             room: 0,
         };
-        if self.outlets().is_behind() {
+        if self.image.store().is_behind() {
             round.turn = Turn::Ahead;
             return Ok(round);
         }
@@ -474,6 +470,6 @@ impl<'a, I: Image> Receiver<'a, I> {
 
     /// The files of an image that is served, or of the store that it goes to.
     pub(crate) fn store(&mut self) -> &mut I::Store {
-        self.image.store().behind()
+        &mut self.image.store().behind
     }
 }

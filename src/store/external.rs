@@ -33,20 +33,24 @@ struct ExternalFile {
     has_begun: bool,
 }
 
-/// The external files, and the pipes to their readers.
-#[derive(Debug)]
-pub(crate) struct ExternalOutputs {
+/// A store with external files in front of it, and the pipes to their readers.
+pub(crate) struct External<S> {
+    pub(crate) behind: S,
     files: Vec<ExternalFile>,
     /// Under the numbers of their files, until all is sent.
     transfers: Transfers,
 }
 
-impl ExternalOutputs {
+impl<S> External<S> {
     /// Sends each file that `files` names into its pipe, which `poller` watches.
     ///
     /// # Errors
     /// Those of measuring and of watching a pipe.
-    pub(crate) fn new(files: Vec<(ImageName, WriteEnd)>, poller: &Poller) -> Result<Self> {
+    pub(crate) fn new(
+        behind: S,
+        files: Vec<(ImageName, WriteEnd)>,
+        poller: &Poller,
+    ) -> Result<Self> {
         let mut transfers = Transfers::new(Watched::External);
         let mut all = Vec::new();
         for (name, pipe) in files {
@@ -57,6 +61,7 @@ impl ExternalOutputs {
             all.push(ExternalFile { name, has_begun });
         }
         Ok(Self {
+            behind,
             files: all,
             transfers,
         })
@@ -66,7 +71,7 @@ impl ExternalOutputs {
     ///
     /// # Errors
     /// When it had begun before.
-    pub(crate) fn begin(&mut self, name: &ImageName) -> Result<Option<usize>> {
+    fn begin(&mut self, name: &ImageName) -> Result<Option<usize>> {
         let Some(number) = self.files.iter().position(|file| file.name == *name) else {
             return Ok(None);
         };
@@ -82,7 +87,7 @@ impl ExternalOutputs {
     ///
     /// # Errors
     /// Those of `splice`; none for pipes of ours.
-    pub(crate) fn add(&mut self, number: usize, more: FileBody) -> Result<()> {
+    fn add(&mut self, number: usize, more: FileBody) -> Result<()> {
         match self.transfers.get_mut(number as u64) {
             Some(transfer) => Ok(transfer.add(more)?),
             None => Ok(()),
@@ -103,8 +108,9 @@ impl ExternalOutputs {
         Ok(())
     }
 
-    pub(crate) fn transfers(&mut self) -> &mut Transfers {
-        &mut self.transfers
+    /// Notes that a pipe may have room again.
+    pub(crate) fn made_room(&mut self, number: u64) {
+        self.transfers.made_room(number, false);
     }
 
     /// Sends what the pipes take.
@@ -141,35 +147,6 @@ impl ExternalOutputs {
     }
 }
 
-/// A store with external files in front of it.
-pub(crate) struct External<S> {
-    behind: S,
-    outlets: ExternalOutputs,
-}
-
-impl<S> External<S> {
-    pub(crate) fn new(behind: S, outlets: ExternalOutputs) -> Self {
-        Self { behind, outlets }
-    }
-
-    pub(crate) fn outlets(&mut self) -> &mut ExternalOutputs {
-        &mut self.outlets
-    }
-
-    /// True if the reader of an external file waits for something that has not come.
-    pub(crate) fn is_starving(&self, number: usize) -> bool {
-        self.outlets.is_starving(number)
-    }
-
-    pub(crate) fn behind(&mut self) -> &mut S {
-        &mut self.behind
-    }
-
-    pub(crate) fn into_behind(self) -> S {
-        self.behind
-    }
-}
-
 impl<S: Store> External<S> {
     /// The place in which early data waits while `current` is the file whose turn it is. While it
     /// is an external one, early data may be more of it, which would fill the memory to no avail.
@@ -187,7 +164,7 @@ impl<S: Store> Store for External<S> {
     const AHEAD: Ahead = S::AHEAD;
 
     fn create(&mut self, name: &ImageName) -> Result<Self::File> {
-        match self.outlets.begin(name)? {
+        match self.begin(name)? {
             Some(number) => Ok(File::External(number)),
             None => self.behind.create(name).map(File::Stored),
         }
@@ -198,7 +175,7 @@ impl<S: Store> Store for External<S> {
             File::External(number) => {
                 let mut body = FileBody::default();
                 body.data.push(piece)?;
-                self.outlets.add(*number, body)
+                self.add(*number, body)
             }
             File::Stored(file) => self.behind.append(file, piece),
         }
@@ -209,7 +186,7 @@ impl<S: Store> Store for External<S> {
             File::External(number) => {
                 let data = FileData::default();
                 let is_whole = true;
-                self.outlets.add(number, FileBody { data, is_whole })
+                self.add(number, FileBody { data, is_whole })
             }
             File::Stored(file) => self.behind.finish(name, file),
         }
@@ -228,18 +205,18 @@ mod tests {
         let (second_read, second_write) = pipe::new().unwrap();
         let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
         let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
-        let outlets = ExternalOutputs::new(files, &Poller::new().unwrap()).unwrap();
-        let mut store = External::new(Catalog::new(), outlets);
+        let poller = Poller::new().unwrap();
+        let mut store = External::new(Catalog::new(), files, &poller).unwrap();
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
         store.append(&mut file, Piece::in_memory(&large)).unwrap();
         store.finish(first, file).unwrap();
-        store.outlets.send().unwrap();
+        store.send().unwrap();
         let mut file = store.create(&second).unwrap();
         store.append(&mut file, Piece::in_memory(b"small")).unwrap();
         store.finish(second, file).unwrap();
-        store.outlets.send().unwrap();
+        store.send().unwrap();
 
         let mut buffer = [0; 100];
         assert_eq!(
@@ -248,18 +225,18 @@ mod tests {
         );
         // A process that another test is starting has the end open until its program runs.
         while pipe::read(&second_read, &mut buffer).unwrap() != Moved::End {}
-        assert!(store.outlets.is_sending());
+        assert!(store.is_sending());
         let mut taken = 0;
         let mut buffer = vec![0; 1 << 20];
         while taken < large.len() {
             if let Moved::Bytes(bytes) = pipe::read(&first_read, &mut buffer).unwrap() {
                 taken += bytes;
             }
-            store.outlets.transfers().made_room(0, false);
-            store.outlets.send().unwrap();
+            store.made_room(0);
+            store.send().unwrap();
         }
-        assert!(!store.outlets.is_sending());
+        assert!(!store.is_sending());
         while pipe::read(&first_read, &mut buffer).unwrap() != Moved::End {}
-        store.outlets.check_all_begun().unwrap();
+        store.check_all_begun().unwrap();
     }
 }
