@@ -12,7 +12,7 @@ pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
     let supervisor = &mut session.supervisor;
     plan.check_socket(Role::Capture)?;
-    let listener = Listener::bind(&plan.images_dir, Role::Capture)?;
+    let listener = Listener::bind(&plan.images_dir, &Role::Capture.socket_name())?;
     let shards = plan.shards.into_iter();
     let shards =
         shards.map(|(end, label)| Ok((supervisor.sink(end, &label, Pumped::Shard)?, label)));

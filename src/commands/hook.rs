@@ -85,7 +85,7 @@ fn start() -> Result<()> {
     let role = role_of(&caller, &options_dir);
     // One that is still at work has its log and its outcome here.
     let of_role = *role.as_ref().unwrap_or(&Role::Capture);
-    Listener::check(&images_dir, of_role)?;
+    Listener::check(&images_dir, &of_role.socket_name())?;
     let [log, outcome] = [LOG, OUTCOME].map(|suffix| of_role.file_name(suffix));
     let path_of = |name: &str| images_dir.join(name).display().to_string();
     outcome::remove(&directory, &outcome).with_context(|| path_of(&outcome))?;

@@ -28,7 +28,7 @@ use crate::supervision::{Failure, Supervisor};
 pub(super) fn run(plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
     plan.check_socket(Role::Serve)?;
-    Listener::check(&plan.images_dir, Role::Serve)?;
+    Listener::check(&plan.images_dir, &Role::Serve.socket_name())?;
     let has_bar = plan.args.progress_bar;
     let served = match plan.args.index {
         true => Restore::<Indexed>::run(plan, &mut session),
@@ -198,7 +198,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             let filled = &self.session.counters.filled;
             LazyMemory::lay_out(self.receiver.store(), guardian, filled)
         });
-        let listener = Listener::bind(&self.plan.images_dir, Role::Serve)?;
+        let listener = Listener::bind(&self.plan.images_dir, &Role::Serve.socket_name())?;
         self.server = Some(Server::new(listener, lazy.transpose()?, self.supervisor)?);
         self.receiver.start_serving();
         self.plan.progress.reached(milestone::SOCKET_INIT);

@@ -60,8 +60,9 @@ impl Clients {
     /// When a connection cannot be accepted or watched.
     pub(crate) fn accept(&mut self, poller: &Poller) -> Result<()> {
         while let Some(listener) = &self.listener
-            && let Some(connection) = listener.accept()?
+            && let Some(stream) = listener.accept()?
         {
+            let connection = Connection::new(stream.into())?;
             self.next_id += 1;
             let (kind, id) = (Watched::Client, self.next_id);
             poller

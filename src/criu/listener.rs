@@ -1,4 +1,4 @@
-//! The socket in the images directory. Only its owner may connect, and it is removed in the end.
+//! A socket that CRIU connects to. Only its owner may connect, and it is removed in the end.
 //!
 //! An image holds the memory of a process, so the umask gives the socket mode 0600 from its first
 //! moment. Connecting takes the right to write to the socket's inode (`unix_find_bsd` in the
@@ -9,14 +9,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::stat::{Mode, umask};
 
-use super::Connection;
 use crate::os::descriptor::path_in;
 
 /// The socket's role for CRIU, which looks for another name on dump than on restore.
@@ -54,22 +53,22 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Checks that the socket in `images_dir` can be used: before an image is received that cannot
-    /// be served.
+    /// Checks that a socket of this name can be used in a directory: before an image is received
+    /// that cannot be served.
     ///
     /// # Errors
     /// When the name is taken.
-    pub fn check(images_dir: &Path, role: Role) -> Result<()> {
-        SocketName::new(images_dir, role)?.remove_stale()
+    pub fn check(directory: &Path, name: &str) -> Result<()> {
+        SocketName::new(directory, name)?.remove_stale()
     }
 
-    /// Listens in `images_dir`. A socket that a dead streamer left there is replaced; anything else
+    /// Listens in a directory. A socket that a dead streamer left there is replaced; anything else
     /// of that name stays.
     ///
     /// # Errors
     /// The errors of [`Listener::check`], and of binding.
-    pub fn bind(images_dir: &Path, role: Role) -> Result<Self> {
-        let name = SocketName::new(images_dir, role)?;
+    pub fn bind(directory: &Path, name: &str) -> Result<Self> {
+        let name = SocketName::new(directory, name)?;
         name.remove_stale()?;
         let socket = listen(&name.by_descriptor)
             .with_context(|| format!("listening on the socket {}", name.path))?;
@@ -86,13 +85,12 @@ impl Listener {
     ///
     /// # Errors
     /// When `accept` fails, as when no descriptor is left.
-    pub fn accept(&self) -> Result<Option<Connection>> {
-        let stream = match self.socket.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(error).context("accepting CRIU's connection"),
-        };
-        Connection::new(stream.into()).map(Some)
+    pub fn accept(&self) -> Result<Option<UnixStream>> {
+        match self.socket.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error).context("accepting CRIU's connection"),
+        }
     }
 }
 
@@ -109,7 +107,7 @@ impl Drop for Listener {
     }
 }
 
-/// The socket's name in the images directory.
+/// The socket's name in its directory.
 #[derive(Debug)]
 struct SocketName {
     /// Keeps the directory within reach: a path in /proc may be gone before we are.
@@ -121,13 +119,14 @@ struct SocketName {
 }
 
 impl SocketName {
-    fn new(images_dir: &Path, role: Role) -> Result<Self> {
-        let directory = File::open(images_dir)
-            .with_context(|| format!("opening the directory {}", images_dir.display()))?;
+    fn new(directory: &Path, name: &str) -> Result<Self> {
+        let path = directory.join(name).display().to_string();
+        let directory = File::open(directory)
+            .with_context(|| format!("opening the directory {}", directory.display()))?;
         Ok(Self {
-            by_descriptor: path_in(&directory, role.socket_name()),
+            by_descriptor: path_in(&directory, name),
             _directory: directory,
-            path: images_dir.join(role.socket_name()).display().to_string(),
+            path,
         })
     }
 
@@ -162,7 +161,7 @@ impl SocketName {
 ///
 /// # Errors
 /// When it cannot be bound.
-pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
+fn listen(path: &Path) -> io::Result<UnixListener> {
     let others = umask(Mode::all() - Mode::S_IRUSR - Mode::S_IWUSR);
     let socket = UnixListener::bind(path);
     umask(others);

@@ -30,5 +30,4 @@ pub(crate) mod messages;
 pub(crate) use clients::Clients;
 pub(crate) use command_line::CommandLine;
 pub use connection::{Connection, Message, proto};
-pub(crate) use listener::listen;
 pub use listener::{Listener, Role};

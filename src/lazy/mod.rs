@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, ensure};
 
+use crate::criu::Listener;
 use crate::format::ImageName;
 use crate::report;
 use crate::report::meter::Counter;
@@ -42,14 +43,14 @@ use filling::Filling;
 pub(crate) use guardian::Guardian;
 use pagemap::Pagemap;
 use pages::PagesFile;
-use socket::Socket;
+use socket::Connection;
 
 /// The memory of the application that is restored. Dropped before all of it is in place, it kills
 /// the application.
 pub(crate) struct LazyMemory {
     pub(crate) filling: Arc<Filling>,
     /// From CRIU's first request to its first pagemap.
-    socket: Option<Socket>,
+    socket: Option<Listener>,
     has_started: bool,
 }
 
@@ -91,12 +92,12 @@ impl LazyMemory {
         // CRIU is in its working directory when it asks for its first file, and has connected to
         // its daemon when it asks for a pagemap.
         if self.socket.is_none() {
-            self.socket = Some(Socket::bind(criu)?);
+            self.socket = Some(socket::listen(criu)?);
         }
         if process_of(name).is_some()
             && let Some(socket) = self.socket.take()
         {
-            let connection = socket.accept()?;
+            let connection = Connection::accept(&socket)?;
             self.has_started = true;
             self.filling.guardian.add(connection.0.try_clone()?)?;
             let criu = guardian::process(criu).context("watching CRIU")?;

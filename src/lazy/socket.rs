@@ -8,11 +8,9 @@
 //!  | 0x52535446 (int) ------------------------->|  all are restored, and go on now
 //! ```
 
-use std::fs::{self, File};
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -22,12 +20,10 @@ use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, getsockopt, recvmsg, setsockopt,
     shutdown,
 };
-use nix::unistd::{UnlinkatFlags, unlinkat};
 use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
-use crate::criu;
-use crate::os::descriptor::path_in;
+use crate::criu::Listener;
 
 /// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";
@@ -53,46 +49,11 @@ pub(super) enum Message {
     Closed,
 }
 
-/// The socket, until CRIU has connected.
-#[derive(Debug)]
-pub(super) struct Socket {
-    socket: UnixListener,
-    directory: OwnedFd,
-}
-
-impl Socket {
-    /// Listens in the working directory of a CRIU. A socket that is there is replaced, as by CRIU's
-    /// own daemon.
-    pub(super) fn bind(criu: i32) -> Result<Self> {
-        let directory = PathBuf::from(format!("/proc/{criu}/cwd"));
-        let path = fs::read_link(&directory).unwrap_or_else(|_| directory.clone());
-        let bind = || {
-            let directory = OwnedFd::from(File::open(&directory)?);
-            // If this fails there is none, or `bind` names the obstacle.
-            let _ = unlinkat(&directory, NAME, UnlinkatFlags::NoRemoveDir);
-            let socket = criu::listen(&path_in(&directory, NAME))?;
-            // CRIU waits for an answer of ours before it connects, so that its connection has this.
-            setsockopt(&socket, PassCred, &true)?;
-            anyhow::Ok(Self { socket, directory })
-        };
-        bind().with_context(|| format!("listening on {}/{NAME}", path.display()))
-    }
-
-    /// CRIU's connection.
-    pub(super) fn accept(&self) -> Result<Connection> {
-        let (stream, _) = self.socket.accept().context(
-            "`criu restore` runs without its own --lazy-pages, and would not get the application's \
-             memory: give both the option, or neither",
-        )?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        Ok(Connection(stream.into()))
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = unlinkat(&self.directory, NAME, UnlinkatFlags::NoRemoveDir);
-    }
+/// Listens in the working directory of a CRIU, which waits for an answer of ours before it connects.
+pub(super) fn listen(criu: i32) -> Result<Listener> {
+    let listener = Listener::bind(Path::new(&format!("/proc/{criu}/cwd")), NAME)?;
+    setsockopt(&listener, PassCred, &true)?;
+    Ok(listener)
 }
 
 /// CRIU's connection.
@@ -100,6 +61,16 @@ impl Drop for Socket {
 pub(super) struct Connection(pub(super) OwnedFd);
 
 impl Connection {
+    /// That of a CRIU which must have connected by now.
+    pub(super) fn accept(listener: &Listener) -> Result<Self> {
+        let stream = listener.accept()?.context(
+            "`criu restore` runs without its own --lazy-pages, and would not get the application's \
+             memory: give both the option, or neither",
+        )?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(stream.into()))
+    }
+
     /// Returns true if a message waits.
     pub(super) fn has_more(&self) -> Result<bool> {
         Ok(ioctl_fionread(&self.0)? > 0)
