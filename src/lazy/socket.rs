@@ -49,7 +49,8 @@ pub(super) enum Message {
     Closed,
 }
 
-/// Listens in the working directory of a CRIU, which waits for an answer of ours before it connects.
+/// Listens in the working directory of a CRIU, which waits for an answer of ours before it
+/// connects.
 pub(super) fn listen(criu: i32) -> Result<Listener> {
     let listener = Listener::bind(Path::new(&format!("/proc/{criu}/cwd")), NAME)?;
     setsockopt(&listener, PassCred, &true)?;

@@ -123,8 +123,8 @@ impl ShardReader {
         self.chunk.as_ref().map(|chunk| chunk.place)
     }
 
-    /// True if what the shard has is to be spliced, and not read, where there is room for pipes. One
-    /// that was begun is filled, and may be the last that there is room for.
+    /// True if what the shard has is to be spliced, and not read, where there is room for pipes.
+    /// One that was begun is filled, and may be the last that there is room for.
     pub(super) fn splices(&self, pipes: &PipePool) -> bool {
         self.held.is_some() || self.may_splice && pipes.has_room()
     }
