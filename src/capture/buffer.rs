@@ -19,29 +19,19 @@
 //! **When it is full**, CRIU waits, as it does without a buffer, until the shards have taken some.
 //! Its size is fixed when it starts, by the memory that there is then.
 
-use std::collections::{BTreeMap, VecDeque};
-
 use anyhow::{Context, Result};
 
-use super::chunk::{Chunk, Route, slots_of};
 use super::prefault::Prefault;
-use super::source::{Activity, LARGEST_COPIED, Source};
+use super::source::{Activity, Source};
 use crate::os::memory;
 use crate::os::pipe::{self, slot};
-use crate::store::{Arena, Block, Extent};
+use crate::store::{Arena, Block};
 
 /// The size of the buffer however scarce memory is, in bytes, unless less is asked for.
 const LEAST: u64 = 2 << 20;
 
 /// Bytes read at a time. The writer fills the rest of its pipe until then.
 const READ: usize = 256 << 10;
-
-/// The part of a file that no shard has yet.
-#[derive(Default)]
-struct Rest {
-    extents: VecDeque<Extent>,
-    has_ended: bool,
-}
 
 /// The memory for all files.
 pub(super) struct Buffer {
@@ -52,8 +42,6 @@ pub(super) struct Buffer {
     size: usize,
     /// CRIU has had to wait for room: the shards should be fed although it has more.
     pub(super) has_been_full: bool,
-    /// By the numbers of their sources, and so in the order in which these were opened.
-    files: BTreeMap<u64, Rest>,
 }
 
 impl Buffer {
@@ -69,7 +57,6 @@ impl Buffer {
             block: None,
             size,
             has_been_full: false,
-            files: BTreeMap::new(),
         };
         buffer.ask_for_pages();
         buffer
@@ -100,10 +87,7 @@ impl Buffer {
     /// When another process reads from the pipe, and where there is no memory at all.
     pub(super) fn copy(&mut self, source: &mut Source) -> Result<Activity> {
         let available = match source.look()? {
-            0 if source.has_ended => {
-                self.files.entry(source.id).or_default().has_ended = true;
-                return Ok(Activity::Complete);
-            }
+            0 if source.has_ended => return Ok(Activity::Complete),
             0 => return Ok(Activity::Idle),
             available => available,
         };
@@ -142,7 +126,12 @@ impl Buffer {
         block.filled(bytes);
         let extent = block.take_filled();
         source.copied(extent.bytes());
-        self.push(source.id, extent);
+        // What lies side by side in memory becomes one extent.
+        let separate = match source.buffered.back_mut() {
+            Some(last) => last.join(extent),
+            None => Some(extent),
+        };
+        source.buffered.extend(separate);
         Ok(bytes)
     }
 
@@ -155,66 +144,8 @@ impl Buffer {
         match self.arena.reserve(READ.min(room)) {
             Ok(block) => Ok(Some(block)),
             // The shards will take what is here.
-            Err(_) if self.next().is_some() => Ok(None),
+            Err(_) if self.arena.live() > 0 => Ok(None),
             Err(error) => Err(error).context("--buffer: getting memory for it"),
         }
-    }
-
-    /// Adds to the end of a file. What lies side by side in memory becomes one extent.
-    fn push(&mut self, source: u64, extent: Extent) {
-        let extents = &mut self.files.entry(source).or_default().extents;
-        let separate = match extents.back_mut() {
-            Some(last) => last.join(extent),
-            None => Some(extent),
-        };
-        extents.extend(separate);
-    }
-
-    /// The number of the first source of which something is here, or the end.
-    pub(super) fn next(&self) -> Option<u64> {
-        let mut files = self.files.iter();
-        let first = files.find(|(_, rest)| rest.has_ended || !rest.extents.is_empty());
-        first.map(|(source, _)| *source)
-    }
-
-    /// A chunk of up to `most` bytes of a source; of none at an end that comes behind `most` bytes.
-    pub(super) fn chunk(&self, source: u64, most: usize) -> Chunk {
-        let rest = &self.files[&source];
-        let (mut bytes, mut slots) = (0, 0);
-        let mut extents = rest.extents.iter();
-        while bytes < most
-            && let Some(extent) = extents.next()
-        {
-            let part = extent.len().min(most - bytes);
-            bytes += part;
-            slots += slots_of(&extent.bytes()[..part]);
-        }
-        let mut chunk = Chunk::copied(bytes, rest.has_ended && bytes < most);
-        if bytes > LARGEST_COPIED {
-            (chunk.route, chunk.slots) = (Route::Lent, slots);
-        }
-        chunk
-    }
-
-    /// Takes the first bytes of a source out.
-    pub(super) fn take(&mut self, source: u64, mut bytes: usize) -> Vec<Extent> {
-        let mut taken = Vec::new();
-        let extents = &mut self.files.entry(source).or_default().extents;
-        while bytes > 0
-            && let Some(mut extent) = extents.pop_front()
-        {
-            let part = extent.split_front(bytes.min(extent.len()));
-            bytes -= part.len();
-            taken.push(part);
-            if !extent.is_empty() {
-                extents.push_front(extent);
-            }
-        }
-        taken
-    }
-
-    /// Takes out a source that does not count, or is done with.
-    pub(super) fn remove(&mut self, source: u64) {
-        self.files.remove(&source);
     }
 }

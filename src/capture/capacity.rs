@@ -78,7 +78,7 @@ pub(super) fn warn_of_small_pipe(shard: &Shard) {
     };
     report::warn(format_args!(
         "{} holds only {} KiB, which makes the capture slow: {help}",
-        shard.label(),
+        shard.label,
         capacity >> 10
     ));
 }

@@ -13,7 +13,7 @@
 //! second then ends the first in the image before it begins, and what still comes of the first is
 //! thrown away.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
@@ -24,13 +24,10 @@ use super::source::{Activity, Owner, Source};
 use crate::criu::{Connection, Message};
 use crate::format::ImageName;
 use crate::os::descriptor::poll;
-use crate::os::pipe::{self, Moved, ReadEnd};
+use crate::os::pipe::ReadEnd;
 
 /// Sources that are tried again in a round, of those that found no room.
 const WAITING_PER_ROUND: usize = 16;
-
-/// Bytes thrown away at a time.
-const DISCARD: usize = 64 << 10;
 
 /// Prepares an external file.
 pub(super) fn external_file(name: ImageName, pipe: ReadEnd) -> Result<Source> {
@@ -68,7 +65,9 @@ pub(super) fn file_of_criu(
 /// The files of one image.
 #[derive(Default)]
 pub(super) struct Dump {
-    sources: HashMap<u64, Source>,
+    /// Files that are not complete in the image, by their numbers, and so in the order in which
+    /// they were opened.
+    pub(super) sources: BTreeMap<u64, Source>,
     by_name: HashMap<ImageName, u64>,
     /// Names of external files, which may come later.
     pub(super) external_names: Vec<ImageName>,
@@ -78,11 +77,9 @@ pub(super) struct Dump {
     /// Those that found no room, in the order in which they are tried again.
     waiting: VecDeque<u64>,
     /// How many files may still bring something, and how many of these are CRIU's.
-    open: usize,
+    pub(super) open_files: usize,
     open_of_criu: usize,
-    dump_check: DumpCheck,
-    /// All that CRIU had to deliver has come.
-    is_whole: bool,
+    pub(super) dump_check: DumpCheck,
 }
 
 impl Dump {
@@ -99,13 +96,14 @@ impl Dump {
         let id = self.next_id;
         self.next_id += 1;
         source.id = id;
-        self.open += 1;
+        self.open_files += 1;
         self.open_of_criu += usize::from(source.owner == Owner::Criu);
         if let Some(earlier) = self.by_name.insert(name, id)
             && let Some(replaced) = self.sources.get_mut(&earlier)
         {
             source.restarts = replaced.is_named || replaced.restarts;
             replaced.is_replaced = true;
+            replaced.buffered.clear();
             if replaced.is_open() {
                 self.wake(earlier, false);
             } else {
@@ -115,19 +113,9 @@ impl Dump {
         Ok(self.sources.entry(id).or_insert(source))
     }
 
-    /// How many files may still bring something.
-    pub(super) fn open_files(&self) -> usize {
-        self.open
-    }
-
     /// True while a file of CRIU's may still bring something.
     pub(super) fn criu_has_open_files(&self) -> bool {
         self.open_of_criu > 0
-    }
-
-    /// True if all files are complete in the image.
-    pub(super) fn is_complete(&self) -> bool {
-        self.sources.is_empty()
     }
 
     /// Gives a source a turn, as something has changed about its pipe, which holds the last of it
@@ -157,85 +145,48 @@ impl Dump {
         longest.chain(std::mem::take(&mut self.busy)).collect()
     }
 
-    /// A source that counts: none that another one has replaced.
-    pub(super) fn source_mut(&mut self, id: u64) -> Option<&mut Source> {
-        self.sources
-            .get_mut(&id)
-            .filter(|source| !source.is_replaced)
+    /// The first source of which the buffer has something, and that no other one has replaced.
+    pub(super) fn first_buffered(&mut self) -> Option<&mut Source> {
+        let mut sources = self.sources.values_mut();
+        sources.find(|source| source.is_buffered() && !source.is_replaced)
     }
 
-    /// Takes a source out of its queue, to be put back or removed after its turn.
-    pub(super) fn take(&mut self, id: u64) -> Option<Source> {
-        self.sources.remove(&id)
-    }
-
-    /// Queues a source after its turn.
-    pub(super) fn put_back(&mut self, mut source: Source, activity: Activity) {
-        source.is_queued = true;
+    /// Queues a source after its turn. One that brings nothing more is recorded, and its pipe
+    /// closed.
+    pub(super) fn end_turn(&mut self, id: u64, activity: Activity) {
+        let Some(source) = self.sources.get_mut(&id) else {
+            return;
+        };
+        source.is_queued = matches!(activity, Activity::NoRoom | Activity::Busy);
         match activity {
-            Activity::Idle | Activity::Complete => source.is_queued = false,
-            Activity::NoRoom => self.waiting.push_back(source.id),
-            Activity::Busy => self.busy.push(source.id),
-        }
-        self.sources.insert(source.id, source);
-    }
-
-    /// Forgets a source that is complete in the image, or whose file does not count.
-    pub(super) fn remove(&mut self, source: &Source) {
-        self.sources.remove(&source.id);
-        if self.by_name.get(&source.name) == Some(&source.id) {
-            self.by_name.remove(&source.name);
-        }
-    }
-
-    /// Records a file that brings nothing more, and closes its pipe.
-    pub(super) fn record(&mut self, source: &mut Source) {
-        source.close();
-        self.open -= 1;
-        if source.owner == Owner::Criu {
-            self.open_of_criu -= 1;
-            if !source.is_replaced {
-                self.dump_check.record(source);
+            Activity::Idle => {}
+            Activity::NoRoom => self.waiting.push_back(id),
+            Activity::Busy => self.busy.push(id),
+            Activity::Complete => {
+                source.pipe = None;
+                self.open_files -= 1;
+                if source.owner == Owner::Criu {
+                    self.open_of_criu -= 1;
+                    if !source.is_replaced {
+                        self.dump_check.record(source);
+                    }
+                }
             }
         }
     }
 
-    /// Notes whether the CRIU that sends the files was asked for cpuinfo.img alone.
-    pub(super) fn expect_cpuinfo(&mut self, is_alone: bool) {
-        self.dump_check.is_of_cpuinfo = is_alone;
+    /// Forgets a source that is complete in the image, or whose file does not count.
+    pub(super) fn remove(&mut self, id: u64) {
+        if let Some(source) = self.sources.remove(&id)
+            && self.by_name.get(&source.name) == Some(&id)
+        {
+            self.by_name.remove(&source.name);
+        }
     }
 
     /// How many files CRIU has not closed.
     pub(super) fn unclosed(&self) -> usize {
         let is_unclosed = |source: &&Source| source.owner == Owner::Criu && !source.has_ended;
         self.sources.values().filter(is_unclosed).count()
-    }
-
-    /// Fails when the image can no longer become complete, now that CRIU sends no more.
-    pub(super) fn check(&mut self) -> Result<()> {
-        if self.open_of_criu == 0 && !self.is_whole {
-            self.dump_check.check()?;
-            self.is_whole = true;
-        }
-        Ok(())
-    }
-
-    /// The contents of inventory.img, once the dump is whole.
-    pub(super) fn inventory(&self) -> Option<&[u8]> {
-        self.is_whole.then(|| self.dump_check.inventory())
-    }
-
-    /// Throws away the rest of a replaced file.
-    pub(super) fn drain(&self, source: &Source) -> Result<Activity> {
-        let mut discarded = vec![0; DISCARD];
-        loop {
-            match pipe::read(source.pipe(), &mut discarded)
-                .with_context(|| format!("skipping the first of two files named {}", source.name))?
-            {
-                Moved::Bytes(_) => {}
-                Moved::WouldBlock => return Ok(Activity::Idle),
-                Moved::End => return Ok(Activity::Complete),
-            }
-        }
     }
 }

@@ -28,7 +28,8 @@ pub(super) struct DumpCheck {
     files: BTreeMap<String, Option<&'static str>>,
     /// The inventory is not of the CRIU that is known.
     is_foreign: bool,
-    inventory: Vec<u8>,
+    /// The contents of inventory.img.
+    pub(super) inventory: Vec<u8>,
     /// CRIU was asked for cpuinfo.img alone.
     pub(super) is_of_cpuinfo: bool,
 }
@@ -46,11 +47,6 @@ impl DumpCheck {
         }
         let defect = framing.and_then(Framing::defect);
         self.files.insert(name.to_owned(), defect);
-    }
-
-    /// The contents of inventory.img.
-    pub(super) fn inventory(&self) -> &[u8] {
-        &self.inventory
     }
 
     /// Fails unless the files are a whole image.

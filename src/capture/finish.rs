@@ -33,7 +33,7 @@ impl CaptureLoop<'_> {
             is_marked = is_marked || self.image_writer.end_image()?;
             // The queues take room as well.
             self.image_writer.flush()?;
-            let shards = self.image_writer.shards().iter();
+            let shards = self.image_writer.shards.iter();
             let are_behind = shards.map(Shard::is_behind).collect::<Result<Vec<_>>>()?;
             if is_marked && !are_behind.contains(&true) {
                 break;
@@ -57,7 +57,7 @@ impl CaptureLoop<'_> {
             match event.kind {
                 Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
                 Watched::Shard if event.hung_up => {
-                    let shard = &self.image_writer.shards()[event.id as usize];
+                    let shard = &self.image_writer.shards[event.id as usize];
                     if !is_marked || shard.is_behind()? {
                         return Err(shard.reader_gone());
                     }

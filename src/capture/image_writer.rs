@@ -12,11 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::balancer::{self, Choice, Patience, Placement, Slots};
-use super::buffer::Buffer;
 use super::capacity;
 use super::chunk::{Chunk, MARKER_SLOTS, Route};
 use super::shard::Shard;
-use super::source::{Activity, Source};
+use super::source::{Activity, Ready, Source};
 use crate::format::{Body, Marker};
 use crate::os::pipe::slot;
 use crate::os::process::CapturingProcess;
@@ -28,15 +27,22 @@ use crate::store::Extent;
 /// Larger chunks begin at a page of their shard, where there is one shard.
 const LARGEST_UNALIGNED: u32 = 64 << 10;
 
+/// Chunks that one source gives before others have their turn: enough to empty its pipe, although
+/// it is filled meanwhile.
+const CHUNKS_PER_TURN: usize = 4;
+
 /// A wait for late shards that is worth a word.
 const LONG_WAIT: Duration = Duration::from_millis(200);
 
 /// An image that is being written.
 pub(super) struct ImageWriter {
-    shards: Vec<Shard>,
+    pub(super) shards: Vec<Shard>,
     /// The number of the index.
     index: Option<usize>,
-    unit: Option<usize>,
+    /// At multiples of this number of bytes page files are cut into chunks, where there is one
+    /// shard: if that is half empty, it has room for one, also for one of several pieces of the
+    /// buffer.
+    pub(super) unit: Option<usize>,
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
@@ -66,41 +72,41 @@ impl ImageWriter {
         })
     }
 
-    pub(super) fn shards(&self) -> &[Shard] {
-        &self.shards
+    /// Moves what a source has, as far as the shards have room.
+    ///
+    /// # Errors
+    /// When a shard's reader is gone.
+    pub(super) fn advance(&mut self, source: &mut Source) -> Result<Activity> {
+        for _ in 0..CHUNKS_PER_TURN {
+            let activity = match source.inspect(self.unit)? {
+                Ready::Empty => Activity::Idle,
+                Ready::Filling => break,
+                Ready::Ended => self.end_file(source)?,
+                Ready::Chunk(chunk) => self.give(source, chunk)?,
+            };
+            if activity != Activity::Busy {
+                return Ok(activity);
+            }
+        }
+        Ok(Activity::Busy)
     }
 
-    /// At multiples of this number of bytes page files are cut into chunks, where there is one
-    /// shard: if that is half empty, it has room for one, also for one of several pieces of the
-    /// buffer.
-    pub(super) fn unit(&self) -> Option<usize> {
-        self.unit
-    }
-
-    /// Gives a chunk to the shard that is to have it, if any has room: out of the source's pipe, or
-    /// out of the buffer, where that has it.
+    /// Gives a chunk to the shard that is to have it, if any has room: out of the buffer, or where
+    /// that has nothing of the source, out of its pipe.
     ///
     /// # Errors
     /// When the shard's reader is gone.
-    pub(super) fn give(
-        &mut self,
-        source: &mut Source,
-        mut chunk: Chunk,
-        buffer: Option<&mut Buffer>,
-    ) -> Result<Activity> {
+    pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
         let wanted = chunk.slots + MARKER_SLOTS;
         let Some(Placement { shard, slots }) = self.place(source.is_spread(), wanted)? else {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
-        if buffer.is_none() && chunk.route == Route::Copied {
-            source.collect(chunk.bytes)?;
-        }
         self.name_file(source, shard);
         self.mark(shard, Body::Data(chunk.bytes as u32));
-        match buffer {
-            Some(buffer) => self.lend(&buffer.take(source.id, chunk.bytes), &chunk, shard)?,
-            None => self.move_chunk(source, &chunk, shard)?,
+        match &source.take_buffered(chunk.bytes)[..] {
+            [] => self.move_chunk(source, &chunk, shard)?,
+            extents => self.lend(extents, &chunk, shard)?,
         }
         source.given += chunk.bytes;
         if chunk.is_last {
@@ -134,11 +140,10 @@ impl ImageWriter {
         if chunk.route == Route::Direct {
             spliced = shard.splice(source.pipe(), chunk.bytes, chunk.slots)?;
             source.moved(spliced);
-            if spliced < chunk.bytes {
-                source.holds_pieces();
-                source.collect(chunk.bytes - spliced)?;
-            }
+            // Its bytes take more slots than whole pages would.
+            source.is_spliced = spliced == chunk.bytes;
         }
+        source.collect(chunk.bytes - spliced)?;
         let copied = source.collected.drain(..chunk.bytes - spliced);
         shard.copy_memory(copied.as_slice())
     }
@@ -262,7 +267,7 @@ impl ImageWriter {
     pub(super) fn stats(&self, times: Times) -> Stats {
         let shards = self.shards.iter();
         Stats {
-            shards: shards.map(|shard| shard.stats(self.start)).collect(),
+            shards: shards.map(|shard| shard.meter.stats(self.start)).collect(),
             times,
         }
     }
@@ -273,7 +278,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::capture::source::{Owner, Ready};
+    use crate::capture::source::Owner;
     use crate::format::ImageName;
     use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd};
     use crate::report::meter::Meter;
@@ -312,7 +317,7 @@ mod tests {
         let (mut source, pages, chunk) = source();
         let foreign = (slots - 3) * slot();
         pipe::write(&other, &vec![1; foreign]).unwrap();
-        let activity = image_writer.give(&mut source, chunk, None).unwrap();
+        let activity = image_writer.give(&mut source, chunk).unwrap();
         assert_eq!(activity, Activity::Busy);
         let moved = pages.len() - pipe::available(source.pipe()).unwrap();
         assert!(moved > 3 * slot(), "{moved} bytes fit into the shard");
@@ -335,7 +340,7 @@ mod tests {
             let (mut source, pages, mut chunk) = source();
             chunk.route = route;
             pipe::read(source.pipe(), &mut vec![0; pages.len()]).unwrap();
-            let error = image_writer.give(&mut source, chunk, None).unwrap_err();
+            let error = image_writer.give(&mut source, chunk).unwrap_err();
             assert!(error.to_string().contains("another process"), "{error:#}");
         }
     }
@@ -361,7 +366,7 @@ mod tests {
                 panic!("half of a full pipe is ready");
             };
             assert_eq!(chunk.route, route);
-            image_writer.give(&mut source, chunk, None).unwrap();
+            image_writer.give(&mut source, chunk).unwrap();
             while pipe::read(&reader, &mut vec![0; 64 * slot()]).unwrap() != Moved::WouldBlock {
                 image_writer.flush().unwrap();
             }

@@ -53,16 +53,12 @@ use buffer::Buffer;
 use dump::Dump;
 use image_writer::ImageWriter;
 use shard::Shard;
-use source::{Activity, Ready, Source};
+use source::{Activity, Source};
 use stray_files::StrayFiles;
 
 /// System calls made for one client before others have their turn: CRIU can send small files as
 /// fast as we take them, and each holds a descriptor until it has been read.
 const CALLS_PER_TURN: usize = 16;
-
-/// Chunks that one source gives before others have their turn: enough to empty its pipe, although
-/// it is filled meanwhile.
-const CHUNKS_PER_TURN: usize = 4;
 
 /// Files that may be open in any case: CRIU keeps some forty open, and may need the next before it
 /// writes to any of them.
@@ -111,6 +107,8 @@ struct CaptureLoop<'a> {
     /// than the shards.
     most_open: usize,
     is_frozen: bool,
+    /// All that CRIU had to deliver has come.
+    is_whole: bool,
     clock: Clock,
 }
 
@@ -143,9 +141,10 @@ impl Capture<'_> {
             image_writer: ImageWriter::new(shards, self.has_index)?,
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
+            is_whole: false,
             request: self,
         };
-        for (id, shard) in (0..).zip(capture.image_writer.shards()) {
+        for (id, shard) in (0..).zip(&capture.image_writer.shards) {
             let poller = supervisor.poller();
             let added = poller.add(shard, Watched::Shard, id, Interest::Gone);
             added.context("preparing to wait for events")?;
@@ -216,7 +215,7 @@ impl CaptureLoop<'_> {
             Activity::NoRoom => Waiting::ForShards,
             Activity::Idle => Waiting::ForCriu,
         };
-        let shards = self.image_writer.shards().iter();
+        let shards = self.image_writer.shards.iter();
         self.clock.wait(waiting, shards.map(Shard::is_full));
     }
 
@@ -236,7 +235,7 @@ impl CaptureLoop<'_> {
                 Watched::Client => activity = activity.max(self.take_requests(event.id)?),
                 Watched::Source => self.dump.wake(event.id, event.hung_up),
                 Watched::Shard if event.hung_up => {
-                    return Err(self.image_writer.shards()[event.id as usize].reader_gone());
+                    return Err(self.image_writer.shards[event.id as usize].reader_gone());
                 }
                 _ => {}
             }
@@ -268,16 +267,17 @@ impl CaptureLoop<'_> {
         }
         self.check_hook()?;
         self.clients.close_idle();
-        self.dump.check()?;
-        self.check_file_commands()?;
-        if self.request.leaves_inventory
-            && let Some(inventory) = self.dump.inventory()
-        {
-            self.stray_files.leave_inventory(inventory)?;
-            self.request.leaves_inventory = false;
+        if !self.is_whole && !self.dump.criu_has_open_files() {
+            self.dump.dump_check.check()?;
+            self.check_file_commands()?;
+            if self.request.leaves_inventory {
+                let inventory = &self.dump.dump_check.inventory;
+                self.stray_files.leave_inventory(inventory)?;
+            }
+            self.is_whole = true;
         }
         self.tell_when_copied()?;
-        Ok(self.dump.is_complete()
+        Ok(self.dump.sources.is_empty()
             && self.supervisor.criu_has_succeeded()
             && self.supervisor.commands_have_succeeded(|it| it.has_file()))
     }
@@ -302,7 +302,7 @@ impl CaptureLoop<'_> {
     /// Takes the files that a client sends. One that breaks the protocol before it has sent any is
     /// dropped; a later violation means that the image cannot be trusted.
     fn take_requests(&mut self, id: u64) -> Result<Activity> {
-        if self.dump.open_files() >= self.most_open {
+        if self.dump.open_files >= self.most_open {
             return Ok(Activity::NoRoom);
         }
         let command_line = self.clients.command_line(id);
@@ -329,7 +329,7 @@ impl CaptureLoop<'_> {
             },
         );
         let mut activity = Activity::Idle;
-        self.dump.expect_cpuinfo(is_of_cpuinfo);
+        self.dump.dump_check.is_of_cpuinfo = is_of_cpuinfo;
         for source in opened {
             if !self.is_frozen && source.name.as_str() != CPUINFO {
                 self.is_frozen = true;
@@ -419,7 +419,7 @@ impl CaptureLoop<'_> {
     /// have come.
     fn tell_when_copied(&mut self) -> Result<()> {
         let has_all = self.buffer.is_some()
-            && self.dump.open_files() == 0
+            && self.dump.open_files == 0
             && self.supervisor.commands_have_succeeded(|it| it.has_file());
         if self.request.counters.copied.get() > 0 || !self.is_frozen || !has_all {
             return Ok(());
@@ -443,75 +443,48 @@ impl CaptureLoop<'_> {
 
     /// One turn of a source: what it has goes to the buffer, or else to the shards.
     fn turn(&mut self, id: u64) -> Result<Activity> {
-        let Some(mut source) = self.dump.take(id) else {
+        let Some(source) = self.dump.sources.get_mut(&id) else {
             return Ok(Activity::Idle);
         };
-        let activity = if source.is_replaced {
-            self.dump.drain(&source)?
-        } else if let Some(buffer) = &mut self.buffer {
-            buffer.copy(&mut source)?
-        } else {
-            self.advance(&mut source)?
+        let is_replaced = source.is_replaced;
+        let activity = match &mut self.buffer {
+            _ if is_replaced => source.drain()?,
+            Some(buffer) => buffer.copy(source)?,
+            None => self.image_writer.advance(source)?,
         };
-        if activity == Activity::Complete {
-            self.dump.record(&mut source);
-            if self.buffer.is_none() || source.is_replaced {
-                self.complete(&source);
-                return Ok(activity);
-            }
+        self.dump.end_turn(id, activity);
+        if activity == Activity::Complete && (self.buffer.is_none() || is_replaced) {
+            self.complete(id);
         }
-        self.dump.put_back(source, activity);
         Ok(activity)
     }
 
     /// A file is complete in the image, or does not count.
-    fn complete(&mut self, source: &Source) {
-        self.dump.remove(source);
+    fn complete(&mut self, id: u64) {
+        self.dump.remove(id);
         self.request.counters.files.add(1);
-    }
-
-    /// Moves what a source has, as far as the shards have room.
-    fn advance(&mut self, source: &mut Source) -> Result<Activity> {
-        for _ in 0..CHUNKS_PER_TURN {
-            let activity = match source.inspect(self.image_writer.unit())? {
-                Ready::Empty => Activity::Idle,
-                Ready::Filling => break,
-                Ready::Ended => self.image_writer.end_file(source)?,
-                Ready::Chunk(chunk) => self.image_writer.give(source, chunk, None)?,
-            };
-            if activity != Activity::Busy {
-                return Ok(activity);
-            }
-        }
-        Ok(Activity::Busy)
     }
 
     /// Gives the shards what the buffer holds, as far as they have room.
     fn feed_shards(&mut self) -> Result<Activity> {
         let mut activity = Activity::Idle;
         let mut pieces = 0..PIECES_PER_TURN;
-        while let Some(buffer) = &mut self.buffer
+        while let Some(buffer) = &self.buffer
             && (buffer.has_been_full || !self.dump.criu_has_open_files())
-            && let Some(id) = buffer.next()
+            && let Some(source) = self.dump.first_buffered()
             && pieces.next().is_some()
         {
-            let Some(source) = self.dump.source_mut(id) else {
-                buffer.remove(id);
-                continue;
-            };
-            let left = source.left_of(self.image_writer.unit());
-            let chunk = buffer.chunk(id, left.unwrap_or(LARGEST));
+            let left = source.left_of(self.image_writer.unit);
+            let chunk = source.buffered_chunk(left.unwrap_or(LARGEST));
             let given = match chunk.bytes {
                 0 => self.image_writer.end_file(source)?,
-                _ => self.image_writer.give(source, chunk, Some(buffer))?,
+                _ => self.image_writer.give(source, chunk)?,
             };
             match given {
                 Activity::NoRoom => return Ok(activity.max(given)),
                 Activity::Complete => {
-                    buffer.remove(id);
-                    if let Some(source) = self.dump.take(id) {
-                        self.complete(&source);
-                    }
+                    let id = source.id;
+                    self.complete(id);
                 }
                 Activity::Busy | Activity::Idle => {}
             }

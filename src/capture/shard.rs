@@ -14,7 +14,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -25,7 +24,6 @@ use crate::format::{self, Marker};
 use crate::os::memory::Sealed;
 use crate::os::pipe::{self, Moved, ReadEnd, WriteEnd, slot};
 use crate::report::meter::Meter;
-use crate::report::progress::ShardStats;
 
 /// Bytes in the queue beyond which it is written before more is copied to it.
 const LONG_QUEUE: usize = 32 << 10;
@@ -46,40 +44,27 @@ impl WriteRecord {
     }
 }
 
-/// The newest bytes of a pipe, as far as it still holds them.
-#[derive(Debug, PartialEq, Eq)]
-struct Content {
-    /// How many writes, the newest, they are of.
-    writes: usize,
-    /// The most slots that they take.
-    slots: usize,
-}
-
-impl Content {
-    fn of(written: &VecDeque<WriteRecord>, mut left: usize, slot: usize) -> Self {
-        let mut content = Self {
-            writes: 0,
-            slots: 0,
-        };
-        for record in written.iter().rev() {
-            if left == 0 {
-                break;
-            }
-            let in_pipe = record.bytes.min(left);
-            content.slots += record.slots_left(in_pipe, slot);
-            content.writes += 1;
-            left -= in_pipe;
-        }
-        // Bytes that are not ours may have a slot each.
-        content.slots += left;
-        content
+/// Forgets the writes of which a pipe, which has `left` bytes, holds nothing any more. Returns the
+/// most slots, of `slot` bytes each, that the bytes take.
+fn slots_taken(written: &mut VecDeque<WriteRecord>, mut left: usize, slot: usize) -> usize {
+    let mut slots = 0;
+    let mut gone = written.len();
+    while left > 0 && gone > 0 {
+        gone -= 1;
+        let in_pipe = written[gone].bytes.min(left);
+        slots += written[gone].slots_left(in_pipe, slot);
+        left -= in_pipe;
     }
+    written.drain(..gone);
+    // Bytes that are not ours may have a slot each.
+    slots + left
 }
 
 /// The writing side of a shard.
 pub(super) struct Shard {
     pipe: WriteEnd,
-    label: String,
+    /// Its name in messages.
+    pub(super) label: String,
     slots: usize,
     /// Writes that may still be in the pipe, the oldest first.
     written: VecDeque<WriteRecord>,
@@ -87,11 +72,10 @@ pub(super) struct Shard {
     free: usize,
     /// Markers and copied data.
     queue: Vec<u8>,
-    meter: Meter,
+    pub(super) meter: Meter,
 }
 
 impl Shard {
-    /// `label` names the shard in errors.
     pub(super) fn new(pipe: WriteEnd, label: String, meter: Meter) -> Result<Self> {
         let preparing = || format!("preparing {label}");
         let pipe = pipe.nonblocking().with_context(preparing)?;
@@ -112,10 +96,6 @@ impl Shard {
     /// True if it has no room for a chunk of the usual size.
     pub(super) fn is_full(&self) -> bool {
         self.free * 2 < self.slots
-    }
-
-    pub(super) fn label(&self) -> &str {
-        &self.label
     }
 
     /// Queues a marker. A padded one ends at a page of the shard.
@@ -214,11 +194,6 @@ impl Shard {
         Ok(available > 0 || !self.queue.is_empty())
     }
 
-    /// The bytes that passed through, and the time since the transfer's start.
-    pub(super) fn stats(&self, start: Option<Instant>) -> ShardStats {
-        self.meter.stats(start)
-    }
-
     fn record(&mut self, bytes: usize, slots: usize) {
         self.free = self.free.saturating_sub(slots);
         if bytes > 0 {
@@ -258,9 +233,8 @@ impl Slots for Shard {
 
     fn inspect(&mut self) -> io::Result<()> {
         let left = pipe::available(&self.pipe)?;
-        let content = Content::of(&self.written, left, slot());
-        self.written.drain(..self.written.len() - content.writes);
-        self.free = self.slots.saturating_sub(content.slots);
+        let taken = slots_taken(&mut self.written, left, slot());
+        self.free = self.slots.saturating_sub(taken);
         Ok(())
     }
 }
@@ -461,10 +435,10 @@ mod tests {
     fn what_a_pipe_holds_takes_slots_of_the_page_size() {
         for page in [4 << 10, 16 << 10, 64 << 10] {
             // Markers, ten whole pages, and four pieces.
-            let written = records(&[(30, 1), (10 * page, 10), (4000, 4)]);
             let content = |left| {
-                let Content { writes, slots } = Content::of(&written, left, page);
-                (writes, slots)
+                let mut written = records(&[(30, 1), (10 * page, 10), (4000, 4)]);
+                let slots = slots_taken(&mut written, left, page);
+                (written.len(), slots)
             };
             assert_eq!(content(30 + 10 * page + 4000), (3, 15));
             assert_eq!(content(10 * page + 4000), (2, 14));

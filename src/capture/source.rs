@@ -17,16 +17,18 @@
 //! wake it twice. Their framing is followed (see [`super::dump_check`]). The large ones are
 //! archives that a compressor has written.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::capacity;
-use super::chunk::{Chunk, Route};
+use super::chunk::{Chunk, Route, slots_of};
 use crate::criu::files;
 use crate::criu::framing::Framing;
 use crate::format::ImageName;
 use crate::os::pipe::{self, DEFAULT_SLOTS, Moved, ReadEnd, slot};
+use crate::store::Extent;
 
 /// The most that the index has of the data of a file, in bytes, but for the chunk that passes this
 /// (docs/protocol.md, section 2).
@@ -36,10 +38,13 @@ const LARGEST_IN_INDEX: usize = 1 << 20;
 const LARGE: usize = DEFAULT_SLOTS / 2;
 
 /// The largest chunk of a spliced file that is copied, in bytes.
-pub(super) const LARGEST_COPIED: usize = 16 << 10;
+const LARGEST_COPIED: usize = 16 << 10;
 
 /// The largest chunk of what is collected, in bytes.
 const LARGEST_COLLECTED: usize = 64 << 10;
+
+/// Bytes thrown away at a time.
+const DISCARD: usize = 64 << 10;
 
 /// How long a part of a unit is left where it is while nothing more comes.
 const LONGEST_HOLD: Duration = Duration::from_secs(1);
@@ -84,7 +89,7 @@ pub(super) struct Source {
     pub(super) id: u64,
     pub(super) name: ImageName,
     /// `None` when all of it is in the buffer.
-    pipe: Option<ReadEnd>,
+    pub(super) pipe: Option<ReadEnd>,
     pub(super) owner: Owner,
     /// Its writer is gone: what is in the pipe is the last of it.
     pub(super) has_ended: bool,
@@ -105,12 +110,14 @@ pub(super) struct Source {
     moved: usize,
     /// Those of these that were read, and that no shard has yet.
     pub(super) collected: Vec<u8>,
+    /// What the buffer has of it, and no shard yet.
+    pub(super) buffered: VecDeque<Extent>,
     /// Bytes given to shards.
     pub(super) given: usize,
     /// It is one of CRIU's page files.
     is_pages: bool,
     /// Each slot of its pipe is thought to hold a page.
-    is_spliced: bool,
+    pub(super) is_spliced: bool,
     framing: Option<Framing>,
 }
 
@@ -140,6 +147,7 @@ impl Source {
             last_change: Instant::now(),
             moved: 0,
             collected: Vec::new(),
+            buffered: VecDeque::new(),
             given: 0,
             is_pages,
             is_spliced: is_pages || !is_of_criu,
@@ -157,11 +165,6 @@ impl Source {
     /// True if more may come through its pipe.
     pub(super) fn is_open(&self) -> bool {
         self.pipe.is_some()
-    }
-
-    /// All of it has come.
-    pub(super) fn close(&mut self) {
-        self.pipe = None;
     }
 
     /// Decides which chunk to give to a shard. Page files are cut at multiples of `unit` bytes, if
@@ -199,6 +202,63 @@ impl Source {
             _ if available > 0 => Ready::Filling,
             _ => Ready::Empty,
         })
+    }
+
+    /// True if the buffer has something of it, or its end.
+    pub(super) fn is_buffered(&self) -> bool {
+        !self.is_open() || !self.buffered.is_empty()
+    }
+
+    /// A chunk of up to `most` bytes out of the buffer; of none at an end that comes behind `most`
+    /// bytes.
+    pub(super) fn buffered_chunk(&self, most: usize) -> Chunk {
+        let (mut bytes, mut slots) = (0, 0);
+        let mut extents = self.buffered.iter();
+        while bytes < most
+            && let Some(extent) = extents.next()
+        {
+            let part = extent.len().min(most - bytes);
+            bytes += part;
+            slots += slots_of(&extent.bytes()[..part]);
+        }
+        let mut chunk = Chunk::copied(bytes, !self.is_open() && bytes < most);
+        if bytes > LARGEST_COPIED {
+            (chunk.route, chunk.slots) = (Route::Lent, slots);
+        }
+        chunk
+    }
+
+    /// Takes the first bytes out of what the buffer has.
+    pub(super) fn take_buffered(&mut self, mut bytes: usize) -> Vec<Extent> {
+        let mut taken = Vec::new();
+        while bytes > 0
+            && let Some(mut extent) = self.buffered.pop_front()
+        {
+            let part = extent.split_front(bytes.min(extent.len()));
+            bytes -= part.len();
+            taken.push(part);
+            if !extent.is_empty() {
+                self.buffered.push_front(extent);
+            }
+        }
+        taken
+    }
+
+    /// Throws away what comes, as the file was replaced.
+    ///
+    /// # Errors
+    /// Those of `read`; none for an open pipe.
+    pub(super) fn drain(&self) -> Result<Activity> {
+        let mut discarded = vec![0; DISCARD];
+        loop {
+            match pipe::read(self.pipe(), &mut discarded)
+                .with_context(|| format!("skipping the first of two files named {}", self.name))?
+            {
+                Moved::Bytes(_) => {}
+                Moved::WouldBlock => return Ok(Activity::Idle),
+                Moved::End => return Ok(Activity::Complete),
+            }
+        }
     }
 
     /// The bytes that are missing from the unit that was begun, if files are cut at units.
@@ -276,11 +336,6 @@ impl Source {
     /// of its own: pages always, other files once they have brought much.
     pub(super) fn is_spread(&self) -> bool {
         files::is_pages(self.name.as_str()) || self.given > LARGEST_IN_INDEX
-    }
-
-    /// Its bytes took more slots than whole pages would.
-    pub(super) fn holds_pieces(&mut self) {
-        self.is_spliced = false;
     }
 
     /// This number of bytes was moved.
