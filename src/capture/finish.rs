@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::CaptureLoop;
 use super::shard::Shard;
-use crate::os::poller::{Wait, Watched};
+use crate::os::poller::Wait;
 use crate::pace::Pace;
 use crate::report::progress::Stats;
 use crate::report::times::{Phase, Waiting};
@@ -27,15 +27,19 @@ impl CaptureLoop<'_> {
         if self.request.caller.is_none() && self.request.counters.copied.get() == 0 {
             self.clock.enter(Phase::Written);
         }
-        let mut is_marked = false;
+        let mut events = Vec::new();
         loop {
-            self.check_readers(is_marked)?;
-            is_marked = is_marked || self.image_writer.end_image()?;
+            self.supervisor
+                .poller()
+                .wait(Wait::Now, &mut events)
+                .context("waiting for the shards' readers")?;
+            self.handle(&events)?;
+            self.is_marked = self.is_marked || self.image_writer.end_image()?;
             // The queues take room as well.
             self.image_writer.flush()?;
             let shards = self.image_writer.shards.iter();
             let are_behind = shards.map(Shard::is_behind).collect::<Result<Vec<_>>>()?;
-            if is_marked && !are_behind.contains(&true) {
+            if self.is_marked && !are_behind.contains(&true) {
                 break;
             }
             self.clock.wait(Waiting::ForShards, are_behind.into_iter());
@@ -43,28 +47,5 @@ impl CaptureLoop<'_> {
         }
         self.image_writer.warn_of_late_shards();
         Ok(self.image_writer.stats(self.clock.times()))
-    }
-
-    /// Fails when a reader has left before it has seen the end marker and all that is left for it,
-    /// and when a signal came.
-    fn check_readers(&mut self, is_marked: bool) -> Result<()> {
-        let mut events = Vec::new();
-        self.supervisor
-            .poller()
-            .wait(Wait::Now, &mut events)
-            .context("waiting for the shards' readers")?;
-        for event in events {
-            match event.kind {
-                Watched::Interrupt | Watched::Caller => self.supervisor.check()?,
-                Watched::Shard if event.hung_up => {
-                    let shard = &self.image_writer.shards[event.id as usize];
-                    if !is_marked || shard.is_behind()? {
-                        return Err(shard.reader_gone());
-                    }
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 }

@@ -109,6 +109,8 @@ struct CaptureLoop<'a> {
     is_frozen: bool,
     /// All that CRIU had to deliver has come.
     is_whole: bool,
+    /// The image has its end marker.
+    is_marked: bool,
     clock: Clock,
 }
 
@@ -142,6 +144,7 @@ impl Capture<'_> {
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
             is_whole: false,
+            is_marked: false,
             request: self,
         };
         for (id, shard) in (0..).zip(&capture.image_writer.shards) {
@@ -198,7 +201,7 @@ impl CaptureLoop<'_> {
                 self.supervisor.check()?;
                 self.dump.wake_all();
             }
-            let heard = self.hear_criu(&events)?;
+            let heard = self.handle(&events)?;
             let moved = self.move_data()?;
             if self.is_received()? {
                 return self.stray_files.check();
@@ -221,7 +224,7 @@ impl CaptureLoop<'_> {
 
     /// Acts on events, and fails if CRIU cannot come any more. Busy: files were added; no room:
     /// they have to wait until others have ended.
-    fn hear_criu(&mut self, events: &[Event]) -> Result<Activity> {
+    fn handle(&mut self, events: &[Event]) -> Result<Activity> {
         if events.is_empty()
             && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
         {
@@ -235,13 +238,17 @@ impl CaptureLoop<'_> {
                 Watched::Client => activity = activity.max(self.take_requests(event.id)?),
                 Watched::Source => self.dump.wake(event.id, event.hung_up),
                 Watched::Shard if event.hung_up => {
-                    return Err(self.image_writer.shards[event.id as usize].reader_gone());
+                    let shard = &self.image_writer.shards[event.id as usize];
+                    // A reader may leave when it has the end marker, and all that came before it.
+                    if !self.is_marked || shard.is_behind()? {
+                        return Err(shard.reader_gone());
+                    }
                 }
                 _ => {}
             }
         }
         self.clients.check_grace()?;
-        if !self.is_frozen {
+        if !self.is_frozen && !self.is_whole {
             self.stray_files.check_unconnected()?;
         }
         Ok(activity)
