@@ -60,7 +60,11 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failure> {
     }
     let image_name = plan.args.image_name.as_ref();
     supervisor.name_image(image_name.map(|StoredAs(name)| name.clone()));
-    raise_descriptor_limit();
+    // CRIU has many files open at once, and each is a descriptor here.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // If it is refused, the soft limit has to do.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
     let labels: Vec<_> = plan.shards.iter().map(|(_, label)| label.clone()).collect();
     let counters = Counters::new(labels.len());
     let args = &plan.args;
@@ -149,17 +153,6 @@ pub fn exit_status(failure: Failure) -> u8 {
     let status = Ending::behind(error).map_or(1, Ending::exit_status);
     drop(failure);
     status
-}
-
-/// CRIU has many files open at once, and each is a descriptor here: use all that the hard limit
-/// allows.
-fn raise_descriptor_limit() {
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // If it is refused, the soft limit has to do.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 /// An image is its owner's memory: a directory made for it is closed to other users.

@@ -14,13 +14,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::connection::frame;
 use super::connection::proto::ImgStreamerRequestEntry;
 use super::{CommandLine, Message, Role};
 use crate::os::descriptor::path_in;
-use crate::os::process::{parent_of, start_of};
+use crate::os::process::{self, parent_of, start_of};
 
 /// Variables that CRIU sets for its action scripts.
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
@@ -71,8 +70,7 @@ impl Caller {
                 "{IMAGES_DIR} is {images_dir:?}, and CRIU sets it to /proc/PID/fd/NUMBER for its --action-script"
             )
         })?;
-        let process = Pid::from_raw(pid as i32).context("CRIU's PID is 0")?;
-        let process = pidfd_open(process, PidfdFlags::empty())
+        let process = process::open(pid as i32)
             .with_context(|| format!("looking for CRIU, process {pid}"))?;
         let start = start_of(pid).with_context(|| format!("looking at CRIU, process {pid}"))?;
         let own = CommandLine::of(pid);

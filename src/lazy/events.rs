@@ -10,10 +10,10 @@ use anyhow::{Context, Result, bail, ensure};
 use crossbeam_channel::Sender;
 
 use super::filling::Filling;
-use super::guardian::process;
 use super::memory::{Fault, Memory};
 use super::socket::{Connection, Message};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
+use crate::os::process;
 
 /// The sources of all events, and the processes that are known.
 pub(super) struct Events<'a> {
@@ -74,7 +74,7 @@ impl<'a> Events<'a> {
     fn hear_criu(&mut self) -> Result<()> {
         match self.connection.receive()? {
             Message::Process { pid, real_pid } => {
-                let process = process(real_pid)
+                let process = process::open(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
                 // Known to the guardian before its userfaultfd is in the table.
                 self.filling.guardian.add(process)?;

@@ -26,11 +26,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl;
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, setsid};
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{socket, userfaultfd};
 use crate::os::descriptor::{poll, uninterrupted};
-use crate::os::process::{fields_of, start_of};
+use crate::os::process::{self, fields_of, start_of};
 
 /// The time between two looks at processes that were killed.
 const NEXT_LOOK: Duration = Duration::from_millis(2);
@@ -55,7 +55,7 @@ impl Guardian {
     /// Those of `clone`, and where there are no pidfds (before Linux 5.3).
     pub(crate) fn start() -> Result<Self> {
         let record = File::from(memfd_create(c"restored", MFdFlags::MFD_CLOEXEC)?);
-        let streamer = process(std::process::id() as i32).context("opening this process")?;
+        let streamer = process::open(std::process::id() as i32).context("opening this process")?;
         let flags = (libc::CLONE_FILES | libc::SIGCHLD) as libc::c_ulong;
         let none: libc::c_ulong = 0;
         // SAFETY: without CLONE_VM this is a fork, and this is the only thread, so that no lock is
@@ -68,7 +68,7 @@ impl Guardian {
         }
         let pid = Errno::result(pid).context("starting the guardian")? as i32;
         Ok(Self {
-            process: process(pid).context("opening the guardian")?,
+            process: process::open(pid).context("opening the guardian")?,
             pid: Pid::from_raw(pid),
             record,
             _streamer: streamer,
@@ -122,12 +122,6 @@ fn guard(streamer: &OwnedFd, record: &File) {
     kill_all(record);
 }
 
-/// A pidfd.
-pub(super) fn process(pid: i32) -> Result<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid).context("it is out of our sight")?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
-}
-
 /// Kills all recorded processes and their forked children, until the memory behind each open
 /// userfaultfd is gone.
 fn kill_all(record: &File) {
@@ -141,7 +135,7 @@ fn kill_all(record: &File) {
             let _ = pidfd_send_signal(descriptor, Signal::KILL);
             // Those that nobody has heard yet wait for CRIU, which may be gone.
             while let Some(sender) = socket::unheard(descriptor) {
-                let _ = process(sender).map(|sender| pidfd_send_signal(sender, Signal::KILL));
+                let _ = process::open(sender).map(|sender| pidfd_send_signal(sender, Signal::KILL));
             }
         }
         kill_forked(&record);
@@ -191,7 +185,7 @@ fn kill_forked(record: &str) {
     };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()) {
-        if let Ok(process) = process(pid)
+        if let Ok(process) = process::open(pid)
             && let Some((start, memory)) = layout_of(pid as u32)
             && is_forked(start, &memory)
         {

@@ -8,7 +8,10 @@
 //! The kernel queues an event after it has unlocked the process's memory. Another thread's change,
 //! although later, may then be read earlier. So events are read until the kernel agrees, at an
 //! instant when no change is under way, that memory is where it has arrived, and is no longer where
-//! it has arrived and left. If it does not, the order is lost, and the application is killed.
+//! it has arrived and left. If it does not, the order is lost, and the application is killed. Pages
+//! that are only dropped (`MADV_DONTNEED`) stay where they are, and need no such check: that a fork
+//! is read on the wrong side of it means that neither call had returned when the other began, so
+//! that the child may find either what was there or zeros.
 //!
 //! **The end.** The descriptor is closed when nothing is missing any more, or the process has
 //! ended: pages that are missing when the last descriptor is closed read as zero.

@@ -34,6 +34,7 @@ use anyhow::{Context, Error, Result, ensure};
 
 use crate::criu::Listener;
 use crate::format::ImageName;
+use crate::os::process;
 use crate::report;
 use crate::report::meter::Counter;
 use crate::store::catalog::Catalog;
@@ -100,7 +101,7 @@ impl LazyMemory {
             let connection = Connection::accept(&socket)?;
             self.has_started = true;
             self.filling.guardian.add(connection.0.try_clone()?)?;
-            let criu = guardian::process(criu).context("watching CRIU")?;
+            let criu = process::open(criu).context("watching CRIU")?;
             let hear = |filling: &Arc<_>| Events::hear(filling, criu, connection);
             self.filling.spawn("events", hear)?;
         }

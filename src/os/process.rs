@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// The process that captured an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +80,15 @@ pub(crate) fn fields_of(pid: u32, numbers: RangeInclusive<usize>) -> Option<Stri
     let fields: Vec<_> = fields.split(' ').collect();
     let (first, last) = (numbers.start() - 3, numbers.end() - 3);
     Some(fields.get(first..=last)?.join(" "))
+}
+
+/// A pidfd of a process.
+///
+/// # Errors
+/// When it has ended, is out of sight, or no descriptor is left; and before Linux 5.3.
+pub(crate) fn open(pid: i32) -> Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).context("it is out of our sight")?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 /// Closes all descriptors but the standard streams, before anything is opened, or only marks them
