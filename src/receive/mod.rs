@@ -60,15 +60,6 @@ const SHORTAGE_PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of memory that a marker takes at most while it waits for its turn.
 const MARKER_COST: u64 = 256;
 
-/// The next look at the memory that is left.
-#[derive(Debug)]
-struct MemoryBudget {
-    /// Due when this number of bytes is taken.
-    next_look: u64,
-    /// Due at this time as well, while memory is short.
-    short_until: Option<Instant>,
-}
-
 /// Reads shards, and gives their steps to an image.
 pub(crate) struct Receiver<'a, I> {
     supervisor: &'a Supervisor,
@@ -83,7 +74,10 @@ pub(crate) struct Receiver<'a, I> {
     arena: Arena,
     /// The pipes that hold data.
     pipes: PipePool,
-    memory: MemoryBudget,
+    /// The memory that is left is looked at when this number of bytes is taken.
+    next_look: u64,
+    /// It is short, and looked at at this time as well.
+    short_until: Option<Instant>,
     /// Markers that were taken.
     markers: u64,
     /// The last turn of the busiest shard.
@@ -115,16 +109,6 @@ pub fn receive<S: Store + 'static>(
         Ok(()) => Ok((open.1.into_store(), stats)),
         Err(error) => Err(Failure::new(error, open)),
     }
-}
-
-/// The outcome of a round of turns.
-struct Round {
-    /// The turn of the busiest shard.
-    turn: Turn,
-    /// Bytes that were taken.
-    found: u64,
-    /// Bytes that the pipes hold that they were taken from.
-    room: u64,
 }
 
 impl<'a, I: Image> Receiver<'a, I> {
@@ -163,10 +147,8 @@ impl<'a, I: Image> Receiver<'a, I> {
             index_progress: now,
             arena: Arena::new(),
             pipes: PipePool::new(I::Store::AHEAD),
-            memory: MemoryBudget {
-                next_look: 0,
-                short_until: None,
-            },
+            next_look: 0,
+            short_until: None,
             markers: 0,
             last: Turn::Idle,
             progress: now,
@@ -199,26 +181,22 @@ impl<'a, I: Image> Receiver<'a, I> {
             // There was nothing to be had, which is no stall.
             self.progress = now;
         }
-        let Round { turn, found, room } = self.round(self.reading(starving))?;
-        self.last = turn;
+        let filled = self.round(self.reading(starving))?;
         self.check_memory()?;
         let sent = self.image.store().send()?;
         for name in &sent.sent_whole {
             self.supervisor.end_input(name);
         }
-        if turn == Turn::Busy {
-            return Ok(Activity::Filled { found, room });
-        }
-        if let Some(activity) = sent.activity() {
+        if let Some(activity) = filled.or(sent.activity()) {
             return Ok(activity);
         }
         self.check_supply()?;
-        let stall = (turn == Turn::Ahead).then(|| Instant::now() + STALL);
+        let stall = (self.last == Turn::Ahead).then(|| Instant::now() + STALL);
         let ends = self.shards.iter().filter_map(|shard| shard.end_by);
         Ok(Activity::Idle(
             Wait::Forever
                 .or_until(stall)
-                .or_until(self.memory.short_until)
+                .or_until(self.short_until)
                 .or_until(ends.filter(|&end| end > now).min()),
         ))
     }
@@ -279,19 +257,17 @@ impl<'a, I: Image> Receiver<'a, I> {
         Ok(())
     }
 
-    /// Gives every shard that may have something one turn.
-    fn round(&mut self, reading: Reading) -> Result<Round> {
+    /// Gives every shard that may have something one turn. Returns how full the pipes were, if
+    /// anything was taken out of them.
+    fn round(&mut self, reading: Reading) -> Result<Option<Activity>> {
         let before = self.image.next();
         let taken_before = self.taken();
-        let mut round = Round {
-            turn: Turn::Idle,
-            found: 0,
-            room: 0,
-        };
+        let mut room = 0;
         if self.image.store().is_behind() {
-            round.turn = Turn::Ahead;
-            return Ok(round);
+            self.last = Turn::Ahead;
+            return Ok(None);
         }
+        self.last = Turn::Idle;
         for index in 0..self.shards.len() {
             if self.image.is_complete() || !self.shards[index].is_busy {
                 continue;
@@ -299,15 +275,15 @@ impl<'a, I: Image> Receiver<'a, I> {
             let turn = self.turn(index, reading)?;
             self.shards[index].is_busy = turn != Turn::Idle || self.rests(index, reading);
             if turn == Turn::Busy {
-                round.room += self.shards[index].capacity as u64;
+                room += self.shards[index].capacity as u64;
             }
-            round.turn = round.turn.max(turn);
+            self.last = self.last.max(turn);
         }
         if self.image.next() != before {
             self.progress = Instant::now();
         }
-        round.found = self.taken() - taken_before;
-        Ok(round)
+        let found = self.taken() - taken_before;
+        Ok((self.last == Turn::Busy).then_some(Activity::Filled { found, room }))
     }
 
     /// True if a shard stands at data that is left in it. The index never rests.
@@ -320,12 +296,12 @@ impl<'a, I: Image> Receiver<'a, I> {
     fn check_memory(&mut self) -> Result<()> {
         let now = Instant::now();
         let taken = self.taken() + self.markers * MARKER_COST;
-        let is_due = self.memory.short_until.is_some_and(|until| now >= until);
-        if taken < self.memory.next_look && !is_due {
+        let is_due = self.short_until.is_some_and(|until| now >= until);
+        if taken < self.next_look && !is_due {
             return Ok(());
         }
         let Some(available) = memory::available() else {
-            self.memory.next_look = u64::MAX;
+            self.next_look = u64::MAX;
             return Ok(());
         };
         let is_short = available < memory::SHORT;
@@ -339,8 +315,8 @@ impl<'a, I: Image> Receiver<'a, I> {
                 available / 1_000_000
             );
         }
-        self.memory.next_look = taken + memory::until_next_look(available);
-        self.memory.short_until = is_short.then_some(now + SHORTAGE_LOOK);
+        self.next_look = taken + memory::until_next_look(available);
+        self.short_until = is_short.then_some(now + SHORTAGE_LOOK);
         Ok(())
     }
 
@@ -352,7 +328,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     /// True if data on its way to disk is taken before its turn: the image has made no progress
     /// for a while, and there is memory.
     fn takes_early_data(&self) -> bool {
-        self.progress.elapsed() >= STALL && self.memory.short_until.is_none()
+        self.progress.elapsed() >= STALL && self.short_until.is_none()
     }
 
     /// Fails if the index cannot come any more.
@@ -429,7 +405,7 @@ impl<'a, I: Image> Receiver<'a, I> {
     /// these files, whose readers wait.
     fn reading(&self, starving: impl FnOnce() -> Vec<ImageName>) -> Reading {
         let index_may_come = self.index_progress.elapsed() < INDEX_PATIENCE;
-        if self.memory.short_until.is_none() || !I::HAS_INDEX {
+        if self.short_until.is_none() || !I::HAS_INDEX {
             Reading::All
         } else if self.image.is_laid_out() {
             self.image.wanted(&starving())

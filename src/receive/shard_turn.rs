@@ -13,26 +13,15 @@ use crate::format::Body;
 use crate::os::process::CapturingProcess;
 use crate::store::Ahead;
 
-/// The outcome of one shard's turn.
+/// The outcome of one shard's turn, or of a step of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Turn {
-    /// It has nothing now.
+    /// Nothing is left of what was taken out of the shard's pipe.
     Idle,
     /// It is ahead of the others, and left alone.
     Ahead,
     /// It moved something.
     Busy,
-}
-
-/// The outcome of one step of a turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
-    /// It moved something, and there may be more.
-    Moved,
-    /// It needs more than was taken out of the shard's pipe.
-    Drained,
-    /// The shard is ahead of the others.
-    Ahead,
 }
 
 impl<I: Image> Receiver<'_, I> {
@@ -42,15 +31,15 @@ impl<I: Image> Receiver<'_, I> {
         let mut turn = Turn::Idle;
         let mut was_filled = false;
         while !self.image.is_complete() && !self.rests(index, reading) {
-            let flow = match self.shards[index].chunk() {
+            let step = match self.shards[index].chunk() {
                 Some(place) => self.take_data(index, place)?,
                 None => self.take_marker(index)?,
             };
-            match flow {
-                Flow::Moved => {}
-                Flow::Ahead => return Ok(turn.max(Turn::Ahead)),
-                Flow::Drained if was_filled || !self.fill(index)? => return Ok(turn),
-                Flow::Drained => was_filled = true,
+            match step {
+                Turn::Busy => {}
+                Turn::Ahead => return Ok(turn.max(Turn::Ahead)),
+                Turn::Idle if was_filled || !self.fill(index)? => return Ok(turn),
+                Turn::Idle => was_filled = true,
             }
             turn = Turn::Busy;
         }
@@ -62,13 +51,13 @@ impl<I: Image> Receiver<'_, I> {
         shard.fill(shard.splices(&self.pipes), &mut self.arena, &self.pipes)
     }
 
-    fn take_marker(&mut self, index: usize) -> Result<Flow> {
+    fn take_marker(&mut self, index: usize) -> Result<Turn> {
         let shard = &mut self.shards[index];
         let is_first = shard.last_seq.is_none();
         let Some(marker) = shard.next_marker()? else {
             return Ok(match shard.read_for_marker(&mut self.arena)? {
-                true => Flow::Moved,
-                false => Flow::Drained,
+                true => Turn::Busy,
+                false => Turn::Idle,
             });
         };
         if is_first {
@@ -87,7 +76,7 @@ impl<I: Image> Receiver<'_, I> {
         if !matches!(marker.body, Body::Data(1..)) {
             self.submit(index, Place::of(marker.seq), Step::Marker(marker.body))?;
         }
-        Ok(Flow::Moved)
+        Ok(Turn::Busy)
     }
 
     /// Fails if a shard is of another image than the first: their markers may fit together.
@@ -109,18 +98,18 @@ impl<I: Image> Receiver<'_, I> {
         Ok(())
     }
 
-    fn take_data(&mut self, index: usize, place: Place) -> Result<Flow> {
+    fn take_data(&mut self, index: usize, place: Place) -> Result<Turn> {
         let is_next = self.image.next() == Some(place);
         if !is_next && self.image.ahead() == Ahead::Shard && !self.takes_early_data() {
-            return Ok(Flow::Ahead);
+            return Ok(Turn::Ahead);
         }
         match self.shards[index].take_data(&mut self.arena, &mut self.pipes)? {
             Taken::Piece(piece, next) => self.submit(index, place, Step::Data(piece, next))?,
             Taken::Part if is_next => self.progress = Instant::now(),
             Taken::Part => {}
-            Taken::Nothing => return Ok(Flow::Drained),
+            Taken::Nothing => return Ok(Turn::Idle),
         }
-        Ok(Flow::Moved)
+        Ok(Turn::Busy)
     }
 
     fn submit(&mut self, index: usize, place: Place, step: Step) -> Result<()> {
