@@ -172,7 +172,7 @@ pub(super) struct Patience {
     /// none, when the caller looked away for longer than it lasted.
     left: i64,
     /// The time for which those that are far ahead were left to wait.
-    spent_on_late: Duration,
+    pub(super) spent_on_late: Duration,
     as_of: Option<Instant>,
     waits: Waits,
     /// When a chunk was held back first, if none was given to a shard behind since.
@@ -212,11 +212,6 @@ impl Patience {
             _ => Waits::No,
         };
         lasts || lasts_longer
-    }
-
-    /// The time for which late shards were waited for.
-    pub(super) fn spent_on_late(&self) -> Duration {
-        self.spent_on_late
     }
 
     /// No shard has room, so that none is left to wait.

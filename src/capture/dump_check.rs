@@ -38,7 +38,7 @@ impl DumpCheck {
     /// Records a file of CRIU's that has ended.
     pub(super) fn record(&mut self, source: &Source) {
         let name = source.name.as_str();
-        let framing = source.framing();
+        let framing = source.framing.as_ref();
         if let Some(framing) = framing
             && name == INVENTORY
         {

@@ -254,7 +254,7 @@ impl ImageWriter {
 
     /// Warns if the image waited for late shards.
     pub(super) fn warn_of_late_shards(&self) {
-        let waited = self.patience.spent_on_late();
+        let waited = self.patience.spent_on_late;
         if waited >= LONG_WAIT {
             report::warn(format_args!(
                 "the image waited {:.1} s for shards whose readers began late, so that none is much larger than the others: start their commands before CRIU",

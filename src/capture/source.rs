@@ -118,7 +118,8 @@ pub(super) struct Source {
     is_pages: bool,
     /// Each slot of its pipe is thought to hold a page.
     pub(super) is_spliced: bool,
-    framing: Option<Framing>,
+    /// `None` if it does not begin with a magic.
+    pub(super) framing: Option<Framing>,
 }
 
 impl Source {
@@ -232,14 +233,14 @@ impl Source {
     pub(super) fn take_buffered(&mut self, mut bytes: usize) -> Vec<Extent> {
         let mut taken = Vec::new();
         while bytes > 0
-            && let Some(mut extent) = self.buffered.pop_front()
+            && let Some(front) = self.buffered.front_mut()
         {
-            let part = extent.split_front(bytes.min(extent.len()));
+            let part = front.split_front(bytes.min(front.len()));
+            if front.is_empty() {
+                self.buffered.pop_front();
+            }
             bytes -= part.len();
             taken.push(part);
-            if !extent.is_empty() {
-                self.buffered.push_front(extent);
-            }
         }
         taken
     }
@@ -350,11 +351,6 @@ impl Source {
             framing.read(bytes);
         }
         self.moved(bytes.len());
-    }
-
-    /// The framing of a file that begins with a magic; `None` for all others.
-    pub(super) fn framing(&self) -> Option<&Framing> {
-        self.framing.as_ref()
     }
 
     /// The error for bytes that were there before they were taken, and then not.

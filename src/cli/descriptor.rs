@@ -115,6 +115,29 @@ impl FdNumber {
         }
         Ok(())
     }
+
+    /// Takes ownership of a descriptor that was checked, and keeps it from being passed on.
+    pub(super) fn claim(self) -> Result<OwnedFd> {
+        if self.0 > 2 {
+            // SAFETY: the descriptor is open, and the command line gave it to us. `Plan::new`
+            // checks all numbers with the same `Checks`, so that it has no second owner here.
+            let fd = unsafe { OwnedFd::from_raw_fd(self.0) };
+            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("claiming a descriptor")?;
+            return Ok(fd);
+        }
+        let copy = self
+            .peek(|fd| fd.try_clone_to_owned())
+            .context("claiming a descriptor")?;
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.context("opening /dev/null")?;
+        match self {
+            STDIN => nix::unistd::dup2_stdin(null)?,
+            STDOUT => nix::unistd::dup2_stdout(null)?,
+            // Errors still go there.
+            _ => {}
+        }
+        Ok(copy)
+    }
 }
 
 /// A file's device and inode.
@@ -174,30 +197,5 @@ impl Checks {
             );
         }
         Ok(())
-    }
-}
-
-impl FdNumber {
-    /// Takes ownership of a descriptor that was checked, and keeps it from being passed on.
-    pub(super) fn claim(self) -> Result<OwnedFd> {
-        if self.0 > 2 {
-            // SAFETY: the descriptor is open, and the command line gave it to us. `Plan::new`
-            // checks all numbers with the same `Checks`, so that it has no second owner here.
-            let fd = unsafe { OwnedFd::from_raw_fd(self.0) };
-            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context("claiming a descriptor")?;
-            return Ok(fd);
-        }
-        let copy = self
-            .peek(|fd| fd.try_clone_to_owned())
-            .context("claiming a descriptor")?;
-        let null = File::options().read(true).write(true).open("/dev/null");
-        let null = null.context("opening /dev/null")?;
-        match self {
-            STDIN => nix::unistd::dup2_stdin(null)?,
-            STDOUT => nix::unistd::dup2_stdout(null)?,
-            // Errors still go there.
-            _ => {}
-        }
-        Ok(copy)
     }
 }

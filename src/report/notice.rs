@@ -11,8 +11,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 
-use crate::os::descriptor::poll;
-use crate::os::descriptor::uninterrupted;
+use crate::os::descriptor::{poll, uninterrupted};
 
 /// The longest time that a full pipe may hold up the transfer for each piece of a line, in
 /// milliseconds.
