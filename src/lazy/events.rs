@@ -11,7 +11,7 @@ use crossbeam_channel::Sender;
 
 use super::filling::Filling;
 use super::memory::{Fault, Memory};
-use super::socket::{Connection, Message};
+use super::socket::{self, Connection};
 use crate::os::poller::{Interest, Poller, Wait, Watched};
 use crate::os::process;
 
@@ -73,7 +73,9 @@ impl<'a> Events<'a> {
     /// processes that it restores have ended.
     fn hear_criu(&mut self) -> Result<()> {
         match self.connection.receive()? {
-            Message::Process { pid, real_pid } => {
+            Some((socket::FINISHED, _)) => self.finish(),
+            Some((..=0, _)) => Ok(()),
+            Some((pid, real_pid)) => {
                 let process = process::open(real_pid)
                     .with_context(|| format!("watching process {pid}, which CRIU restores"))?;
                 // Known to the guardian before its userfaultfd is in the table.
@@ -83,9 +85,7 @@ impl<'a> Events<'a> {
                 let file = file.with_context(|| format!("process {pid} has no pagemap"))?;
                 self.add(file.memory(pid, real_pid as u32, uffd))
             }
-            Message::Zombie => Ok(()),
-            Message::Finished => self.finish(),
-            Message::Closed => {
+            None => {
                 ensure!(
                     self.is_finished,
                     "CRIU ended its connection before all was restored: see CRIU's log"

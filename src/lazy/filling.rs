@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use anyhow::{Context, Error, Result, bail};
@@ -11,7 +11,7 @@ use crossbeam_channel::Receiver;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::guardian::Guardian;
-use super::memory::Fault;
+use super::memory::{Fault, locked};
 use super::pages::PagesFile;
 use crate::report::meter::Counter;
 
@@ -31,10 +31,9 @@ pub(crate) struct Filling {
     left: AtomicUsize,
     /// Bytes that are in place.
     filled: Counter,
-    /// Set when all is in place, or with the reason why it never will be.
-    outcome: OnceLock<Result<(), String>>,
-    /// Held while the application is killed, after which nothing is in place any more.
-    ending: Mutex<()>,
+    /// All is in place, or the reason why it never will be. Locked while the application is killed,
+    /// after which nothing is in place any more.
+    outcome: Mutex<Option<Result<(), String>>>,
     /// Readable when the outcome is known.
     pub(crate) changed: EventFd,
 }
@@ -52,8 +51,7 @@ impl Filling {
             left: AtomicUsize::new(files.len()),
             files,
             filled,
-            outcome: OnceLock::new(),
-            ending: Mutex::new(()),
+            outcome: Mutex::default(),
             changed: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         }))
     }
@@ -108,27 +106,27 @@ impl Filling {
     fn fill(&self, file: &PagesFile, unit: usize, buffer: &mut [u8]) -> Result<()> {
         let is_in_place = file.fill(unit, buffer, &self.filled)?;
         if is_in_place && self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let _ending = self.ending.lock();
-            self.conclude(Ok(()));
+            self.conclude(|| Ok(()));
         }
         Ok(())
     }
 
-    fn conclude(&self, outcome: Result<(), String>) {
-        if self.outcome.set(outcome).is_ok() {
+    fn conclude(&self, outcome: impl FnOnce() -> Result<(), String>) {
+        let mut slot = locked(&self.outcome);
+        if slot.is_none() {
+            *slot = Some(outcome());
             let _ = self.changed.write(1);
         }
     }
 
     /// Kills the application, unless it has all of its memory.
     pub(super) fn fail(&self, error: Error) {
-        let _ending = self.ending.lock();
-        if self.outcome.get().is_none() {
+        self.conclude(|| {
             self.guardian.kill_all();
-            self.conclude(Err(format!(
+            Err(format!(
                 "filling the application's memory: {error:#}; it was killed"
-            )));
-        }
+            ))
+        });
     }
 
     /// True if all is in place, and nothing depends on us any more.
@@ -138,7 +136,7 @@ impl Filling {
     pub(crate) fn is_in_place(&self) -> Result<bool> {
         // The outcome is looked at below.
         let _ = self.changed.read();
-        match self.outcome.get() {
+        match &*locked(&self.outcome) {
             Some(Err(why)) => bail!("{why}"),
             outcome => Ok(outcome.is_some()),
         }

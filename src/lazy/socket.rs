@@ -29,25 +29,10 @@ use crate::criu::Listener;
 const NAME: &str = "lazy-pages.socket";
 
 /// CRIU's message when all is restored (`LAZY_PAGES_RESTORE_FINISHED`).
-const FINISHED: i32 = 0x5253_5446;
+pub(super) const FINISHED: i32 = 0x5253_5446;
 
 /// The longest time between a PID and its descriptor.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A message of CRIU's.
-#[derive(Debug)]
-pub(super) enum Message {
-    /// A process is being restored: its PID in the image, and its PID here. Its userfaultfd comes
-    /// next.
-    Process {
-        pid: i32,
-        real_pid: i32,
-    },
-    Finished,
-    Zombie,
-    /// The connection is at its end.
-    Closed,
-}
 
 /// Listens in the working directory of a CRIU, which waits for an answer of ours before it
 /// connects.
@@ -77,21 +62,16 @@ impl Connection {
         Ok(ioctl_fionread(&self.0)? > 0)
     }
 
-    /// Waits for CRIU's next message.
-    pub(super) fn receive(&self) -> Result<Message> {
+    /// Waits for the next number, and returns it with its sender's PID here; `None` at the end of
+    /// the connection.
+    pub(super) fn receive(&self) -> Result<Option<(i32, i32)>> {
         let mut number = [0; 4];
         let (bytes, sender, _) = take(&self.0, &mut number, MsgFlags::empty())?;
         if bytes == 0 {
-            return Ok(Message::Closed);
+            return Ok(None);
         }
-        match i32::from_ne_bytes(number) {
-            FINISHED => Ok(Message::Finished),
-            ..=0 => Ok(Message::Zombie),
-            pid => Ok(Message::Process {
-                pid,
-                real_pid: sender.context("CRIU's message names no sender")?,
-            }),
-        }
+        let sender = sender.context("CRIU's message names no sender")?;
+        Ok(Some((i32::from_ne_bytes(number), sender)))
     }
 
     /// Waits for the descriptor of the process of the last message.
