@@ -158,7 +158,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             // A command may have written more before it ended.
             if self.supervisor.commands_have_succeeded(|_| true) && self.receiver.is_whole()? {
                 self.supervisor.release_orphans()?;
-                self.receiver.finish()?;
+                self.receiver.image.finish()?;
                 self.is_proven = true;
                 // The statistics say that nothing is left that could fail before CRIU comes.
                 self.remap_ports()?;
@@ -189,7 +189,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         let is_prepared = !self.plan.args.lazy_pages
             && (self.plan.args.tcp_listen_remap.is_empty()
                 || self.receiver.store().is_whole(listen_ports::FILE));
-        Ok(self.is_proven || is_prepared && self.receiver.keeps_back())
+        Ok(self.is_proven || is_prepared && self.receiver.image.keeps_back())
     }
 
     fn let_criu_connect(&mut self) -> Result<()> {

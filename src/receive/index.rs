@@ -171,13 +171,16 @@ impl Indexed {
     }
 
     /// The file with the last of the pages that are not in the index.
-    fn last_of_pages(&self) -> Option<usize> {
+    fn last_of_pages(&self) -> Option<KeptBack> {
         let streams = &self.files.store.streams;
-        let mut of_pages = self.gaps.iter().filter(|gap| {
+        let of_pages = self.gaps.iter().rfind(|gap| {
             let is_stored = matches!(streams[gap.stream].to, Some(File::Stored(_)));
             is_stored && files::is_pages(streams[gap.stream].name.as_str())
         });
-        of_pages.next_back().map(|gap| gap.stream)
+        of_pages.map(|&Gap { stream, .. }| KeptBack {
+            stream,
+            piece: None,
+        })
     }
 
     fn stream_of(&self, marker: u64) -> Option<usize> {
@@ -213,7 +216,8 @@ impl Indexed {
             };
             self.pass_on(number, piece)?;
         }
-        let is_kept_back = self.is_kept_back(number);
+        let kept_back = self.kept_back.as_ref();
+        let is_kept_back = kept_back.is_some_and(|it| it.stream == number);
         let Layout { store, streams, .. } = &mut self.files.store;
         let stream = &mut streams[number];
         if let Some(awaited) = stream.awaited() {
@@ -222,11 +226,6 @@ impl Indexed {
             store.finish(stream.name.clone(), to)?;
         }
         Ok(())
-    }
-
-    fn is_kept_back(&self, stream: usize) -> bool {
-        let kept_back = self.kept_back.as_ref();
-        kept_back.is_some_and(|kept_back| kept_back.stream == stream)
     }
 
     fn pass_on(&mut self, stream: usize, piece: Option<Piece>) -> Result<()> {
@@ -301,11 +300,7 @@ impl Image for Indexed {
     fn lay_out(&mut self) -> Result<()> {
         self.store().check_all_begun()?;
         self.is_laid_out = true;
-        let last = self.last_of_pages();
-        self.kept_back = last.map(|stream| KeptBack {
-            stream,
-            piece: None,
-        });
+        self.kept_back = self.last_of_pages();
         for stream in 0..self.streams().len() {
             self.deliver(stream)?;
         }

@@ -64,7 +64,7 @@ const MARKER_COST: u64 = 256;
 pub(crate) struct Receiver<'a, I> {
     supervisor: &'a Supervisor,
     shards: Vec<ShardReader>,
-    image: I,
+    pub(crate) image: I,
     /// The first shard that had a marker, and the process that captured it.
     captured_by: Option<(usize, Option<CapturingProcess>)>,
     /// The shard that the image is laid out by.
@@ -205,10 +205,8 @@ impl<'a, I: Image> Receiver<'a, I> {
         let mut pace = Pace::new();
         let (mut events, mut wait) = (Vec::new(), Wait::Now);
         while !self.is_whole()? || self.is_sending() {
-            self.supervisor
-                .poller()
-                .wait(wait, &mut events)
-                .context("waiting for the shards")?;
+            let waited = self.supervisor.poller().wait(wait, &mut events);
+            waited.context("waiting for the shards")?;
             let activity = self.step(&events, Vec::new)?;
             self.keep_time(match activity {
                 Activity::Idle(_) => Waiting::ForShards,
@@ -216,7 +214,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             });
             wait = pace.after(activity);
         }
-        self.finish()
+        self.image.finish()
     }
 
     /// Counts the time until the next call as this wait.
@@ -429,19 +427,6 @@ impl<'a, I: Image> Receiver<'a, I> {
             }
         }
         Ok(is_whole)
-    }
-
-    /// Gives CRIU what was kept back: the image has proved whole.
-    ///
-    /// # Errors
-    /// When something is missing or left over after all.
-    pub(crate) fn finish(&mut self) -> Result<()> {
-        self.image.finish()
-    }
-
-    /// True if there is something that CRIU cannot do without, and does not get yet.
-    pub(crate) fn keeps_back(&self) -> bool {
-        self.image.keeps_back()
     }
 
     /// The files of an image that is served, or of the store that it goes to.
