@@ -51,15 +51,13 @@ impl Buffer {
         let most = most.min(available.saturating_sub(memory::LEAST).max(LEAST));
         let size = usize::try_from(most).unwrap_or(usize::MAX).max(slot());
         let arena = Arena::new();
-        let mut buffer = Self {
+        Self {
             prefault: Prefault::start(&arena, size),
             arena,
             block: None,
             size,
             has_been_full: false,
-        };
-        buffer.ask_for_pages();
-        buffer
+        }
     }
 
     /// Nothing more will come: what was prepared for it is given back.
@@ -72,13 +70,6 @@ impl Buffer {
     fn room(&self) -> usize {
         let coming = self.prefault.as_ref().map_or(0, Prefault::coming);
         self.size.saturating_sub(self.arena.live() + coming)
-    }
-
-    fn ask_for_pages(&mut self) {
-        let room = self.room();
-        if let Some(prefault) = &mut self.prefault {
-            prefault.ask(room);
-        }
     }
 
     /// Copies what a source's pipe has, as far as there is room.
@@ -109,7 +100,10 @@ impl Buffer {
             if self.block.is_none() {
                 self.block = self.reserve()?;
             }
-            self.ask_for_pages();
+            let room = self.room();
+            if let Some(prefault) = &mut self.prefault {
+                prefault.ask(room);
+            }
         }
         let Some(block) = &mut self.block else {
             self.has_been_full = true;

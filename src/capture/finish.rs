@@ -29,10 +29,8 @@ impl CaptureLoop<'_> {
         }
         let mut events = Vec::new();
         loop {
-            self.supervisor
-                .poller()
-                .wait(Wait::Now, &mut events)
-                .context("waiting for the shards' readers")?;
+            let waited = self.supervisor.poller().wait(Wait::Now, &mut events);
+            waited.context("waiting for the shards' readers")?;
             self.handle(&events)?;
             self.is_marked = self.is_marked || self.image_writer.end_image()?;
             // The queues take room as well.

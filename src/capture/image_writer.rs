@@ -81,7 +81,6 @@ impl ImageWriter {
             let activity = match source.inspect(self.unit)? {
                 Ready::Empty => Activity::Idle,
                 Ready::Filling => break,
-                Ready::Ended => self.end_file(source)?,
                 Ready::Chunk(chunk) => self.give(source, chunk)?,
             };
             if activity != Activity::Busy {
@@ -97,6 +96,9 @@ impl ImageWriter {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
+        if chunk.bytes == 0 {
+            return self.end_file(source);
+        }
         let wanted = chunk.slots + MARKER_SLOTS;
         let Some(Placement { shard, slots }) = self.place(source.is_spread(), wanted)? else {
             return Ok(Activity::NoRoom);
@@ -149,7 +151,7 @@ impl ImageWriter {
     }
 
     /// Marks the end of a file that has nothing left.
-    pub(super) fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
+    fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
         let Some(Placement { shard, .. }) = self.place(false, MARKER_SLOTS)? else {
             return Ok(Activity::NoRoom);
         };

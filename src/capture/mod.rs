@@ -188,10 +188,8 @@ impl CaptureLoop<'_> {
         let mut pace = Pace::new();
         let mut wait = Wait::Now;
         loop {
-            self.supervisor
-                .poller()
-                .wait(wait, &mut events)
-                .context("waiting for CRIU")?;
+            let waited = self.supervisor.poller().wait(wait, &mut events);
+            waited.context("waiting for CRIU")?;
             // Nothing is left of what CRIU has sent before its hook called.
             if self.called.is_some() && events.is_empty() {
                 self.clients.dismiss();
@@ -483,10 +481,7 @@ impl CaptureLoop<'_> {
         {
             let left = source.left_of(self.image_writer.unit);
             let chunk = source.buffered_chunk(left.unwrap_or(LARGEST));
-            let given = match chunk.bytes {
-                0 => self.image_writer.end_file(source)?,
-                _ => self.image_writer.give(source, chunk)?,
-            };
+            let given = self.image_writer.give(source, chunk)?;
             match given {
                 Activity::NoRoom => return Ok(activity.max(given)),
                 Activity::Complete => {

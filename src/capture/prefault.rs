@@ -28,8 +28,8 @@ pub(super) struct Prefault {
 }
 
 impl Prefault {
-    /// For a buffer of `size` bytes, with memory that counts as that of `arena`. `None` where there
-    /// can be no thread.
+    /// For a buffer of `size` bytes, with memory that counts as that of `arena`, of which the first
+    /// is asked for. `None` where there can be no thread.
     pub(super) fn start(arena: &Arena, size: usize) -> Option<Self> {
         let (requests, asked) = unbounded();
         let (finished, ready) = unbounded();
@@ -47,12 +47,14 @@ impl Prefault {
         };
         let thread = std::thread::Builder::new().name("buffer".into());
         thread.spawn(populate).ok()?;
-        Some(Self {
+        let mut prefault = Self {
             requests,
             ready,
             asked: 0,
             most: (size / 4).min(MOST) / BLOCK,
-        })
+        };
+        prefault.ask(size);
+        Some(prefault)
     }
 
     /// Bytes that were asked for, and that the arena does not count yet, but for a block at most.

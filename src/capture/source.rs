@@ -59,14 +59,12 @@ pub(super) enum Owner {
 /// The next step with a source.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Ready {
-    /// Give this chunk to a shard.
+    /// Give this chunk to a shard. It has no bytes at an end that comes behind the last of them.
     Chunk(Chunk),
     /// Nothing of it is to be moved; an event will come with more.
     Empty,
     /// Leave it to fill until after the next nap.
     Filling,
-    /// It has ended.
-    Ended,
 }
 
 /// How far a source, or the busiest of all, got in one round.
@@ -181,8 +179,7 @@ impl Source {
         let enough = left.unwrap_or(capacity / 2).min(capacity);
         let is_enough = self.has_ended || available >= enough;
         Ok(match available {
-            0 if self.has_ended => Ready::Ended,
-            0 => Ready::Empty,
+            0 if !self.has_ended => Ready::Empty,
             _ if !is_enough && available != seen => Ready::Filling,
             _ if !is_enough && left.is_some() && self.last_change.elapsed() < LONGEST_HOLD => {
                 Ready::Empty
@@ -197,7 +194,6 @@ impl Source {
         let bytes = in_all.min(LARGEST_COLLECTED);
         self.collect(bytes)?;
         Ok(match bytes {
-            0 if self.has_ended => Ready::Ended,
             LARGEST_COLLECTED.. => Ready::Chunk(Chunk::copied(bytes, false)),
             _ if self.has_ended => Ready::Chunk(Chunk::copied(bytes, true)),
             _ if available > 0 => Ready::Filling,
