@@ -224,7 +224,8 @@ impl CaptureLoop<'_> {
     /// they have to wait until others have ended.
     fn handle(&mut self, events: &[Event]) -> Result<Activity> {
         if events.is_empty()
-            && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
+            && !self.clients.have_asked()
+            && let Some(command) = self.supervisor.ended_criu()
         {
             return Err(self.stray_files.why_missed(command));
         }
@@ -271,7 +272,6 @@ impl CaptureLoop<'_> {
             return Ok(false);
         }
         self.check_hook()?;
-        self.clients.close_idle();
         if !self.is_whole && !self.dump.criu_has_open_files() {
             self.dump.dump_check.check()?;
             self.check_file_commands()?;
@@ -367,13 +367,12 @@ impl CaptureLoop<'_> {
 
     /// CRIU's hook has called, and all that CRIU had sent before was heard.
     fn is_dismissed(&self) -> bool {
-        self.called.is_some() && self.clients.are_gone()
+        self.called.is_some() && self.clients.have_left()
     }
 
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
     fn check_hook(&mut self) -> Result<()> {
         match (&self.request.caller, self.called) {
-            (None, _) => self.clients.stop_listening(),
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
             ),
@@ -383,7 +382,7 @@ impl CaptureLoop<'_> {
                     self.dump.unclosed()
                 )
             }
-            (Some(_), Some(_)) => {}
+            _ => {}
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! are done. Without an index CRIU may connect when all of the image is here, so that nothing is
 //! left to be received; with one, as soon as its files are known.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail};
 
 use super::{Session, create_images_dir};
 use crate::cli::Plan;
@@ -78,12 +78,16 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         };
         let result = restore.receive_and_serve();
         let stats = restore.receiver.stats();
+        let criu_has_left = restore.server.as_ref().is_some_and(Server::criu_has_left);
         let open = (
             restore.receiver.into_open(),
             restore.server.map(Server::into_open),
         );
         match result {
             Ok(()) => Ok(stats),
+            Err(error) if criu_has_left => {
+                Err(Failure::new(supervisor.explain_by_criu(error), open))
+            }
             Err(error) => Err(Failure::new(error, open)),
         }
     }
@@ -218,10 +222,10 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             return Ok(false);
         };
         if !self.is_proven {
-            return Err(server.explain(anyhow!(
+            bail!(
                 "serving: CRIU went away before all of the image had come, so the restore failed: \
                  see CRIU's log"
-            )));
+            );
         }
         if self.receiver.is_sending() || !server.memory_is_in_place()? {
             return Ok(false);

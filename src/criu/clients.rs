@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{CommandLine, Connection, Listener, Message};
 use crate::os::poller::{Interest, Poller, Watched};
@@ -24,7 +24,6 @@ use crate::report;
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// All clients.
-#[derive(Default)]
 pub struct Clients {
     /// `None` once no client is waited for any more.
     listener: Option<Listener>,
@@ -34,8 +33,8 @@ pub struct Clients {
     most: usize,
     /// How many have asked for files.
     spoken: usize,
-    /// When the wait for another client is over, and why.
-    give_up: Option<(Instant, &'static str)>,
+    /// When the wait for another client is over, if one has left without a word.
+    grace_ends: Option<Instant>,
 }
 
 impl Clients {
@@ -49,8 +48,11 @@ impl Clients {
             .context("preparing to wait for CRIU")?;
         Ok(Self {
             listener: Some(listener),
+            clients: HashMap::new(),
+            next_id: 0,
             most,
-            ..Self::default()
+            spoken: 0,
+            grace_ends: None,
         })
     }
 
@@ -68,7 +70,7 @@ impl Clients {
             poller
                 .add(&connection.stream, kind, id, Interest::Readable)
                 .context("preparing to wait for CRIU's requests")?;
-            self.give_up = None;
+            self.grace_ends = None;
             self.clients.insert(id, connection);
         }
         Ok(())
@@ -79,30 +81,24 @@ impl Clients {
         self.clients.get(&id).map(|client| &client.command_line)
     }
 
-    /// No client is connected.
-    pub(crate) fn are_gone(&self) -> bool {
-        self.clients.is_empty()
-    }
-
     /// A client has connected.
     pub(crate) fn have_come(&self) -> bool {
         self.next_id > 0
     }
 
-    /// Clients have asked for files, and all of these are gone.
-    pub fn all_gone(&self) -> bool {
-        self.spoken > 0 && !self.clients.values().any(|client| client.has_spoken)
+    /// A client has asked for a file.
+    pub(crate) fn have_asked(&self) -> bool {
+        self.spoken > 0
     }
 
-    /// The command that runs CRIU, which has `ended`, if no client has asked for a file. One may
-    /// still wait at the listener.
-    pub fn missed_by<'c>(&self, ended: Option<&'c str>) -> Option<&'c str> {
-        ended.filter(|_| self.spoken == 0)
+    /// Clients have asked for files, and all of these are gone.
+    pub fn all_gone(&self) -> bool {
+        self.have_asked() && !self.clients.values().any(|client| client.has_spoken)
     }
 
     /// All clients have disconnected.
     pub fn have_left(&self) -> bool {
-        self.have_come() && self.are_gone()
+        self.have_come() && self.clients.is_empty()
     }
 
     /// Refuses all further clients, and keeps the socket's name from being taken by another
@@ -112,11 +108,6 @@ impl Clients {
             poller.remove(listener);
             listener.close();
         }
-    }
-
-    /// Waits for no client any more.
-    pub(crate) fn stop_listening(&mut self) {
-        self.listener = None;
     }
 
     /// Ends all conversations: nothing more is to come.
@@ -131,27 +122,21 @@ impl Clients {
         Some(client.stream)
     }
 
-    /// Closes the connections that have asked for no file.
-    pub fn close_idle(&mut self) {
-        self.clients.retain(|_, client| client.has_spoken);
-    }
-
     /// When the wait for another client is over, if one has left without a word.
-    pub fn grace_ends(&self) -> Option<Instant> {
-        self.give_up.map(|(end, _)| end)
-    }
-
+    ///
     /// # Errors
-    /// When the wait for another client is over.
-    pub fn check_grace(&self) -> Result<()> {
-        match self.give_up {
-            Some((end, why)) if end <= Instant::now() => bail!("waiting for CRIU: {why}"),
-            _ => Ok(()),
-        }
+    /// When it is over.
+    pub fn check_grace(&self) -> Result<Option<Instant>> {
+        ensure!(
+            self.grace_ends.is_none_or(|end| end > Instant::now()),
+            "waiting for CRIU: it connected and went away without asking for any file; see CRIU's log"
+        );
+        Ok(self.grace_ends)
     }
 
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
-    /// returns true if a file was opened by it. A client that breaks the protocol is dropped.
+    /// returns true if a file was opened by it. A client that breaks the protocol is dropped. When
+    /// all are gone that have asked for files, no other is waited for.
     ///
     /// # Errors
     /// When the client broke the protocol after it had opened files: what it took part in cannot be
@@ -190,25 +175,16 @@ impl Clients {
         match error {
             Some(error) if has_spoken => return Err(error),
             Some(error) => report::warn(format_args!("dropped a client: {error:#}")),
+            None if self.all_gone() => {
+                self.listener = None;
+                self.clients.clear();
+            }
             // Another client that is connected may be CRIU, at work before its first file.
-            None if self.are_gone() && self.spoken == 0 => self.give_up_after_grace(
-                "it connected and went away without asking for any file; see CRIU's log",
-            ),
+            None if self.have_left() && !self.have_asked() => {
+                self.grace_ends = Some(Instant::now() + RECONNECT_TIMEOUT);
+            }
             None => {}
         }
         Ok(())
-    }
-
-    /// The CRIU that was to come has ended. It may have connected just before.
-    pub fn criu_has_ended(&mut self) {
-        if self.spoken == 0 && self.give_up.is_none() {
-            self.give_up_after_grace(
-                "it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one",
-            );
-        }
-    }
-
-    fn give_up_after_grace(&mut self, why: &'static str) {
-        self.give_up = Some((Instant::now() + RECONNECT_TIMEOUT, why));
     }
 }

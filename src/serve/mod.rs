@@ -12,7 +12,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
@@ -36,8 +36,6 @@ pub(crate) struct Server<'a> {
     /// With --lazy-pages.
     lazy: Option<LazyMemory>,
     clients: Clients,
-    /// CRIU has ended well, and had not connected.
-    is_missed: bool,
     transfers: Transfers,
     /// The files that were asked for again, and are gone.
     refused: BTreeSet<ImageName>,
@@ -80,7 +78,6 @@ impl<'a> Server<'a> {
             supervisor,
             lazy,
             clients: Clients::of(listener, usize::MAX, supervisor.poller())?,
-            is_missed: false,
             transfers: Transfers::new(Watched::Transfer),
             refused: BTreeSet::new(),
         })
@@ -108,67 +105,42 @@ impl<'a> Server<'a> {
         starving.map(|transfer| transfer.name.clone()).collect()
     }
 
+    /// True if CRIU came, and is not connected any more.
+    pub(crate) fn criu_has_left(&self) -> bool {
+        self.clients.have_left()
+    }
+
     /// Acts on events, answers, and sends what is here of `files`.
     ///
     /// # Errors
     /// When CRIU breaks the protocol, or asked for nothing, and when a signal came.
     pub(crate) fn step(&mut self, files: &mut Catalog, events: &[Event]) -> Result<Activity> {
-        self.advance(files, events)
-            .map_err(|error| self.explain(error))
-    }
-
-    /// The reason behind an error, which is CRIU's if it has left.
-    pub(crate) fn explain(&self, error: Error) -> Error {
-        match self.clients.have_left() {
-            true => self.supervisor.explain_by_criu(error),
-            false => error,
+        self.handle(files, events)?;
+        let grace_ends = self.clients.check_grace()?;
+        if !self.clients.have_asked() {
+            self.check_to_come(grace_ends.is_some())?;
         }
+        for transfer in self.transfers.iter_mut().filter(|it| it.is_open()) {
+            transfer.add(files.take_more(&transfer.name))?;
+        }
+        let sent = self.transfers.send()?;
+        self.note(files, &sent);
+        let idle = Activity::Idle(Wait::Forever.or_until(grace_ends));
+        Ok(sent.activity().unwrap_or(idle))
     }
 
-    fn advance(&mut self, files: &mut Catalog, events: &[Event]) -> Result<Activity> {
-        if self.is_missed
-            && events.is_empty()
-            && let Some(command) = self.clients.missed_by(self.supervisor.ended_criu())
-        {
+    /// Fails if the CRIU that was to come has ended: it cannot end well without our answers.
+    fn check_to_come(&self, has_grace: bool) -> Result<()> {
+        if let Some(command) = self.supervisor.ended_criu() {
             bail!(
                 "waiting for CRIU: {command} ended well without having connected: is it `criu \
                  restore --stream`, in the foreground, with the same --images-dir?"
             );
         }
-        self.handle(files, events)?;
-        if self.supervisor.caller_has_ended() {
-            self.clients.criu_has_ended();
-        }
-        self.clients.check_grace()?;
-        if self.clients.all_gone() {
-            self.clients.stop_listening();
-            self.clients.close_idle();
-        }
-        self.take_more(files)?;
-        let sent = self.transfers.send()?;
-        self.note(files, &sent);
-        let missed = self.clients.missed_by(self.supervisor.ended_criu());
-        self.is_missed = missed.is_some();
-        if let Some(activity) = sent.activity() {
-            return Ok(activity);
-        }
-        if self.is_missed {
-            return Ok(Activity::Idle(Wait::Now));
-        }
-        Ok(Activity::Idle(
-            Wait::Forever.or_until(self.clients.grace_ends()),
-        ))
-    }
-
-    /// Gives transfers the data of their files that has come since.
-    fn take_more(&mut self, files: &mut Catalog) -> Result<()> {
-        for transfer in self
-            .transfers
-            .iter_mut()
-            .filter(|transfer| transfer.is_open())
-        {
-            transfer.add(files.take_more(&transfer.name))?;
-        }
+        ensure!(
+            has_grace || !self.supervisor.caller_has_ended(),
+            "waiting for CRIU: it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one"
+        );
         Ok(())
     }
 
