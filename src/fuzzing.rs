@@ -66,7 +66,7 @@ pub struct CriuMessages(Connection);
 
 impl CriuMessages {
     pub fn new(socket: OwnedFd) -> Self {
-        Self(Connection::new(socket).expect("it is a UNIX socket"))
+        Self(Connection::new(socket.into()).expect("it is a UNIX socket"))
     }
 
     /// Appends the names that were requested since the last call. Each request is answered, as on

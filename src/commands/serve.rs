@@ -29,13 +29,14 @@ pub(super) fn run(plan: Plan, mut session: Session) -> Result<(), Failure> {
     create_images_dir(&plan.images_dir)?;
     plan.check_socket(Role::Serve)?;
     Listener::check(&plan.images_dir, &Role::Serve.socket_name())?;
-    let has_bar = plan.args.progress_bar;
+    // With lazy pages the bar ends with the restore, and has said this.
+    let is_left_to_say = plan.args.progress_bar && !plan.args.lazy_pages;
     let served = match plan.args.index {
         true => Restore::<Indexed>::run(plan, &mut session),
         false => Restore::<Assembly<Catalog>>::run(plan, &mut session),
     };
     let stats = session.supervisor.conclude(served)?;
-    if has_bar {
+    if is_left_to_say {
         report::tell(stats.times.last().sentences(&session.labels).trim_end());
     }
     session.keep_statistics(&stats);
@@ -117,20 +118,18 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
                 (Activity::Idle(shards), Activity::Idle(criu)) => shards.min(criu),
                 (Activity::Idle(_), busy) | (busy, _) => pace.after(busy),
             };
-            if !self.is_proven {
-                wait = wait.or_until(self.supervisor.look_again());
-            }
+            wait = wait.or_until(self.supervisor.look_again());
         }
         self.server.iter().try_for_each(Server::check_refused)
     }
 
     /// Counts the time until the next round as a wait, if it is one.
     fn keep_time(&mut self, received: Activity) {
-        let waiting = match (&self.server, received) {
-            (None, Activity::Idle(_)) => Waiting::ForShards,
-            (Some(server), Activity::Idle(_)) if server.is_starving() => Waiting::ForShards,
-            (Some(server), Activity::Idle(_)) if !server.is_done() => Waiting::ForCriu,
-            _ => Waiting::No,
+        let waiting = match &self.server {
+            _ if !matches!(received, Activity::Idle(_)) => Waiting::No,
+            Some(server) if server.is_done() => Waiting::No,
+            Some(server) if server.starving().is_empty() => Waiting::ForCriu,
+            _ => Waiting::ForShards,
         };
         self.receiver.keep_time(waiting);
     }
@@ -157,20 +156,22 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         // Before CRIU has come, external files are a part of what is received.
         let may_prove = self.server.is_some()
             || !self.receiver.is_sending() && self.supervisor.have_pumps_written()?;
-        if !self.is_proven && may_prove && self.receiver.is_whole()? {
+        // The commands had ended before this looks at what they have written.
+        if !self.is_proven
+            && may_prove
+            && self.receiver.is_whole()?
+            && self.supervisor.commands_have_succeeded(|_| true)
+        {
+            // What a pump could not read looks like an end.
             self.supervisor.check()?;
-            // A command may have written more before it ended.
-            if self.supervisor.commands_have_succeeded(|_| true) && self.receiver.is_whole()? {
-                self.supervisor.release_orphans()?;
-                self.receiver.image.finish()?;
-                self.is_proven = true;
-                // The statistics say that nothing is left that could fail before CRIU comes.
-                self.remap_ports()?;
-                let stats = self.receiver.stats();
-                self.plan.progress.stats(&stats);
-                if !self.plan.args.lazy_pages {
-                    self.end_bar();
-                }
+            self.supervisor.release_orphans()?;
+            self.receiver.image.finish()?;
+            self.is_proven = true;
+            // The statistics say that nothing is left that could fail before CRIU comes.
+            self.remap_ports()?;
+            self.plan.progress.stats(&self.receiver.stats());
+            if !self.plan.args.lazy_pages {
+                self.end_bar();
             }
         }
         Ok(())

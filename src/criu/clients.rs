@@ -64,7 +64,7 @@ impl Clients {
         while let Some(listener) = &self.listener
             && let Some(stream) = listener.accept()?
         {
-            let connection = Connection::new(stream.into())?;
+            let connection = Connection::new(stream)?;
             self.next_id += 1;
             let (kind, id) = (Watched::Client, self.next_id);
             poller
@@ -119,7 +119,7 @@ impl Clients {
     pub(crate) fn take(&mut self, id: u64, poller: &Poller) -> Option<OwnedFd> {
         let client = self.clients.remove(&id)?;
         poller.remove(&client.stream);
-        Some(client.stream)
+        Some(client.stream.into())
     }
 
     /// When the wait for another client is over, if one has left without a word.

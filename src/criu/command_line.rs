@@ -36,7 +36,7 @@ impl CommandLine {
 
     /// True if CRIU runs no action script when all is written: a pre-dump, or cpuinfo.img alone.
     pub(crate) fn takes_no_dump(&self) -> bool {
-        let is_action = matches!(self.actions()[..], [(b"pre-dump" | b"cpuinfo", _), ..]);
+        let is_action = matches!(self.actions()[..], [b"pre-dump" | b"cpuinfo", ..]);
         is_action || self.arguments().any(|it| it == b"--pre-dump")
     }
 
@@ -76,18 +76,17 @@ impl CommandLine {
         Path::new(OsStr::from_bytes(directory.unwrap_or_default()))
     }
 
-    /// The words that may be CRIU's action, each with whether it may be an option's value instead,
-    /// such as the name of a directory: it follows an option. Those that may not come first.
-    fn actions(&self) -> Vec<(&[u8], bool)> {
+    /// The words that may be CRIU's action. One that follows an option may be its value instead,
+    /// such as the name of a directory: it counts only where there is no other.
+    fn actions(&self) -> Vec<&[u8]> {
         let words: Vec<_> = self.arguments().collect();
         let pairs = words.windows(2).filter(|pair| role_of(pair[1]).is_some());
-        let found = pairs.map(|pair| {
-            let may_be_value = pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
-            (pair[1], may_be_value)
-        });
-        let mut found: Vec<_> = found.collect();
-        found.sort_by_key(|(_, may_be_value)| *may_be_value);
-        found
+        let may_be_value = |pair: &&[&[u8]]| pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
+        let (maybe, surely): (Vec<_>, Vec<_>) = pairs.partition(may_be_value);
+        match surely.first() {
+            Some(pair) => vec![pair[1]],
+            None => maybe.iter().map(|pair| pair[1]).collect(),
+        }
     }
 
     /// True if a word may be CRIU's action.
@@ -95,16 +94,11 @@ impl CommandLine {
         !self.actions().is_empty()
     }
 
-    /// The streamer's role: by the first word that can be nothing else, or by what all may be.
+    /// The streamer's role, if all words that may be CRIU's action agree on it.
     pub(crate) fn role(&self) -> Option<Role> {
-        let found = self.actions();
-        let (first, may_be_value) = *found.first()?;
-        let agree = || {
-            found
-                .iter()
-                .all(|(word, _)| role_of(word) == role_of(first))
-        };
-        role_of(first).filter(|_| !may_be_value || agree())
+        let mut roles = self.actions().into_iter().map(role_of);
+        let first = roles.next()?;
+        first.filter(|_| roles.all(|role| role == first))
     }
 }
 

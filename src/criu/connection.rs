@@ -7,18 +7,17 @@
 //!
 //! Bytes that are received and not understood yet are bounded by the largest message plus one read.
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Write};
 use std::mem::{self, MaybeUninit};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use prost::Message as _;
 use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 /// The protobuf messages of `proto/criu.proto`.
 pub mod proto {
@@ -62,7 +61,7 @@ pub struct Connection {
     descriptors: Vec<OwnedFd>,
     /// Closed after the descriptors (fields are dropped in order): a peer that sees the end of the
     /// connection knows that nothing of it is kept.
-    pub(super) stream: OwnedFd,
+    pub(super) stream: UnixStream,
     /// The file whose pipe comes next.
     requested: Option<ImageName>,
     /// A file was opened over it.
@@ -70,11 +69,10 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Speaks over `stream` (non-blocking).
-    ///
     /// # Errors
-    /// When it is no UNIX socket.
-    pub fn new(stream: OwnedFd) -> Result<Self> {
+    /// When nothing is known of the peer.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        stream.set_nonblocking(true)?;
         let peer = getsockopt(&stream, PeerCredentials).context("asking who connected")?;
         Ok(Self {
             peer: format!("process {} (user {})", peer.pid(), peer.uid()),
@@ -126,7 +124,7 @@ impl Connection {
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let mut space = [MaybeUninit::uninit(); CONTROL_SIZE];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let flags = RecvFlags::CMSG_CLOEXEC;
         let receive = || recvmsg(&self.stream, &mut slices, &mut control, flags);
         let received = match retry_on_intr(receive) {
             Err(Errno::AGAIN) => return Ok(Moved::WouldBlock),
@@ -154,14 +152,13 @@ impl Connection {
     /// # Errors
     /// When the peer does not keep to the protocol.
     fn next_message(&mut self) -> Result<Option<Message>> {
-        if self.requested.is_some() && self.received.is_empty() {
-            return Ok(None);
-        }
-        if let Some(name) = self.requested.take() {
+        if !self.received.is_empty()
+            && let Some(name) = self.requested.take()
+        {
             self.received.remove(0);
             let sent = mem::take(&mut self.descriptors);
-            let count = sent.len();
-            let [pipe] = sent.try_into().map_err(|_| {
+            let [pipe] = sent.try_into().map_err(|sent: Vec<_>| {
+                let count = sent.len();
                 anyhow!("it sent {count} descriptors where it had to send one pipe")
             })?;
             return Ok(Some(Message::Pipe(name, pipe)));
@@ -205,14 +202,8 @@ impl Connection {
     pub fn reply(&mut self, file: Option<ImageName>) -> Result<()> {
         let exists = file.is_some();
         let message = frame(&ImgStreamerReplyEntry { exists });
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let sent = retry_on_intr(|| send(&self.stream, &message, flags))
-            .with_context(|| format!("answering {}", self.peer))?;
-        ensure!(
-            sent == message.len(),
-            "answering {}: it does not read the answers",
-            self.peer
-        );
+        let sent = self.stream.write_all(&message);
+        sent.with_context(|| format!("answering {}", self.peer))?;
         self.requested = file;
         Ok(())
     }

@@ -39,7 +39,6 @@ pub(crate) struct Framing {
     field: Vec<u8>,
     /// The contents of inventory.img.
     kept: Vec<u8>,
-    is_foreign: bool,
 }
 
 impl Framing {
@@ -62,7 +61,6 @@ impl Framing {
             missing,
             field: Vec::new(),
             kept: Vec::new(),
-            is_foreign: false,
         })
     }
 
@@ -86,13 +84,11 @@ impl Framing {
 
     /// Goes on to what comes next.
     fn go_on(&mut self) {
-        let number = self.field.first_chunk().copied().map(u32::from_le_bytes);
-        self.is_foreign |= self.next == Next::Magic && number != Some(self.magic);
-        let message = number.unwrap_or(0) as usize;
+        let number = u32::from_le_bytes(self.field.first_chunk().copied().unwrap_or_default());
         (self.next, self.missing) = match self.next {
-            _ if self.is_foreign => (Next::Anything, 0),
-            Next::Magic => (self.body, LENGTH),
-            Next::Length if message > 0 => (Next::Message, message),
+            Next::Magic if number == self.magic => (self.body, LENGTH),
+            Next::Magic => (Next::Anything, 0),
+            Next::Length if number > 0 => (Next::Message, number as usize),
             _ => (Next::Length, LENGTH),
         };
         self.field.clear();
@@ -103,9 +99,9 @@ impl Framing {
         &self.kept
     }
 
-    /// True if the file does not begin as CRIU's do.
+    /// True if a file of messages does not begin as CRIU's do.
     pub(crate) fn is_foreign(&self) -> bool {
-        self.is_foreign
+        self.next == Next::Anything
     }
 
     /// The reason why a file that has ended so cannot be whole, if there is one.

@@ -49,7 +49,10 @@ impl Role {
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
-    name: SocketName,
+    /// Keeps the directory within reach: a path in /proc may be gone before we are.
+    _directory: File,
+    /// A path by that descriptor.
+    path: PathBuf,
 }
 
 impl Listener {
@@ -59,20 +62,28 @@ impl Listener {
     /// # Errors
     /// When the name is taken.
     pub fn check(directory: &Path, name: &str) -> Result<()> {
-        SocketName::new(directory, name)?.remove_stale()
+        free(directory, name).map(drop)
     }
 
-    /// Listens in a directory. A socket that a dead streamer left there is replaced; anything else
-    /// of that name stays.
+    /// Listens in a directory, on a socket that only its owner can connect to. A socket that a dead
+    /// streamer left there is replaced; anything else of that name stays.
     ///
     /// # Errors
     /// The errors of [`Listener::check`], and of binding.
     pub fn bind(directory: &Path, name: &str) -> Result<Self> {
-        let name = SocketName::new(directory, name)?;
-        name.remove_stale()?;
-        let socket = listen(&name.by_descriptor)
-            .with_context(|| format!("listening on the socket {}", name.path))?;
-        Ok(Self { socket, name })
+        let (descriptor, path) = free(directory, name)?;
+        let others = umask(Mode::all() - Mode::S_IRUSR - Mode::S_IWUSR);
+        let socket = UnixListener::bind(&path);
+        umask(others);
+        let shown = directory.join(name);
+        let socket =
+            socket.with_context(|| format!("listening on the socket {}", shown.display()))?;
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            socket,
+            _directory: descriptor,
+            path,
+        })
     }
 
     /// Refuses all further clients, and keeps the name from being taken by another streamer.
@@ -103,69 +114,37 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         // Nothing can be done about a failure here, and the next streamer replaces a stale socket.
-        let _ = fs::remove_file(&self.name.by_descriptor);
+        let _ = fs::remove_file(&self.path);
     }
 }
 
-/// The socket's name in its directory.
-#[derive(Debug)]
-struct SocketName {
-    /// Keeps the directory within reach: a path in /proc may be gone before we are.
-    _directory: File,
-    /// A path by that descriptor.
-    by_descriptor: PathBuf,
-    /// The path for people.
-    path: String,
-}
-
-impl SocketName {
-    fn new(directory: &Path, name: &str) -> Result<Self> {
-        let path = directory.join(name).display().to_string();
-        let directory = File::open(directory)
-            .with_context(|| format!("opening the directory {}", directory.display()))?;
-        Ok(Self {
-            by_descriptor: path_in(&directory, name),
-            _directory: directory,
-            path,
-        })
-    }
-
-    /// Removes a socket without a listener.
-    fn remove_stale(&self) -> Result<()> {
-        let path = &self.path;
-        match fs::symlink_metadata(&self.by_descriptor) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            found => ensure!(
-                found.is_ok_and(|found| found.file_type().is_socket()),
-                "{path} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
-            ),
+/// A directory, and a path by its descriptor at which nothing stands: a socket without a listener
+/// is removed.
+fn free(directory: &Path, name: &str) -> Result<(File, PathBuf)> {
+    let shown = directory.join(name).display().to_string();
+    let directory = File::open(directory)
+        .with_context(|| format!("opening the directory {}", directory.display()))?;
+    let path = path_in(&directory, name);
+    let Ok(found) = fs::symlink_metadata(&path) else {
+        return Ok((directory, path));
+    };
+    ensure!(
+        found.file_type().is_socket(),
+        "{shown} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
+    );
+    // A datagram socket cannot connect to a stream socket, and the error differs if a process has
+    // that one open. The listener there does not see the attempt.
+    let probe = UnixDatagram::unbound().context("creating a socket")?;
+    let refused = probe.connect(&path).err();
+    match refused.as_ref().and_then(io::Error::raw_os_error) {
+        Some(libc::ECONNREFUSED) => {
+            fs::remove_file(&path).with_context(|| format!("removing the stale socket {shown}"))?
         }
-        // A datagram socket cannot connect to a stream socket, and the error differs if a process
-        // has that one open. The listener there does not see the attempt.
-        let probe = UnixDatagram::unbound().context("creating a socket")?;
-        let refused = probe.connect(&self.by_descriptor).err();
-        match refused.as_ref().and_then(io::Error::raw_os_error) {
-            Some(libc::ENOENT) => Ok(()),
-            Some(libc::ECONNREFUSED) => fs::remove_file(&self.by_descriptor)
-                .with_context(|| format!("removing the stale socket {path}")),
-            None | Some(libc::EPROTOTYPE) => bail!(
-                "another streamer listens on {path}: wait for its end or choose another --images-dir"
-            ),
-            Some(error) => Err(io::Error::from_raw_os_error(error))
-                .with_context(|| format!("finding out if {path} is in use")),
-        }
+        None | Some(libc::EPROTOTYPE) => bail!(
+            "another streamer listens on {shown}: wait for its end or choose another --images-dir"
+        ),
+        Some(error) => Err(io::Error::from_raw_os_error(error))
+            .with_context(|| format!("finding out if {shown} is in use"))?,
     }
-}
-
-/// Listens on a socket that only its owner can connect to.
-///
-/// # Errors
-/// When it cannot be bound.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    let others = umask(Mode::all() - Mode::S_IRUSR - Mode::S_IWUSR);
-    let socket = UnixListener::bind(path);
-    umask(others);
-    let socket = socket?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    Ok((directory, path))
 }

@@ -93,16 +93,10 @@ impl<'a> Server<'a> {
         (self.clients, self.transfers)
     }
 
-    /// True if a reader waits for something that has not come yet.
-    pub(crate) fn is_starving(&self) -> bool {
-        self.transfers.iter().any(Transfer::is_starving)
-    }
-
     /// The files whose readers wait for something that has not come yet.
     pub(crate) fn starving(&self) -> Vec<ImageName> {
-        let transfers = self.transfers.iter();
-        let starving = transfers.filter(|transfer| transfer.is_starving());
-        starving.map(|transfer| transfer.name.clone()).collect()
+        let starving = self.transfers.iter().filter(|it| it.is_starving());
+        starving.map(|it| it.name.clone()).collect()
     }
 
     /// True if CRIU came, and is not connected any more.

@@ -160,12 +160,7 @@ impl Supervisor {
 
     /// A pipe whose data goes to `end`, which errors call `label`.
     pub(crate) fn sink(&mut self, end: Endpoint, label: &str, pumped: Pumped) -> Result<WriteEnd> {
-        let fd = match end {
-            Endpoint::Command(command) => {
-                return WriteEnd::new(self.start(command, Direction::Out)?);
-            }
-            Endpoint::Descriptor(fd) => fd,
-        };
+        let fd = self.open(end, Direction::Out)?;
         if FdKind::of(&fd) == FdKind::Pipe {
             return WriteEnd::new(fd).with_context(|| label.to_owned());
         }
@@ -180,10 +175,7 @@ impl Supervisor {
 
     /// A pipe that is filled from `end`, which errors call `label`.
     pub(crate) fn source(&self, end: Endpoint, label: &str, pumped: Pumped) -> Result<ReadEnd> {
-        let fd = match end {
-            Endpoint::Command(command) => return ReadEnd::new(self.start(command, Direction::In)?),
-            Endpoint::Descriptor(fd) => fd,
-        };
+        let fd = self.open(end, Direction::In)?;
         if FdKind::of(&fd) == FdKind::Pipe {
             return ReadEnd::new(fd).with_context(|| label.to_owned());
         }
@@ -191,10 +183,15 @@ impl Supervisor {
             .with_context(|| format!("preparing {label}"))
     }
 
-    /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
-    fn start(&self, command: ShellCommand, direction: Direction) -> Result<OwnedFd> {
-        let mut commands = self.commands.borrow_mut();
-        commands.start(command, direction, self.inherited)
+    /// The descriptor to which data goes in `direction`: that of a command is started now.
+    fn open(&self, end: Endpoint, direction: Direction) -> Result<OwnedFd> {
+        match end {
+            Endpoint::Descriptor(fd) => Ok(fd),
+            Endpoint::Command(command) => {
+                let mut commands = self.commands.borrow_mut();
+                commands.start(command, direction, self.inherited)
+            }
+        }
     }
 
     /// All of an external file has been sent: its command, if there is one, sees the end.

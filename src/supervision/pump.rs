@@ -141,10 +141,7 @@ fn write_all(from: &ReadEnd, to: OwnedFd, pumped: Pumped, label: &str) -> Result
     match kind {
         FdKind::Socket => socket::deliver(&to)
             .with_context(|| format!("waiting until everything has arrived from {label}"))?,
-        FdKind::RegularFile | FdKind::BlockDevice => {
-            flush(&to).with_context(|| format!("flushing to disk {label}"))?;
-        }
-        _ => {}
+        _ => flush(&to).with_context(|| format!("flushing to disk {label}"))?,
     }
     // Some file systems tell of a full disk or an exceeded quota only now.
     nix::unistd::close(to).with_context(|| format!("closing {label}"))

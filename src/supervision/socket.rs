@@ -37,7 +37,7 @@ pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
         Err(Errno::ENOTCONN) => return take_error(socket).and(Err(Errno::ECONNRESET)),
         result => result?,
     }
-    let mut delivered = None;
+    let mut delivered = Instant::now();
     loop {
         let queued = queued(socket);
         // The peer has ended its own stream as well: a hang-up, after we have ended ours.
@@ -46,17 +46,13 @@ pub(super) fn deliver(socket: impl AsFd) -> Result<(), Errno> {
         // Asked last: what throws the queue away, or ends the peer's stream by a reset, sets the
         // error before.
         take_error(socket)?;
-        match queued {
-            Ok(1..) => {}
-            Ok(_) => {
-                let since = *delivered.get_or_insert_with(Instant::now);
-                if has_ended || since.elapsed() >= CLOSE_TIMEOUT {
-                    return Ok(());
-                }
-            }
-            // Not TCP, nor a UNIX socket: the peer's end has to do.
-            Err(_) if has_ended => return Ok(()),
-            Err(_) => {}
+        if queued != Ok(0) {
+            delivered = Instant::now();
+        }
+        // Of sockets other than TCP and UNIX ones the queue is not known: the peer's end has to do.
+        let may_have_all = queued.unwrap_or(0) == 0;
+        if has_ended && may_have_all || delivered.elapsed() >= CLOSE_TIMEOUT {
+            return Ok(());
         }
         thread::sleep(CHECK_INTERVAL);
     }
