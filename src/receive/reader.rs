@@ -123,15 +123,10 @@ impl ShardReader {
         self.chunk.as_ref().map(|chunk| chunk.place)
     }
 
-    /// True if what the shard has is to be spliced, and not read, where there is room for pipes.
-    /// One that was begun is filled, and may be the last that there is room for.
-    pub(super) fn splices(&self, pipes: &PipePool) -> bool {
-        self.held.is_some() || self.may_splice && pipes.has_room()
-    }
-
-    /// Takes out of the shard's pipe what it has, in one call: into a pipe of ours if `splices`,
-    /// or to memory. Returns false if there is nothing now, or nothing ever again. Called when
-    /// what was taken out before is not enough to go on.
+    /// Takes out of the shard's pipe what it has, in one call: into a pipe of ours, where that may
+    /// be and there is room for pipes, or to memory. A pipe that was begun is filled, and may be
+    /// the last that there is room for. Returns false if there is nothing now, or nothing ever
+    /// again. Called when what was taken out before is not enough to go on.
     ///
     /// Up to the first marker little is read, and nothing spliced: the marker says whether the
     /// pages are those of an application that may run again. These must not look to their capture
@@ -139,12 +134,8 @@ impl ShardReader {
     ///
     /// # Errors
     /// When there is no memory, or the stream was cut off.
-    pub(super) fn fill(
-        &mut self,
-        splices: bool,
-        arena: &mut Arena,
-        pipes: &PipePool,
-    ) -> Result<bool> {
+    pub(super) fn fill(&mut self, arena: &mut Arena, pipes: &PipePool) -> Result<bool> {
+        let splices = self.held.is_some() || self.may_splice && pipes.has_room();
         let is_first = self.last_seq.is_none();
         if splices && !is_first && self.intake.is_none() {
             self.intake = pipes.make(self.capacity);
@@ -193,7 +184,7 @@ impl ShardReader {
     pub(super) fn is_over(&mut self, arena: &mut Arena, pipes: &PipePool) -> Result<bool> {
         let has_intake = self.intake.as_ref().is_some_and(|intake| intake.len() > 0);
         let is_drained = self.ahead.is_empty() && !has_intake;
-        if self.chunk.is_some() || !is_drained || self.fill(false, arena, pipes)? {
+        if self.chunk.is_some() || !is_drained || self.fill(arena, pipes)? {
             bail!(
                 self.error("something follows the end of the image: is the shard of another one?")
             );

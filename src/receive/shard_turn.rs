@@ -38,17 +38,16 @@ impl<I: Image> Receiver<'_, I> {
             match step {
                 Turn::Busy => {}
                 Turn::Ahead => return Ok(turn.max(Turn::Ahead)),
-                Turn::Idle if was_filled || !self.fill(index)? => return Ok(turn),
-                Turn::Idle => was_filled = true,
+                Turn::Idle => {
+                    if was_filled || !self.shards[index].fill(&mut self.arena, &self.pipes)? {
+                        return Ok(turn);
+                    }
+                    was_filled = true;
+                }
             }
             turn = Turn::Busy;
         }
         Ok(turn)
-    }
-
-    fn fill(&mut self, index: usize) -> Result<bool> {
-        let shard = &mut self.shards[index];
-        shard.fill(shard.splices(&self.pipes), &mut self.arena, &self.pipes)
     }
 
     fn take_marker(&mut self, index: usize) -> Result<Turn> {
