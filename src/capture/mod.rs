@@ -435,10 +435,13 @@ impl CaptureLoop<'_> {
         if let Some(buffer) = &mut self.buffer {
             buffer.expect_no_more();
         }
+        // A hook that hears it may let CRIU go on.
         if self.request.goes_on_when_copied {
             self.supervisor.let_caller_end();
+            self.request.progress.reached(milestone::MEMORY_COPIED);
+        } else {
+            self.request.progress.line(milestone::MEMORY_COPIED);
         }
-        self.request.progress.reached(milestone::MEMORY_COPIED);
         if self.request.goes_on_when_copied || self.request.caller.is_none() {
             self.clock.enter(Phase::Written);
         }

@@ -99,10 +99,7 @@ fn start() -> Result<()> {
         );
     }
     let (progress, reports) = std::io::pipe().context("making a pipe")?;
-    let hook = Hook {
-        listens_to: Rc::new(RefCell::new(OwnedFd::from(reports).into())),
-        goes_on_when_copied: plan.args.go_on_when_copied,
-    };
+    let hook = Hook(Rc::new(RefCell::new(OwnedFd::from(reports).into())));
     plan.progress = Progress::new(Some(log.try_clone()?.into()), Some(hook.clone()));
     plan.caller = Some(caller);
     process::go_on_in_background(log.into(), move || {

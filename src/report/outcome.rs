@@ -25,19 +25,16 @@ pub(crate) const SUCCESS: &str = "succeeded";
 /// The reason where there is no end.
 pub(crate) const NO_ANSWER: &str = "no streamer answers: its log, streamer-capture.log or streamer-serve.log, has the reason; where it has none, the streamer was killed, or crashed, or this CRIU has not started the hook at `pre-stream`: start it with --stream, or without the hook; discard what there is of the image";
 
-/// The hook that waits for a streamer, as this hears of it.
+/// The hook that waits for a streamer. It reads from a pipe, and from `post-dump` on from a
+/// connection.
 #[derive(Debug, Clone)]
-pub(crate) struct Hook {
-    /// A pipe, and from `post-dump` on a connection.
-    pub(crate) listens_to: Rc<RefCell<File>>,
-    pub(crate) goes_on_when_copied: bool,
-}
+pub(crate) struct Hook(pub(crate) Rc<RefCell<File>>);
 
 impl Hook {
     /// Tells of a milestone, or how the streamer has ended.
     pub(crate) fn tell(&self, line: &str) {
         // A hook that is gone has CRIU behind it, whose end shows.
-        let _ = write_text(&*self.listens_to.borrow(), &format!("{line}\n"));
+        let _ = write_text(&*self.0.borrow(), &format!("{line}\n"));
     }
 }
 

@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 
-use super::milestone::MEMORY_COPIED;
 use super::notice::write_text;
 use super::outcome::Hook;
 use super::times::Times;
@@ -49,16 +48,14 @@ impl Progress {
     /// CRIU's hook connects.
     pub(crate) fn hook_connects(&self, connection: OwnedFd) {
         if let Some(hook) = &self.hook {
-            hook.listens_to.replace(connection.into());
+            hook.0.replace(connection.into());
         }
     }
 
-    /// Reports a milestone.
+    /// Reports a milestone, to CRIU's hook too.
     pub(crate) fn reached(&mut self, milestone: &str) {
         self.line(milestone);
-        if let Some(hook) = &self.hook
-            && (milestone != MEMORY_COPIED || hook.goes_on_when_copied)
-        {
+        if let Some(hook) = &self.hook {
             hook.tell(milestone);
         }
     }
@@ -68,7 +65,8 @@ impl Progress {
         self.line(&serde_json::to_string(stats).expect("plain numbers make JSON"));
     }
 
-    fn line(&mut self, line: &str) {
+    /// Reports a line, but not to the hook.
+    pub(crate) fn line(&mut self, line: &str) {
         self.file
             .take_if(|file| write_text(file, &format!("{line}\n")).is_err());
     }

@@ -60,16 +60,6 @@ fn all_millis<S: Serializer>(times: &[Duration], serializer: S) -> Result<S::Ok,
 }
 
 impl PhaseTime {
-    fn new(phase: Phase, shards: usize) -> Self {
-        Self {
-            phase,
-            moving: Duration::ZERO,
-            for_shards: Duration::ZERO,
-            for_criu: Duration::ZERO,
-            shards: vec![Duration::ZERO; shards],
-        }
-    }
-
     fn whole(&self) -> Duration {
         self.moving + self.for_shards + self.for_criu
     }
@@ -177,7 +167,13 @@ impl Clock {
     /// A phase begins, and the one before ends.
     pub(crate) fn enter(&mut self, phase: Phase) {
         self.count();
-        self.times.0.push(PhaseTime::new(phase, self.slow.len()));
+        self.times.0.push(PhaseTime {
+            phase,
+            moving: Duration::ZERO,
+            for_shards: Duration::ZERO,
+            for_criu: Duration::ZERO,
+            shards: vec![Duration::ZERO; self.slow.len()],
+        });
     }
 
     /// From now on this is waited for, and these shards have no room, or no data.
