@@ -250,7 +250,6 @@ impl<S: Store> Assembly<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::os::poller::Poller;
     use crate::store::catalog::Catalog;
 
     fn here() -> Position {
@@ -278,8 +277,7 @@ mod tests {
     const IMAGE_END: Step = Step::Marker(Body::ImageEnd);
 
     fn assembly() -> Assembly<Catalog> {
-        let poller = Poller::new().unwrap();
-        Assembly::new(External::new(Catalog::new(), Vec::new(), &poller).unwrap())
+        Assembly::new(External::new(Catalog::new(), Vec::new()).unwrap())
     }
 
     fn read<const N: usize>(mut image: Assembly<Catalog>, names: [&str; N]) -> [Vec<u8>; N] {

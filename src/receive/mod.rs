@@ -123,7 +123,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         counters: &Counters,
         supervisor: &'a Supervisor,
     ) -> Result<Self> {
-        let store = External::new(store, external_files, supervisor.poller())?;
+        let store = External::new(store, external_files)?;
         let shards = shards
             .into_iter()
             .zip(&counters.shards)
@@ -183,7 +183,7 @@ impl<'a, I: Image> Receiver<'a, I> {
         }
         let filled = self.round(self.reading(starving))?;
         self.check_memory()?;
-        let sent = self.image.store().send()?;
+        let sent = self.image.store().send(self.supervisor.poller())?;
         for name in &sent.sent_whole {
             self.supervisor.end_input(name);
         }

@@ -23,7 +23,7 @@ use crate::os::poller::{Event, Interest, Wait, Watched};
 use crate::pace::Activity;
 use crate::report;
 use crate::store::catalog::{Catalog, LARGEST_KEPT, Lookup};
-use crate::store::transfer::{Round, Transfer, Transfers};
+use crate::store::transfer::{Transfer, Transfers};
 use crate::supervision::Supervisor;
 
 /// System calls made for one client before events are looked at again. CRIU waits for our answer to
@@ -117,8 +117,11 @@ impl<'a> Server<'a> {
         for transfer in self.transfers.iter_mut().filter(|it| it.is_open()) {
             transfer.add(files.take_more(&transfer.name))?;
         }
-        let sent = self.transfers.send()?;
-        self.note(files, &sent);
+        let sent = self.transfers.send(self.supervisor.poller())?;
+        // CRIU may close a pipe early, which is no error.
+        for name in &sent.left_by_readers {
+            files.forget(name);
+        }
         let idle = Activity::Idle(Wait::Forever.or_until(grace_ends));
         Ok(sent.activity().unwrap_or(idle))
     }
@@ -136,13 +139,6 @@ impl<'a> Server<'a> {
             "waiting for CRIU: it has ended without having connected; see CRIU's log: if it did not find the socket, the path of its --images-dir is too long for one"
         );
         Ok(())
-    }
-
-    /// Frees files whose readers have left. CRIU may close a pipe early, which is no error.
-    fn note(&mut self, files: &mut Catalog, round: &Round) {
-        for name in &round.left_by_readers {
-            files.forget(name);
-        }
     }
 
     /// # Errors
@@ -185,13 +181,13 @@ impl<'a> Server<'a> {
     /// Answers what a client asks, and starts the files that it sent pipes for.
     fn answer(&mut self, files: &mut Catalog, client: u64) -> Result<()> {
         let Server {
-            clients,
-            refused,
             lazy,
+            clients,
+            transfers,
+            refused,
             ..
         } = self;
         let mut prepared = Ok(());
-        let mut opened = Vec::new();
         let answered = clients.next_requests(
             client,
             TURN,
@@ -225,19 +221,12 @@ impl<'a> Server<'a> {
                              once"
                         )
                     })?;
-                    opened.push(Transfer::new(name, pipe, taken)?);
+                    transfers.start(Transfer::new(name, pipe, taken)?);
                     Ok(true)
                 }
             },
         );
-        prepared?;
-        let mut sent = Round::default();
-        for transfer in opened {
-            let poller = self.supervisor.poller();
-            self.transfers.start(transfer, poller, &mut sent)?;
-        }
-        self.note(files, &sent);
-        answered
+        prepared.and(answered)
     }
 }
 

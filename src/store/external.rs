@@ -42,21 +42,17 @@ pub(crate) struct External<S> {
 }
 
 impl<S> External<S> {
-    /// Sends each file that `files` names into its pipe, which `poller` watches.
+    /// Sends each file that `files` names into its pipe.
     ///
     /// # Errors
-    /// Those of measuring and of watching a pipe.
-    pub(crate) fn new(
-        behind: S,
-        files: Vec<(ImageName, WriteEnd)>,
-        poller: &Poller,
-    ) -> Result<Self> {
+    /// Those of measuring a pipe.
+    pub(crate) fn new(behind: S, files: Vec<(ImageName, WriteEnd)>) -> Result<Self> {
         let mut transfers = Transfers::new(Watched::External);
         let mut all = Vec::new();
         for (name, pipe) in files {
             let transfer = Transfer::new(name.clone(), pipe, FileBody::default())
                 .with_context(|| format!("preparing {name}"))?;
-            transfers.start(transfer, poller, &mut Round::default())?;
+            transfers.start(transfer);
             let has_begun = false;
             all.push(ExternalFile { name, has_begun });
         }
@@ -113,12 +109,12 @@ impl<S> External<S> {
         self.transfers.made_room(number, false);
     }
 
-    /// Sends what the pipes take.
+    /// Sends what the pipes take, which `poller` watches.
     ///
     /// # Errors
     /// When a reader is gone before it had all of its file.
-    pub(crate) fn send(&mut self) -> Result<Round> {
-        let round = self.transfers.send()?;
+    pub(crate) fn send(&mut self, poller: &Poller) -> Result<Round> {
+        let round = self.transfers.send(poller)?;
         if let Some(name) = round.left_by_readers.first() {
             bail!("sending {name}: the reader of this external file went away before its end");
         }
@@ -206,17 +202,17 @@ mod tests {
         let [first, second] = ["first", "second"].map(|name| ImageName::new(name).unwrap());
         let files = vec![(first.clone(), first_write), (second.clone(), second_write)];
         let poller = Poller::new().unwrap();
-        let mut store = External::new(Catalog::new(), files, &poller).unwrap();
+        let mut store = External::new(Catalog::new(), files).unwrap();
         let large = vec![1; 8 << 20];
 
         let mut file = store.create(&first).unwrap();
         store.append(&mut file, Piece::in_memory(&large)).unwrap();
         store.finish(first, file).unwrap();
-        store.send().unwrap();
+        store.send(&poller).unwrap();
         let mut file = store.create(&second).unwrap();
         store.append(&mut file, Piece::in_memory(b"small")).unwrap();
         store.finish(second, file).unwrap();
-        store.send().unwrap();
+        store.send(&poller).unwrap();
 
         let mut buffer = [0; 100];
         assert_eq!(
@@ -233,7 +229,7 @@ mod tests {
                 taken += bytes;
             }
             store.made_room(0);
-            store.send().unwrap();
+            store.send(&poller).unwrap();
         }
         assert!(!store.is_sending());
         while pipe::read(&first_read, &mut buffer).unwrap() != Moved::End {}

@@ -100,6 +100,7 @@ pub(crate) struct Transfer {
     hung_up: bool,
     /// The pipe is full: it is left alone until its reader makes room.
     is_full: bool,
+    is_watched: bool,
     /// The time at which its reader last took something.
     pub(crate) took: Option<Instant>,
 }
@@ -124,6 +125,7 @@ impl Transfer {
             left,
             hung_up: false,
             is_full: false,
+            is_watched: false,
             took: None,
         })
     }
@@ -248,28 +250,10 @@ impl Transfers {
         }
     }
 
-    /// Sends the first part of a file, which for most is all of it, and has the rest follow as its
-    /// reader makes room. Transfers are numbered from 0.
-    ///
-    /// # Errors
-    /// As [`Transfers::send`].
-    pub(crate) fn start(
-        &mut self,
-        mut transfer: Transfer,
-        poller: &Poller,
-        round: &mut Round,
-    ) -> Result<()> {
-        let id = self.next_id;
+    /// Adds a file. Transfers are numbered from 0.
+    pub(crate) fn start(&mut self, transfer: Transfer) {
+        self.all.insert(self.next_id, transfer);
         self.next_id += 1;
-        if !round.send(&mut transfer)? {
-            poller
-                .add(&transfer.pipe, self.kind, id, Interest::WritableEdge)
-                .with_context(|| {
-                    format!("preparing to wait for the reader of {}", transfer.name)
-                })?;
-            self.all.insert(id, transfer);
-        }
-        Ok(())
     }
 
     /// A transfer, while it is not over.
@@ -302,16 +286,24 @@ impl Transfers {
         }
     }
 
-    /// Sends as much as the pipes take.
+    /// Sends as much as the pipes take, which for most files is all. A pipe that is to take more is
+    /// watched.
     ///
     /// # Errors
-    /// Those of `splice` and `vmsplice` but for a broken pipe.
-    pub(crate) fn send(&mut self) -> Result<Round> {
+    /// Those of `splice` and `vmsplice` but for a broken pipe, and of watching one.
+    pub(crate) fn send(&mut self, poller: &Poller) -> Result<Round> {
         let mut round = Round::default();
         let mut over = Vec::new();
         for (&id, transfer) in &mut self.all {
             if !transfer.is_full && round.send(transfer)? {
                 over.push(id);
+            } else if !transfer.is_watched {
+                poller
+                    .add(&transfer.pipe, self.kind, id, Interest::WritableEdge)
+                    .with_context(|| {
+                        format!("preparing to wait for the reader of {}", transfer.name)
+                    })?;
+                transfer.is_watched = true;
             }
         }
         for id in over {
@@ -457,18 +449,17 @@ mod tests {
         transfer.body.is_whole = false;
         let mut transfers = Transfers::new(Watched::Transfer);
         let poller = Poller::new().unwrap();
-        let mut round = Round::default();
-        transfers.start(transfer, &poller, &mut round).unwrap();
-        assert!(round.filled > 0);
+        transfers.start(transfer);
+        assert!(transfers.send(&poller).unwrap().filled > 0);
 
         let mut buffer = vec![0; LARGEST];
         pipe::read(&read, &mut buffer).unwrap();
         let transfer = transfers.get_mut(0).unwrap();
         let (data, is_whole) = (data(&[4]).0, false);
         transfer.add(FileBody { data, is_whole }).unwrap();
-        assert_eq!(transfers.send().unwrap().filled, 0);
+        assert_eq!(transfers.send(&poller).unwrap().filled, 0);
         transfers.made_room(0, false);
-        assert!(transfers.send().unwrap().filled > 0);
+        assert!(transfers.send(&poller).unwrap().filled > 0);
     }
 
     #[test]
