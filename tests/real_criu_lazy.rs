@@ -32,7 +32,7 @@ status=0
 wait $streamer || status=$?
 for _ in $(seq 600); do
     # A CRIU that is killed while it tries out ptrace leaves the stopped child that it does it with.
-    left=$(OTHERS | awk '!($3 == "T" && /criu restore/)')
+    left=$(OTHERS | awk '!($3 ~ /^[Tt]/ && /criu restore/)')
     [ -n "$left" ] || break
     sleep 0.05
 done
