@@ -54,13 +54,13 @@ pub(super) struct ImageWriter {
 
 impl ImageWriter {
     /// Writes to these shards, of which the last may be an index.
-    pub(super) fn new(shards: Vec<Shard>, has_index: bool) -> Result<Self> {
+    pub(super) fn new(shards: Vec<Shard>, has_index: bool) -> Self {
         let smallest = shards.iter().min_by_key(|shard| shard.slots());
         smallest.inspect(|shard| capacity::warn_of_small_pipe(shard));
         let smallest = smallest.map_or(1, |shard| shard.slots());
         let unit = (smallest * 7 / 16).min((smallest / 2).saturating_sub(MARKER_SLOTS));
         let unit = unit.max(1) * slot();
-        Ok(Self {
+        Self {
             unit: (shards.len() == 1).then_some(unit),
             index: has_index.then(|| shards.len() - 1),
             origins: vec![CapturingProcess::own(); shards.len()],
@@ -69,7 +69,7 @@ impl ImageWriter {
             current: None,
             start: None,
             patience: Patience::default(),
-        })
+        }
     }
 
     /// Moves what a source has, as far as the shards have room.
@@ -293,7 +293,7 @@ mod tests {
         let other = write.as_fd().try_clone_to_owned().unwrap();
         let other = WriteEnd::new(other).unwrap();
         let shard = Shard::new(write, "a shard".into(), Meter::default()).unwrap();
-        let image_writer = ImageWriter::new(vec![shard], false).unwrap();
+        let image_writer = ImageWriter::new(vec![shard], false);
         (image_writer, read.nonblocking().unwrap(), other)
     }
 

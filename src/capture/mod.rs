@@ -140,7 +140,7 @@ impl Capture<'_> {
             buffer: self.buffer.map(Buffer::new),
             called: None,
             clock: Clock::new(shards.len()),
-            image_writer: ImageWriter::new(shards, self.has_index)?,
+            image_writer: ImageWriter::new(shards, self.has_index),
             most_open: descriptors_left().max(LEAST_OPEN),
             is_frozen: false,
             is_whole: false,

@@ -176,16 +176,10 @@ impl<S: Store> Files<S> {
     }
 }
 
-#[derive(Debug)]
-struct Waiting {
-    position: Position,
-    step: Step,
-}
-
 /// An image without an index, all of whose steps come in one order.
 pub(crate) struct Assembly<S: Store> {
     files: Files<External<S>>,
-    order: Order<Waiting>,
+    order: Order<(Position, Step)>,
 }
 
 impl<S: Store> Image for Assembly<S> {
@@ -217,21 +211,17 @@ impl<S: Store> Image for Assembly<S> {
     }
 
     fn submit(&mut self, place: Place, position: Position, step: Step) -> Result<()> {
-        let waiting = Waiting {
-            position: position.clone(),
-            step,
-        };
         self.order
-            .insert(place, waiting)
+            .insert(place, (position.clone(), step))
             .map_err(|taken| position.error(taken))?;
-        while let Some(Waiting { position, step }) = self.order.pop() {
+        while let Some((position, step)) = self.order.pop() {
             self.order.pass(self.files.apply(&position, step)?);
         }
         Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {
-        if let Some((place, Waiting { position, .. })) = self.order.pop_first() {
+        if let Some((place, (position, _))) = self.order.pop_first() {
             bail!(position.error(format_args!(
                 "marker {} follows the end of the image",
                 place.seq
