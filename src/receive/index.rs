@@ -8,7 +8,7 @@
 //!
 //! **A damaged image never runs.** CRIU cannot finish a restore without the last of the pages. So
 //! the last piece of the pages is kept back until every piece of the image has come, nothing
-//! follows it, and all that brought it has ended well ([`Served::release`]). It comes last anyway.
+//! follows it, and all that brought it has ended well ([`Image::finish`]). It comes last anyway.
 //! The last piece of a file that has any bytes shows only at the file's end, as a chunk may be
 //! empty: of that file one piece is always kept back, until another follows it.
 
