@@ -13,7 +13,7 @@
 //! * `criu`: the socket over which CRIU asks for files and passes pipes
 //! * `supervision`: all that can end a transfer: signals, pumps, commands
 //! * `report`: progress lines, the bar and notices, and the outcome file
-//! * `format`: the image format: markers, and names of files
+//! * `format`: the image format: markers, names of files, and the process that captured an image
 //! * `pace`: when to look again, and why
 //! * `os`: pipes, epoll, descriptors
 //! * [`fuzzing`]: what the fuzz targets call

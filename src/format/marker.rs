@@ -6,8 +6,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use prost::Message;
 
-use super::ImageName;
-use crate::os::process::CapturingProcess;
+use super::{CapturingProcess, ImageName};
 
 /// The protobuf messages of `proto/image.proto`.
 pub mod proto {
@@ -95,17 +94,11 @@ impl Marker {
             proto::marker::Body::FileEof(false) => bail!("a marker whose file_eof is not true"),
             proto::marker::Body::ImageEof(false) => bail!("a marker whose image_eof is not true"),
         };
-        let origin = marker.origin.map(|origin| CapturingProcess {
-            boot: origin.boot,
-            pid_namespace: origin.pid_namespace,
-            pid: origin.pid,
-            start: origin.start,
-        });
         let marker = Self {
             seq: marker.seq,
             body,
             is_index: marker.index,
-            origin,
+            origin: marker.origin,
         };
         Ok(Some((marker, LENGTH + length)))
     }
@@ -122,12 +115,7 @@ impl Marker {
             seq: self.seq,
             body: Some(body),
             index: self.is_index,
-            origin: self.origin.map(|origin| proto::Origin {
-                boot: origin.boot,
-                pid_namespace: origin.pid_namespace,
-                pid: origin.pid,
-                start: origin.start,
-            }),
+            origin: self.origin,
         };
         // A marker holds at most one name of 255 bytes: its length fits in a u32.
         let length = marker.encoded_len() as u32;

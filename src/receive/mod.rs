@@ -23,11 +23,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::format::ImageName;
+use crate::format::{CapturingProcess, ImageName};
 use crate::os::memory;
 use crate::os::pipe::{ReadEnd, WriteEnd};
 use crate::os::poller::{Event, Interest, Wait, Watched};
-use crate::os::process::CapturingProcess;
 use crate::pace::{Activity, Pace};
 use crate::report::meter::{Counter, Counters, Meter};
 use crate::report::progress::Stats;

@@ -20,9 +20,8 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::order::{Next, Place};
 use crate::format::marker;
-use crate::format::{Body, Marker};
+use crate::format::{Body, CapturingProcess, Marker};
 use crate::os::pipe::{self, Moved, ReadEnd};
-use crate::os::process::CapturingProcess;
 use crate::report::meter::Meter;
 use crate::store::held_pipe::{HeldPipe, PipePool, WORTH_HOLDING};
 use crate::store::{Arena, Extent, Piece};

@@ -9,8 +9,7 @@ use super::Receiver;
 use super::assembly::{Image, Position, Step};
 use super::order::{Place, Reading};
 use super::reader::Taken;
-use crate::format::Body;
-use crate::os::process::CapturingProcess;
+use crate::format::{Body, CapturingProcess};
 use crate::store::Ahead;
 
 /// The outcome of one shard's turn, or of a step of it.
