@@ -4,7 +4,7 @@
 //! are done. Without an index CRIU may connect when all of the image is here, so that nothing is
 //! left to be received; with one, as soon as its files are known.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 
 use super::{Session, create_images_dir};
 use crate::cli::Plan;
@@ -77,20 +77,15 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             is_known: false,
             is_proven: false,
         };
-        let result = restore.receive_and_serve();
-        let stats = restore.receiver.stats();
-        let criu_has_left = restore.server.as_ref().is_some_and(Server::criu_has_left);
-        let open = (
-            restore.receiver.into_open(),
-            restore.server.map(Server::into_open),
-        );
-        match result {
-            Ok(()) => Ok(stats),
-            Err(error) if criu_has_left => {
-                Err(Failure::new(supervisor.explain_by_criu(error), open))
-            }
-            Err(error) => Err(Failure::new(error, open)),
-        }
+        let Err(error) = restore.receive_and_serve() else {
+            return Ok(restore.receiver.stats());
+        };
+        let server = restore.server.map(Server::into_open);
+        let error = match &server {
+            Some((clients, _)) if clients.have_left() => supervisor.explain_by_criu(error),
+            _ => error,
+        };
+        Err(Failure::new(error, (restore.receiver.into_open(), server)))
     }
 
     fn receive_and_serve(&mut self) -> Result<()> {
@@ -222,12 +217,10 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         let Some(server) = self.server.as_ref().filter(|server| server.is_done()) else {
             return Ok(false);
         };
-        if !self.is_proven {
-            bail!(
-                "serving: CRIU went away before all of the image had come, so the restore failed: \
-                 see CRIU's log"
-            );
-        }
+        ensure!(
+            self.is_proven,
+            "serving: CRIU went away before all of the image had come, so the restore failed: see CRIU's log"
+        );
         if self.receiver.is_sending() || !server.memory_is_in_place()? {
             return Ok(false);
         }

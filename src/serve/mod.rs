@@ -10,8 +10,6 @@
 //! are kept for being asked for again. Asking for another one again is answered with "does not
 //! exist", and the program then fails naming it.
 
-use std::collections::BTreeSet;
-
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::criu::files;
@@ -37,8 +35,8 @@ pub(crate) struct Server<'a> {
     lazy: Option<LazyMemory>,
     clients: Clients,
     transfers: Transfers,
-    /// The files that were asked for again, and are gone.
-    refused: BTreeSet<ImageName>,
+    /// The first file that was asked for again, and is gone.
+    refused: Option<ImageName>,
 }
 
 /// Warns of files that CRIU will not restore, whatever is served.
@@ -63,23 +61,19 @@ impl<'a> Server<'a> {
     ) -> Result<Self> {
         // It ends when it has restored everything; its connection shows what it still wants.
         supervisor.let_caller_end();
+        let poller = supervisor.poller();
         if let Some(lazy) = &lazy {
-            supervisor
-                .poller()
-                .add(
-                    &lazy.filling.changed,
-                    Watched::Memory,
-                    0,
-                    Interest::Readable,
-                )
+            let changed = &lazy.filling.changed;
+            poller
+                .add(changed, Watched::Memory, 0, Interest::Readable)
                 .context("preparing to wait for the application's memory")?;
         }
         Ok(Self {
             supervisor,
             lazy,
-            clients: Clients::of(listener, usize::MAX, supervisor.poller())?,
+            clients: Clients::of(listener, usize::MAX, poller)?,
             transfers: Transfers::new(Watched::Transfer),
-            refused: BTreeSet::new(),
+            refused: None,
         })
     }
 
@@ -97,11 +91,6 @@ impl<'a> Server<'a> {
     pub(crate) fn starving(&self) -> Vec<ImageName> {
         let starving = self.transfers.iter().filter(|it| it.is_starving());
         starving.map(|it| it.name.clone()).collect()
-    }
-
-    /// True if CRIU came, and is not connected any more.
-    pub(crate) fn criu_has_left(&self) -> bool {
-        self.clients.have_left()
     }
 
     /// Acts on events, answers, and sends what is here of `files`.
@@ -144,12 +133,10 @@ impl<'a> Server<'a> {
     /// # Errors
     /// When a file was asked for that had been sent and freed.
     pub(crate) fn check_refused(&self) -> Result<()> {
-        if !self.refused.is_empty() {
-            let names: Vec<_> = self.refused.iter().map(ImageName::to_string).collect();
+        if let Some(name) = &self.refused {
             bail!(
-                "serving {}: CRIU asked for it after it had been sent and freed; files of over \
-                 {LARGEST_KEPT} bytes are served once",
-                names.join(", ")
+                "serving {name}: CRIU asked for it after it had been sent and freed; files of over \
+                 {LARGEST_KEPT} bytes are served once"
             );
         }
         Ok(())
@@ -212,15 +199,11 @@ impl<'a> Server<'a> {
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
                     // it.
-                    let taken = files
-                        .take(&name)
-                        .with_context(|| format!("serving {name}"))?;
-                    let taken = taken.with_context(|| {
-                        format!(
-                            "serving {name}: two clients asked for it at a time, and it can be sent \
-                             once"
-                        )
-                    })?;
+                    let mut take = || {
+                        let taken = files.take(&name)?;
+                        taken.context("two clients asked for it at a time, and it can be sent once")
+                    };
+                    let taken = take().with_context(|| format!("serving {name}"))?;
                     transfers.start(Transfer::new(name, pipe, taken)?);
                     Ok(true)
                 }
@@ -244,7 +227,7 @@ fn prepare(lazy: Option<&mut LazyMemory>, connection: &Connection, file: &str) -
 }
 
 /// The name of a file that can be sent.
-fn present(files: &Catalog, refused: &mut BTreeSet<ImageName>, name: &str) -> Option<ImageName> {
+fn present(files: &Catalog, refused: &mut Option<ImageName>, name: &str) -> Option<ImageName> {
     let name = ImageName::new(name).ok()?;
     match files.look_up(&name) {
         Lookup::Present => Some(name),
@@ -253,7 +236,7 @@ fn present(files: &Catalog, refused: &mut BTreeSet<ImageName>, name: &str) -> Op
             report::warn(format_args!(
                 "{name} was asked for again, but it has been sent and freed"
             ));
-            refused.insert(name);
+            refused.get_or_insert(name);
             None
         }
     }

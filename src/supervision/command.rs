@@ -149,7 +149,8 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    /// Starts a command whose data goes in `direction`, and returns our end of its pipe.
+    /// Starts a command whose data goes in `direction`, in a process group of its own, and returns
+    /// our end of its pipe.
     pub(super) fn start(
         &mut self,
         command: ShellCommand,
@@ -165,29 +166,8 @@ impl Commands {
             pipe::grow(&ours, LARGEST)?;
         }
         let pipe = Some(ours.try_clone()?);
-        let group = self
-            .start_shell(&command, stdin, stdout, inherited)
-            .with_context(|| format!("starting {}", command.with_text()))?;
-        self.running.push(Running {
-            command,
-            direction,
-            group,
-            pipe,
-            ended: Cell::new(None),
-        });
-        Ok(ours)
-    }
-
-    /// Starts a shell in a process group of its own, whose number is returned.
-    fn start_shell(
-        &self,
-        command: &ShellCommand,
-        stdin: Stdio,
-        stdout: Stdio,
-        inherited: Inherited,
-    ) -> Result<Pid> {
         // Processes whose parents are gone become our children.
-        set_child_subreaper(true).context("preparing to wait for it")?;
+        set_child_subreaper(true).context("preparing to wait for commands")?;
         let has_bash = has_bash();
         let mut shell = Command::new(if has_bash { "bash" } else { "sh" });
         if has_bash || is_pipeline(&command.text) {
@@ -197,7 +177,16 @@ impl Commands {
         let image_name = self.image_name.iter();
         shell.envs(image_name.map(|name| ("CRIU_IMAGE_NAME", name)));
         shell.stdin(stdin).stdout(stdout).process_group(0);
-        program::start(shell, SigHandler::SigDfl, inherited).context("starting a shell")
+        let group = program::start(shell, SigHandler::SigDfl, inherited)
+            .with_context(|| format!("starting a shell for {}", command.with_text()))?;
+        self.running.push(Running {
+            command,
+            direction,
+            group,
+            pipe,
+            ended: Cell::new(None),
+        });
+        Ok(ours)
     }
 
     /// Fails if a command has failed, with what it is for, its text and status.
@@ -303,13 +292,8 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
-        let is_told = self.running.iter().all(|running| running.pipe.is_none());
-        let has_ended_well = is_told && self.have_succeeded(|_| true);
         let mut left: Vec<_> = self.running.iter().collect();
         left.retain(|running| running.reap());
-        if has_ended_well {
-            return;
-        }
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             for running in &left {
                 // It was there a moment ago, and is ours. If it has ended by itself, so much the
