@@ -145,10 +145,12 @@ impl Dump {
         longest.chain(std::mem::take(&mut self.busy)).collect()
     }
 
-    /// The first source of which the buffer has something, and that no other one has replaced.
+    /// The first source of which the buffer has something, or the end, and that no other one has
+    /// replaced.
     pub(super) fn first_buffered(&mut self) -> Option<&mut Source> {
-        let mut sources = self.sources.values_mut();
-        sources.find(|source| source.is_buffered() && !source.is_replaced)
+        self.sources.values_mut().find(|source| {
+            !source.is_replaced && (!source.is_open() || !source.buffered.is_empty())
+        })
     }
 
     /// Queues a source after its turn. One that brings nothing more is recorded, and its pipe

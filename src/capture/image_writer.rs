@@ -45,7 +45,8 @@ pub(super) struct ImageWriter {
     seq: u64,
     /// The source whose file is current.
     current: Option<u64>,
-    start: Option<Instant>,
+    /// When the first marker was queued.
+    start: Instant,
     /// This process, for the first marker of each shard.
     origins: Vec<Option<CapturingProcess>>,
     patience: Patience,
@@ -66,7 +67,7 @@ impl ImageWriter {
             shards,
             seq: 0,
             current: None,
-            start: None,
+            start: Instant::now(),
             patience: Patience::default(),
         }
     }
@@ -95,19 +96,20 @@ impl ImageWriter {
     /// # Errors
     /// When the shard's reader is gone.
     pub(super) fn give(&mut self, source: &mut Source, mut chunk: Chunk) -> Result<Activity> {
-        if chunk.bytes == 0 {
-            return self.end_file(source);
-        }
+        // The end of a file goes to the index, where there is one.
+        let is_spread = chunk.bytes > 0 && source.is_spread();
         let wanted = chunk.slots + MARKER_SLOTS;
-        let Some(Placement { shard, slots }) = self.place(source.is_spread(), wanted)? else {
+        let Some(Placement { shard, slots }) = self.place(is_spread, wanted)? else {
             return Ok(Activity::NoRoom);
         };
         chunk.cut(slots.saturating_sub(MARKER_SLOTS), slot());
         self.name_file(source, shard);
-        self.mark(shard, Body::Data(chunk.bytes as u32));
-        match &source.take_buffered(chunk.bytes)[..] {
-            [] => self.move_chunk(source, &chunk, shard)?,
-            extents => self.lend(extents, &chunk, shard)?,
+        if chunk.bytes > 0 {
+            self.mark(shard, Body::Data(chunk.bytes as u32));
+            match &source.take_buffered(chunk.bytes)[..] {
+                [] => self.move_chunk(source, &chunk, shard)?,
+                extents => self.lend(extents, &chunk, shard)?,
+            }
         }
         source.given += chunk.bytes;
         if chunk.is_last {
@@ -147,16 +149,6 @@ impl ImageWriter {
         source.collect(chunk.bytes - spliced)?;
         let copied = source.collected.drain(..chunk.bytes - spliced);
         shard.copy_memory(copied.as_slice())
-    }
-
-    /// Marks the end of a file that has nothing left.
-    fn end_file(&mut self, source: &mut Source) -> Result<Activity> {
-        let Some(Placement { shard, .. }) = self.place(false, MARKER_SLOTS)? else {
-            return Ok(Activity::NoRoom);
-        };
-        self.name_file(source, shard);
-        self.mark_end(source, shard);
-        Ok(Activity::Complete)
     }
 
     /// Marks the end of the image, which [`ImageWriter::flush`] writes. False when no shard has
@@ -227,7 +219,6 @@ impl ImageWriter {
     }
 
     fn mark(&mut self, shard: usize, body: Body) {
-        self.start.get_or_insert_with(Instant::now);
         let seq = self.seq;
         let mut marker = Marker::new(seq, body);
         marker.origin = self.origins[shard].take();
@@ -236,6 +227,7 @@ impl ImageWriter {
         self.shards[shard].mark(marker, is_large && self.unit.is_some());
         self.seq += 1;
         if seq == 0 {
+            self.start = Instant::now();
             // Each shard says whose it is, even if it gets nothing else.
             let others = (0..self.shards.len()).filter(|&other| other != shard);
             others.for_each(|other| self.mark(other, Body::Data(0)));

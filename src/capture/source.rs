@@ -201,11 +201,6 @@ impl Source {
         })
     }
 
-    /// True if the buffer has something of it, or its end.
-    pub(super) fn is_buffered(&self) -> bool {
-        !self.is_open() || !self.buffered.is_empty()
-    }
-
     /// A chunk of up to `most` bytes out of the buffer; of none at an end that comes behind `most`
     /// bytes.
     pub(super) fn buffered_chunk(&self, most: usize) -> Chunk {

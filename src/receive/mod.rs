@@ -83,7 +83,7 @@ pub(crate) struct Receiver<'a, I> {
     last: Turn,
     /// The time at which the image last made progress, or there was nothing to be had.
     progress: Instant,
-    start: Option<Instant>,
+    start: Instant,
     files: Counter,
     clock: Clock,
 }
@@ -151,7 +151,7 @@ impl<'a, I: Image> Receiver<'a, I> {
             markers: 0,
             last: Turn::Idle,
             progress: now,
-            start: None,
+            start: now,
             files: counters.files.clone(),
             clock,
         })
@@ -174,7 +174,6 @@ impl<'a, I: Image> Receiver<'a, I> {
         starving: impl FnOnce() -> Vec<ImageName>,
     ) -> Result<Activity> {
         let now = Instant::now();
-        self.start.get_or_insert(now);
         self.handle(events)?;
         if self.last == Turn::Idle {
             // There was nothing to be had, which is no stall.

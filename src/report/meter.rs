@@ -67,11 +67,8 @@ impl Meter {
     }
 
     /// The bytes, and the time that they took from `start`, the beginning of the image's transfer.
-    pub fn stats(&self, start: Option<Instant>) -> ShardStats {
-        let duration = match (start, self.last) {
-            (Some(start), Some(last)) => last.duration_since(start),
-            _ => Duration::ZERO,
-        };
+    pub fn stats(&self, start: Instant) -> ShardStats {
+        let duration = self.last.map_or(Duration::ZERO, |last| last - start);
         ShardStats {
             size: self.bytes.get(),
             transfer_duration_millis: duration.as_millis() as u64,
