@@ -49,14 +49,13 @@ pub(super) fn file_of_criu(
     match message {
         Message::Request(name) => {
             let name = ImageName::new(&name)
-                .with_context(|| format!("{} sent a file named {name:?}", connection.peer()))?;
+                .with_context(|| format!("{} sent a file named {name:?}", connection.peer))?;
             connection.expect_pipe(name);
             Ok(None)
         }
         Message::Pipe(name, fd) => {
-            let pipe = ReadEnd::new(fd).with_context(|| {
-                format!("{} sent something wrong for {name}", connection.peer())
-            })?;
+            let pipe = ReadEnd::new(fd)
+                .with_context(|| format!("{} sent something wrong for {name}", connection.peer))?;
             Source::new(name, pipe, Owner::Criu).map(Some)
         }
     }

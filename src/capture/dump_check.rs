@@ -43,7 +43,7 @@ impl DumpCheck {
             && name == INVENTORY
         {
             self.is_foreign = framing.is_foreign();
-            self.inventory = framing.kept().to_vec();
+            self.inventory = framing.kept.clone();
         }
         let defect = framing.and_then(Framing::defect);
         self.files.insert(name.to_owned(), defect);

@@ -4,35 +4,29 @@
 //! must not take a broken image for a whole one.
 
 use std::io;
-use std::os::fd::AsFd;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error};
 
 use super::Session;
 use crate::cli::Plan;
 use crate::report;
 use crate::store::listing::Listing;
-use crate::supervision::{Failure, Supervisor};
+use crate::supervision::Failure;
 
 pub(super) fn run(mut plan: Plan, mut session: Session) -> Result<(), Failure> {
     let (files, stats) = session.receive(&mut plan, Listing::default())?;
     session.check_whole(files.names())?;
     session.report(&mut plan.progress, &stats);
     if let Some(output) = plan.listing {
-        print(output, &files.lines(), &session.supervisor).context("writing to standard output")?;
+        // For as long as the reader takes, as a pager waits for its user.
+        let go_on = || session.supervisor.check();
+        let printed = report::write_patiently(output, &files.lines(), go_on);
+        let kind = |error: &Error| error.downcast_ref().map(io::Error::kind);
+        match printed {
+            // A reader such as `head` has seen enough, and the image is whole.
+            Err(error) if kind(&error) == Some(io::ErrorKind::BrokenPipe) => {}
+            printed => printed.context("writing to standard output")?,
+        }
     }
     Ok(())
-}
-
-/// Writes for as long as the reader takes, as a pager waits for its user.
-fn print(output: impl AsFd, lines: &str, supervisor: &Supervisor) -> Result<()> {
-    let printed = report::write_patiently(output, lines, || supervisor.check());
-    match printed
-        .as_ref()
-        .map_err(|error| error.downcast_ref().map(io::Error::kind))
-    {
-        // A reader such as `head` has seen enough, and the image is whole.
-        Err(Some(io::ErrorKind::BrokenPipe)) => Ok(()),
-        _ => printed,
-    }
 }

@@ -160,12 +160,12 @@ impl Clients {
         ensure!(
             self.spoken <= self.most,
             "{} sends files too: two dumps in one image would mix their files; give each its own streamer",
-            client.peer()
+            client.peer
         );
         let error = match heard {
             Ok(true) if has_spoken && client.is_within_request() => Some(anyhow!(
                 "{} went away in the middle of a request: it was killed, or crashed",
-                client.peer()
+                client.peer
             )),
             Ok(true) => None,
             Ok(false) => return Ok(()),

@@ -78,7 +78,7 @@ impl CommandLine {
 
     /// The words that may be CRIU's action. One that follows an option may be its value instead,
     /// such as the name of a directory: it counts only where there is no other.
-    fn actions(&self) -> Vec<&[u8]> {
+    pub(super) fn actions(&self) -> Vec<&[u8]> {
         let words: Vec<_> = self.arguments().collect();
         let pairs = words.windows(2).filter(|pair| role_of(pair[1]).is_some());
         let may_be_value = |pair: &&[&[u8]]| pair[0].starts_with(b"-") && !pair[0].contains(&b'=');
@@ -87,11 +87,6 @@ impl CommandLine {
             Some(pair) => vec![pair[1]],
             None => maybe.iter().map(|pair| pair[1]).collect(),
         }
-    }
-
-    /// True if a word may be CRIU's action.
-    pub(super) fn has_action(&self) -> bool {
-        !self.actions().is_empty()
     }
 
     /// The streamer's role, if all words that may be CRIU's action agree on it.

@@ -53,7 +53,8 @@ pub enum Message {
 /// A peer that was let in.
 #[derive(Debug)]
 pub struct Connection {
-    peer: String,
+    /// The peer's name in messages.
+    pub(crate) peer: String,
     pub(crate) pid: i32,
     /// The one that it had when it connected.
     pub(crate) command_line: CommandLine,
@@ -84,11 +85,6 @@ impl Connection {
             requested: None,
             has_spoken: false,
         })
-    }
-
-    /// The peer's name in messages.
-    pub fn peer(&self) -> &str {
-        &self.peer
     }
 
     /// Gives what comes to `answer`, in up to `turn` system calls, and returns true at the end of

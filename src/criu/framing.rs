@@ -37,8 +37,8 @@ pub(crate) struct Framing {
     missing: usize,
     /// The bytes of a magic or length that have come.
     field: Vec<u8>,
-    /// The contents of inventory.img.
-    kept: Vec<u8>,
+    /// The contents of inventory.img: all, but for one of a size that no CRIU writes.
+    pub(crate) kept: Vec<u8>,
 }
 
 impl Framing {
@@ -92,11 +92,6 @@ impl Framing {
             _ => (Next::Length, LENGTH),
         };
         self.field.clear();
-    }
-
-    /// The contents of inventory.img: all, but for one of a size that no CRIU writes.
-    pub(crate) fn kept(&self) -> &[u8] {
-        &self.kept
     }
 
     /// True if a file of messages does not begin as CRIU's do.

@@ -83,7 +83,7 @@ impl Caller {
             _ => resolved(images_dir),
         };
         let directory = File::open(&images_dir);
-        let is_driven = !own.has_action();
+        let is_driven = own.actions().is_empty();
         let parents = || parent_of(pid).map(CommandLine::of);
         Ok(Self {
             identity: format!("CRIU {pid} {start}"),

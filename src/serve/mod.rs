@@ -195,7 +195,7 @@ impl<'a> Server<'a> {
                 }
                 Message::Pipe(name, fd) => {
                     let pipe = WriteEnd::new(fd).with_context(|| {
-                        format!("{} sent something wrong for {name}", connection.peer())
+                        format!("{} sent something wrong for {name}", connection.peer)
                     })?;
                     // Only now: a peer that leaves in between, or sends no pipe, takes nothing with
                     // it.
