@@ -34,7 +34,7 @@ mod stray_files;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::criu::files::CPUINFO;
@@ -274,7 +274,12 @@ impl CaptureLoop<'_> {
         self.check_hook()?;
         if !self.is_whole && !self.dump.criu_has_open_files() {
             self.dump.dump_check.check()?;
-            self.check_file_commands()?;
+            // The file would be missing in the image.
+            if let Some((name, _)) = self.request.external_files.first() {
+                bail!(
+                    "capturing {name}: its command was not started, since no application was frozen: leave out --ext-file-cmd where CRIU dumps none"
+                );
+            }
             if self.request.leaves_inventory {
                 let inventory = &self.dump.dump_check.inventory;
                 self.stray_files.leave_inventory(inventory)?;
@@ -371,18 +376,17 @@ impl CaptureLoop<'_> {
     }
 
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
-    fn check_hook(&mut self) -> Result<()> {
+    fn check_hook(&self) -> Result<()> {
         match (&self.request.caller, self.called) {
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
             ),
-            (Some(_), Some(at)) if at.elapsed() >= CLOSE_TIMEOUT && self.dump.unclosed() > 0 => {
-                bail!(
-                    "capturing the image: CRIU says that it is written, and has not closed {} of its files: a plugin may have forgotten them; discard it",
-                    self.dump.unclosed()
-                )
-            }
-            _ => {}
+            (Some(_), Some(at)) => ensure!(
+                at.elapsed() < CLOSE_TIMEOUT || self.dump.unclosed() == 0,
+                "capturing the image: CRIU says that it is written, and has not closed {} of its files: a plugin may have forgotten them; discard it",
+                self.dump.unclosed()
+            ),
+            (None, _) => {}
         }
         Ok(())
     }
@@ -397,17 +401,6 @@ impl CaptureLoop<'_> {
                 .supervisor
                 .source(end, name.as_str(), Pumped::ExternalFile)?;
             self.open(dump::external_file(name, pipe)?)?;
-        }
-        Ok(())
-    }
-
-    /// Fails if a command of an external file will never be started, now that CRIU is gone: the
-    /// file would be missing in the image.
-    fn check_file_commands(&self) -> Result<()> {
-        if let Some((name, _)) = self.request.external_files.first() {
-            bail!(
-                "capturing {name}: its command was not started, since no application was frozen: leave out --ext-file-cmd where CRIU dumps none"
-            );
         }
         Ok(())
     }
