@@ -112,11 +112,8 @@ impl Caller {
 
 /// The PID in `/proc/PID/fd/NUMBER`.
 fn process_behind(path: &Path) -> Option<u32> {
-    let words: Vec<_> = path.to_str()?.split('/').collect();
-    match words[..] {
-        ["", "proc", pid, "fd", _] => pid.parse().ok(),
-        _ => None,
-    }
+    let (pid, _) = path.to_str()?.strip_prefix("/proc/")?.split_once("/fd/")?;
+    pid.parse().ok()
 }
 
 /// The path that a link in /proc shows, if it leads to the same directory: it may be another mount

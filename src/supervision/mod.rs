@@ -62,7 +62,7 @@ pub(crate) enum Endpoint {
 /// Why a transfer failed, and what it had open.
 pub struct Failure {
     error: Error,
-    open: Vec<Box<dyn Any>>,
+    open: Box<dyn Any>,
 }
 
 impl Failure {
@@ -70,7 +70,7 @@ impl Failure {
     pub(crate) fn new(error: Error, open: impl Any) -> Self {
         Self {
             error,
-            open: vec![Box::new(open)],
+            open: Box::new(open),
         }
     }
 
@@ -118,7 +118,7 @@ impl Supervisor {
             signals: Rc::new(signals),
             caller: None,
             caller_may_end: Cell::new(false),
-            inherited: Inherited::now(),
+            inherited: Inherited::now()?,
             commands: RefCell::default(),
             criu: OnceCell::new(),
             failure: PumpFailure::default(),
@@ -278,11 +278,9 @@ impl Supervisor {
     pub(crate) fn conclude<T>(&mut self, result: Result<T, Failure>) -> Result<T, Failure> {
         let concluded = result.and_then(|value| Ok(self.finish().map(|()| value)?));
         let commands = mem::take(self.commands.get_mut());
-        concluded.map_err(|Failure { error, mut open }| {
+        concluded.map_err(|Failure { error, open }| {
             let error = self.explain(error, &commands);
-            open.push(Box::new(commands));
-            open.push(Box::new(self.criu.take()));
-            Failure { error, open }
+            Failure::new(error, (open, commands, self.criu.take()))
         })
     }
 

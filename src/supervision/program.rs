@@ -26,18 +26,18 @@ use crate::os::process::close_range;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Inherited {
     /// The soft and the hard limit on descriptors.
-    descriptor_limit: Option<(rlim_t, rlim_t)>,
-    /// How late the kernel may end a sleep, in nanoseconds.
-    timer_slack: Option<libc::c_ulong>,
+    descriptor_limit: (rlim_t, rlim_t),
+    /// How late the kernel may end a sleep, in nanoseconds; 0 for the default.
+    timer_slack: libc::c_ulong,
 }
 
 impl Inherited {
     /// The present settings.
-    pub(super) fn now() -> Self {
-        Self {
-            descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE).ok(),
-            timer_slack: get_timerslack().ok().map(|nanos| nanos as libc::c_ulong),
-        }
+    pub(super) fn now() -> nix::Result<Self> {
+        Ok(Self {
+            descriptor_limit: getrlimit(Resource::RLIMIT_NOFILE)?,
+            timer_slack: get_timerslack().unwrap_or(0) as libc::c_ulong,
+        })
     }
 }
 
@@ -79,13 +79,10 @@ fn keep_ends() -> io::Result<()> {
 
 /// In the new process: gives it the signals and descriptors that a program expects.
 fn prepare(at_signals: SigHandler, inherited: Inherited) -> io::Result<()> {
-    if let Some((soft, hard)) = inherited.descriptor_limit {
-        setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
-    }
-    if let Some(nanos) = inherited.timer_slack {
-        // Where it is refused, it was refused to us as well.
-        let _ = set_timerslack(nanos);
-    }
+    let (soft, hard) = inherited.descriptor_limit;
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+    // Where it is refused, it was refused to us as well.
+    let _ = set_timerslack(inherited.timer_slack);
     // SAFETY: neither the default nor ignoring is a function, so that none of ours can run.
     let set = |number, handler| unsafe { signal(number, handler) };
     for number in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
