@@ -143,7 +143,7 @@ impl ImageWriter {
         if chunk.route == Route::Direct {
             spliced = shard.splice(source.pipe(), chunk.bytes, chunk.slots)?;
             source.moved(spliced);
-            // Its bytes take more slots than whole pages would.
+            // A rest shows that bytes take more slots than whole pages would.
             source.is_spliced = spliced == chunk.bytes;
         }
         source.collect(chunk.bytes - spliced)?;

@@ -84,9 +84,8 @@ impl FdNumber {
     /// for both reading and writing, which makes the difference.
     pub(super) fn was_closed_at_start(self) -> bool {
         let device = self.peek(|fd| fstat(fd)).map(|stat| stat.st_rdev);
-        let mode = self
-            .peek(|fd| flags(fd))
-            .map(|flags| flags & OFlag::O_ACCMODE);
+        let flags = self.peek(|fd| flags(fd));
+        let mode = flags.map(|flags| flags & OFlag::O_ACCMODE);
         self.0 <= 2 && device == Ok(makedev(1, 3)) && mode == Ok(OFlag::O_RDWR)
     }
 
