@@ -108,10 +108,10 @@ pub(super) fn failure(end: ExitStatus) -> String {
     if let Some(status) = end.code() {
         return format!("failed with exit status {status}");
     }
-    // It may be a real-time one, without a name.
     let Some(signal) = end.signal() else {
         return "wants to ask something on the terminal, and was stopped: give it keys or a password file, so that it has nothing to ask".into();
     };
+    // A real-time one has no name.
     let name = Signal::try_from(signal).map_or(String::new(), |name| format!(" ({name})"));
     format!("failed with signal {signal}{name}")
 }
