@@ -184,6 +184,10 @@ fn a_file_comes_from_a_command_and_goes_to_one_that_ends_before_criu_can_connect
 fn a_command_does_not_see_the_end_of_a_file_that_has_none() {
     for (launch, options) in ways_back() {
         let place = Place::captured(options);
+        // Nor does it wait for that of one that is not there.
+        let other = ["--ext-file-cmd", "nosuch:cat >/dev/null"];
+        let both = place.with(launch(), "cat >/dev/null", options).args(other);
+        both.run().expect_failure(&["no file named nosuch"]);
         for name in ["s1", "s2"] {
             let shard = fs::File::options()
                 .write(true)

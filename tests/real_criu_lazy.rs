@@ -7,7 +7,7 @@
 use crate::common::random::Random;
 use crate::common::setting;
 use crate::criu::recipes::{CAPTURE, CAPTURE_WITH_INDEX, OTHERS, RESTORE, lazily};
-use crate::criu::{Machine, Ran, machine};
+use crate::criu::{Machine, machine};
 
 /// Starts the program that changes its memory while it checks it, and checkpoints it. After a
 /// restore it goes on for `$SECONDS_LEFT`.
@@ -47,11 +47,18 @@ fn checkpoint(machine: &Machine) {
     machine.run(&script).success();
 }
 
-fn restore<'machine>(machine: &'machine Machine, kill: &str) -> Ran<'machine> {
+/// With these settings of the shell. Returns what became of the application.
+fn restore(machine: &Machine, settings: &str, kill: &str) -> String {
     let script = RESTORE_AND_END
         .replace("OTHERS", OTHERS)
         .replace("KILL", kill);
-    machine.run(&script).success()
+    let script = format!("{settings}\n{script}");
+    machine.run(&script).success().stdout()
+}
+
+fn expect_whole_or_dead(ended: &str, kill: &str) {
+    let is_one = ended.contains(": right") || ended.contains(": dead");
+    assert!(is_one, "{kill}: {ended}");
 }
 
 fn shuffled() -> Option<Machine> {
@@ -65,7 +72,7 @@ fn shuffled() -> Option<Machine> {
 fn memory_is_right_whatever_the_application_does_with_it() {
     let Some(machine) = shuffled() else { return };
     for run in 0..setting("LAZY_RUNS", 3) {
-        let ended = restore(&machine, "").stdout();
+        let ended = restore(&machine, "", "");
         assert!(ended.starts_with("status 0: right"), "run {run}: {ended}");
     }
 }
@@ -85,11 +92,8 @@ fn whoever_is_killed_the_application_is_whole_or_dead() {
     for kill in 0..setting("LAZY_KILLS", 15) {
         let victim = victims[kill as usize % victims.len()];
         let delay = random.below(700);
-        let ended = restore(&machine, &format!("sleep 0.{delay:03}; {victim} || true")).stdout();
-        assert!(
-            ended.contains(": right") || ended.contains(": dead"),
-            "{victim} after {delay} ms: {ended}"
-        );
+        let kill = format!("sleep 0.{delay:03}; {victim} || true");
+        expect_whole_or_dead(&restore(&machine, "", &kill), &kill);
     }
 }
 
@@ -159,14 +163,7 @@ fn nothing_runs_on_when_the_whole_group_is_killed() {
         let kill = format!("sleep 0.{delay:03}; kill -KILL -- -$streamer || true");
         // `set -m` gives the streamer a group, which CRIU and the shards' commands are in, or have
         // their own.
-        let script = RESTORE_AND_END
-            .replace("OTHERS", OTHERS)
-            .replace("KILL", &kill);
-        let ended = machine.run(&format!("set -m\n{script}")).success().stdout();
-        assert!(
-            ended.contains(": right") || ended.contains(": dead"),
-            "{delay}: {ended}"
-        );
+        expect_whole_or_dead(&restore(&machine, "set -m", &kill), &kill);
     }
 }
 

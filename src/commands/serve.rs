@@ -4,7 +4,7 @@
 //! are done. Without an index CRIU may connect when all of the image is here, so that nothing is
 //! left to be received; with one, as soon as its files are known.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow};
 
 use super::{Session, create_images_dir};
 use crate::cli::Plan;
@@ -77,15 +77,11 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             is_known: false,
             is_proven: false,
         };
-        let Err(error) = restore.receive_and_serve() else {
-            return Ok(restore.receiver.stats());
-        };
+        let result = restore.receive_and_serve();
+        let stats = restore.receiver.stats();
         let server = restore.server.map(Server::into_open);
-        let error = match &server {
-            Some((clients, _)) if clients.have_left() => supervisor.explain_by_criu(error),
-            _ => error,
-        };
-        Err(Failure::new(error, (restore.receiver.into_open(), server)))
+        let open = (restore.receiver.into_open(), server);
+        result.map_or_else(|error| Err(Failure::new(error, open)), |()| Ok(stats))
     }
 
     fn receive_and_serve(&mut self) -> Result<()> {
@@ -105,7 +101,10 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
                 self.let_criu_connect()?;
             }
             let served = match &mut self.server {
-                Some(server) => server.step(self.receiver.store(), &events)?,
+                Some(server) => {
+                    let served = server.step(self.receiver.store(), &events);
+                    served.map_err(|error| server.explain(error))?
+                }
                 None => Activity::Idle(Wait::Forever),
             };
             self.keep_time(received);
@@ -147,6 +146,8 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
             let files = self.receiver.store();
             self.session.check_whole(files.names())?;
             serve::warn_of_losses(files);
+            // A command of one that is not there would wait for it for ever.
+            self.receiver.image.store().check_all_begun()?;
         }
         // Before CRIU has come, external files are a part of what is received.
         let may_prove = self.server.is_some()
@@ -217,10 +218,12 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         let Some(server) = self.server.as_ref().filter(|server| server.is_done()) else {
             return Ok(false);
         };
-        ensure!(
-            self.is_proven,
-            "serving: CRIU went away before all of the image had come, so the restore failed: see CRIU's log"
-        );
+        if !self.is_proven {
+            return Err(server.explain(anyhow!(
+                "serving: CRIU went away before all of the image had come, so the restore failed: \
+                 see CRIU's log"
+            )));
+        }
         if self.receiver.is_sending() || !server.memory_is_in_place()? {
             return Ok(false);
         }

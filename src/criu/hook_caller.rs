@@ -118,7 +118,7 @@ fn process_behind(path: &Path) -> Option<u32> {
 
 /// The path that a link in /proc shows, if it leads to the same directory: it may be another mount
 /// namespace's, or gone.
-fn resolved(link: PathBuf) -> PathBuf {
+pub(crate) fn resolved(link: PathBuf) -> PathBuf {
     let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
     match fs::read_link(&link) {
         Ok(path) if identity(&path).is_some_and(|it| Some(it) == identity(&link)) => path,

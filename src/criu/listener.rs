@@ -125,23 +125,26 @@ fn free(directory: &Path, name: &str) -> Result<(File, PathBuf)> {
     let directory = File::open(directory)
         .with_context(|| format!("opening the directory {}", directory.display()))?;
     let path = path_in(&directory, name);
-    let Ok(found) = fs::symlink_metadata(&path) else {
-        return Ok((directory, path));
+    let found = match fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((directory, path)),
+        found => found.with_context(|| format!("looking for {shown}"))?,
     };
     ensure!(
         found.file_type().is_socket(),
-        "{shown} is in the way of CRIU's socket and is no socket: move it or choose another --images-dir"
+        "{shown} is in the way of CRIU's socket and is no socket: move it or choose another directory"
     );
     // A datagram socket cannot connect to a stream socket, and the error differs if a process has
     // that one open. The listener there does not see the attempt.
     let probe = UnixDatagram::unbound().context("creating a socket")?;
     let refused = probe.connect(&path).err();
     match refused.as_ref().and_then(io::Error::raw_os_error) {
+        // It has just gone.
+        Some(libc::ENOENT) => {}
         Some(libc::ECONNREFUSED) => {
             fs::remove_file(&path).with_context(|| format!("removing the stale socket {shown}"))?
         }
         None | Some(libc::EPROTOTYPE) => bail!(
-            "another streamer listens on {shown}: wait for its end or choose another --images-dir"
+            "another streamer listens on {shown}: wait for its end or choose another directory"
         ),
         Some(error) => Err(io::Error::from_raw_os_error(error))
             .with_context(|| format!("finding out if {shown} is in use"))?,

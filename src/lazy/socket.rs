@@ -10,7 +10,6 @@
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +23,7 @@ use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
 use crate::criu::Listener;
+use crate::criu::hook_caller::resolved;
 
 /// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";
@@ -37,7 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Listens in the working directory of a CRIU, which waits for an answer of ours before it
 /// connects.
 pub(super) fn listen(criu: i32) -> Result<Listener> {
-    let listener = Listener::bind(Path::new(&format!("/proc/{criu}/cwd")), NAME)?;
+    let directory = resolved(format!("/proc/{criu}/cwd").into());
+    let listener = Listener::bind(&directory, NAME)?;
     setsockopt(&listener, PassCred, &true)?;
     Ok(listener)
 }

@@ -298,7 +298,6 @@ impl Image for Indexed {
     }
 
     fn lay_out(&mut self) -> Result<()> {
-        self.store().check_all_begun()?;
         self.is_laid_out = true;
         self.kept_back = self.last_of_pages();
         for stream in 0..self.streams().len() {

@@ -10,7 +10,7 @@
 //! are kept for being asked for again. Asking for another one again is answered with "does not
 //! exist", and the program then fails naming it.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 
 use crate::criu::files;
 use crate::criu::{Clients, Connection, Listener, Message};
@@ -113,6 +113,14 @@ impl<'a> Server<'a> {
         }
         let idle = Activity::Idle(Wait::Forever.or_until(grace_ends));
         Ok(sent.activity().unwrap_or(idle))
+    }
+
+    /// The reason behind an error that shows what CRIU does: CRIU's own, if it has left.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match self.clients.have_left() {
+            true => self.supervisor.explain_by_criu(error),
+            false => error,
+        }
     }
 
     /// Fails if the CRIU that was to come has ended: it cannot end well without our answers.

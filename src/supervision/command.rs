@@ -281,7 +281,7 @@ impl Running {
 
     /// Reaps the processes of the group that have ended, and returns true if some are left.
     fn reap(&self) -> bool {
-        while let Ok(next) = self.next_end() {
+        while let Ok(next) = program::next_end(-self.group.as_raw()) {
             if next.is_none() {
                 return true;
             }
@@ -292,8 +292,13 @@ impl Running {
 
 impl Drop for Commands {
     fn drop(&mut self) {
+        let is_told = self.running.iter().all(|running| running.pipe.is_none());
+        let has_ended_well = is_told && self.have_succeeded(|_| true);
         let mut left: Vec<_> = self.running.iter().collect();
         left.retain(|running| running.reap());
+        if has_ended_well {
+            return;
+        }
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             for running in &left {
                 // It was there a moment ago, and is ours. If it has ended by itself, so much the
