@@ -376,7 +376,7 @@ impl CaptureLoop<'_> {
     }
 
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
-    fn check_hook(&self) -> Result<()> {
+    fn check_hook(&mut self) -> Result<()> {
         match (&self.request.caller, self.called) {
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
@@ -386,7 +386,7 @@ impl CaptureLoop<'_> {
                 "capturing the image: CRIU says that it is written, and has not closed {} of its files: a plugin may have forgotten them; discard it",
                 self.dump.unclosed()
             ),
-            (None, _) => {}
+            (None, _) => self.clients.stop_listening(),
         }
         Ok(())
     }

@@ -100,6 +100,9 @@ impl<'a> Server<'a> {
     pub(crate) fn step(&mut self, files: &mut Catalog, events: &[Event]) -> Result<Activity> {
         self.handle(files, events)?;
         let grace_ends = self.clients.check_grace()?;
+        if self.clients.all_gone() {
+            self.clients.stop_listening();
+        }
         if !self.clients.have_asked() {
             self.check_to_come(grace_ends.is_some())?;
         }
