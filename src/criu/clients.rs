@@ -113,6 +113,7 @@ impl Clients {
     /// Waits for no client any more, and leaves the socket's name to another streamer.
     pub(crate) fn stop_listening(&mut self) {
         self.listener = None;
+        self.dismiss();
     }
 
     /// Ends all conversations: nothing more is to come.
@@ -140,8 +141,7 @@ impl Clients {
     }
 
     /// Takes what a client says, in up to `turn` system calls, and gives it to `answer`, which
-    /// returns true if a file was opened by it. A client that breaks the protocol is dropped. When
-    /// all are gone that have asked for files, so are the others.
+    /// returns true if a file was opened by it. A client that breaks the protocol is dropped.
     ///
     /// # Errors
     /// When the client broke the protocol after it had opened files: what it took part in cannot be
@@ -180,7 +180,6 @@ impl Clients {
         match error {
             Some(error) if has_spoken => return Err(error),
             Some(error) => report::warn(format_args!("dropped a client: {error:#}")),
-            None if self.all_gone() => self.clients.clear(),
             // Another client that is connected may be CRIU, at work before its first file.
             None if self.have_left() && !self.have_asked() => {
                 self.grace_ends = Some(Instant::now() + RECONNECT_TIMEOUT);
