@@ -122,7 +122,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
         let waiting = match &self.server {
             _ if !matches!(received, Activity::Idle(_)) => Waiting::No,
             Some(server) if server.is_done() => Waiting::No,
-            Some(server) if server.starving().is_empty() => Waiting::ForCriu,
+            Some(server) if server.starving().next().is_none() => Waiting::ForCriu,
             _ => Waiting::ForShards,
         };
         self.receiver.keep_time(waiting);
@@ -132,7 +132,7 @@ impl<'a, I: Image<Store = Catalog> + 'static> Restore<'a, I> {
     /// must be here before CRIU may connect.
     fn receive(&mut self, events: &[Event]) -> Result<Activity> {
         let needed = || match &self.server {
-            Some(server) => server.starving(),
+            Some(server) => server.starving().cloned().collect(),
             None if self.plan.args.tcp_listen_remap.is_empty() => Vec::new(),
             None => ImageName::new(listen_ports::FILE).into_iter().collect(),
         };

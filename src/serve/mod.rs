@@ -88,9 +88,9 @@ impl<'a> Server<'a> {
     }
 
     /// The files whose readers wait for something that has not come yet.
-    pub(crate) fn starving(&self) -> Vec<ImageName> {
+    pub(crate) fn starving(&self) -> impl Iterator<Item = &ImageName> {
         let starving = self.transfers.iter().filter(|it| it.is_starving());
-        starving.map(|it| it.name.clone()).collect()
+        starving.map(|it| &it.name)
     }
 
     /// Acts on events, answers, and sends what is here of `files`.
