@@ -9,7 +9,6 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +17,7 @@ use anyhow::{Context, Result};
 use super::connection::frame;
 use super::connection::proto::ImgStreamerRequestEntry;
 use super::{CommandLine, Message, Role};
-use crate::os::descriptor::path_in;
+use crate::os::descriptor::{path_in, resolved};
 use crate::os::process::{self, parent_of, start_of};
 
 /// Variables that CRIU sets for its action scripts.
@@ -112,18 +111,8 @@ impl Caller {
 
 /// The PID in `/proc/PID/fd/NUMBER`.
 fn process_behind(path: &Path) -> Option<u32> {
-    let (pid, _) = path.to_str()?.strip_prefix("/proc/")?.split_once("/fd/")?;
-    pid.parse().ok()
-}
-
-/// The path that a link in /proc shows, if it leads to the same directory: it may be another mount
-/// namespace's, or gone.
-pub(crate) fn resolved(link: PathBuf) -> PathBuf {
-    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
-    match fs::read_link(&link) {
-        Ok(path) if identity(&path).is_some_and(|it| Some(it) == identity(&link)) => path,
-        _ => link,
-    }
+    let (pid, fd) = path.to_str()?.strip_prefix("/proc/")?.split_once("/fd/")?;
+    pid.parse().ok().filter(|_| !fd.contains('/'))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use rustix::io::ioctl_fionread;
 
 use super::userfaultfd;
 use crate::criu::Listener;
-use crate::criu::hook_caller::resolved;
+use crate::os::descriptor::resolved;
 
 /// The name of the socket in CRIU's working directory.
 const NAME: &str = "lazy-pages.socket";

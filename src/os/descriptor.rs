@@ -1,7 +1,9 @@
 //! The kind of file behind a descriptor, and the direction of data through it.
 
 use std::fmt;
+use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -51,6 +53,16 @@ pub(crate) fn path_in(directory: impl AsFd, name: impl AsRef<Path>) -> PathBuf {
     Path::new("/proc/self/fd")
         .join(directory.to_string())
         .join(name)
+}
+
+/// The path that a link in /proc shows, if it leads to the same directory: it may be another mount
+/// namespace's, or gone.
+pub(crate) fn resolved(link: PathBuf) -> PathBuf {
+    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
+    match fs::read_link(&link) {
+        Ok(path) if identity(&path).is_some_and(|it| Some(it) == identity(&link)) => path,
+        _ => link,
+    }
 }
 
 /// Brings to disk what was written to a file or directory.
