@@ -171,13 +171,15 @@ exec 4<ready
 for fd in ${fds//,/ }; do exec {fd}>&-; done
 grep -q -m1 socket-init <&4
 echo began $EPOCHREALTIME
-criu dump --stream --leave-running --images-dir images --tree $PID
+# It stays stopped until all is written: what it wrote to before would be torn.
+criu dump --stream --leave-stopped --images-dir images --tree $PID
 # Where it has ended already, nothing is to be seen.
 process=$(cat "/proc/$streamer/task/$streamer/children" 2>/dev/null) || true
 awk '/^VmHWM/ { print "rss_kib", $2 }' /proc/${process% }/status 2>/dev/null || true
 wait $streamer
 for sink in $sinks; do wait $sink; done
 echo written $EPOCHREALTIME
+kill -CONT -- -$PID
 cat <&4 >progress
 awk 'END { print "cpu_s", $1 + $2 }' times
 cat shards/bytes-* 2>/dev/null | awk '{ sum += $1 } END { if (NR) print "stored", sum }' || true
