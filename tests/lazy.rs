@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::signal::Signal;
 
@@ -15,6 +16,9 @@ use crate::common::runs;
 use crate::common::shards::Feeder;
 use crate::common::streamer::Streamer;
 use crate::common::wait_until;
+
+/// Held by a test whose CRIU has its socket in our working directory.
+static WORKING_DIRECTORY: Mutex<()> = Mutex::new(());
 
 const PAGE: u64 = 4096;
 const PRESENT: u64 = 4;
@@ -82,6 +86,9 @@ fn pagemaps_that_no_criu_writes_are_refused_before_criu_may_connect() {
 
 #[test]
 fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
+    let _ours = WORKING_DIRECTORY
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     let pages = pages(600);
     let (eager, lazy) = ((1, 3, PRESENT), (16, 590, LAZY));
     // The pages of the processes that it restores, in the order of the file.
@@ -128,6 +135,9 @@ fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
 /// Its CRIU is gone as well, and the process would wait for it for ever.
 #[test]
 fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
+    let _ours = WORKING_DIRECTORY
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     for is_unread in [true, false] {
         let (streamer, _feeder) = serve(&[(16, 600, LAZY)], &pages(600));
         let criu = streamer.criu();
