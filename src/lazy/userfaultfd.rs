@@ -1,5 +1,5 @@
 //! The calls of a userfaultfd (`ioctl_userfaultfd(2)`), which CRIU has made and registered memory
-//! with.
+//! with. The crate `userfaultfd` would need libclang on each machine that builds this program.
 
 #![allow(unsafe_code)]
 
