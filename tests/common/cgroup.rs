@@ -4,8 +4,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::id;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,13 +16,10 @@ pub struct Cgroup {
 
 impl Cgroup {
     pub fn create_in(parent: &Path) -> io::Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let path = parent.join(format!(
-            "criu-image-streamer-test-{}-{}",
-            id(),
-            NUMBER.fetch_add(1, Ordering::Relaxed)
-        ));
-        fs::create_dir(&path)?;
+        let path = tempfile::Builder::new()
+            .prefix("criu-image-streamer-test-")
+            .tempdir_in(parent)?
+            .keep();
         let members = File::options().write(true).open(path.join("cgroup.procs"));
         match members {
             Ok(members) => Ok(Self { path, members }),
