@@ -1,9 +1,11 @@
 //! An image that `serve --lazy-pages` divides, up to where CRIU restores it. The application's
 //! fate is in real_criu_lazy.rs.
 
+use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
@@ -132,6 +134,18 @@ fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
     assert!(!std::path::Path::new("lazy-pages.socket").exists());
 }
 
+/// What the streamer has noted for its guardian: CRIU's connection, and the restored processes.
+fn restored(pid: u32) -> String {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+    let mut paths = files.flatten().map(|file| file.path());
+    let is_record = |path: &PathBuf| {
+        let target = fs::read_link(path).unwrap_or_default();
+        target.to_string_lossy().starts_with("/memfd:restored")
+    };
+    let record = paths.find(is_record).expect("the record");
+    fs::read_to_string(record).expect("its lines")
+}
+
 /// Its CRIU is gone as well, and the process would wait for it for ever.
 #[test]
 fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
@@ -156,6 +170,12 @@ fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
             .expect("a process");
         let mut has_sent = process.stdout.take().expect("its output");
         has_sent.read_exact(&mut [0]).expect("a line");
+        if !is_unread {
+            // Killed before that, it leaves CRIU's process to fail when it sends the rest.
+            wait_until("the guardian knows the process", || {
+                restored(streamer.pid()).lines().count() == 2
+            });
+        }
         streamer.signal(Signal::SIGKILL);
         wait_until("the process is killed", || {
             process.try_wait().expect("its end").is_some()
