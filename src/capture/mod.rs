@@ -272,6 +272,9 @@ impl CaptureLoop<'_> {
             return Ok(false);
         }
         self.check_hook()?;
+        if self.request.caller.is_none() {
+            self.clients.stop_listening();
+        }
         if !self.is_whole && !self.dump.criu_has_open_files() {
             self.dump.dump_check.check()?;
             // The file would be missing in the image.
@@ -376,7 +379,7 @@ impl CaptureLoop<'_> {
     }
 
     /// Fails if CRIU has not come to `post-dump`, or has come there and left files open.
-    fn check_hook(&mut self) -> Result<()> {
+    fn check_hook(&self) -> Result<()> {
         match (&self.request.caller, self.called) {
             (Some(_), None) => bail!(
                 "capturing the image: CRIU went away before it was at `post-dump`, so the checkpoint failed (see CRIU's log) and the application, if it lives, goes on; the image is incomplete: discard it"
@@ -386,7 +389,7 @@ impl CaptureLoop<'_> {
                 "capturing the image: CRIU says that it is written, and has not closed {} of its files: a plugin may have forgotten them; discard it",
                 self.dump.unclosed()
             ),
-            (None, _) => self.clients.stop_listening(),
+            (None, _) => {}
         }
         Ok(())
     }
