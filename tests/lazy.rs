@@ -5,9 +5,8 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use nix::sys::signal::Signal;
 
@@ -20,7 +19,7 @@ use crate::common::streamer::Streamer;
 use crate::common::wait_until;
 
 /// Held by a test whose CRIU has its socket in our working directory.
-static WORKING_DIRECTORY: Mutex<()> = Mutex::new(());
+static TURN: Mutex<()> = Mutex::new(());
 
 const PAGE: u64 = 4096;
 const PRESENT: u64 = 4;
@@ -88,9 +87,7 @@ fn pagemaps_that_no_criu_writes_are_refused_before_criu_may_connect() {
 
 #[test]
 fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
-    let _ours = WORKING_DIRECTORY
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let _turn = TURN.lock();
     let pages = pages(600);
     let (eager, lazy) = ((1, 3, PRESENT), (16, 590, LAZY));
     // The pages of the processes that it restores, in the order of the file.
@@ -134,24 +131,10 @@ fn criu_gets_what_is_not_lazy_and_all_of_what_is_not_understood() {
     assert!(!std::path::Path::new("lazy-pages.socket").exists());
 }
 
-/// What the streamer has noted for its guardian: CRIU's connection, and the restored processes.
-fn restored(pid: u32) -> String {
-    let files = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
-    let mut paths = files.flatten().map(|file| file.path());
-    let is_record = |path: &PathBuf| {
-        let target = fs::read_link(path).unwrap_or_default();
-        target.to_string_lossy().starts_with("/memfd:restored")
-    };
-    let record = paths.find(is_record).expect("the record");
-    fs::read_to_string(record).expect("its lines")
-}
-
 /// Its CRIU is gone as well, and the process would wait for it for ever.
 #[test]
 fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
-    let _ours = WORKING_DIRECTORY
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let _turn = TURN.lock();
     for is_unread in [true, false] {
         let (streamer, _feeder) = serve(&[(16, 600, LAZY)], &pages(600));
         let criu = streamer.criu();
@@ -173,7 +156,11 @@ fn a_process_whose_message_was_not_read_whole_does_not_outlive_the_streamer() {
         if !is_unread {
             // Killed before that, it leaves CRIU's process to fail when it sends the rest.
             wait_until("the guardian knows the process", || {
-                restored(streamer.pid()).lines().count() == 2
+                let records = streamer.descriptors("/memfd:restored");
+                let record = records.values().next().expect("its record");
+                let lines = fs::read_to_string(record).expect("its lines");
+                // CRIU's connection, and the process.
+                lines.lines().count() == 2
             });
         }
         streamer.signal(Signal::SIGKILL);

@@ -210,12 +210,7 @@ fn a_restore_takes_little_more_memory_than_the_image_and_the_application_togethe
     let restores = [RESTORE_WITH_INDEX, RESTORE_ALL_FIRST];
     let lazy = restores.map(lazily);
     // Otherwise CRIU restores it to the cgroup that it was in, and its memory counts there.
-    let here = |restore: &str| {
-        restore.replace(
-            "restore --stream",
-            "restore --manage-cgroups=ignore --stream",
-        )
-    };
+    let here = |it: &str| it.replace("criu restore", "criu restore --manage-cgroups=ignore");
     for restore in restores.into_iter().chain(lazy.iter().map(String::as_str)) {
         let before = application.goes_on();
         application.run(CAPTURE_WITH_INDEX).success();

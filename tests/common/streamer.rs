@@ -423,18 +423,22 @@ impl Streamer {
     /// What the image takes of the machine's memory, in KiB: the process's own, and what its pipes
     /// hold.
     pub fn image_kib(&self) -> u64 {
-        let paths: Vec<_> = self.proc("fd").map(|entry| entry.unwrap().path()).collect();
-        let pipes: BTreeMap<_, _> = paths
-            .iter()
-            .filter_map(|path| Some((fs::read_link(path).ok()?, path)))
-            .filter(|(target, _)| target.to_string_lossy().starts_with("pipe:"))
-            .collect();
+        let pipes = self.descriptors("pipe:");
         let queued = pipes.values().filter_map(|path| {
             let mut options = fs::File::options();
             let pipe = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
             pipe.ok().map(|pipe| child::queued(&pipe) as u64)
         });
         self.memory_kib("VmRSS") + (queued.sum::<u64>() >> 10)
+    }
+
+    /// A path in /proc for each of its files of a kind, such as `pipe:`.
+    pub fn descriptors(&self, kind: &str) -> BTreeMap<PathBuf, PathBuf> {
+        let paths = self.proc("fd").map(|entry| entry.unwrap().path());
+        paths
+            .filter_map(|path| Some((fs::read_link(&path).ok()?, path)))
+            .filter(|(target, _)| target.to_string_lossy().starts_with(kind))
+            .collect()
     }
 
     pub fn open_fds(&self) -> usize {
